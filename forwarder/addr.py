@@ -1,0 +1,91 @@
+"""The address a rule names: a host (literal or name) and a port. Parsing and formatting only.
+
+Does not resolve names and knows no sockets.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from dataclasses import dataclass
+
+MAX_PORT = 65535
+
+# RFC 952/1123 labels, with the underscore that real networks use; the last label may not be all
+# digits, or 1.2.3.400 would pass as a name.
+_LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+_HOSTNAME = re.compile(rf"(?:{_LABEL}\.)*(?![0-9]+\.?$){_LABEL}\.?")
+
+ADDRESS_FORMS = "HOST:PORT, IPv4:PORT, [IPv6]:PORT or *:PORT"
+
+
+class AddressError(ValueError):
+    """A text that is no address; the message says what is wrong with it."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Address:
+    """A host and a port, as written.
+
+    ``host`` is an IPv4 or IPv6 literal (without brackets, perhaps with a ``%scope``) or a name.
+    ``port`` is 1 to 65535; 0 is left to the caller, who may mean "any free port".
+    """
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def is_literal(self) -> bool:
+        """Whether the host is an IP address and needs no resolver."""
+        return is_ip(self.host)
+
+
+def is_ip(host: str) -> bool:
+    """Whether ``host`` is an IPv4 or IPv6 literal (a ``%scope`` is allowed on IPv6)."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def parse_host(text: str) -> str:
+    """Check a host and return it in the form the model keeps.
+
+    ``*`` becomes ``::`` (every address, IPv4 and IPv6), ``0`` becomes ``0.0.0.0`` as in rinetd,
+    brackets around an IPv6 literal are taken off. Raises AddressError.
+    """
+    if text == "*":
+        return "::"
+    if text == "0":
+        return "0.0.0.0"
+    if text.startswith("[") and text.endswith("]"):
+        inner = text[1:-1]
+        if not (":" in inner and is_ip(inner)):
+            raise AddressError(f"{inner!r} in brackets is not an IPv6 address")
+        return inner
+    if is_ip(text):
+        return text
+    if len(text) <= 253 and _HOSTNAME.fullmatch(text):
+        return text
+    raise AddressError(f"{text!r} is neither an IP address nor a host name")
+
+
+def parse_port(text: str, *, lowest: int = 1) -> int:
+    """Check a decimal port number. Raises AddressError."""
+    if not (text.isascii() and text.isdigit()) or not lowest <= int(text) <= MAX_PORT:
+        raise AddressError(f"{text!r} is not a port number from {lowest} to {MAX_PORT}")
+    return int(text)
+
+
+def parse_address(text: str) -> Address:
+    """Read one of ``ADDRESS_FORMS``; a bare ``:PORT`` means ``*:PORT``. Raises AddressError."""
+    host, colon, port = text.rpartition(":")
+    if not colon:
+        raise AddressError(f"{text!r} has no port")
+    if ":" in host and not (host.startswith("[") and host.endswith("]")):
+        raise AddressError(f"{text!r}: an IPv6 address needs brackets before its port")
+    return Address(parse_host(host or "*"), parse_port(port))

@@ -1,0 +1,102 @@
+"""The configuration as a value: what both dialects are read into, and all that the rest knows of it.
+
+Frozen, so equality tells whether a rule changed. Parses nothing, resolves nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from forwarder.addr import Address
+from forwarder.errors import Place
+
+# One table of defaults; the dialects, the command line and the documentation refer to it.
+CONNECT_TIMEOUT_S = 10.0
+HALF_CLOSE_TIMEOUT_S = 300.0
+IDLE_TIMEOUT_S = 0.0  # 0 = never; keepalive finds dead peers
+UDP_TIMEOUT_S = 72.0  # rinetd's
+
+
+class Protocol(Enum):
+    """What is spoken on the two sides of a rule (oxidinetd's names)."""
+
+    TCP = "tcp"
+    UDP = "udp"
+    UDP_TO_TCP = "udptotcp"
+    TCP_TO_UDP = "tcptoudp"
+
+
+class RelayMode(Enum):
+    """How bulk data is moved: ``auto`` is splice(2) where the system has it."""
+
+    AUTO = "auto"
+    SPLICE = "splice"
+    COPY = "copy"
+
+
+class LogFormat(Enum):
+    """Format of the connection log: rinetd's tab-separated one, or its common log format."""
+
+    RINETD = "rinetd"
+    COMMON = "common"
+
+
+class Verdict(Enum):
+    """What an access rule says of the clients that match it."""
+
+    ALLOW = "allow"
+    DENY = "deny"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AccessRule:
+    """One allow or deny line; ``pattern`` as written (a wildcard text, an address or a network)."""
+
+    verdict: Verdict
+    pattern: str
+    place: Place = field(compare=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """One configured forwarding. All durations are seconds; 0 means no limit.
+
+    ``name`` identifies the rule in logs and messages; unique within a configuration.
+    ``upstreams`` has at least one address. Each new session starts at the next one in turn and
+    tries the others when it cannot connect.
+    ``source`` is the local address of upstream connections, or None.
+    ``place`` takes no part in equality: moving a line does not change a rule.
+    """
+
+    name: str
+    listen: Address
+    upstreams: tuple[Address, ...]
+    protocol: Protocol = Protocol.TCP
+    source: str | None = None
+    access: tuple[AccessRule, ...] = ()
+    connect_timeout_s: float = CONNECT_TIMEOUT_S
+    half_close_timeout_s: float = HALF_CLOSE_TIMEOUT_S
+    idle_timeout_s: float = IDLE_TIMEOUT_S
+    udp_timeout_s: float = UDP_TIMEOUT_S
+    place: Place = field(compare=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What holds for the whole process. ``workers`` 0 means one per usable CPU."""
+
+    workers: int = 0
+    relay: RelayMode = RelayMode.AUTO
+    log_file: str | None = None
+    log_format: LogFormat = LogFormat.RINETD
+    pid_file: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """A whole configuration. ``access`` holds the global access rules, in the order written."""
+
+    rules: tuple[Rule, ...]
+    access: tuple[AccessRule, ...] = ()
+    settings: Settings = field(default_factory=Settings)
