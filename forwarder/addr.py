@@ -16,7 +16,16 @@ MAX_PORT = 65535
 _LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
 _HOSTNAME = re.compile(rf"(?:{_LABEL}\.)*(?![0-9]+\.?$){_LABEL}\.?")
 
+# ipaddress takes ten times as long, which shows in a file of ten thousand rules.
+_OCTET = r"(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
+_IPV4 = re.compile(rf"{_OCTET}\.{_OCTET}\.{_OCTET}\.{_OCTET}")
+
+# What Linux lets an interface be called (15 characters, no blank, no slash), less the characters
+# that would make an address ambiguous in a log line or a configuration.
+_SCOPE = re.compile(r"[A-Za-z0-9_.@+=~-]{1,15}")
+
 ADDRESS_FORMS = "HOST:PORT, IPv4:PORT, [IPv6]:PORT or *:PORT"
+UPSTREAM_FORMS = "HOST:PORT, IPv4:PORT or [IPv6]:PORT"
 
 
 class AddressError(ValueError):
@@ -45,11 +54,16 @@ class Address:
 
 def is_ip(host: str) -> bool:
     """Whether ``host`` is an IPv4 or IPv6 literal (a ``%scope`` is allowed on IPv6)."""
+    if _IPV4.fullmatch(host):
+        return True
+    if ":" not in host:
+        return False
     try:
-        ipaddress.ip_address(host)
+        ipaddress.IPv6Address(host)
     except ValueError:
         return False
-    return True
+    _, percent, scope = host.partition("%")
+    return not percent or _SCOPE.fullmatch(scope) is not None
 
 
 def parse_host(text: str) -> str:
@@ -74,9 +88,21 @@ def parse_host(text: str) -> str:
     raise AddressError(f"{text!r} is neither an IP address nor a host name")
 
 
+def canonical_host(host: str) -> str:
+    """One spelling for hosts that are the same without asking a resolver.
+
+    ``0:0::1`` and ``::1`` are one address, ``Example.com.`` and ``example.com`` one name.
+    """
+    if ":" in host and is_ip(host):
+        return str(ipaddress.IPv6Address(host))
+    return host.lower().rstrip(".")
+
+
 def parse_port(text: str, *, lowest: int = 1) -> int:
     """Check a decimal port number. Raises AddressError."""
-    if not (text.isascii() and text.isdigit()) or not lowest <= int(text) <= MAX_PORT:
+    # The length comes first: int() refuses thousands of digits with an error of its own.
+    is_number = len(text) <= 5 and text.isascii() and text.isdigit()
+    if not is_number or not lowest <= int(text) <= MAX_PORT:
         raise AddressError(f"{text!r} is not a port number from {lowest} to {MAX_PORT}")
     return int(text)
 
@@ -89,3 +115,10 @@ def parse_address(text: str) -> Address:
     if ":" in host and not (host.startswith("[") and host.endswith("]")):
         raise AddressError(f"{text!r}: an IPv6 address needs brackets before its port")
     return Address(parse_host(host or "*"), parse_port(port))
+
+
+def parse_upstream(text: str) -> Address:
+    """Like parse_address for an address to connect to, which cannot be ``*``."""
+    if text.startswith(("*", ":")):
+        raise AddressError(f"{text!r} does not say which host to connect to")
+    return parse_address(text)

@@ -1,4 +1,4 @@
-"""The configuration as a value: what both dialects are read into, and all that the rest knows of it.
+"""The configuration as a value: what both dialects are read into, all that the rest knows of it.
 
 Frozen, so equality tells whether a rule changed. Parses nothing, resolves nothing.
 """
@@ -7,15 +7,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING
 
-from forwarder.addr import Address
-from forwarder.errors import Place
+if TYPE_CHECKING:
+    from forwarder.addr import Address
+    from forwarder.errors import Place
 
 # One table of defaults; the dialects, the command line and the documentation refer to it.
 CONNECT_TIMEOUT_S = 10.0
 HALF_CLOSE_TIMEOUT_S = 300.0
 IDLE_TIMEOUT_S = 0.0  # 0 = never; keepalive finds dead peers
 UDP_TIMEOUT_S = 72.0  # rinetd's
+
+
+class Dialect(Enum):
+    """The language a configuration file is written in."""
+
+    TOML = "toml"
+    RINETD = "rinetd"
 
 
 class Protocol(Enum):
@@ -25,6 +34,16 @@ class Protocol(Enum):
     UDP = "udp"
     UDP_TO_TCP = "udptotcp"
     TCP_TO_UDP = "tcptoudp"
+
+    @property
+    def listens_on_udp(self) -> bool:
+        """Whether clients speak UDP."""
+        return self in {Protocol.UDP, Protocol.UDP_TO_TCP}
+
+    @property
+    def connects_by_udp(self) -> bool:
+        """Whether upstreams are spoken to by UDP."""
+        return self in {Protocol.UDP, Protocol.TCP_TO_UDP}
 
 
 class RelayMode(Enum):
@@ -56,6 +75,11 @@ class AccessRule:
     verdict: Verdict
     pattern: str
     place: Place = field(compare=False)
+
+    @property
+    def is_allow(self) -> bool:
+        """Whether the rule allows; otherwise it denies."""
+        return self.verdict is Verdict.ALLOW
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,149 @@
+"""From a file, or from pairs of command-line addresses, to a checked configuration.
+
+The only module of the configuration that touches the system: it reads the file and looks up service
+names. Prints nothing, ends nothing, keeps nothing between two calls.
+"""
+
+from __future__ import annotations
+
+import socket
+import stat
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from forwarder.addr import (
+    ADDRESS_FORMS,
+    UPSTREAM_FORMS,
+    Address,
+    AddressError,
+    parse_address,
+    parse_upstream,
+)
+from forwarder.config import rinetd_conf, toml_conf
+from forwarder.config.model import Config, Dialect
+from forwarder.config.raw import Issues, Placed, RawConfig, RawRule
+from forwarder.config.resolve import resolve
+from forwarder.errors import ConfigError, Issue, Place
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+# Several hundred thousand rules fit; it is there for the device or log file given by mistake.
+MAX_FILE_BYTES = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A configuration that can be used, and what its author should know about it."""
+
+    config: Config
+    warnings: tuple[Issue, ...]
+
+
+def load(path: Path, *, dialect: Dialect | None = None) -> Loaded:
+    """Read, check and complete a configuration file.
+
+    ``dialect`` None goes by the name: ``.toml`` is TOML, anything else rinetd.conf.
+    Raises ConfigError with every problem found. Blocks on the file system only.
+    """
+    if dialect is None:
+        dialect = Dialect.TOML if path.suffix == ".toml" else Dialect.RINETD
+    return parse(_read(path), str(path), dialect)
+
+
+def parse(text: str, source: str, dialect: Dialect) -> Loaded:
+    """Like ``load``, for a text that is already here; ``source`` names it in messages."""
+    issues = Issues()
+    if dialect is Dialect.TOML:
+        raw = toml_conf.parse(text, source, issues)
+    else:
+        raw = rinetd_conf.parse(text, source, issues, socket.getservbyname)
+    config = resolve(raw, source, issues)
+    return Loaded(config, issues.finish())
+
+
+def from_pairs(listens: Sequence[str], remotes: Sequence[str]) -> Loaded:
+    """Make TCP rules of ``--listen`` and ``--remote`` addresses, the first with the first.
+
+    Raises ConfigError with every problem found.
+    """
+    issues = Issues()
+    here, there = Place("--listen"), Place("--remote")
+    if len(listens) != len(remotes):
+        issues.error(
+            here,
+            f"{len(listens)} listen and {len(remotes)} remote addresses are given",
+            allowed="as many of one as of the other",
+            hint="they are taken in pairs, the first with the first",
+        )
+    raw = RawConfig(rules_seen=max(len(listens), len(remotes)))
+    listen_addresses = [_address(text, here, issues, is_upstream=False) for text in listens]
+    remote_addresses = [_address(text, there, issues, is_upstream=True) for text in remotes]
+    for listen, remote in zip(listen_addresses, remote_addresses, strict=False):
+        if listen and remote:
+            # Each has a place of its own, because places tell rules apart.
+            placed = Placed(listen, Place("--listen"))
+            raw.rules.append(
+                RawRule(place=placed.place, listen=placed, upstreams=(Placed(remote, there),))
+            )
+    config = resolve(raw, "--listen", issues)
+    return Loaded(config, issues.finish())
+
+
+def _address(text: str, place: Place, issues: Issues, *, is_upstream: bool) -> Address | None:
+    try:
+        return parse_upstream(text) if is_upstream else parse_address(text)
+    except AddressError as error:
+        allowed = UPSTREAM_FORMS if is_upstream else ADDRESS_FORMS
+        issues.error(place, str(error), allowed=allowed)
+        return None
+
+
+def _read(path: Path) -> str:
+    """Return the text of a file. Raises ConfigError for anything that is not a text."""
+    source = str(path)
+    try:
+        # Opening a pipe that nobody writes to would block for ever.
+        if not stat.S_ISREG(path.stat().st_mode):
+            kind = "a directory" if path.is_dir() else "not a regular file"
+            raise _problem(source, f"is {kind}", hint="name the configuration file itself")
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+    except FileNotFoundError:
+        raise _problem(source, "does not exist", hint="check the name") from None
+    except PermissionError:
+        hint = "let the user that runs the program read it"
+        raise _problem(source, "must not be read: permission denied", hint=hint) from None
+    except (OSError, ValueError) as error:
+        raise _problem(source, f"cannot be read: {error}") from None
+    return _decode(source, data)
+
+
+def _decode(source: str, data: bytes) -> str:
+    if len(data) > MAX_FILE_BYTES:
+        what = f"is longer than {MAX_FILE_BYTES // 1024**2} MiB"
+        raise _problem(source, what, hint="this is hardly a configuration")
+    if not data.strip():
+        raise _problem(source, "is empty", hint="write at least one forwarding rule")
+    nul = data.find(b"\0")
+    if nul >= 0:
+        raise _problem_at(source, data, nul, "a NUL byte")
+    try:
+        # Editors of other systems put a byte order mark first.
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        # What the decoder counts from does not include the mark.
+        offset = error.start + (3 if data.startswith(b"\xef\xbb\xbf") else 0)
+        raise _problem_at(source, data, offset, f"byte 0x{data[offset]:02x} is not UTF-8") from None
+
+
+def _problem_at(source: str, data: bytes, offset: int, what: str) -> ConfigError:
+    line_start = data.rfind(b"\n", 0, offset) + 1
+    place = Place(source, data.count(b"\n", 0, offset) + 1, offset - line_start + 1)
+    what = f"{what} (byte {place.column} of line {place.line})"
+    return ConfigError([Issue(place, what, "text in UTF-8", "save the file as UTF-8")])
+
+
+def _problem(source: str, what: str, *, hint: str = "") -> ConfigError:
+    return ConfigError([Issue(Place(source), f"the file {what}", hint=hint)])

@@ -1,0 +1,106 @@
+"""What a dialect reads out of its text, before the checks that hold for every dialect.
+
+Addresses and durations are already values; whatever a file may leave out is still None. Everything
+that a later check may complain about carries its place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from forwarder.config.model import (
+    CONNECT_TIMEOUT_S,
+    HALF_CLOSE_TIMEOUT_S,
+    IDLE_TIMEOUT_S,
+    AccessRule,
+    Protocol,
+    Settings,
+)
+from forwarder.errors import ConfigError, Issue, Place
+
+if TYPE_CHECKING:
+    from forwarder.addr import Address
+
+T = TypeVar("T")
+
+# Bounds the memory and the output that a file of another kind, given by mistake, can cost.
+MAX_ISSUES = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Placed(Generic[T]):
+    """A value and where it stands."""
+
+    value: T
+    place: Place
+
+
+@dataclass(slots=True, kw_only=True)
+class RawRule:
+    """One rule as written. ``access`` grows while the lines behind a rinetd rule are read."""
+
+    place: Place
+    listen: Placed[Address]
+    upstreams: tuple[Placed[Address], ...]
+    protocol: Protocol = Protocol.TCP
+    name: Placed[str] | None = None
+    source: Placed[str] | None = None
+    udp_timeout_s: Placed[float] | None = None
+    connect_timeout_s: float | None = None
+    half_close_timeout_s: float | None = None
+    idle_timeout_s: float | None = None
+    access: list[AccessRule] = field(default_factory=list)
+
+
+@dataclass(slots=True, kw_only=True)
+class RawConfig:
+    """A file as written; the timeouts are the defaults of its rules.
+
+    ``rules_seen`` counts the rules begun, those with errors included: a file whose only rule is
+    broken does not lack one.
+    """
+
+    rules: list[RawRule] = field(default_factory=list)
+    rules_seen: int = 0
+    access: list[AccessRule] = field(default_factory=list)
+    settings: Settings = field(default_factory=Settings)
+    connect_timeout_s: float = CONNECT_TIMEOUT_S
+    half_close_timeout_s: float = HALF_CLOSE_TIMEOUT_S
+    idle_timeout_s: float = IDLE_TIMEOUT_S
+
+
+class Issues:
+    """Collects the problems of one file, so that all of them are told at once."""
+
+    def __init__(self) -> None:
+        self._issues: list[Issue] = []
+        self._left_out = 0
+        self._has_errors = False
+
+    def error(self, place: Place, what: str, *, allowed: str = "", hint: str = "") -> None:
+        """Note a problem that makes the configuration unusable."""
+        self._add(Issue(place, what, allowed, hint))
+
+    def warn(self, place: Place, what: str, *, hint: str = "") -> None:
+        """Note something that is allowed and probably not meant."""
+        self._add(Issue(place, what, hint=hint, is_warning=True))
+
+    def _add(self, issue: Issue) -> None:
+        if len(self._issues) >= MAX_ISSUES:
+            self._left_out += 1
+            # The one error that decides must not be lost behind a thousand warnings.
+            if issue.is_warning or self._has_errors:
+                return
+        self._has_errors |= not issue.is_warning
+        self._issues.append(issue)
+
+    def finish(self) -> tuple[Issue, ...]:
+        """Return the warnings, by place. Raises ConfigError with everything if there are errors."""
+        issues = sorted(self._issues, key=lambda issue: (issue.place.line, issue.place.column))
+        if self._left_out and issues:
+            last = replace(issues[-1].place, column=0)
+            issues.append(Issue(last, f"{self._left_out} more problems", is_warning=True))
+        if self._has_errors:
+            raise ConfigError(issues)
+        return tuple(issues)

@@ -1,0 +1,282 @@
+"""TOML text to a RawConfig: a superset of oxidinetd's keys, which mean what they mean there.
+
+Checks kinds and ranges of values and that a rule is complete; what concerns several rules is
+checked for all dialects together, in ``resolve``.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from dataclasses import replace
+
+from forwarder.addr import (
+    ADDRESS_FORMS,
+    UPSTREAM_FORMS,
+    Address,
+    AddressError,
+    parse_address,
+    parse_host,
+    parse_upstream,
+)
+from forwarder.config.model import (
+    AccessRule,
+    LogFormat,
+    Protocol,
+    RelayMode,
+    Settings,
+    Verdict,
+)
+from forwarder.config.raw import Issues, Placed, RawConfig, RawRule
+from forwarder.config.toml_places import Places
+from forwarder.config.toml_table import Table, describe
+from forwarder.errors import Place
+
+# Arbitrary; catches a port or a pid written in the wrong place before it becomes processes.
+MAX_WORKERS = 1024
+
+TOP_KEYS = (
+    "connect_timeout",
+    "forwarding_rules",
+    "global_rules",
+    "half_close_timeout",
+    "idle_timeout",
+    "log_file",
+    "log_format",
+    "pid_file",
+    "relay",
+    "workers",
+)
+RULE_KEYS = (
+    "bind_address",
+    "bind_port",
+    "connect_address",
+    "connect_port",
+    "connect_timeout",
+    "half_close_timeout",
+    "idle_timeout",
+    "listen",
+    "name",
+    "protocol",
+    "rules",
+    "source_address",
+    "timeout",
+    "upstream",
+)
+ACCESS_KEYS = ("type", "pattern")
+
+_POSITION = re.compile(r" \(at (?:line ([0-9]+), column ([0-9]+)|end of document)\)$")
+_EXAMPLE = '[[forwarding_rules]] with listen = "0.0.0.0:8080" and upstream = "10.0.0.1:80"'
+_SYNTAX_HINTS = {
+    "Cannot overwrite a value": "a key or table is written twice",
+    "Cannot declare": "a table is written twice; an array of tables needs double brackets",
+    "Invalid value": 'texts need quotes: key = "value"',
+    "Expected '=' after a key": "a line is KEY = VALUE, a [table] or a # comment",
+}
+
+
+def parse(text: str, source: str, issues: Issues) -> RawConfig:
+    """Read a whole file. Problems go to ``issues``; what is sound is returned all the same."""
+    data: dict[str, object]
+    try:
+        data = tomllib.loads(text)
+    except RecursionError:
+        issues.error(Place(source), "the brackets of a value are nested too deep")
+        return RawConfig(rules_seen=1)
+    except ValueError as error:
+        _report_syntax(str(error), text, source, issues)
+        return RawConfig(rules_seen=1)
+    top = Table(data, (), Places(text, source), issues, TOP_KEYS)
+    raw = RawConfig(settings=_settings(top), access=_access(top, "global_rules"))
+    for key in ("connect_timeout", "half_close_timeout", "idle_timeout"):
+        duration = top.duration(key)
+        if duration is not None:
+            setattr(raw, f"{key}_s", duration.value)
+    rules = top.get("forwarding_rules")
+    if rules is None:
+        issues.error(
+            Place(source),
+            "forwarding_rules is missing",
+            allowed="one or more",
+            hint=f"add {_EXAMPLE}",
+        )
+    raw.rules_seen = 0 if rules == [] else 1
+    for table in top.tables("forwarding_rules", RULE_KEYS):
+        rule = _rule(table)
+        if rule is not None:
+            raw.rules.append(rule)
+    return raw
+
+
+def _report_syntax(message: str, text: str, source: str, issues: Issues) -> None:
+    position = _POSITION.search(message)
+    if position is None:
+        place = Place(source)
+    elif position[1] is None:
+        place = Place(source, text.count("\n") + 1)
+    else:
+        place = Place(source, int(position[1]), int(position[2]))
+    what = message[: position.start()] if position else message
+    hint = next((hint for start, hint in _SYNTAX_HINTS.items() if what.startswith(start)), "")
+    issues.error(place, f"not valid TOML: {what[:1].lower()}{what[1:]}", hint=hint)
+
+
+def _settings(top: Table) -> Settings:
+    log_file = top.text("log_file")
+    pid_file = top.text("pid_file")
+    settings = Settings(
+        workers=_workers(top),
+        log_file=log_file.value if log_file else None,
+        pid_file=pid_file.value if pid_file else None,
+    )
+    return replace(
+        settings,
+        relay=top.choice("relay", RelayMode) or settings.relay,
+        log_format=top.choice("log_format", LogFormat) or settings.log_format,
+    )
+
+
+def _workers(top: Table) -> int:
+    value = top.get("workers")
+    if value is None or value == "auto":
+        return 0
+    if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_WORKERS:
+        return value
+    hint = 'write "auto" for one per CPU' if value == 0 else ""
+    top.bad("workers", f'"auto" or a number from 1 to {MAX_WORKERS}', hint)
+    return 0
+
+
+def _access(table: Table, key: str) -> list[AccessRule]:
+    rules = []
+    for entry in table.tables(key, ACCESS_KEYS):
+        for required in ACCESS_KEYS:
+            if required not in entry:
+                entry.issues.error(
+                    entry.place(),
+                    f"an access rule lacks {required}",
+                    allowed='type = "allow" or "deny", pattern = "PATTERN"',
+                )
+        verdict = entry.choice("type", Verdict)
+        pattern = entry.text("pattern")
+        if verdict and pattern:
+            rules.append(AccessRule(verdict=verdict, pattern=pattern.value, place=pattern.place))
+    return rules
+
+
+def _rule(table: Table) -> RawRule | None:
+    """Read one rule; None when it has no usable listen address or upstream."""
+    listen = _listen(table)
+    upstreams = _upstreams(table)
+    protocol = table.choice("protocol", Protocol) or Protocol.TCP
+    name = table.text("name")
+    source = _host(table, "source_address")
+    udp_timeout_s = table.duration("timeout")
+    durations = {
+        f"{key}_s": duration.value
+        for key in ("connect_timeout", "half_close_timeout", "idle_timeout")
+        if (duration := table.duration(key)) is not None
+    }
+    access = _access(table, "rules")
+    if listen is None or not upstreams:
+        return None
+    return RawRule(
+        place=table.place(),
+        listen=listen,
+        upstreams=upstreams,
+        protocol=protocol,
+        name=name,
+        source=source,
+        udp_timeout_s=udp_timeout_s,
+        access=access,
+        **durations,
+    )
+
+
+def _listen(table: Table) -> Placed[Address] | None:
+    if not _is_one_way(table, "listen", "bind_address", "bind_port"):
+        return None
+    if "listen" not in table:
+        return _host_and_port(table, "bind_address", "bind_port")
+    text = table.text("listen", ADDRESS_FORMS)
+    return _address(table, text, is_upstream=False) if text else None
+
+
+def _upstreams(table: Table) -> tuple[Placed[Address], ...]:
+    if not _is_one_way(table, "upstream", "connect_address", "connect_port"):
+        return ()
+    if "upstream" not in table:
+        single = _host_and_port(table, "connect_address", "connect_port")
+        return (single,) if single else ()
+    value = table.get("upstream")
+    if not isinstance(value, list):
+        text = table.text("upstream", f"{UPSTREAM_FORMS}, or a list of them")
+        texts = [text] if text else []
+    elif not value:
+        table.issues.error(table.place("upstream"), "upstream is empty", allowed="one or more")
+        return ()
+    else:
+        texts = []
+        for index, item in enumerate(value):
+            place = table.place("upstream", index)
+            if isinstance(item, str):
+                texts.append(Placed(item, place))
+            else:
+                what = f"element {index + 1} of upstream is {describe(item)}"
+                table.issues.error(place, what, allowed='a text such as "10.0.0.1:80"')
+    addresses = [_address(table, text, is_upstream=True) for text in texts]
+    return tuple(address for address in addresses if address)
+
+
+def _is_one_way(table: Table, joint: str, host: str, port: str) -> bool:
+    """Check that an address is written in exactly one of the two ways, and completely."""
+    both = f"either {joint}, or {host} and {port}"
+    split = [key for key in (host, port) if key in table]
+    if joint in table:
+        if split:
+            what = f"{joint} and {split[0]} are both given"
+            table.issues.error(table.place(split[0]), what, allowed=both, hint=f"keep {joint}")
+        return not split
+    if len(split) == 2:
+        return True
+    if split:
+        missing = port if split == [host] else host
+        what = f"{split[0]} is given without {missing}"
+        table.issues.error(table.place(split[0]), what, allowed=both, hint=f"add {missing}")
+    else:
+        table.issues.error(table.place(), f"the rule has no {joint} address", allowed=both)
+    return False
+
+
+def _address(table: Table, text: Placed[str], *, is_upstream: bool) -> Placed[Address] | None:
+    try:
+        address = parse_upstream(text.value) if is_upstream else parse_address(text.value)
+    except AddressError as error:
+        allowed = UPSTREAM_FORMS if is_upstream else ADDRESS_FORMS
+        table.issues.error(text.place, str(error), allowed=allowed)
+        return None
+    return Placed(address, text.place)
+
+
+def _host_and_port(table: Table, host_key: str, port_key: str) -> Placed[Address] | None:
+    host = _host(table, host_key)
+    port = table.port(port_key)
+    if host is None or port is None:
+        return None
+    return Placed(Address(host.value, port.value), host.place)
+
+
+def _host(table: Table, key: str) -> Placed[str] | None:
+    allowed = "an IPv4 or IPv6 address or a host name, without a port"
+    text = table.text(key, allowed)
+    if text is None:
+        return None
+    if text.value == "*" and key != "bind_address":
+        what = f"{key} is '*', which can only be listened on"
+        table.issues.error(text.place, what, allowed=allowed)
+        return None
+    try:
+        return Placed(parse_host(text.value), text.place)
+    except AddressError as error:
+        table.issues.error(text.place, f"{key}: {error}", allowed=allowed)
+    return None

@@ -1,0 +1,172 @@
+"""Typed reading of one TOML table: values of the right kind or an issue with its place.
+
+Knows kinds of values, not what the keys mean.
+"""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from enum import Enum
+from typing import TYPE_CHECKING, TypeVar
+
+from forwarder.addr import MAX_PORT
+from forwarder.config.durations import DURATION_FORMS, parse_duration
+from forwarder.config.raw import Issues, Placed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from forwarder.config.toml_places import Path, Places
+    from forwarder.errors import Place
+
+E = TypeVar("E", bound=Enum)
+
+
+def describe(value: object) -> str:
+    """Say what a value is, for "KEY is ..."."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return f"the text {_short(repr(value))}"
+    if isinstance(value, int | float):
+        return f"the number {_short(_number(value))}"
+    if isinstance(value, list):
+        return "a list"
+    return "a table" if isinstance(value, dict) else "a date or time"
+
+
+def _number(value: float) -> str:
+    try:
+        return repr(value)
+    except ValueError:  # Python does not print integers of thousands of digits
+        return "with thousands of digits"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+class Table:
+    """One table of the document. Unknown keys are reported when it is made."""
+
+    def __init__(
+        self,
+        data: dict[str, object],
+        path: Path,
+        places: Places,
+        issues: Issues,
+        known: Sequence[str],
+    ) -> None:
+        self._data = data
+        self._path = path
+        self._places = places
+        self.issues = issues
+        for key in data:
+            if key not in known:
+                self._report_unknown(key, known)
+
+    def _report_unknown(self, key: str, known: Sequence[str]) -> None:
+        near = get_close_matches(key.lower(), known, 1)
+        self.issues.error(
+            self.place(key),
+            f"unknown key {_short(repr(key))}",
+            allowed=", ".join(known),
+            hint=f"did you mean {near[0]}?" if near else "",
+        )
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._data
+
+    def place(self, *keys: str | int) -> Place:
+        """Return the place of a key in this table, or of the table itself."""
+        return self._places.at((*self._path, *keys))
+
+    def get(self, key: str) -> object:
+        """Return a value as tomllib read it, None where there is none."""
+        return self._data.get(key)
+
+    def bad(self, key: str, allowed: str, hint: str = "") -> None:
+        """Report a value as one that is not allowed."""
+        what = f"{key} is {describe(self._data[key])}"
+        self.issues.error(self.place(key), what, allowed=allowed, hint=hint)
+
+    def text(self, key: str, allowed: str = "a text in quotes") -> Placed[str] | None:
+        """Read a text: not empty, without control characters."""
+        value = self._data.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, str):
+            self.bad(key, allowed)
+        elif not value:
+            self.issues.error(self.place(key), f"{key} is empty", allowed=allowed)
+        elif not value.isprintable():
+            self.bad(key, f"{allowed}, without control characters")
+        else:
+            return Placed(value, self.place(key))
+        return None
+
+    def port(self, key: str) -> Placed[int] | None:
+        """Read a port number."""
+        value = self._data.get(key)
+        if value is None:
+            return None
+        if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_PORT:
+            return Placed(value, self.place(key))
+        hint = "write the number without quotes" if isinstance(value, str) else ""
+        self.bad(key, f"a number from 1 to {MAX_PORT}", hint)
+        return None
+
+    def duration(self, key: str) -> Placed[float] | None:
+        """Read a duration in seconds."""
+        value = self._data.get(key)
+        if value is None:
+            return None
+        try:
+            return Placed(parse_duration(value), self.place(key))
+        except ValueError as error:
+            self.issues.error(
+                self.place(key),
+                f"{key}: {describe(value)} {error}",
+                allowed=DURATION_FORMS,
+            )
+        return None
+
+    def choice(self, key: str, choices: type[E]) -> E | None:
+        """Read one of the values of an enumeration."""
+        value = self._data.get(key)
+        if value is None:
+            return None
+        names = [str(choice.value) for choice in choices]
+        if isinstance(value, str):
+            if value in names:
+                return choices(value)
+            near = get_close_matches(value.lower(), names, 1)
+        else:
+            near = []
+        self.bad(
+            key,
+            ", ".join(f'"{name}"' for name in names),
+            f'did you mean "{near[0]}"?' if near else "",
+        )
+        return None
+
+    def tables(self, key: str, known: Sequence[str]) -> Iterator[Table]:
+        """Read an array of tables, one by one."""
+        value = self._data.get(key)
+        if value is None:
+            return
+        if not isinstance(value, list):
+            name = ".".join([*(str(part) for part in self._path if isinstance(part, str)), key])
+            hint = f"write [[{name}]] with double brackets" if isinstance(value, dict) else ""
+            self.bad(key, "an array of tables", hint)
+            return
+        for index, item in enumerate(value):
+            if isinstance(item, dict):
+                path = (*self._path, key, index)
+                yield Table(item, path, self._places, self.issues, known)
+            else:
+                self.issues.error(
+                    self.place(key, index),
+                    f"element {index + 1} of {key} is {describe(item)}",
+                    allowed="a table",
+                )
