@@ -1,0 +1,1 @@
+"""System calls with their contracts: sockets, pipes, the control channel. Decides nothing."""

@@ -1,0 +1,150 @@
+"""Making and setting up sockets, and what their errors mean. Moves no bytes, keeps no state.
+
+Session sockets are ``socket.SocketType``, the C type under ``socket.socket``: it has every
+operation the relay needs, is half the size and skips the Python-level constructor.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import socket
+import struct
+import sys
+import termios
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Final, TypeAlias
+
+SockAddr: TypeAlias = tuple[str, int] | tuple[str, int, int, int]
+
+BACKLOG: Final = 4096  # the kernel caps it at net.core.somaxconn, whose default is 4096
+
+_NONBLOCKING_STREAM: Final = socket.SOCK_STREAM | getattr(socket, "SOCK_NONBLOCK", 0)
+_LINGER_ABORT: Final = struct.pack("ii", 1, 0)
+# linux/in.h; Python 3.11 has no name for it. The port is then chosen at connect(), by the whole
+# 4-tuple, so that one source address can hold more than 28,000 connections.
+_IP_BIND_ADDRESS_NO_PORT: Final = 24
+
+# accept(2): errors of the connection that was being accepted, or of the network below it. The
+# listener is fine, the next one may be.
+ACCEPT_IGNORE: Final = frozenset(
+    {
+        errno.ECONNABORTED,  # the client reset while it was queued
+        errno.EPROTO,
+        errno.ENETDOWN,
+        errno.ENOPROTOOPT,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+        errno.ENETUNREACH,
+        errno.EOPNOTSUPP,
+        errno.EPERM,  # a firewall rule forbids this one
+        errno.ETIMEDOUT,
+        errno.EINTR,
+    }
+)
+# The process or the system is short of something: pause accepting, clients wait in the queue.
+ACCEPT_OVERLOAD: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A socket address that can be connected to."""
+
+    family: int
+    sockaddr: SockAddr
+
+    def __str__(self) -> str:
+        host, port = self.sockaddr[0], self.sockaddr[1]
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def listen_tcp(target: Target, *, v6only: bool) -> socket.socket:
+    """Bind and listen on a TCP address with SO_REUSEPORT. The caller owns the socket.
+
+    Options that accepted sockets inherit (TCP_NODELAY, keepalive, SO_OOBINLINE) are set here, once,
+    instead of on every connection. SO_OOBINLINE keeps an urgent byte in the stream: splice and recv
+    would otherwise drop it. Raises OSError.
+    """
+    sock = socket.socket(target.family, _NONBLOCKING_STREAM)
+    try:
+        sock.setblocking(False)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        _set_v6only(sock, target.family, v6only)
+        sock.bind(target.sockaddr)
+        sock.listen(BACKLOG)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def probe_bind(target: Target, *, v6only: bool) -> None:
+    """Check that nobody listens on a TCP address: bind it without SO_REUSEPORT, and let go.
+
+    SO_REUSEPORT would let a second instance of the same user share the port without a word.
+    SO_REUSEADDR passes over connections in TIME_WAIT but not over a listener (socket(7)).
+    Raises OSError, EADDRINUSE above all.
+    """
+    with socket.socket(target.family, socket.SOCK_STREAM) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        _set_v6only(sock, target.family, v6only)
+        sock.bind(target.sockaddr)
+
+
+def _set_v6only(sock: socket.socket, family: int, v6only: bool) -> None:  # noqa: FBT001 - an on/off socket option
+    if family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, v6only)
+
+
+def accepted_socket(fd: int, family: int) -> socket.SocketType:
+    """Take ownership of a descriptor that accept returned, and make it non-blocking."""
+    sock = socket.SocketType(family, socket.SOCK_STREAM, 0, fd)
+    sock.setblocking(False)
+    return sock
+
+
+def upstream_socket(target: Target, source: SockAddr | None) -> socket.SocketType:
+    """Make a non-blocking TCP socket for ``target``, bound to ``source`` if there is one.
+
+    The caller owns it. Raises OSError: EMFILE and the like, EADDRNOTAVAIL for a wrong source.
+    """
+    sock = socket.SocketType(target.family, _NONBLOCKING_STREAM)
+    try:
+        if not sys.platform.startswith("linux"):
+            sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if source is not None:
+            with suppress(OSError):  # best effort: an old kernel takes the port at bind
+                sock.setsockopt(socket.IPPROTO_IP, _IP_BIND_ADDRESS_NO_PORT, 1)
+            sock.bind(source)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def set_abort_on_close(sock: socket.SocketType) -> None:
+    """Make close() send RST in place of FIN (SO_LINGER with 0 seconds, socket(7))."""
+    with suppress(OSError):  # a socket that is gone needs no RST
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_ABORT)
+
+
+def keep_urgent_inline(sock: socket.SocketType) -> None:
+    """Leave the urgent byte in the stream (SO_OOBINLINE, tcp(7)) instead of dropping it."""
+    with suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+
+
+def unsent_bytes(sock: socket.SocketType) -> int:
+    """Bytes that were sent but not yet acknowledged (SIOCOUTQ, tcp(7)); 0 if it cannot be told."""
+    try:
+        raw = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, b"\0\0\0\0")
+    except OSError:
+        return 0
+    return int(struct.unpack("i", raw)[0])

@@ -1,0 +1,112 @@
+"""Accepting clients from one bound socket. A listener never dies of an error.
+
+Does not bind and does not own the socket: the worker does.
+"""
+
+from __future__ import annotations
+
+import logging
+import select
+from typing import TYPE_CHECKING, Final
+
+from forwarder.net import sockets
+
+if TYPE_CHECKING:
+    import socket
+    from asyncio import AbstractEventLoop
+
+    from forwarder.relay.relay import Relay
+    from forwarder.upstream.pool import Pool
+
+log = logging.getLogger(__name__)
+
+# Accepts per event. The poll is level-triggered, so the rest is reported by the next one.
+ACCEPT_BATCH: Final = 8
+# How long a listener rests when descriptors or memory are used up. Clients wait in its queue.
+PAUSE_S: Final = 0.1
+
+
+class Listener:
+    """Hands the clients of one listening socket to the relay."""
+
+    __slots__ = (
+        "_family",
+        "_is_paused",
+        "_is_stopped",
+        "_loop",
+        "_pauses",
+        "_relay",
+        "pool",
+        "sock",
+    )
+
+    def __init__(
+        self, loop: AbstractEventLoop, relay: Relay, pool: Pool, sock: socket.socket
+    ) -> None:
+        """``sock`` is non-blocking and listening; ``pool`` is where its clients go."""
+        self.pool = pool
+        self.sock = sock
+        self._loop = loop
+        self._relay = relay
+        self._family = sock.family
+        self._pauses = 0
+        self._is_paused = False
+        self._is_stopped = False
+
+    def start(self) -> None:
+        """Begin to accept."""
+        self._relay.poller.register(self.sock.fileno(), self, select.EPOLLIN)
+
+    def stop(self) -> None:
+        """Accept no more. What is queued stays queued; the socket stays open."""
+        if not (self._is_stopped or self._is_paused):
+            self._relay.poller.unregister(self.sock.fileno())
+        self._is_stopped = True
+
+    def on_events(self, mask: int) -> None:  # noqa: ARG002 - only one kind of event is asked for
+        """Accept what is queued, at most ACCEPT_BATCH."""
+        relay = self._relay
+        for _ in range(ACCEPT_BATCH):
+            if not relay.has_spare_fd and not relay.recover_spare_fd():
+                self._pause("no file descriptors left; raise LimitNOFILE or ulimit -n")
+                return
+            try:
+                # The public accept() wraps this one in 3 us of Python.
+                fd, address = self.sock._accept()  # type: ignore[attr-defined]  # noqa: SLF001
+            except BlockingIOError:
+                return
+            except OSError as err:
+                if err.errno in sockets.ACCEPT_IGNORE:
+                    continue
+                self._pause(err.strerror or str(err))
+                return
+            relay.open_session(self.pool, sockets.accepted_socket(fd, self._family), address)
+
+    def on_bug(self) -> None:
+        """Accepting failed in a way nobody thought of: go on after a rest."""
+        self._pause("unexpected error")
+
+    def _pause(self, why: str) -> None:
+        if self._is_paused or self._is_stopped:
+            return
+        if not self._pauses:
+            log.warning(
+                "accept.paused rule=%s: %s; clients wait in the queue", self.pool.rule.name, why
+            )
+        self._pauses += 1
+        self._is_paused = True
+        self._relay.poller.unregister(self.sock.fileno())
+        self._loop.call_later(PAUSE_S, self._resume)
+
+    def _resume(self) -> None:
+        self._is_paused = False
+        if self._is_stopped:
+            return
+        if self._relay.recover_spare_fd():
+            log.warning("accept.resumed rule=%s after %d pauses", self.pool.rule.name, self._pauses)
+            self._pauses = 0
+            self.start()
+        else:
+            self._pauses += 1
+            self._is_paused = True
+            self._loop.call_later(PAUSE_S, self._resume)

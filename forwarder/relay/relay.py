@@ -1,0 +1,170 @@
+"""What all sessions of one worker share: the poller, the buffers, the pipes, the timers, the limits.
+
+Opens no listener and speaks to no master; the worker does.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final
+
+from forwarder.config.model import RelayMode
+from forwarder.errors import CloseReason, Phase, Who
+from forwarder.net import sockets
+from forwarder.net.pipes import PipePool
+from forwarder.relay.direction import BULK_BYTES, SMALL_BYTES, Direction
+from forwarder.relay.poller import Poller
+from forwarder.relay.session import Session, State
+from forwarder.relay.splice import HAS_SPLICE, SpliceDirection
+from forwarder.relay.wheel import TICK_S, Wheel
+
+if TYPE_CHECKING:
+    import socket
+    from asyncio import AbstractEventLoop
+    from collections.abc import Callable
+
+    from forwarder.net.sockets import SockAddr, Target
+    from forwarder.upstream.pool import Pool
+
+log = logging.getLogger(__name__)
+
+# A failing upstream of a busy rule fails thousands of times a second; say so this often at most.
+WARN_INTERVAL_S: Final = 10.0
+
+
+class Relay:
+    """The relay of one worker. ``failed`` counts sessions that found no upstream.
+
+    ``small_view`` and ``bulk_view`` are scratch space, used within one call and never across.
+    """
+
+    def __init__(self, loop: AbstractEventLoop, mode: RelayMode, pipe_budget_pages: int) -> None:
+        """Join ``loop``. ``mode`` must not be SPLICE on a system without it."""
+        self.poller = Poller(loop)
+        self.wheel = Wheel(loop.time())
+        self.sessions: set[Session] = set()
+        self.pipes = PipePool(pipe_budget_pages)
+        self.make_direction: Callable[[Relay, Session], Direction] = Direction
+        if HAS_SPLICE and mode is not RelayMode.COPY:
+            self.make_direction = SpliceDirection
+        bulk = bytearray(BULK_BYTES)
+        self.bulk_view = memoryview(bulk)
+        self.small_view = self.bulk_view[:SMALL_BYTES]
+        self.total = 0
+        self.failed = 0
+        self.spliced = 0
+        self._loop = loop
+        self._is_ticking = False
+        self._spare_fd = _reserve_fd()
+        self._logs_sessions = log.isEnabledFor(logging.DEBUG)
+        self._warn_after: dict[str, float] = {}
+        self._unreported: dict[str, int] = {}
+
+    # -- sessions
+
+    def open_session(self, pool: Pool, client: socket.SocketType, address: SockAddr) -> None:
+        """Forward an accepted client; the session owns ``client`` from here on."""
+        self.total += 1
+        session = Session(self, pool, client, address)
+        try:
+            session.start()
+        except Exception:  # as in Poller: a bug must cost one session, not the worker
+            log.exception("relay.bug while connecting rule=%s", pool.rule.name)
+            session.on_bug()
+
+    def abort_sessions(self, why: str) -> None:
+        """End all sessions by RST."""
+        for session in tuple(self.sessions):
+            session.abort(CloseReason(Who.US, Phase.DRAIN, why))
+
+    def on_session_end(self, session: Session, reason: CloseReason) -> None:
+        """Account for a session that has ended."""
+        if self._logs_sessions and session.state is not State.CLOSED:
+            target = session.targets[session.attempt] if session.attempt >= 0 else "-"
+            log.debug(
+                "session.closed rule=%s client=%s:%d upstream=%s end=%s c2u=%d u2c=%d total_s=%.3f",
+                session.pool.rule.name,
+                session.client_address[0],
+                session.client_address[1],
+                target,
+                reason,
+                session.c2u.moved,
+                session.u2c.moved,
+                self.poller.now - session.started_at,
+            )
+
+    def warn_connect_failed(self, rule: str, upstream: str, why: str) -> None:
+        """Log a failed connect, repeats of a rule at most every WARN_INTERVAL_S with their count."""
+        now = self.poller.now
+        if now < self._warn_after.get(rule, 0.0):
+            self._unreported[rule] = self._unreported.get(rule, 0) + 1
+            return
+        self._warn_after[rule] = now + WARN_INTERVAL_S
+        repeats = self._unreported.pop(rule, 0)
+        more = f" ({repeats} more since the last report)" if repeats else ""
+        log.warning("connect.failed rule=%s: cannot connect%s: %s%s", rule, upstream, why, more)
+
+    # -- timers
+
+    def tick_soon(self) -> None:
+        """Make sure that the wheel turns while something is on it."""
+        if not self._is_ticking:
+            self._is_ticking = True
+            self._loop.call_later(TICK_S, self._tick)
+
+    def _tick(self) -> None:
+        self.poller.now = self._loop.time()
+        try:
+            self.wheel.advance(self.poller.now)
+        except Exception:  # as in Poller
+            log.exception("relay.bug in a timer")
+        self._is_ticking = False
+        if self.wheel:
+            self.tick_soon()
+
+    # -- descriptors
+
+    @property
+    def has_spare_fd(self) -> bool:
+        """Whether an accepted client is sure to get an upstream socket; if not, do not accept."""
+        return self._spare_fd >= 0
+
+    def upstream_socket(self, target: Target, source: SockAddr | None) -> socket.SocketType:
+        """Make an upstream socket, from the spare descriptor when it is the last one.
+
+        So a client that was accepted at the descriptor limit is served, and no further one is
+        accepted until the spare is back. Raises OSError.
+        """
+        try:
+            return sockets.upstream_socket(target, source)
+        except OSError as err:
+            if err.errno not in sockets.ACCEPT_OVERLOAD or not self.has_spare_fd:
+                raise
+        os.close(self._spare_fd)
+        self._spare_fd = -1
+        return sockets.upstream_socket(target, source)
+
+    def recover_spare_fd(self) -> bool:
+        """Try to reserve the spare descriptor again; True if it is there."""
+        if not self.has_spare_fd:
+            with suppress(OSError):
+                self._spare_fd = _reserve_fd()
+        return self.has_spare_fd
+
+    def keep_urgent(self, sock: socket.SocketType) -> None:
+        """An urgent byte is in the stream of ``sock``: keep it there."""
+        sockets.keep_urgent_inline(sock)
+
+    def close(self) -> None:
+        """Give back everything but the sessions, which must have ended."""
+        self.poller.close()
+        self.pipes.close()
+        if self.has_spare_fd:
+            os.close(self._spare_fd)
+            self._spare_fd = -1
+
+
+def _reserve_fd() -> int:
+    return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)

@@ -1,0 +1,350 @@
+"""One client and its upstream connection: connecting, timing, half-closing, ending.
+
+Moves no bytes itself; its two directions do.
+
+Theory of operation
+-------------------
+::
+
+    RESOLVING --> CONNECTING --> RELAYING --> HALF_CLOSED --+
+        |             |             |              |        v
+        +-------------+-------------+--------------+--> CLOSED
+                                    |              |        ^
+                                    +-- ABORTING <-+--------+
+
+* CONNECTING tries one target after the other; client bytes stay in the kernel meanwhile.
+* HALF_CLOSED: one side sent FIN, it was passed on after the last byte (RFC 9293 section 3.6), and
+  the other direction lives on, bounded by ``half_close_timeout_s`` without a byte.
+* A reset of one side reaches the other as a reset, never as a clean FIN that would make a cut
+  stream look whole. But an RST overtakes what is still in our send queue: ABORTING waits until the
+  peer has acknowledged that, at most ``ABORT_GRACE_S``.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+from enum import Enum
+from typing import TYPE_CHECKING, Final
+
+from forwarder.errors import CloseReason, Phase, Who
+from forwarder.net import sockets
+from forwarder.relay.poller import BROKEN, READABLE, WRITABLE
+from forwarder.relay.wheel import TICK_S
+
+if TYPE_CHECKING:
+    from forwarder.net.sockets import Target
+    from forwarder.relay.direction import Direction
+    from forwarder.relay.relay import Relay
+    from forwarder.upstream.pool import Pool
+
+log = logging.getLogger(__name__)
+
+# How long an aborted session may still deliver what its send queue holds. Arbitrary; two
+# retransmissions at the usual minimum timeout fit in.
+ABORT_GRACE_S: Final = 5.0
+
+_IN_PROGRESS: Final = frozenset({0, errno.EINPROGRESS})
+# These can only follow a handshake that succeeded: the upstream accepted and reset at once.
+_RESET_AFTER_CONNECT: Final = frozenset({errno.ECONNRESET, errno.EPIPE})
+
+
+class State(Enum):
+    """See the picture above."""
+
+    RESOLVING = "resolving"
+    CONNECTING = "connecting"
+    RELAYING = "relaying"
+    HALF_CLOSED = "half-closed"
+    ABORTING = "aborting"
+    CLOSED = "closed"
+
+
+class Session:
+    """A client and its upstream. Owns both sockets from the constructor on.
+
+    ``active_at``: when an event last came, in the loop's time; ``bucket`` is the wheel's.
+    ``is_reset``: one side is gone by RST, so the session cannot end with a FIN.
+    """
+
+    __slots__ = (
+        "active_at",
+        "attempt",
+        "bucket",
+        "c2u",
+        "client",
+        "client_address",
+        "is_reset",
+        "pool",
+        "relay",
+        "started_at",
+        "state",
+        "survivor",
+        "targets",
+        "u2c",
+        "upstream",
+    )
+
+    def __init__(
+        self, relay: Relay, pool: Pool, client: socket.SocketType, client_address: sockets.SockAddr
+    ) -> None:
+        self.relay = relay
+        self.pool = pool
+        self.client = client
+        self.client_address = client_address
+        self.upstream: socket.SocketType | None = None
+        self.survivor: socket.SocketType | None = None  # ABORTING: the side that still receives
+        self.state = State.RESOLVING
+        self.started_at = self.active_at = relay.poller.now
+        self.bucket = -1
+        self.targets: tuple[Target, ...] = ()
+        self.attempt = -1  # index of the target being tried, then of the one connected
+        self.is_reset = False
+        c2u = self.c2u = relay.make_direction(relay, self)
+        u2c = self.u2c = relay.make_direction(relay, self)
+        c2u.reverse = u2c
+        u2c.reverse = c2u
+        c2u.src = u2c.dst = client
+        relay.sessions.add(self)
+
+    # -- connecting
+
+    def start(self) -> None:
+        """Find a target and connect, now or when the name is resolved."""
+        self._arm(self.pool.rule.connect_timeout_s)
+        targets = self.pool.targets()
+        if targets is None:
+            self.pool.wait_for_targets(self.on_targets)
+        else:
+            self.on_targets(targets)
+
+    def on_targets(self, targets: tuple[Target, ...]) -> None:
+        """Go on with the addresses of the upstream; none means that no name could be resolved."""
+        if self.state is not State.RESOLVING:
+            return  # timed out, or ended by a drain
+        if not targets:
+            self._fail("no upstream address could be resolved")
+            return
+        self.targets = targets
+        self.state = State.CONNECTING
+        self._connect_next(0)
+
+    def _connect_next(self, error: int) -> None:
+        while self.attempt + 1 < len(self.targets):
+            self.attempt += 1
+            target = self.targets[self.attempt]
+            try:
+                upstream = self.relay.upstream_socket(target, self.pool.source(target.family))
+            except OSError as err:
+                error = err.errno or 0
+                continue
+            error = upstream.connect_ex(target.sockaddr)
+            if error in _IN_PROGRESS:
+                self._watch(upstream)
+                return
+            upstream.close()
+        self._fail(os.strerror(error))
+
+    def _watch(self, upstream: socket.SocketType) -> None:
+        """Wait for the outcome of a connect; the first time also watch the client."""
+        poller = self.relay.poller
+        if self.upstream is None:
+            poller.register(self.client.fileno(), self.c2u)
+        else:
+            self._arm(self.pool.rule.connect_timeout_s)
+        self.upstream = self.c2u.dst = self.u2c.src = upstream
+        poller.register(upstream.fileno(), self)
+
+    def on_events(self, mask: int) -> None:
+        """Handle events of a connecting upstream socket, or of the last socket of an abort."""
+        if self.state is State.CONNECTING and self.upstream is not None:
+            if mask & BROKEN:
+                error = self.upstream.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                if error not in _RESET_AFTER_CONNECT:
+                    self._give_up_attempt(error)
+                    return
+                self.is_reset = True
+            elif not mask & WRITABLE:
+                return
+            self._on_connected(self.upstream, mask)
+        elif self.state is State.ABORTING and mask & BROKEN:
+            self._finish()
+
+    def _on_connected(self, upstream: socket.SocketType, mask: int) -> None:
+        self.state = State.RELAYING
+        self.active_at = self.relay.poller.now
+        self.relay.poller.hand_over(upstream.fileno(), self.u2c)
+        self._arm(self.pool.rule.idle_timeout_s)
+        self.u2c.is_blocked = False
+        self.c2u.resume()
+        if mask & READABLE and not self.u2c.is_blocked:
+            self.u2c.pump(mask)
+
+    def _give_up_attempt(self, error: int) -> None:
+        if self.upstream is not None:
+            self._release(self.upstream)
+        self._connect_next(error)
+
+    def _fail(self, why: str) -> None:
+        """No upstream: the client is reset, as it would be by the closed port itself."""
+        self.relay.failed += 1
+        self.pool.on_failure()
+        upstream = "" if self.attempt < 0 else f" to {self.targets[self.attempt]}"
+        self.relay.warn_connect_failed(self.pool.rule.name, upstream, why)
+        self.abort(CloseReason(Who.UPSTREAM, Phase.CONNECT, why))
+
+    def _who(self, direction: Direction) -> Who:
+        return Who.CLIENT if direction is self.c2u else Who.UPSTREAM
+
+    # -- what the directions report
+
+    def on_eof(self, direction: Direction) -> None:
+        """``direction`` has delivered everything up to the FIN of its source."""
+        if self.is_reset:
+            self._abort_after_delivery(direction, "reset")
+        elif direction.reverse.is_done:
+            self.close(CloseReason(self._who(direction), Phase.DATA))
+        else:
+            try:
+                direction.dst.shutdown(socket.SHUT_WR)
+            except OSError:  # ENOTCONN: reset meanwhile, which the reverse direction will read
+                self.is_reset = True
+            self.state = State.HALF_CLOSED
+            self._arm(self.pool.rule.half_close_timeout_s)
+
+    def on_reset(self, direction: Direction, err: OSError) -> None:
+        """The source of ``direction`` is gone: everything it had sent is read, nothing follows."""
+        self._abort_after_delivery(direction, err.strerror or "reset")
+
+    def on_undeliverable(self, direction: Direction, err: OSError) -> None:
+        """The destination of ``direction`` is gone, but may have sent something before that."""
+        direction.stop()
+        self.is_reset = True
+        reverse = direction.reverse
+        if reverse.is_done:
+            self._abort_after_delivery(reverse, err.strerror or "reset")
+            return
+        self._arm(self.pool.rule.half_close_timeout_s)
+        if reverse.is_blocked:
+            reverse.missed |= READABLE
+        else:
+            reverse.pump(READABLE)
+
+    def on_broken_while_blocked(self, direction: Direction) -> None:
+        """The source of ``direction`` is gone while nothing may be read from it."""
+        if self.state is State.CONNECTING:
+            self.abort(CloseReason(Who.CLIENT, Phase.CONNECT, "reset"))
+        elif self.state in (State.RELAYING, State.HALF_CLOSED):
+            if direction.is_done:
+                self._abort_after_delivery(direction, "reset")
+            else:
+                self.is_reset = True  # delivers what it had sent first, if its peer takes it
+                self._arm(self.pool.rule.half_close_timeout_s)
+
+    def on_bug(self) -> None:
+        """An event handler failed: end the session, the worker goes on."""
+        self.abort(CloseReason(Who.US, Phase.ERROR, "bug"))
+
+    # -- timers
+
+    def on_timer(self, now: float) -> float:
+        """Look whether this session is overdue; returns its next deadline, 0 for none."""
+        rule = self.pool.rule
+        if self.state is State.RELAYING and not self.is_reset:
+            return self._check_silence(now, rule.idle_timeout_s, Phase.IDLE)
+        if self.state in (State.RELAYING, State.HALF_CLOSED):
+            return self._check_silence(now, rule.half_close_timeout_s, Phase.HALF_CLOSE)
+        if self.state is State.ABORTING:
+            overdue = now >= self.active_at + ABORT_GRACE_S
+            if self.survivor is not None and not overdue and sockets.unsent_bytes(self.survivor):
+                return now + TICK_S
+            self._finish()
+        elif self.state is State.CONNECTING:
+            self._give_up_attempt(errno.ETIMEDOUT)
+            return 0.0  # a next attempt has armed the timer itself
+        elif self.state is State.RESOLVING:
+            self._fail("resolving the upstream name timed out")
+        return 0.0
+
+    def _check_silence(self, now: float, limit_s: float, phase: Phase) -> float:
+        deadline = self.active_at + limit_s
+        if now < deadline:
+            return deadline
+        if phase is Phase.IDLE:
+            self.close(CloseReason(Who.US, phase))
+        else:
+            self.abort(CloseReason(Who.US, phase))
+        return 0.0
+
+    def _arm(self, limit_s: float) -> None:
+        wheel = self.relay.wheel
+        if limit_s > 0:
+            wheel.add(self, self.relay.poller.now + limit_s)
+            self.relay.tick_soon()
+        elif self.bucket >= 0:
+            wheel.discard(self)
+
+    # -- ending
+
+    def close(self, reason: CloseReason) -> None:
+        """End by FIN on both sides; all bytes are delivered, or the kernel will deliver them."""
+        self._end(reason)
+        self._finish()
+
+    def abort(self, reason: CloseReason) -> None:
+        """End by RST on both sides, now."""
+        if self.state is State.CLOSED:
+            return
+        for sock in (self.client, self.upstream):
+            if sock is not None and sock.fileno() >= 0:
+                sockets.set_abort_on_close(sock)
+        self._end(reason)
+        self._finish()
+
+    def _abort_after_delivery(self, direction: Direction, detail: str) -> None:
+        """The source of ``direction`` was reset: reset its destination once that has received all."""
+        if self.state in (State.ABORTING, State.CLOSED):
+            return
+        phase = Phase.HALF_CLOSE if self.state is State.HALF_CLOSED else Phase.DATA
+        survivor = direction.dst
+        self._end(CloseReason(self._who(direction), phase, detail))
+        sockets.set_abort_on_close(survivor)
+        if not sockets.unsent_bytes(survivor):
+            self._finish()
+            return
+        self.state = State.ABORTING
+        self.survivor = survivor
+        self.active_at = self.relay.poller.now
+        self.relay.poller.hand_over(survivor.fileno(), self)
+        self._release(direction.src)
+        self._arm(TICK_S)
+
+    def _end(self, reason: CloseReason) -> None:
+        """Stop both directions and report the end, once."""
+        self.c2u.stop()
+        self.u2c.stop()
+        self.relay.on_session_end(self, reason)
+
+    def _finish(self) -> None:
+        """Give everything back. After this batch nothing refers to the session any more."""
+        self.state = State.CLOSED
+        self.relay.wheel.discard(self)
+        self.relay.sessions.discard(self)
+        self._release(self.client)
+        if self.upstream is not None:
+            self._release(self.upstream)
+        self.relay.poller.defer(self._unlink)
+
+    def _release(self, sock: socket.SocketType) -> None:
+        """Close a socket after the batch; harmless on one that is closed or released."""
+        fd = sock.fileno()
+        if fd >= 0:
+            self.relay.poller.forget(fd)
+            self.relay.poller.defer(sock.close)
+
+    def _unlink(self) -> None:
+        """Break the reference cycles, so that the memory is free at once, without the collector."""
+        del self.c2u.reverse, self.c2u.session
+        del self.u2c.reverse, self.u2c.session

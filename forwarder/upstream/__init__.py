@@ -1,0 +1,1 @@
+"""Where sessions go: names turned into addresses, and which address is tried first."""
