@@ -105,13 +105,13 @@ def _parse_network(text: str) -> Network:
             f" {ip.max_prefixlen}",
             _hint_for_netmask(text),
         )
-    network = ipaddress.ip_network((ip, int(prefix)), strict=False)
-    if network.network_address != ip:
+    if int(ip) & ((1 << ip.max_prefixlen - int(prefix)) - 1):
+        network = ipaddress.ip_network((ip, int(prefix)), strict=False)
         raise PatternError(
             f"{text!r} has bits set behind the prefix",
             f"write {network} for the network, {ip} for the one address",
         )
-    return Network(ip.version, network.prefixlen, int(ip))
+    return Network(ip.version, int(prefix), int(ip))
 
 
 def _hint_for_netmask(text: str) -> str:

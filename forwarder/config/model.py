@@ -38,12 +38,12 @@ class Protocol(Enum):
     @property
     def listens_on_udp(self) -> bool:
         """Whether clients speak UDP."""
-        return self in {Protocol.UDP, Protocol.UDP_TO_TCP}
+        return self is Protocol.UDP or self is Protocol.UDP_TO_TCP
 
     @property
     def connects_by_udp(self) -> bool:
         """Whether upstreams are spoken to by UDP."""
-        return self in {Protocol.UDP, Protocol.TCP_TO_UDP}
+        return self is Protocol.UDP or self is Protocol.TCP_TO_UDP
 
 
 class RelayMode(Enum):

@@ -58,12 +58,14 @@ class RawConfig:
     """A file as written; the timeouts are the defaults of its rules.
 
     ``rules_seen`` counts the rules begun, those with errors included: a file whose only rule is
-    broken does not lack one.
+    broken does not lack one. ``dropped_access`` holds the access rules of broken rules: they are
+    checked, for all problems are told at once, and come to nothing.
     """
 
     rules: list[RawRule] = field(default_factory=list)
     rules_seen: int = 0
     access: list[AccessRule] = field(default_factory=list)
+    dropped_access: list[AccessRule] = field(default_factory=list)
     settings: Settings = field(default_factory=Settings)
     connect_timeout_s: float = CONNECT_TIMEOUT_S
     half_close_timeout_s: float = HALF_CLOSE_TIMEOUT_S

@@ -30,6 +30,7 @@ def resolve(raw: RawConfig, source: str, issues: Issues) -> Config:
             hint="add one; a configuration without rules would do nothing",
         )
     _check_access(raw.access, issues)
+    _check_access(raw.dropped_access, issues)
     _check_listeners(raw.rules, issues)
     names = _Names(issues)
     for rule in raw.rules:
@@ -177,7 +178,7 @@ def _check_source(rule: RawRule, issues: Issues) -> None:
         if ip is not None and ip.version != source.version:
             issues.error(
                 rule.source.place,
-                f"the source address {source} is IPv{source.version} and the upstream"
+                f"the source address {rule.source.value} is IPv{source.version} and the upstream"
                 f" {upstream.value} is IPv{ip.version}",
                 hint=f"give a local IPv{ip.version} address as the source",
             )

@@ -127,7 +127,7 @@ class _Reader:
     def _read_rule(self, line: str, start: int) -> None:
         # What follows belongs to this rule, also when the rule itself turns out to be broken.
         self.raw.rules_seen += 1
-        self._access = []
+        self._access = self.raw.dropped_access
         match = _RULE.fullmatch(line, start)
         if match is None:
             self._explain(line, start)
@@ -141,6 +141,7 @@ class _Reader:
             return
         if listen_port[1] != upstream_port[1]:
             self._warn_one_sided(listen_port[1], match.start(2))
+        self._access = []
         timeout = options.get("timeout")
         source = options.get("src")
         self.raw.rules.append(
@@ -161,30 +162,20 @@ class _Reader:
         )
 
     def _warn_one_sided(self, listen_kind: str, offset: int) -> None:
-        here, there = (
-            ("listening", "connecting")
-            if listen_kind == "udp"
-            else (
-                "connecting",
-                "listening",
-            )
-        )
+        side = "listening" if listen_kind == "udp" else "connecting"
         self._issues.warn(
             self._place(offset),
-            f"only the {here} side says /udp, so this rule translates between UDP and TCP",
-            hint=f"write /udp on both sides to forward UDP, or /tcp on the {there} side to say so",
+            f"only the {side} side says /udp, so this rule translates between UDP and TCP",
+            hint="to forward UDP write /udp on both sides",
         )
 
     def _explain(self, line: str, start: int) -> None:
-        word = line[start:].split(maxsplit=1)[0]
-        fields = len(line[start:].partition("[")[0].split()) if word[0] != "[" else 0
-        near = get_close_matches(word.lower(), KEYWORDS, 1)
+        words = _FIRST_WORD.findall(line, start)
+        near = get_close_matches(words[0].lower(), KEYWORDS, 1)
         if near:
             hint = f"did you mean {near[0]}? Keywords are in lower case"
-        elif fields == 4:
-            hint = "the option block stands in [brackets] at the end of the line"
         else:
-            hint = "a forwarding rule has 4 fields"
+            hint = f"a forwarding rule has 4 fields before its options, not {len(words)}"
         self._issues.error(
             self._place(start),
             f"{line[start:][:80]!r} is neither a forwarding rule nor a directive",

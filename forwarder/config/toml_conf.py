@@ -102,7 +102,7 @@ def parse(text: str, source: str, issues: Issues) -> RawConfig:
         )
     raw.rules_seen = 0 if rules == [] else 1
     for table in top.tables("forwarding_rules", RULE_KEYS):
-        rule = _rule(table)
+        rule = _rule(table, raw)
         if rule is not None:
             raw.rules.append(rule)
     return raw
@@ -164,7 +164,7 @@ def _access(table: Table, key: str) -> list[AccessRule]:
     return rules
 
 
-def _rule(table: Table) -> RawRule | None:
+def _rule(table: Table, raw: RawConfig) -> RawRule | None:
     """Read one rule; None when it has no usable listen address or upstream."""
     listen = _listen(table)
     upstreams = _upstreams(table)
@@ -179,6 +179,7 @@ def _rule(table: Table) -> RawRule | None:
     }
     access = _access(table, "rules")
     if listen is None or not upstreams:
+        raw.dropped_access += access
         return None
     return RawRule(
         place=table.place(),

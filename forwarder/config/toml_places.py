@@ -17,6 +17,7 @@ from forwarder.errors import Place
 Path = tuple[str | int, ...]
 
 _BLANK = re.compile(r"(?:[ \t\r\n]+|#[^\n]*)*")
+_BLANK_STARTS = frozenset(" \t\r\n#")
 _KEY = re.compile(r"""[ \t]*(?:([A-Za-z0-9_-]+)|("(?:[^"\\\n]|\\.)*"|'[^'\n]*'))[ \t]*""")
 _SCALAR = re.compile(
     r'''"""(?:[^\\]|\\[\s\S])*?"""{0,2}'''
@@ -26,7 +27,7 @@ _SCALAR = re.compile(
 # Most lines of a long file; the general way takes several times as long.
 _SIMPLE_LINE = re.compile(
     r"""[ \t]*([A-Za-z0-9_-]+)[ \t]*=[ \t]*"""
-    r"""(?:"[^"\\\n]*"|[^"'\[{#\n][^"'\n#]*)[ \t\r]*(?:#[^\n]*)?\n"""
+    r"""(?:"[^"\\\n]*"|[^"'\[{#\n \t][^"'\n#]*)[ \t\r]*(?:#[^\n]*)?\n"""
 )
 
 
@@ -76,6 +77,8 @@ class Places:
                 at = self._assignment(at, table)
 
     def _blank(self, at: int) -> int:
+        if self._text[at : at + 1] not in _BLANK_STARTS:
+            return at
         match = _BLANK.match(self._text, at)
         return match.end() if match else at
 
@@ -85,6 +88,7 @@ class Places:
         names, at = self._key(start + 1 + is_array)
         path: Path = ()
         for name in names[:-1]:
+            self._offsets.setdefault((*path, name), start)
             path = self._enter((*path, name))
         path = (*path, names[-1])
         self._offsets.setdefault(path, start)

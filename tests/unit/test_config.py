@@ -1,0 +1,302 @@
+"""Loading: files that are no configuration, address pairs, and that no text ends in a crash."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from forwarder.config import Dialect, Loaded, from_pairs, load, loading, parse
+from forwarder.config.durations import parse_duration
+from forwarder.config.model import Protocol
+from forwarder.config.raw import MAX_ISSUES
+from forwarder.errors import ConfigError, Issue
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+RULE = "0.0.0.0 80 10.0.0.1 80\n"
+TOML_RULE = '[[forwarding_rules]]\nlisten = "0.0.0.0:80"\nupstream = "10.0.0.1:80"\n'
+
+RINETD_PIECES = st.sampled_from(
+    [
+        "allow",
+        "deny",
+        "logfile",
+        "logcommon",
+        "pidfile",
+        "0.0.0.0",
+        "::1",
+        "[::1]",
+        "80",
+        "53/udp",
+        "http",
+        "host.example",
+        "[timeout=5, src=10.0.0.1]",
+        "[",
+        "]",
+        "timeout=",
+        ",",
+        "#",
+        '"',
+        "10.*",
+        " ",
+        "\t",
+        "\n",
+        "\r\n",
+        "\x0b",
+        "\x85",
+        "é",
+    ]
+)
+TOML_PIECES = st.sampled_from(
+    [
+        "[[forwarding_rules]]\n",
+        "[[global_rules]]\n",
+        "[forwarding_rules.rules]\n",
+        "[[forwarding_rules.rules]]\n",
+        'listen = "0.0.0.0:80"\n',
+        'upstream = ["a:1", "b:2"]\n',
+        "bind_port = 80\n",
+        'type = "deny"\n',
+        'pattern = "10.*"\n',
+        "workers",
+        "=",
+        "1",
+        "{",
+        "}",
+        "[",
+        "]",
+        ",",
+        '"',
+        '"""',
+        "'''",
+        "\\",
+        "#",
+        "\n",
+        " ",
+        ".",
+        "rules",
+        "name",
+        "1979-05-27",
+        "nan",
+        "true",
+        "\r\n",
+        "\x85",
+        "é",
+    ]
+)
+
+
+def issues_of(path: Path) -> tuple[Issue, ...]:
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    return caught.value.issues
+
+
+def only_issue_of(path: Path) -> Issue:
+    (issue,) = issues_of(path)
+    assert issue.place.source == str(path)
+    return issue
+
+
+@pytest.mark.parametrize("dialect", Dialect)
+@given(data=st.data())
+def test_any_text_is_loaded_or_refused_with_places(dialect: Dialect, data: st.DataObject) -> None:
+    pieces = RINETD_PIECES if dialect is Dialect.RINETD else TOML_PIECES
+    text = data.draw(st.one_of(st.text(), st.lists(pieces, max_size=30).map("".join)))
+    lines = text.count("\n") + 1
+    try:
+        issues = parse(text, "file", dialect).warnings
+    except ConfigError as error:
+        issues = error.issues
+        assert any(not issue.is_warning for issue in issues)
+    for issue in issues:
+        assert issue.place.source == "file"
+        assert 0 <= issue.place.line <= lines
+        assert issue.what
+    assert list(issues) == sorted(issues, key=lambda one: (one.place.line, one.place.column))
+
+
+KEYS = st.sampled_from(["a", "b-c", '"d e"', "'f'", "g.h", '"\\u0069"'])
+SCALARS = st.sampled_from(
+    [
+        "1",
+        "-1.5",
+        "true",
+        '"x"',
+        '"[{#\\""',
+        "'\\'",
+        '"""\n[a]\n""""',
+        "'''\nb = 1\n'''",
+        "07:32:00",
+    ]
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3).map(lambda items: f"[ # ]\n{' , '.join(items)}\n]"),
+        inner.map(lambda value: f"{{ k = {value} }}"),
+    ),
+    max_leaves=5,
+)
+STATEMENTS = st.one_of(
+    st.builds("{} = {} # [c]".format, KEYS, VALUES),
+    st.builds("[[t.{}]]".format, KEYS),
+    st.builds("[{}]".format, KEYS),
+)
+
+
+@given(st.lists(STATEMENTS, max_size=8).map("\n".join))
+def test_every_unknown_key_is_found_where_it_stands(text: str) -> None:
+    """Each top-level key is unknown here. Result: its issue points at a line that names it."""
+    try:
+        keys = list(tomllib.loads(text))
+    except tomllib.TOMLDecodeError:
+        return
+    with pytest.raises(ConfigError) as caught:
+        parse(text, "file", Dialect.TOML)
+    unknown = [issue for issue in caught.value.issues if issue.what.startswith("unknown key")]
+    assert len(unknown) == len(keys)
+    lines = text.split("\n")
+    for issue in unknown:
+        key = issue.what.removeprefix("unknown key ").strip("'")
+        assert issue.place.line > 0
+        at = lines[issue.place.line - 1][issue.place.column - 1 :].lstrip("[")
+        assert at.startswith((key, f'"{key}', f"'{key}")) or (key == "i" and at[1:7] == "\\u0069")
+
+
+def test_the_name_decides_the_dialect_and_an_argument_overrides_it(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text(TOML_RULE)
+    (tmp_path / "b.conf").write_text(TOML_RULE)
+    (tmp_path / "c.toml").write_text(RULE)
+    expected = load(tmp_path / "a.toml").config
+    assert load(tmp_path / "b.conf", dialect=Dialect.TOML).config == expected
+    assert load(tmp_path / "c.toml", dialect=Dialect.RINETD).config == expected
+    with pytest.raises(ConfigError):
+        load(tmp_path / "b.conf")
+
+
+def test_moving_a_rule_to_another_line_does_not_change_it() -> None:
+    here = parse(RULE, "file", Dialect.RINETD)
+    there = parse("\n\n" + RULE, "other", Dialect.RINETD)
+    assert here.config == there.config
+    assert here.config.rules[0].place != there.config.rules[0].place
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + TOML_RULE.encode())
+    assert load(path).config.rules
+    path.write_bytes(b"\xef\xbb\xbf# ok\n# \xff")
+    issue = only_issue_of(path)
+    assert (issue.place.line, issue.place.column) == (2, 3)
+    assert "0xff" in issue.what
+
+
+def test_files_that_cannot_be_read_say_why(tmp_path: Path) -> None:
+    assert "does not exist" in only_issue_of(tmp_path / "none.conf").what
+    assert "a directory" in only_issue_of(tmp_path).what
+    os.mkfifo(tmp_path / "pipe")
+    assert "not a regular file" in only_issue_of(tmp_path / "pipe").what
+    (tmp_path / "loop").symlink_to("loop")
+    assert "cannot be read" in only_issue_of(tmp_path / "loop").what
+    blank = tmp_path / "blank.conf"
+    blank.write_text(" \n\t\n")
+    assert "is empty" in only_issue_of(blank).what
+
+
+def test_a_file_without_permission_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "secret.conf"
+    path.write_text(RULE)
+
+    def refuse(*_args: object, **_kwargs: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    # A real mode would not stop a test that runs as root.
+    monkeypatch.setattr(type(path), "open", refuse)
+    assert "permission denied" in only_issue_of(path).what
+
+
+def test_a_huge_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "huge.conf"
+    path.write_text(RULE)
+    monkeypatch.setattr(loading, "MAX_FILE_BYTES", len(RULE))
+    assert load(path).config.rules
+    monkeypatch.setattr(loading, "MAX_FILE_BYTES", len(RULE) - 1)
+    assert "longer than" in only_issue_of(path).what
+
+
+def test_deep_brackets_and_long_numbers_are_errors_not_crashes(tmp_path: Path) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text("a = " + "[" * 100_000)
+    assert "nested too deep" in only_issue_of(path).what
+    path.write_text("a = " + "9" * 5000)
+    assert "not valid TOML" in only_issue_of(path).what
+    path.write_text(f"workers = 0x{'f' * 5000}\n{TOML_RULE}")
+    assert "thousands of digits" in only_issue_of(path).what
+
+
+def test_endless_problems_are_counted_not_listed() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse("x\n" * (MAX_ISSUES + 5), "file", Dialect.RINETD)
+    assert len(caught.value.issues) == MAX_ISSUES + 1
+    assert "5 more problems" in caught.value.issues[-1].what
+
+
+def test_an_error_behind_too_many_warnings_is_still_an_error() -> None:
+    warned = "".join(f"0 {port} 1.1.1.1 80 [timeout=1]\n" for port in range(1, MAX_ISSUES + 5))
+    assert len(parse(warned, "file", Dialect.RINETD).warnings) == MAX_ISSUES + 1
+    with pytest.raises(ConfigError, match="neither a forwarding rule"):
+        parse(f"{warned}x\n", "file", Dialect.RINETD)
+
+
+def test_pairs_become_tcp_rules() -> None:
+    loaded: Loaded = from_pairs([":80", "[::1]:81"], ["10.0.0.1:80", "web.example:81"])
+    assert [str(rule.listen) for rule in loaded.config.rules] == ["[::]:80", "[::1]:81"]
+    assert [str(rule.upstreams[0]) for rule in loaded.config.rules] == [
+        "10.0.0.1:80",
+        "web.example:81",
+    ]
+    assert {rule.protocol for rule in loaded.config.rules} == {Protocol.TCP}
+    assert {rule.place.source for rule in loaded.config.rules} == {"--listen"}
+
+
+@pytest.mark.parametrize(
+    ("listens", "remotes", "whats"),
+    [
+        ([":80"], [], ["1 listen and 0 remote addresses are given"]),
+        ([], [], ["there is no forwarding rule"]),
+        (["x"], ["*:80"], ["'x' has no port", "'*:80' does not say which host to connect to"]),
+        (
+            [":80", "*:80"],
+            ["a:1", "b:1"],
+            ["tcp [::]:80 is already listened on by the rule at --listen"],
+        ),
+    ],
+)
+def test_pairs_with_problems(listens: list[str], remotes: list[str], whats: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        from_pairs(listens, remotes)
+    assert [issue.what for issue in caught.value.issues] == whats
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [(0, 0), (2.5, 2.5), ("500ms", 0.5), ("10s", 10), ("5m", 300), ("1h30m", 5400), ("1.5s", 1.5)],
+)
+def test_durations(value: object, seconds: float) -> None:
+    assert parse_duration(value) == seconds
+
+
+@pytest.mark.parametrize(
+    "value",
+    [True, "", "10", "s", "1m1h", "-1s", -1, float("nan"), float("inf"), "367d", 10**400, []],
+)
+def test_what_is_no_duration(value: object) -> None:
+    with pytest.raises(ValueError, match="is not"):
+        parse_duration(value)
