@@ -1,0 +1,75 @@
+"""The report: medians with their range, ratios round by round, as Markdown. Pure.
+
+A round that lacks a peer (the bench was cut short) is left out of that peer's figures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from statistics import median
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from bench.measures import Figure, Figures, Measure
+
+SUBJECT = "forwarder"  # the peer that every ratio is about
+
+
+@dataclass(slots=True)
+class Results:
+    """Every figure: by measure, then peer, then round (0 is the first)."""
+
+    rounds: dict[str, dict[str, dict[int, Figures]]] = field(default_factory=dict)
+
+    def add(self, measure: str, peer: str, number: int, figures: Figures) -> None:
+        self.rounds.setdefault(measure, {}).setdefault(peer, {})[number] = figures
+
+    def values(self, measure: str, peer: str, key: str) -> dict[int, float]:
+        """Return one figure of one peer by round."""
+        by_round = self.rounds.get(measure, {}).get(peer, {})
+        return {number: figures[key] for number, figures in by_round.items() if key in figures}
+
+    def ratios(self, measure: str, peer: str, key: str) -> list[float]:
+        """Return the subject's figure over the peer's, for each round that has both."""
+        ours = self.values(measure, SUBJECT, key)
+        theirs = self.values(measure, peer, key)
+        return [ours[number] / theirs[number] for number in ours if theirs.get(number)]
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Write a median with its range, as ``12.3 (11.9-13.0)``; the range only from two values on."""
+    if not values:
+        return "-"
+    middle = f"{median(values):,.{digits}f}"
+    if len(values) == 1:
+        return middle
+    return f"{middle} ({min(values):,.{digits}f}-{max(values):,.{digits}f})"
+
+
+def table(measure: Measure, peers: Sequence[str], results: Results) -> str:
+    """Write the table of one measure: a row per peer, then the ratios of the subject to it."""
+    compared = [figure for figure in measure.figures if figure.has_ratio]
+    head = ["", *(figure.heading for figure in measure.figures)]
+    head += [f"{SUBJECT} / this: {figure.heading}" for figure in compared]
+    lines = [f"### {measure.name}: {measure.title}", "", _row(head), _row(["---"] * len(head))]
+    for peer in peers:
+        cells = [_figure(results, measure, peer, figure) for figure in measure.figures]
+        ratios = [_ratio(results, measure, peer, figure) for figure in compared]
+        lines.append(_row([peer, *cells, *ratios]))
+    return "\n".join([*lines, ""])
+
+
+def _figure(results: Results, measure: Measure, peer: str, figure: Figure) -> str:
+    return spread(list(results.values(measure.name, peer, figure.key).values()), figure.digits)
+
+
+def _ratio(results: Results, measure: Measure, peer: str, figure: Figure) -> str:
+    if peer == SUBJECT:
+        return "-"
+    return spread(results.ratios(measure.name, peer, figure.key), 2)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
