@@ -55,7 +55,7 @@ PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
 
 @dataclass(frozen=True, slots=True)
 class PoolStatistics:
-    """``made`` pipes exist now, ``idle`` of them unused; ``refused`` times the caller had to copy."""
+    """``made`` pipes exist, ``idle`` of them unused; ``refused`` times a caller had to copy."""
 
     made: int
     idle: int

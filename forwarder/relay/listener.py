@@ -9,12 +9,14 @@ import logging
 import select
 from typing import TYPE_CHECKING, Final
 
+from forwarder.access import Decision
 from forwarder.net import sockets
 
 if TYPE_CHECKING:
     import socket
     from asyncio import AbstractEventLoop
 
+    from forwarder.access import AccessList
     from forwarder.relay.relay import Relay
     from forwarder.upstream.pool import Pool
 
@@ -36,15 +38,22 @@ class Listener:
         "_loop",
         "_pauses",
         "_relay",
+        "access",
         "pool",
         "sock",
     )
 
     def __init__(
-        self, loop: AbstractEventLoop, relay: Relay, pool: Pool, sock: socket.socket
+        self,
+        loop: AbstractEventLoop,
+        relay: Relay,
+        sock: socket.socket,
+        pool: Pool,
+        access: AccessList,
     ) -> None:
-        """``sock`` is non-blocking and listening; ``pool`` is where its clients go."""
+        """``sock`` listens, non-blocking; clients that ``access`` allows go to ``pool``."""
         self.pool = pool
+        self.access = access
         self.sock = sock
         self._loop = loop
         self._relay = relay
@@ -80,7 +89,11 @@ class Listener:
                     continue
                 self._pause(err.strerror or str(err))
                 return
-            relay.open_session(self.pool, sockets.accepted_socket(fd, self._family), address)
+            client = sockets.accepted_socket(fd, self._family)
+            if self.access.is_empty or self.access.decide(address[0]) is Decision.ALLOWED:
+                relay.open_session(self.pool, client, address)
+            else:
+                client.close()
 
     def on_bug(self) -> None:
         """Accepting failed in a way nobody thought of: go on after a rest."""

@@ -1,4 +1,4 @@
-"""What all sessions of one worker share: the poller, the buffers, the pipes, the timers, the limits.
+"""What all sessions of one worker share: poller, buffers, pipes, timers, the spare descriptor.
 
 Opens no listener and speaks to no master; the worker does.
 """
@@ -96,7 +96,7 @@ class Relay:
             )
 
     def warn_connect_failed(self, rule: str, upstream: str, why: str) -> None:
-        """Log a failed connect, repeats of a rule at most every WARN_INTERVAL_S with their count."""
+        """Log a failed connect; repeats of a rule every WARN_INTERVAL_S, with their count."""
         now = self.poller.now
         if now < self._warn_after.get(rule, 0.0):
             self._unreported[rule] = self._unreported.get(rule, 0) + 1

@@ -304,7 +304,7 @@ class Session:
         self._finish()
 
     def _abort_after_delivery(self, direction: Direction, detail: str) -> None:
-        """The source of ``direction`` was reset: reset its destination once that has received all."""
+        """The source of ``direction`` was reset: reset its destination when that has all."""
         if self.state in (State.ABORTING, State.CLOSED):
             return
         phase = Phase.HALF_CLOSE if self.state is State.HALF_CLOSED else Phase.DATA

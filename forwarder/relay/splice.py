@@ -4,13 +4,14 @@ Small messages are copied as in :class:`Direction`: two system calls, against th
 
 Theory of operation
 -------------------
-``splice(socket -> pipe)`` answers EAGAIN when the socket is empty *or* the pipe is full, and does not
-say which. So a pipe is only ever filled when it is empty: EAGAIN then means that the socket is. A
-short count says nothing either (the pipe has a limited number of slots, however little is in each),
-hence the loop goes on until EAGAIN.
+``splice(socket -> pipe)`` answers EAGAIN when the socket is empty *or* the pipe is full, and does
+not say which. So a pipe is only ever filled when it is empty: EAGAIN then means that the socket is.
+A short count says nothing either (the pipe has a limited number of slots, however little is in
+each), hence the loop goes on until EAGAIN.
 
-A pipe is borrowed for one wake-up and given back empty; only a direction whose ``dst`` is full keeps
-it, with the data in it, until ``dst`` takes the rest. One hot pipe so serves most of a worker's bulk.
+A pipe is borrowed for one wake-up and given back empty; only a direction whose ``dst`` is full
+keeps it, with the data in it, until ``dst`` takes the rest. So one hot pipe serves most of a
+worker's bulk.
 
 SPLICE_F_NONBLOCK speaks only for the pipe; the sockets are O_NONBLOCK. splice(2), pipe(7).
 """

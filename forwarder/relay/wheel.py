@@ -38,7 +38,7 @@ class Wheel:
         return self._count
 
     def add(self, entry: Timed, deadline: float) -> None:
-        """Look at ``entry`` at ``deadline`` or up to one tick later; moves it if it is on already."""
+        """Look at ``entry`` at ``deadline`` or up to one tick later; moves it if it is on."""
         self.discard(entry)
         tick = min(max(int(deadline / TICK_S) + 1, self._tick + 1), self._tick + BUCKETS - 1)
         entry.bucket = tick % BUCKETS

@@ -1,8 +1,8 @@
 """Host names to addresses without ever blocking the loop.
 
-Answers are kept for NAME_TTL_S (getaddrinfo tells no TTL) and then refreshed in the background while
-the old ones still serve; so after the first look-up no session waits for a name server, and a name
-server that is down changes nothing for names that were resolved once.
+Answers are kept for NAME_TTL_S (getaddrinfo tells no TTL) and then refreshed in the background
+while the old ones still serve; so after the first look-up no session waits for a name server, and a
+name server that is down changes nothing for names that were resolved once.
 """
 
 from __future__ import annotations
@@ -96,7 +96,6 @@ class Resolver:
             name.targets = tuple(
                 Target(family, sockaddr)  # type: ignore[arg-type]  # TCP gives IP addresses only
                 for family, _, _, _, sockaddr in found
-                if family in (socket.AF_INET, socket.AF_INET6)
             )
             name.expires_at = self._loop.time() + NAME_TTL_S
         finally:

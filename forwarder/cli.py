@@ -1,0 +1,212 @@
+"""The command line: flags to settings, errors to messages and exit codes.
+
+The only module that ends the process. Reads the configuration, then hands over to the master.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, NoReturn
+
+import click
+
+from forwarder import __version__, config, demo, master, unbuilt
+from forwarder.config.model import Config, Dialect, RelayMode
+from forwarder.errors import ConfigError, ExitCode, ForwarderError
+from forwarder.relay.splice import HAS_SPLICE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from forwarder.config import Loaded
+
+_NOT_FOR_RUN: Final = frozenset({"-h", "--help", "--version"})
+
+
+class _RunByDefault(click.Group):
+    """``forwarder -c FILE`` means ``forwarder run -c FILE``, as users of rinetd and oi type it."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0].startswith("-") and args[0] not in _NOT_FOR_RUN:
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+class _WorkerCount(click.ParamType[int]):
+    """``auto`` or a number of processes."""
+
+    name = "N|auto"
+
+    def convert(  # noqa: RET503 - fail() does not return
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
+        text = str(value)
+        if text == "auto":
+            return 0
+        if text.isascii() and text.isdigit() and 1 <= int(text) <= 1024:
+            return int(text)
+        self.fail(f"{text!r} is neither 'auto' nor a number from 1 to 1024", param, ctx)
+
+
+def _config_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that say what to forward, shared by ``run`` and ``check``."""
+    for option in (
+        click.option(
+            "-c",
+            "--config",
+            "--conf-file",
+            "config_file",
+            metavar="FILE",
+            help="TOML if the name ends in .toml, else rinetd.conf.",
+        ),
+        click.option("--format", "dialect", type=click.Choice([d.value for d in Dialect])),
+        click.option("-l", "--listen", "listens", metavar="ADDR", multiple=True),
+        click.option("-r", "--remote", "remotes", metavar="ADDR", multiple=True),
+    ):
+        command = option(command)
+    return command
+
+
+@click.group(
+    cls=_RunByDefault,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Options of `run` may be given without its name: forwarder -c FILE",
+)
+@click.version_option(__version__, "--version", prog_name="forwarder")
+def cli() -> None:
+    """Forward TCP ports: the kernel moves the bytes, one worker per CPU."""
+
+
+@cli.command()
+@_config_options
+@click.option("--workers", type=_WorkerCount(), help="Worker processes; auto = usable CPUs.")
+@click.option("--relay", type=click.Choice([mode.value for mode in RelayMode]))
+@click.option("-f", "--foreground", is_flag=True, help="Accepted for rinetd users; always so.")
+@click.option("-v", "--verbose", is_flag=True, help="Log every session as it ends.")
+def run(  # noqa: PLR0913 - one parameter per option is click's way
+    config_file: str | None,
+    dialect: str | None,
+    listens: tuple[str, ...],
+    remotes: tuple[str, ...],
+    workers: int | None,
+    relay: str | None,
+    foreground: bool,  # noqa: ARG001, FBT001
+    verbose: bool,  # noqa: FBT001
+) -> None:
+    """Forward until stopped: SIGTERM lets sessions end first, SIGINT does not wait."""
+    _start_logging(verbose=verbose)
+    loaded, title = _load(config_file, dialect, listens, remotes)
+    settings = loaded.config.settings
+    if workers is not None:
+        settings = dataclasses.replace(settings, workers=workers)
+    if relay is not None:
+        settings = dataclasses.replace(settings, relay=RelayMode(relay))
+    resolved = dataclasses.replace(loaded.config, settings=settings)
+    _refuse_missing_splice(resolved)
+    _warn(loaded)
+    unbuilt.refuse(resolved)
+    spec = master.MasterSpec(
+        config=resolved, workers=settings.workers or usable_cpus(), title=title
+    )
+    sys.exit(master.Master(spec).run())
+
+
+@cli.command()
+@_config_options
+def check(
+    config_file: str | None, dialect: str | None, listens: tuple[str, ...], remotes: tuple[str, ...]
+) -> None:
+    """Validate a configuration and print what it means. Opens no port; needs no privilege."""
+    loaded, title = _load(config_file, dialect, listens, remotes)
+    _warn(loaded)
+    unbuilt.refuse(loaded.config)
+    for line in describe(loaded.config, title):
+        click.echo(line)
+
+
+@cli.command("demo")
+@click.option("--seconds", type=click.FloatRange(min=0.1), help="End by itself after this long.")
+@click.option("--workers", type=_WorkerCount(), default="auto")
+@click.option("--port", type=click.IntRange(1, 65534), default=9000, show_default=True)
+def demo_command(seconds: float | None, workers: int, port: int) -> None:
+    """Forward 127.0.0.1:9000 to a small built-in server and push data through."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    sys.exit(demo.run(workers=workers or usable_cpus(), port=port, seconds=seconds))
+
+
+def usable_cpus() -> int:
+    """CPUs this process may use: its affinity mask where the system has one."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def describe(loaded: Config, title: str) -> list[str]:
+    """What a configuration means, a line per fact."""
+    settings = loaded.settings
+    lines = [
+        f"{title}: {len(loaded.rules)} rule(s), workers {settings.workers or 'auto'}, "
+        f"relay {settings.relay.value}"
+    ]
+    lines += [f"global {rule.verdict.value} {rule.pattern}" for rule in loaded.access]
+    for rule in loaded.rules:
+        upstreams = ", ".join(map(str, rule.upstreams))
+        source = f", from {rule.source}" if rule.source else ""
+        lines.append(f"{rule.name}: {rule.protocol.value} {rule.listen} -> {upstreams}{source}")
+        lines += [f"{rule.name}: {entry.verdict.value} {entry.pattern}" for entry in rule.access]
+    return lines
+
+
+def _load(
+    config_file: str | None, dialect: str | None, listens: tuple[str, ...], remotes: tuple[str, ...]
+) -> tuple[Loaded, str]:
+    """The configuration and what to call it in the process list."""
+    if config_file is None:
+        if not listens and not remotes:
+            raise click.UsageError("nothing to forward: give -c FILE, or -l ADDR -r ADDR in pairs")
+        return config.from_pairs(listens, remotes), "command line"
+    if listens or remotes:
+        raise click.UsageError("-c FILE and -l/-r exclude each other")
+    path = Path(config_file)
+    return config.load(path, dialect=Dialect(dialect) if dialect else None), path.name
+
+
+def _warn(loaded: Loaded) -> None:
+    for issue in loaded.warnings:
+        click.echo(str(issue), err=True)
+
+
+def _refuse_missing_splice(loaded: Config) -> None:
+    if loaded.settings.relay is RelayMode.SPLICE and not HAS_SPLICE:
+        raise click.UsageError("this system has no splice(2); use --relay auto or --relay copy")
+
+
+def _start_logging(*, verbose: bool) -> None:
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.INFO,
+        format="%(asctime)s forwarder[%(process)d] %(levelname)s %(message)s",
+    )
+    logging.getLogger("asyncio").setLevel(logging.WARNING)
+
+
+def main() -> NoReturn:
+    """Run the command line and exit with a code of ExitCode."""
+    try:
+        cli(standalone_mode=False)
+    except click.ClickException as err:
+        err.show()
+        sys.exit(err.exit_code)
+    except click.Abort:
+        sys.exit(ExitCode.FAILED)
+    except ConfigError as err:
+        for issue in err.issues:
+            click.echo(str(issue), err=True)
+        sys.exit(err.exit_code)
+    except ForwarderError as err:
+        click.echo(f"forwarder: {err}", err=True)
+        sys.exit(err.exit_code)
+    sys.exit(ExitCode.OK)

@@ -1,0 +1,157 @@
+"""The master's listening sockets: one per address and slot, open for as long as the rule lives.
+
+The accept queue belongs to the socket, and closing a SO_REUSEPORT listener resets whatever is
+queued on it. So sockets are made here, before any worker exists, lent to workers, and outlive them.
+Accepts nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import socket
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from forwarder.errors import ExitCode, StartupError
+from forwarder.net import sockets
+from forwarder.net.sockets import Target
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from forwarder.config.model import Config, Rule
+
+
+@dataclass(frozen=True, slots=True)
+class BindAddress:
+    """Where a listener is bound. ``v6only`` matters for the IPv6 wildcard."""
+
+    target: Target
+    v6only: bool = False
+
+
+@dataclass(slots=True)
+class Slotted:
+    """The sockets of one address, by slot; each has an id that never names another socket."""
+
+    sockets: list[socket.socket]
+    ids: list[int]
+
+
+def bind_addresses(config: Config) -> dict[str, tuple[BindAddress, ...]]:
+    """The addresses each rule listens on, by rule name. A host name may stand for several.
+
+    The IPv6 wildcard accepts IPv4 too, unless another rule has the IPv4 wildcard of that port.
+    Blocks while names are resolved. Raises StartupError naming the rule and its place.
+    """
+    ipv4_wildcards = {rule.listen.port for rule in config.rules if rule.listen.host == "0.0.0.0"}
+    found: dict[str, tuple[BindAddress, ...]] = {}
+    for rule in config.rules:
+        v6only = rule.listen.host != "::" or rule.listen.port in ipv4_wildcards
+        found[rule.name] = tuple(
+            BindAddress(target, v6only=v6only and target.family == socket.AF_INET6)
+            for target in _resolve_listen(rule)
+        )
+    return found
+
+
+def _resolve_listen(rule: Rule) -> list[Target]:
+    try:
+        answers = socket.getaddrinfo(
+            rule.listen.host, rule.listen.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except OSError as err:
+        raise StartupError(
+            f"{rule.place}: rule {rule.name!r} cannot listen on {rule.listen}: {err.strerror}; "
+            "hint: use an address of this host"
+        ) from err
+    targets = [Target(family, sockaddr) for family, _, _, _, sockaddr in answers]  # type: ignore[arg-type]  # IP only
+    return list(dict.fromkeys(targets))
+
+
+class ListenerTable:
+    """All listening sockets of this instance, by address and slot. Owns them."""
+
+    def __init__(self) -> None:
+        self._by_address: dict[BindAddress, Slotted] = {}
+        self._ids = itertools.count(1)
+
+    def __contains__(self, address: BindAddress) -> bool:
+        return address in self._by_address
+
+    def addresses(self) -> Iterable[BindAddress]:
+        """All addresses that have sockets."""
+        return self._by_address.keys()
+
+    def add(self, wanted: Mapping[BindAddress, Rule], slots: int) -> None:
+        """Make ``slots`` sockets for each address that has none yet: all of them, or nothing.
+
+        Raises StartupError naming the rule, its place, and what to do.
+        """
+        made: list[BindAddress] = []
+        try:
+            for address, rule in wanted.items():
+                if address not in self._by_address:
+                    made.append(address)
+                    self._open(address, rule, slots)
+        except BaseException:
+            self.close(made)
+            raise
+
+    def grow(self, rules: Mapping[BindAddress, Rule], slots: int) -> None:
+        """Give every address sockets for ``slots`` slots. Never takes any away."""
+        for address, rule in rules.items():
+            slotted = self._by_address[address]
+            while len(slotted.sockets) < slots:
+                self._open_one(address, rule, slotted)
+
+    def descriptors(self, address: BindAddress, slots: Iterable[int]) -> dict[int, int]:
+        """Id to descriptor of the sockets of an address in some slots."""
+        slotted = self._by_address[address]
+        return {slotted.ids[slot]: slotted.sockets[slot].fileno() for slot in slots}
+
+    def close(self, addresses: Iterable[BindAddress] | None = None) -> None:
+        """Close the sockets of some addresses, or of all."""
+        for address in list(self._by_address if addresses is None else addresses):
+            slotted = self._by_address.pop(address, None)
+            for sock in slotted.sockets if slotted else ():
+                sock.close()
+
+    def _open(self, address: BindAddress, rule: Rule, slots: int) -> None:
+        try:
+            sockets.probe_bind(address.target, v6only=address.v6only)
+        except OSError as err:
+            raise _bind_error(address, rule, err) from err
+        slotted = self._by_address[address] = Slotted([], [])
+        for _ in range(slots):
+            self._open_one(address, rule, slotted)
+
+    def _open_one(self, address: BindAddress, rule: Rule, slotted: Slotted) -> None:
+        try:
+            sock = sockets.listen_tcp(address.target, v6only=address.v6only)
+        except OSError as err:
+            raise _bind_error(address, rule, err) from err
+        slotted.sockets.append(sock)
+        slotted.ids.append(next(self._ids))
+
+
+_HINTS = {
+    errno.EADDRINUSE: "another program, or another forwarder, listens there: `ss -ltnp` shows it",
+    errno.EADDRNOTAVAIL: "this host has no such address: `ip address` lists those it has",
+    errno.EACCES: "ports below net.ipv4.ip_unprivileged_port_start (1024) need root "
+    "or CAP_NET_BIND_SERVICE",
+    errno.EMFILE: "raise the limit of open files (LimitNOFILE=, ulimit -n)",
+}
+
+
+def _bind_error(address: BindAddress, rule: Rule, err: OSError) -> StartupError:
+    number = err.errno or 0
+    no_permission = number in (errno.EACCES, errno.EPERM)
+    hint = _HINTS.get(number)
+    return StartupError(
+        f"{rule.place}: rule {rule.name!r} cannot listen on {address.target}: "
+        f"{os.strerror(number)}" + (f"; hint: {hint}" if hint else ""),
+        ExitCode.NO_PERMISSION if no_permission else ExitCode.UNAVAILABLE,
+    )

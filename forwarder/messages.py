@@ -1,0 +1,76 @@
+"""What the master and its workers say to each other.
+
+Master to worker: SOCKETS (listening sockets, by id), APPLY (which of them serve which rule, from
+now on), DRAIN, STOP. Worker to master: APPLIED, DRAINED. A worker that starts, one that gets a new
+configuration and one that takes over another's sockets all do the same: apply an assignment.
+
+The assignment travels pickled, from the master to its own forked child, never the other way: a
+worker may run with fewer rights than the master and must not be able to make it run anything.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from forwarder.net.channel import MAX_FDS, from_memory_file, to_memory_file
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from forwarder.config.model import Config
+    from forwarder.net.channel import Channel, Received
+
+
+class Op(StrEnum):
+    """Kinds of message."""
+
+    SOCKETS = "sockets"
+    APPLY = "apply"
+    DRAIN = "drain"
+    STOP = "stop"
+    APPLIED = "applied"
+    DRAINED = "drained"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assignment:
+    """What a worker shall do: accept on these sockets for these rules, and on no others.
+
+    ``routes`` maps the id of a listening socket to an index into ``config.rules``.
+    ``serial`` grows with every assignment of a master; the worker acknowledges it.
+    """
+
+    serial: int
+    generation: int
+    config: Config
+    routes: Mapping[int, int]
+
+
+def send_sockets(channel: Channel, sockets: Mapping[int, int]) -> None:
+    """Send listening sockets: id to descriptor. The descriptors stay the sender's."""
+    ids = list(sockets)
+    for start in range(0, len(ids), MAX_FDS):
+        part = ids[start : start + MAX_FDS]
+        channel.send({"op": Op.SOCKETS, "ids": part}, [sockets[i] for i in part])
+
+
+def send_assignment(channel: Channel, assignment: Assignment) -> None:
+    """Send an assignment; the sockets it names were sent before."""
+    fd = to_memory_file(pickle.dumps(assignment))
+    try:
+        channel.send({"op": Op.APPLY}, [fd])
+    finally:
+        os.close(fd)
+
+
+def read_assignment(received: Received) -> Assignment:
+    """The assignment of an APPLY message."""
+    (fd,) = received.fds
+    assignment = pickle.loads(from_memory_file(fd))  # noqa: S301 - from our own master: see above
+    if not isinstance(assignment, Assignment):
+        raise TypeError("not an assignment")
+    return assignment

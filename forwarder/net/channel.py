@@ -1,0 +1,141 @@
+"""Messages with descriptors between the master and one worker, over a SEQPACKET socket pair.
+
+Keeps message boundaries (unix(7)), so nothing has to be framed. Never blocks: what the peer does
+not take yet waits in an outbox. Knows no message's meaning.
+"""
+
+from __future__ import annotations
+
+import array
+import json
+import os
+import socket
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+Message: TypeAlias = dict[str, object]
+
+# SCM_MAX_FD is 253 (unix(7)); a round number below it.
+MAX_FDS: Final = 250
+# Larger content travels as a memory file. Well below the default socket buffer of 212,992 bytes.
+MAX_MESSAGE_BYTES: Final = 32 * 1024
+
+
+class ChannelClosed(Exception):  # noqa: N818 - an event, not a fault
+    """The other side is gone."""
+
+
+@dataclass(slots=True)
+class Received:
+    """One message and the descriptors that came with it, which the receiver owns and closes."""
+
+    message: Message
+    fds: list[int]
+
+
+class Channel:
+    """One end of the pair. Owns the socket."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self._outbox: deque[tuple[bytes, list[int]]] = deque()
+
+    def fileno(self) -> int:
+        """The socket's descriptor, for a selector; -1 when closed."""
+        return self._sock.fileno()
+
+    @property
+    def has_outbox(self) -> bool:
+        """Whether messages wait for the peer: call :meth:`flush` when the socket is writable."""
+        return bool(self._outbox)
+
+    def send(self, message: Message, fds: Sequence[int] = ()) -> None:
+        """Send ``message``, now or when the peer takes it. ``fds`` stay the caller's.
+
+        They are duplicated while they wait. Raises ChannelClosed.
+        """
+        data = json.dumps(message).encode()
+        if len(data) > MAX_MESSAGE_BYTES or len(fds) > MAX_FDS:
+            raise ValueError("message too large for the channel")
+        if self._outbox or not self._try_send(data, fds):
+            self._outbox.append((data, [os.dup(fd) for fd in fds]))
+
+    def flush(self) -> None:
+        """Send what waits, as far as the peer takes it. Raises ChannelClosed."""
+        while self._outbox:
+            data, fds = self._outbox[0]
+            if not self._try_send(data, fds):
+                return
+            self._outbox.popleft()
+            for fd in fds:
+                os.close(fd)
+
+    def receive(self) -> list[Received]:
+        """All messages that are there. Raises ChannelClosed when the peer has gone."""
+        found: list[Received] = []
+        while True:
+            try:
+                data, ancillary, _, _ = self._sock.recvmsg(
+                    MAX_MESSAGE_BYTES, socket.CMSG_SPACE(MAX_FDS * 4), _CLOEXEC
+                )
+            except BlockingIOError:
+                return found
+            except OSError as err:
+                raise ChannelClosed from err
+            if not data:
+                if found:
+                    return found  # the end is reported by the next call
+                raise ChannelClosed
+            fds = array.array("i")
+            for level, kind, payload in ancillary:
+                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                    fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
+            found.append(Received(json.loads(data), fds.tolist()))
+
+    def close(self) -> None:
+        """Close; what waits in the outbox is lost."""
+        for _, fds in self._outbox:
+            for fd in fds:
+                os.close(fd)
+        self._outbox.clear()
+        self._sock.close()
+
+    def _try_send(self, data: bytes, fds: Sequence[int]) -> bool:
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        try:
+            self._sock.sendmsg([data], ancillary)
+        except BlockingIOError:
+            return False
+        except OSError as err:
+            raise ChannelClosed from err
+        return True
+
+
+_CLOEXEC: Final = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
+
+
+def channel_pair() -> tuple[Channel, Channel]:
+    """Two connected ends; the caller owns both. Raises OSError."""
+    kind = getattr(socket, "SOCK_SEQPACKET", socket.SOCK_DGRAM)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
+    return Channel(ours), Channel(theirs)
+
+
+def to_memory_file(content: bytes) -> int:
+    """Put ``content`` into an anonymous file and return its descriptor, which the caller closes."""
+    fd = os.memfd_create("forwarder", os.MFD_CLOEXEC)
+    with open(fd, "wb", closefd=False) as file:
+        file.write(content)
+    return fd
+
+
+def from_memory_file(fd: int) -> bytes:
+    """Content of a memory file. Closes the descriptor."""
+    with open(fd, "rb") as file:
+        file.seek(0)
+        return file.read()

@@ -1,0 +1,53 @@
+"""Signals as a queue: a handler only notes the number and wakes the selector.
+
+Python runs handlers between bytecodes of the main thread; acting there could interrupt any step of
+the master. So :meth:`SignalQueue.take` hands the numbers to the loop, in order.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import deque
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from types import FrameType
+
+
+class SignalQueue:
+    """Notes some signals while it is open. Owns its wake-up pipe."""
+
+    def __init__(self, numbers: Iterable[signal.Signals]) -> None:
+        """Install handlers for ``numbers``; the old ones come back with :meth:`close`."""
+        self._pending: deque[signal.Signals] = deque()
+        self._read_fd, self._write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._old_wakeup = signal.set_wakeup_fd(self._write_fd, warn_on_full_buffer=False)
+        self._old = {number: signal.signal(number, self._note) for number in numbers}
+
+    def fileno(self) -> int:
+        """Readable when a signal has come."""
+        return self._read_fd
+
+    def take(self) -> list[signal.Signals]:
+        """The signals since the last call."""
+        with suppress(BlockingIOError):
+            while os.read(self._read_fd, 512):
+                pass
+        found = list(self._pending)
+        for _ in found:
+            self._pending.popleft()
+        return found
+
+    def close(self) -> None:
+        """Restore the old handlers."""
+        for number, old in self._old.items():
+            signal.signal(number, old)
+        signal.set_wakeup_fd(self._old_wakeup)
+        os.close(self._read_fd)
+        os.close(self._write_fd)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self._pending.append(signal.Signals(number))

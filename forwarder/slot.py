@@ -1,0 +1,77 @@
+"""The master's handle on one worker: its process, its channel, and what it has acknowledged.
+
+Forks and signals; decides nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from forwarder.net.channel import Channel, channel_pair
+from forwarder.supervision import Backoff
+
+if TYPE_CHECKING:
+    import signal
+    from collections.abc import Callable
+
+
+class WorkerState(Enum):
+    """STARTING until the first assignment is acknowledged; DRAINING until it leaves."""
+
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+
+
+class WorkerProcess:
+    """A forked worker. Owns the master's end of the channel; the master reaps the process."""
+
+    def __init__(self, slot: int, pid: int, channel: Channel, now: float) -> None:
+        self.slot = slot
+        self.pid = pid
+        self.channel = channel
+        self.started_at = now
+        self.state = WorkerState.STARTING
+        self.sent_serial = 0
+        self.applied_serial = 0
+        self.known_sockets: set[int] = set()
+        self.routes: dict[int, int] = {}
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal; a process that has gone just now is no error."""
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+
+class Slot:
+    """A stable place for a worker: index, back-off, and the process that fills it, if any."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.backoff = Backoff()
+        self.process: WorkerProcess | None = None
+
+
+def fork_worker(slot: int, now: float, child: Callable[[Channel], None]) -> WorkerProcess:
+    """Fork; ``child`` runs the worker in the new process and must not return.
+
+    Raises OSError (EAGAIN, ENOMEM) with nothing left behind.
+    """
+    ours, theirs = channel_pair()
+    try:
+        pid = os.fork()
+    except OSError:
+        ours.close()
+        theirs.close()
+        raise
+    if pid == 0:
+        try:
+            ours.close()
+            child(theirs)
+        finally:
+            os._exit(70)
+    theirs.close()
+    return WorkerProcess(slot, pid, ours, now)

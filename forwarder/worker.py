@@ -1,0 +1,223 @@
+"""Room 2: one process, one loop, the listeners assigned to its slot, and their sessions.
+
+Does what its master says over the channel and decides nothing about other workers. Opens no
+listening socket itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import signal
+import socket
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Final
+
+import setproctitle
+import uvloop
+
+from forwarder.access import AccessList
+from forwarder.messages import Op, read_assignment
+from forwarder.net.channel import Channel, ChannelClosed, Received
+from forwarder.relay.listener import Listener
+from forwarder.relay.relay import Relay
+from forwarder.upstream.pool import Pool
+from forwarder.upstream.resolver import Resolver
+
+if TYPE_CHECKING:
+    from forwarder.config.model import RelayMode, Rule
+    from forwarder.messages import Assignment
+
+log = logging.getLogger(__name__)
+
+# What the master handles and a terminal sends to the whole process group: not for workers.
+_IGNORED_SIGNALS: Final = (
+    signal.SIGINT,
+    signal.SIGQUIT,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGTTIN,
+    signal.SIGTTOU,
+)
+# Sessions are freed by reference counts (Session._unlink); the collector is only for what bugs and
+# tracebacks leave behind. With its default of 700 it ran in the middle of every burst of sessions.
+_GC_THRESHOLD: Final = 50_000
+
+
+class WorkerExit(Enum):
+    """Exit status of a worker, as the master reads it."""
+
+    STOPPED = 0
+    CRASHED = 70
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSpec:
+    """What a worker is born with. Rules and sockets come over the channel, which it owns."""
+
+    slot: int
+    channel: Channel
+    relay: RelayMode
+    pipe_budget_pages: int
+
+
+def main(spec: WorkerSpec) -> WorkerExit:
+    """Run a worker in a freshly forked process until it has nothing more to do."""
+    for number in _IGNORED_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    setproctitle.setproctitle(f"forwarder: worker {spec.slot}")
+    gc.set_threshold(_GC_THRESHOLD)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_serve(spec))
+
+
+async def _serve(spec: WorkerSpec) -> WorkerExit:
+    worker = Worker(spec, asyncio.get_running_loop())
+    try:
+        return await worker.run()
+    finally:
+        worker.close()
+
+
+class Worker:
+    """The state of one worker process.
+
+    ::
+
+        BOOTING --APPLY--> READY --DRAIN--> DRAINING --no session left--> stopped
+    """
+
+    def __init__(self, spec: WorkerSpec, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._channel = spec.channel
+        self._relay = Relay(loop, spec.relay, spec.pipe_budget_pages)
+        self._resolver = Resolver(loop)
+        self._pools: dict[str, Pool] = {}
+        self._listeners: dict[int, Listener] = {}
+        self._sockets: dict[int, socket.socket] = {}
+        self._done: asyncio.Future[WorkerExit] = loop.create_future()
+        self._is_draining = False
+
+    async def run(self) -> WorkerExit:
+        """Serve until stopped, drained, or left alone by the master."""
+        self._loop.add_reader(self._channel.fileno(), self._on_channel)
+        self._loop.add_signal_handler(signal.SIGTERM, self.drain)
+        return await self._done
+
+    def close(self) -> None:
+        """Give back everything. Sessions that are left are reset."""
+        self._loop.remove_reader(self._channel.fileno())
+        self._stop_listening()
+        self._relay.abort_sessions("worker stopped")
+        self._resolver.close()
+        self._relay.close()
+        self._channel.close()
+
+    # -- messages of the master
+
+    def _on_channel(self) -> None:
+        try:
+            for received in self._channel.receive():
+                self._handle(received)
+        except ChannelClosed:
+            # The master is gone. A new one may be serving beside us already.
+            log.warning("worker.orphaned: the master has ended; draining")
+            self._loop.remove_reader(self._channel.fileno())
+            self.drain()
+
+    def _handle(self, received: Received) -> None:
+        op = received.message["op"]
+        if op == Op.SOCKETS:
+            ids = received.message["ids"]
+            assert isinstance(ids, list)  # noqa: S101 - our own master says so
+            for socket_id, fd in zip(ids, received.fds, strict=True):
+                self._sockets[socket_id] = socket.socket(fileno=fd)
+        elif op == Op.APPLY:
+            self.apply(read_assignment(received))
+        elif op == Op.DRAIN:
+            self.drain()
+        elif op == Op.STOP:
+            self._finish()
+
+    def _say(self, op: Op, **fields: object) -> None:
+        try:
+            self._channel.send({"op": op, **fields})
+        except ChannelClosed:
+            log.debug("worker: the master did not hear %s", op)
+
+    # -- acting
+
+    def apply(self, assignment: Assignment) -> None:
+        """Accept on the assigned sockets for their rules, and on no others, from now on."""
+        rules = assignment.config.rules
+        everyone = assignment.config.access
+        accesses = [AccessList.compile(everyone, rule.access) for rule in rules]
+        self._pools = {rule.name: self._pool(rule) for rule in rules}
+        for socket_id, index in assignment.routes.items():
+            rule = rules[index]
+            pool = self._pools[rule.name]
+            access = accesses[index]
+            listener = self._listeners.get(socket_id)
+            if listener is None:
+                sock = self._sockets[socket_id]
+                listener = Listener(self._loop, self._relay, sock, pool, access)
+                self._listeners[socket_id] = listener
+                listener.start()
+            else:
+                listener.pool = pool
+                listener.access = access
+        for socket_id in self._sockets.keys() - assignment.routes.keys():
+            self._release(socket_id)
+        self._say(Op.APPLIED, serial=assignment.serial)
+
+    def _pool(self, rule: Rule) -> Pool:
+        """The pool of an unchanged rule goes on, with its turn and its names; others are new."""
+        known = self._pools.get(rule.name)
+        return known if known is not None and known.rule == rule else Pool(rule, self._resolver)
+
+    def drain(self) -> None:
+        """Accept no more, and leave when the last session has ended."""
+        if self._is_draining:
+            return
+        self._is_draining = True
+        self._stop_listening()
+        self._leave_when_idle()
+
+    def _leave_when_idle(self) -> None:
+        if self._relay.sessions:
+            self._loop.call_later(0.05, self._leave_when_idle)
+        else:
+            self._say(Op.DRAINED)
+            self._finish()
+
+    def _release(self, socket_id: int) -> None:
+        listener = self._listeners.pop(socket_id, None)
+        if listener is not None:
+            listener.stop()
+        self._sockets.pop(socket_id).close()
+
+    def _stop_listening(self) -> None:
+        for socket_id in tuple(self._sockets):
+            self._release(socket_id)
+
+    def _finish(self) -> None:
+        if not self._done.done():
+            self._done.set_result(WorkerExit.STOPPED)
+
+
+def run_and_exit(spec: WorkerSpec) -> None:
+    """Run a worker as the whole rest of this forked process. Does not return."""
+    status = WorkerExit.CRASHED
+    try:
+        status = main(spec)
+    except BaseException:  # the process ends here, whatever it was
+        log.exception("worker.crashed slot=%d", spec.slot)
+    finally:
+        logging.shutdown()
+        os._exit(status.value)
