@@ -20,8 +20,8 @@ _BLANK = re.compile(r"(?:[ \t\r\n]+|#[^\n]*)*")
 _BLANK_STARTS = frozenset(" \t\r\n#")
 _KEY = re.compile(r"""[ \t]*(?:([A-Za-z0-9_-]+)|("(?:[^"\\\n]|\\.)*"|'[^'\n]*'))[ \t]*""")
 _SCALAR = re.compile(
-    r'''"""(?:[^\\]|\\[\s\S])*?"""{0,2}'''
-    r"""|'''[\s\S]*?'''{0,2}"""
+    r'''"""(?:[^\\]|\\[\s\S])*?""""{0,2}'''
+    r"""|'''[\s\S]*?''''{0,2}"""
     r"""|"(?:[^"\\\n]|\\.)*"|'[^'\n]*'|[^,\]}\n#"']+"""
 )
 # Most lines of a long file; the general way takes several times as long.

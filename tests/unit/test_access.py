@@ -176,6 +176,34 @@ def test_patterns_that_match_nobody_are_refused_with_a_hint(pattern: str, hint: 
     assert hint in caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("pattern", "host", "matches"),
+    [
+        ("10.0.0.0/24", "10.0.0.255", True),
+        ("10.0.0.0/24", "10.0.1.0", False),
+        ("10.0.0.0/24", "::ffff:10.0.0.9", True),
+        ("0.0.0.0/0", "::1", False),
+        ("::/0", "10.0.0.1", False),
+        ("::ffff:10.0.0.0/104", "::ffff:10.1.2.3", True),
+        ("2001:DB8::0001", "2001:db8::1", True),
+        ("FE80:*1", "fe80::1%eth0", True),
+        ("fe80::*0", "fe80::1%eth0", True),
+        ("fe80::1", "fe80::1%eth0", True),
+        ("fe80::1%eth0", "fe80::1%eth0", True),
+        ("fe80::1%eth0", "fe80::1%eth1", False),
+        ("fe80::1%eth0", "fe80::1", False),
+        ("fe80::/10", "fe80::1%eth0", True),
+        ("10.?", "10.0.0.1", False),
+        ("1?.0.0.1", "10.0.0.1", True),
+        ("*.1", "10.0.0.1", True),
+        ("0.0.0.*", "10.0.0.1", False),
+    ],
+)
+def test_what_a_pattern_matches(pattern: str, host: str, *, matches: bool) -> None:
+    decision = AccessList.compile((), rules(f"deny {pattern}")).decide(host)
+    assert decision is (Decision.DENIED if matches else Decision.ALLOWED)
+
+
 def test_a_host_that_is_no_address_meets_only_wildcards() -> None:
     assert AccessList.compile(rules("deny 0.0.0.0/0"), ()).decide("?") is Decision.ALLOWED
     assert AccessList.compile(rules("deny *"), ()).decide("?") is Decision.DENIED

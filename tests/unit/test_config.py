@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forwarder.config import Dialect, Loaded, from_pairs, load, loading, parse
-from forwarder.config.durations import parse_duration
 from forwarder.config.model import Protocol
 from forwarder.config.raw import MAX_ISSUES
 from forwarder.errors import ConfigError, Issue
@@ -283,20 +282,3 @@ def test_pairs_with_problems(listens: list[str], remotes: list[str], whats: list
     with pytest.raises(ConfigError) as caught:
         from_pairs(listens, remotes)
     assert [issue.what for issue in caught.value.issues] == whats
-
-
-@pytest.mark.parametrize(
-    ("value", "seconds"),
-    [(0, 0), (2.5, 2.5), ("500ms", 0.5), ("10s", 10), ("5m", 300), ("1h30m", 5400), ("1.5s", 1.5)],
-)
-def test_durations(value: object, seconds: float) -> None:
-    assert parse_duration(value) == seconds
-
-
-@pytest.mark.parametrize(
-    "value",
-    [True, "", "10", "s", "1m1h", "-1s", -1, float("nan"), float("inf"), "367d", 10**400, []],
-)
-def test_what_is_no_duration(value: object) -> None:
-    with pytest.raises(ValueError, match="is not"):
-        parse_duration(value)
