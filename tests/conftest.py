@@ -1,0 +1,243 @@
+"""Guards around every test, and fixtures that run the real command."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import pytest
+from support import procfs
+from support.ends import Link, accept, connect, listen
+from support.forwarder import Forwarder, Leaks, reserve_port
+from support.waiting import eventually
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Generator, Iterator
+    from pathlib import Path
+
+    from _pytest.reports import CollectReport, TestReport
+
+ON_LINUX = sys.platform.startswith("linux")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the markers that the fixtures below understand."""
+    config.addinivalue_line(
+        "markers",
+        "expects_log(*patterns): the command may log warnings and errors that match, "
+        "and must log each of them; without patterns any are fine",
+    )
+
+
+# -- FORWARDER_NO_SKIP=1: a skipped test is a failed one
+
+
+def _forbid_skip(report: TestReport | CollectReport) -> None:
+    if os.environ.get("FORWARDER_NO_SKIP") == "1" and report.skipped:
+        if hasattr(report, "wasxfail"):
+            return
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome = "failed"
+        report.longrepr = f"{report.nodeid}: FORWARDER_NO_SKIP=1 forbids: {reason}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, TestReport, TestReport]:
+    """Turn a skip into a failure if asked to."""
+    report = yield
+    _forbid_skip(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, CollectReport, CollectReport]:
+    """Turn the skip of a whole module into a failure if asked to."""
+    report = yield
+    _forbid_skip(report)
+    return report
+
+
+# -- guards
+
+
+@pytest.fixture(autouse=True)
+def no_leaks_here() -> Iterator[None]:
+    """No test leaves a descriptor or a child process behind."""
+    if not ON_LINUX:
+        yield
+        return
+    me = os.getpid()
+    fds_before = procfs.descriptors(me)
+    children_before = set(procfs.children(me))
+    yield
+    eventually(
+        lambda: len(procfs.descriptors(me)) <= len(fds_before),
+        lambda: f"descriptors left open: {set(procfs.descriptors(me)) - set(fds_before)}",
+        within_s=10,
+    )
+    eventually(
+        lambda: set(procfs.children(me)) <= children_before,
+        lambda: f"child processes left: {set(procfs.children(me)) - children_before}",
+        within_s=10,
+    )
+
+
+# -- the command
+
+
+class StartForwarder(Protocol):
+    """See :func:`start_forwarder`."""
+
+    def __call__(self, *arguments: str, expect_ready: bool = True) -> Forwarder:
+        """Start the command with these arguments."""
+
+
+@pytest.fixture
+def start_forwarder(request: pytest.FixtureRequest) -> Iterator[StartForwarder]:
+    """Start the command, any number of times.
+
+    At the end each one that still runs must end with status 0 on SIGTERM, and none may have logged
+    a warning or an error that the test does not expect by its marker ``expects_log``.
+    """
+    started: list[Forwarder] = []
+
+    def start(*arguments: str, expect_ready: bool = True) -> Forwarder:
+        forwarder = Forwarder(arguments, expect_ready=expect_ready)
+        started.append(forwarder)
+        return forwarder
+
+    yield start
+    codes = [(f, f.stop()) for f in started if f.process.returncode is None]
+    for forwarder, code in codes:
+        assert code == 0, (code, forwarder.lines)
+    marker = request.node.get_closest_marker("expects_log")
+    _check_log([line for f in started for line in f.trouble()], marker)
+
+
+def _check_log(trouble: list[str], marker: pytest.Mark | None) -> None:
+    if marker is None:
+        assert not trouble, trouble
+        return
+    for pattern in marker.args:
+        assert any(re.search(pattern, line) for line in trouble), (pattern, trouble)
+    if marker.args:
+        unexpected = [t for t in trouble if not any(re.search(p, t) for p in marker.args)]
+        assert not unexpected, unexpected
+
+
+@dataclass
+class Tunnel:
+    """A running forwarder and the listener that it forwards to.
+
+    ``address`` is where clients connect, ``listener`` where their sessions arrive.
+    """
+
+    forwarder: Forwarder
+    address: tuple[str, int]
+    listener: socket.socket
+    leaks: Leaks
+    links: list[Link] = field(default_factory=list)
+
+    def link(self, receive_buffer: int = 0) -> Link:
+        """Open a session. ``receive_buffer`` is the client's."""
+        client = connect(self.address, receive_buffer)
+        link = Link(client, accept(self.listener))
+        self.links.append(link)
+        return link
+
+    def close_links(self) -> None:
+        """Close the sessions that are open."""
+        while self.links:
+            self.links.pop().close()
+
+
+class MakeTunnel(Protocol):
+    """See :func:`make_tunnel`."""
+
+    def __call__(
+        self,
+        *arguments: str,
+        rule: str = "",
+        listener: socket.socket | None = None,
+        upstream: str = "",
+    ) -> Tunnel:
+        """Start a forwarder."""
+
+
+@pytest.fixture
+def make_tunnel(start_forwarder: StartForwarder, tmp_path: Path) -> Iterator[MakeTunnel]:
+    """Start a forwarder with one rule that leads to ``listener``, a new one by default.
+
+    ``rule`` is more TOML for that rule, ``upstream`` a TOML value in place of the listener's
+    address, ``arguments`` are added to the command line. Leaks are checked at the end.
+    """
+    tunnels: list[Tunnel] = []
+    with ExitStack() as stack:
+
+        def make(
+            *arguments: str,
+            rule: str = "",
+            listener: socket.socket | None = None,
+            upstream: str = "",
+        ) -> Tunnel:
+            holder = stack.enter_context(reserve_port())
+            listener = stack.enter_context(listen() if listener is None else listener)
+            host, port = holder.getsockname()
+            target = upstream or '"{}:{}"'.format(*listener.getsockname()[:2])
+            path = tmp_path / f"{len(tunnels)}.toml"
+            path.write_text(
+                f'[[forwarding_rules]]\nlisten = "{host}:{port}"\nupstream = {target}\n{rule}\n'
+            )
+            forwarder = start_forwarder("-c", str(path), *arguments)
+            tunnel = Tunnel(forwarder, (host, port), listener, Leaks(forwarder))
+            tunnels.append(tunnel)
+            return tunnel
+
+        yield make
+        for tunnel in tunnels:
+            tunnel.close_links()
+            if tunnel.forwarder.process.poll() is None:
+                tunnel.leaks.check()
+
+
+# -- one forwarder for all tests of a module, in every variant
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(relay, workers) for relay in ("splice", "copy") for workers in (1, 3)],
+    ids=lambda param: f"{param[0]}-{param[1]}",
+)
+def shared_tunnel(request: pytest.FixtureRequest) -> Iterator[Tunnel]:
+    """A tunnel for a whole module, per relay and number of workers; at its end, look for leaks."""
+    relay, workers = request.param
+    with reserve_port() as holder, listen() as listener:
+        address = holder.getsockname()
+        forwarder = Forwarder(
+            [
+                *("-l", "{}:{}".format(*address), "-r", "{}:{}".format(*listener.getsockname())),
+                *("--workers", str(workers), "--relay", relay),
+            ]
+        )
+        try:
+            tunnel = Tunnel(forwarder, address, listener, Leaks(forwarder))
+            yield tunnel
+            tunnel.leaks.check()
+            code = forwarder.stop()
+            assert code == 0, (code, forwarder.lines)
+            assert not forwarder.trouble(), forwarder.trouble()
+        finally:
+            if forwarder.process.returncode is None:
+                forwarder.kill()
+
+
+@pytest.fixture
+def tunnel(shared_tunnel: Tunnel) -> Iterator[Tunnel]:
+    """The module's tunnel; the sessions of the test end with it."""
+    yield shared_tunnel
+    shared_tunnel.close_links()

@@ -1,0 +1,180 @@
+"""Half-close, close and reset arrive at the other side as what they were."""
+
+from __future__ import annotations
+
+import socket
+from typing import TYPE_CHECKING
+
+import pytest
+from support.ends import (
+    Talker,
+    fill,
+    receive_exactly,
+    receive_to_end,
+    receive_to_reset,
+    reset,
+    seeded,
+    send_to_reset,
+    talk,
+)
+from support.waiting import eventually
+
+if TYPE_CHECKING:
+    from conftest import Tunnel
+
+MIB = 1 << 20
+BOTH = pytest.mark.parametrize("first", ["client", "upstream"])
+
+
+@BOTH
+@pytest.mark.parametrize("size", [0, 1, 3 * MIB])
+def test_a_reply_after_the_end_of_the_request_arrives(
+    tunnel: Tunnel, first: str, size: int
+) -> None:
+    near, far = tunnel.link().end(first)
+    near.sendall(b"request")
+    near.shutdown(socket.SHUT_WR)
+    assert receive_to_end(far) == b"request"
+    reply = Talker(far, seeded(size, 5))
+    listener = Talker(near, b"")
+    listener._is_shut = True
+    talk(reply_end(reply), listener)
+    assert listener.received == reply.outgoing
+
+
+def reply_end(talker: Talker) -> Talker:
+    talker._at_eof = True  # it has been read above
+    return talker
+
+
+@BOTH
+def test_a_half_closed_session_goes_on_for_many_messages(tunnel: Tunnel, first: str) -> None:
+    near, far = tunnel.link().end(first)
+    near.shutdown(socket.SHUT_WR)
+    assert receive_to_end(far) == b""
+    for number in range(50):
+        far.sendall(bytes([number]))
+        assert receive_exactly(near, 1) == bytes([number])
+    far.shutdown(socket.SHUT_WR)
+    assert receive_to_end(near) == b""
+
+
+@BOTH
+def test_close_with_bytes_in_flight_delivers_them(tunnel: Tunnel, first: str) -> None:
+    """The far side reads nothing until the near one has sent its part and closed."""
+    near, far = tunnel.link().end(first)
+    data = seeded(24 * MIB, 6)
+    taken = fill(near, data)
+    near.close()
+    assert receive_to_end(far) == data[:taken]
+
+
+@BOTH
+def test_closing_at_once_is_an_end_of_file(tunnel: Tunnel, first: str) -> None:
+    near, far = tunnel.link().end(first)
+    near.close()
+    assert receive_to_end(far) == b""
+
+
+@BOTH
+def test_a_reset_is_a_reset(tunnel: Tunnel, first: str) -> None:
+    near, far = tunnel.link().end(first)
+    reset(near)
+    assert receive_to_reset(far) == b""
+
+
+@BOTH
+@pytest.mark.parametrize("size", [1, 1000, 100_000])
+def test_what_was_read_before_a_reset_stays_read(tunnel: Tunnel, first: str, size: int) -> None:
+    near, far = tunnel.link().end(first)
+    data = seeded(size, 7)
+    near.sendall(data)
+    assert receive_exactly(far, size) == data
+    reset(near)
+    assert receive_to_reset(far) == b""
+
+
+@BOTH
+def test_a_response_and_then_a_reset_arrive_in_this_order(tunnel: Tunnel, first: str) -> None:
+    """Closing with unread input sends RST after the response; directly, both would arrive.
+
+    Linux does this whenever a server answers without having read the whole request.
+    """
+    near, far = tunnel.link().end(first)
+    near.sendall(b"not read by the other side")
+    response = seeded(5000, 8)
+    eventually(lambda: _readable(far), "the request has arrived")
+    far.sendall(response)
+    far.close()
+    assert receive_to_reset(near) == response
+
+
+def _readable(sock: socket.socket) -> bool:
+    return bool(sock.recv(1, socket.MSG_PEEK))
+
+
+@BOTH
+def test_a_reset_in_the_middle_of_bulk_is_a_reset(tunnel: Tunnel, first: str) -> None:
+    near, far = tunnel.link().end(first)
+    data = seeded(16 * MIB, 9)
+    taken = fill(near, data)
+    assert receive_exactly(far, 100_000) == data[:100_000]
+    reset(near)
+    rest = receive_to_reset(far)
+    assert data[100_000:taken].startswith(rest)
+
+
+@BOTH
+def test_a_reader_that_resets_stops_the_sender(tunnel: Tunnel, first: str) -> None:
+    """A clogged sink goes away: the sender learns of it, and nothing stays behind."""
+    near, far = tunnel.link().end(first)
+    fill(near, seeded(24 * MIB, 10))
+    reset(far)
+    send_to_reset(near)
+
+
+@BOTH
+def test_a_reset_of_a_half_closed_side_is_a_reset(tunnel: Tunnel, first: str) -> None:
+    near, far = tunnel.link().end(first)
+    near.sendall(b"request")
+    near.shutdown(socket.SHUT_WR)
+    assert receive_to_end(far) == b"request"
+    reset(near)
+    send_to_reset(far)
+
+
+@BOTH
+def test_a_reset_after_the_other_side_half_closed_is_a_reset(tunnel: Tunnel, first: str) -> None:
+    near, far = tunnel.link().end(first)
+    near.shutdown(socket.SHUT_WR)
+    assert receive_to_end(far) == b""
+    far.sendall(b"part of a reply")
+    assert receive_exactly(near, 15) == b"part of a reply"
+    reset(far)
+    assert receive_to_reset(near) == b""
+
+
+@BOTH
+def test_a_cut_stream_does_not_look_whole_when_its_reader_half_closes(
+    tunnel: Tunnel, first: str
+) -> None:
+    """The sender resets while its reader is slow, then the reader sends its own end of file.
+
+    *Result*: the reader gets everything or a reset, not a part that ends as if it were all.
+    """
+    near, far = tunnel.link().end(first)
+    data = seeded(64 * MIB, 11)
+    taken = fill(near, data)
+    assert taken < len(data), "not clogged"
+    reset(near)
+    far.shutdown(socket.SHUT_WR)
+    receive_to_reset(far)
+
+
+@BOTH
+def test_both_sides_closing_at_once_end_the_session(tunnel: Tunnel, first: str) -> None:
+    near, far = tunnel.link().end(first)
+    near.shutdown(socket.SHUT_WR)
+    far.shutdown(socket.SHUT_WR)
+    assert receive_to_end(near) == b""
+    assert receive_to_end(far) == b""

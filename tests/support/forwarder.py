@@ -1,0 +1,168 @@
+"""The real command as a child process, ready when it says so."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from typing import TYPE_CHECKING
+
+from support import procfs
+from support.waiting import PATIENCE_S, eventually
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_TROUBLE = re.compile(r"WARNING|ERROR|CRITICAL|Traceback|relay\.bug|Exception|never retrieved")
+
+
+def reserve_port(host: str = "127.0.0.1") -> socket.socket:
+    """Bind a TCP port without listening: nobody else gets it, SO_REUSEPORT sockets share it."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    holder = socket.socket(family, socket.SOCK_STREAM)
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    if family == socket.AF_INET6:
+        holder.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    holder.bind((host, 0))
+    return holder
+
+
+class Forwarder:
+    """A running ``python -m forwarder``. Owns the process, its stderr and the notify socket."""
+
+    def __init__(self, arguments: Sequence[str], *, expect_ready: bool = True) -> None:
+        """Start, and wait for READY=1 unless the command is expected to end by itself."""
+        self.lines: list[str] = []
+        self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._notify.bind("")  # autobind: an abstract name chosen by the kernel, unix(7)
+        self._notify.settimeout(PATIENCE_S)
+        name = self._notify.getsockname()
+        assert isinstance(name, bytes)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "forwarder", *arguments],
+            env={**os.environ, "NOTIFY_SOCKET": "@" + name[1:].decode()},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self._reader = threading.Thread(target=self._read_stderr, daemon=True)
+        self._reader.start()
+        if expect_ready:
+            try:
+                self.wait_notified("READY=1")
+            except BaseException:
+                self.kill()
+                raise
+
+    @property
+    def pid(self) -> int:
+        """The master's process id."""
+        return self.process.pid
+
+    def workers(self) -> list[int]:
+        """Process ids of the workers."""
+        return procfs.children(self.pid)
+
+    def wait_notified(self, assignment: str) -> None:
+        """Wait for a notification that contains ``assignment``."""
+        while True:
+            try:
+                datagram = self._notify.recv(4096).decode()
+            except TimeoutError:
+                raise AssertionError(f"no {assignment}; stderr: {self.lines}") from None
+            if assignment in datagram.splitlines():
+                return
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to the master."""
+        self.process.send_signal(number)
+
+    def wait(self) -> int:
+        """Wait for the end; returns the exit code. The lines of stderr are complete then."""
+        try:
+            code = self.process.wait(PATIENCE_S + 30)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"does not end; stderr: {self.lines}") from None
+        self._clean_up()
+        return code
+
+    def stop(self) -> int:
+        """End it by SIGTERM, if it runs; returns the exit code."""
+        if self.process.poll() is None:
+            self.signal(signal.SIGTERM)
+        return self.wait()
+
+    def kill(self) -> None:
+        """End the master and its workers without mercy."""
+        workers = self.workers() if self.process.poll() is None else []
+        self.process.kill()
+        self.process.wait()
+        for pid in workers:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        self._clean_up()
+
+    def trouble(self) -> list[str]:
+        """Lines of stderr that tell of something wrong."""
+        return [line for line in self.lines if _TROUBLE.search(line)]
+
+    def wait_logged(self, pattern: str) -> None:
+        """Wait for a line of stderr that ``pattern`` is found in."""
+        eventually(
+            lambda: any(re.search(pattern, line) for line in self.lines),
+            lambda: f"no {pattern!r} in {self.lines}",
+        )
+
+    def _read_stderr(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.lines.append(line.rstrip("\n"))
+
+    def _clean_up(self) -> None:
+        self._reader.join(PATIENCE_S)
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+        self._notify.close()
+
+
+class Leaks:
+    """What the workers had open when idle, to compare with later."""
+
+    def __init__(self, forwarder: Forwarder) -> None:
+        """Note what is open once every worker has its own slot's sockets and no other's."""
+        self._forwarder = forwarder
+        pids = forwarder.workers()
+        eventually(
+            lambda: len({tuple(procfs.without_pipes(pid)) for pid in pids}) == 1,
+            lambda: f"workers differ: {[procfs.without_pipes(pid) for pid in pids]}",
+        )
+        self._before = {pid: procfs.without_pipes(pid) for pid in pids}
+        # libuv keeps a byte in a pipe of its own, as a lock.
+        self._in_pipes = {pid: procfs.bytes_in_pipes(pid) for pid in pids}
+
+    def check(self) -> None:
+        """Wait until the workers have as much open as before, and nothing more in a pipe.
+
+        Pipes themselves may be left: a worker keeps empty ones for the next session.
+        """
+        assert sorted(self._before) == self._forwarder.workers(), "a worker was replaced"
+        for pid in self._before:
+            self._check_worker(pid)
+
+    def _check_worker(self, pid: int) -> None:
+        before = self._before[pid]
+        eventually(
+            lambda: procfs.without_pipes(pid) == before,
+            lambda: f"descriptors of worker {pid}: {procfs.without_pipes(pid)}, were {before}",
+        )
+        assert procfs.CLOSE_WAIT not in procfs.tcp_states(pid)
+        assert procfs.bytes_in_pipes(pid) == self._in_pipes[pid]

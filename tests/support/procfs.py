@@ -1,0 +1,90 @@
+"""What the kernel says of a process: descriptors, sockets, pipes, memory, children."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+import termios
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+CLOSE_WAIT: Final = "08"
+SYN_SENT: Final = "02"
+
+
+def descriptors(pid: int) -> dict[int, str]:
+    """Descriptor to what it is, such as ``socket:[123]``."""
+    found = {}
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):
+            found[int(entry.name)] = str(entry.readlink())
+    return found
+
+
+def without_pipes(pid: int) -> list[str]:
+    """All descriptors but pipes, which a worker may keep in its pool; sorted by kind."""
+    return sorted(
+        target.partition("[")[0]
+        for target in descriptors(pid).values()
+        if not target.startswith("pipe:")
+    )
+
+
+def socket_count(pid: int) -> int:
+    """How many sockets a process has open."""
+    return sum(target.startswith("socket:") for target in descriptors(pid).values())
+
+
+def pipe_count(pid: int) -> int:
+    """How many ends of pipes a process has open."""
+    return sum(target.startswith("pipe:") for target in descriptors(pid).values())
+
+
+def bytes_in_pipes(pid: int) -> int:
+    """Bytes that wait in the pipes of which ``pid`` has both ends."""
+    ends: dict[str, list[int]] = {}
+    for fd, target in descriptors(pid).items():
+        if target.startswith("pipe:"):
+            ends.setdefault(target, []).append(fd)
+    return sum(_waiting(pid, fds[0]) for fds in ends.values() if len(fds) == 2)
+
+
+def _waiting(pid: int, fd: int) -> int:
+    try:
+        own = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return 0  # closed meanwhile
+    try:
+        return int(struct.unpack("i", fcntl.ioctl(own, termios.FIONREAD, b"\0\0\0\0"))[0])
+    finally:
+        os.close(own)
+
+
+def tcp_states(pid: int) -> list[str]:
+    """TCP states, as two hexadecimal digits (include/net/tcp_states.h), of a process's sockets."""
+    inodes = {target[8:-1] for target in descriptors(pid).values() if target.startswith("socket:")}
+    states = []
+    for table in (Path(f"/proc/{pid}/net/tcp"), Path(f"/proc/{pid}/net/tcp6")):
+        if table.exists():
+            rows = (line.split() for line in table.read_text().splitlines()[1:])
+            states += [row[3] for row in rows if row[9] in inodes]
+    return states
+
+
+def resident_kib(pid: int) -> int:
+    """Memory that a process uses, shared pages included (VmRSS)."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1])
+    raise LookupError(pid)
+
+
+def children(pid: int) -> list[int]:
+    """Processes started by any thread of ``pid`` that have not been waited for."""
+    found: list[int] = []
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        with suppress(OSError):
+            found += map(int, (thread / "children").read_text().split())
+    return sorted(found)
