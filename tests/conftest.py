@@ -146,7 +146,11 @@ class Tunnel:
     def link(self, receive_buffer: int = 0) -> Link:
         """Open a session. ``receive_buffer`` is the client's."""
         client = connect(self.address, receive_buffer)
-        link = Link(client, accept(self.listener))
+        try:
+            link = Link(client, accept(self.listener))
+        except BaseException:
+            client.close()
+            raise
         self.links.append(link)
         return link
 
