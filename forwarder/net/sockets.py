@@ -25,6 +25,8 @@ _LINGER_ABORT: Final = struct.pack("ii", 1, 0)
 # linux/in.h; Python 3.11 has no name for it. The port is then chosen at connect(), by the whole
 # 4-tuple, so that one source address can hold more than 28,000 connections.
 _IP_BIND_ADDRESS_NO_PORT: Final = 24
+_TCP_INFO: Final = getattr(socket, "TCP_INFO", 0)
+_CLOSED: Final = 7  # TCP_CLOSE, linux/tcp.h; the first byte of struct tcp_info is the state
 
 # accept(2): errors of the connection that was being accepted, or of the network below it. The
 # listener is fine, the next one may be.
@@ -142,9 +144,15 @@ def keep_urgent_inline(sock: socket.SocketType) -> None:
 
 
 def unsent_bytes(sock: socket.SocketType) -> int:
-    """Bytes that were sent but not yet acknowledged (SIOCOUTQ, tcp(7)); 0 if it cannot be told."""
+    """Bytes that a live peer has not acknowledged yet (SIOCOUTQ, tcp(7)); 0 if it cannot be told.
+
+    A socket that was reset keeps its count for ever, hence the look at its state (TCP_INFO).
+    """
     try:
         raw = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, b"\0\0\0\0")
+        unsent = int(struct.unpack("i", raw)[0])
+        if unsent and _TCP_INFO and sock.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, 1)[0] == _CLOSED:
+            return 0
     except OSError:
         return 0
-    return int(struct.unpack("i", raw)[0])
+    return unsent

@@ -201,7 +201,7 @@ class Direction:
 
     def on_eof(self) -> None:
         """``src`` has sent its FIN and everything is delivered: pass the half-close on."""
-        self.stop()
+        self.is_blocked = self.is_done = True
         self.session.on_eof(self)
 
     def on_urgent(self) -> None:

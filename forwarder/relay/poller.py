@@ -23,6 +23,7 @@ import select
 from typing import TYPE_CHECKING, Final, Protocol
 
 if TYPE_CHECKING:
+    import socket
     from asyncio import AbstractEventLoop
     from collections.abc import Callable
 
@@ -40,7 +41,6 @@ URGENT: Final = select.EPOLLPRI
 READ_ON: Final = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR | select.EPOLLPRI
 
 _MAX_EVENTS: Final = 256  # bounds a batch; what does not fit is reported by the next poll
-_ROUNDS: Final = 4  # batches per wake-up of the loop, which costs 3-4 us each; bench: conn, rr
 
 
 class Handler(Protocol):
@@ -91,10 +91,6 @@ class Poller:
         """Report further events of a registered ``fd`` to another handler."""
         self._handlers[fd] = handler
 
-    def forget(self, fd: int) -> None:
-        """Report no further events of ``fd``, which its owner is about to close."""
-        self._handlers[fd] = None
-
     def unregister(self, fd: int) -> None:
         """Take out an ``fd`` that stays open."""
         self._handlers[fd] = None
@@ -105,6 +101,14 @@ class Poller:
         if not (self._in_turn or self._deferred):
             self._loop.call_soon(self._do_deferred)
         self._deferred.append(action)
+
+    def release(self, sock: socket.SocketType) -> None:
+        """Close a socket when the batch is over, and report no more of it; harmless if closed."""
+        fd = sock.fileno()
+        if fd >= 0:
+            if fd < len(self._handlers):
+                self._handlers[fd] = None
+            self.defer(sock.close)
 
     def call_again(self, direction: Resumable) -> None:
         """Resume ``direction`` after the others had their turn: its budget was used up."""
@@ -123,15 +127,11 @@ class Poller:
             return  # asked for by call_soon just before close()
         self.now = self._loop.time()
         self._in_turn = True
-        for _ in range(_ROUNDS):
-            if self._again:
-                self._do_again()
-            events = self._epoll.poll(0, _MAX_EVENTS)
-            self._dispatch(events)
-            if self._deferred:
-                self._do_deferred()
-            if not events and not self._again:
-                break
+        if self._again:
+            self._do_again()
+        self._dispatch(self._epoll.poll(0, _MAX_EVENTS))
+        if self._deferred:
+            self._do_deferred()
         self._in_turn = False
         if self._again:
             self._loop.call_soon(self._turn)

@@ -16,7 +16,7 @@ from forwarder.net import sockets
 from forwarder.net.pipes import PipePool
 from forwarder.relay.direction import BULK_BYTES, SMALL_BYTES, Direction
 from forwarder.relay.poller import Poller
-from forwarder.relay.session import Session, State
+from forwarder.relay.session import Session
 from forwarder.relay.splice import HAS_SPLICE, SpliceDirection
 from forwarder.relay.wheel import TICK_S, Wheel
 
@@ -58,7 +58,7 @@ class Relay:
         self._loop = loop
         self._is_ticking = False
         self._spare_fd = _reserve_fd()
-        self._logs_sessions = log.isEnabledFor(logging.DEBUG)
+        self.logs_sessions = log.isEnabledFor(logging.DEBUG)
         self._warn_after: dict[str, float] = {}
         self._unreported: dict[str, int] = {}
 
@@ -79,21 +79,20 @@ class Relay:
         for session in tuple(self.sessions):
             session.abort(CloseReason(Who.US, Phase.DRAIN, why))
 
-    def on_session_end(self, session: Session, reason: CloseReason) -> None:
-        """Account for a session that has ended."""
-        if self._logs_sessions and session.state is not State.CLOSED:
-            target = session.targets[session.attempt] if session.attempt >= 0 else "-"
-            log.debug(
-                "session.closed rule=%s client=%s:%d upstream=%s end=%s c2u=%d u2c=%d total_s=%.3f",
-                session.pool.rule.name,
-                session.client_address[0],
-                session.client_address[1],
-                target,
-                reason,
-                session.c2u.moved,
-                session.u2c.moved,
-                self.poller.now - session.started_at,
-            )
+    def log_session(self, session: Session, reason: CloseReason) -> None:
+        """Log the end of a session; asked for only if ``logs_sessions``."""
+        target = session.targets[session.attempt] if session.attempt >= 0 else "-"
+        log.debug(
+            "session.closed rule=%s client=%s:%d upstream=%s end=%s c2u=%d u2c=%d total_s=%.3f",
+            session.pool.rule.name,
+            session.client_address[0],
+            session.client_address[1],
+            target,
+            reason,
+            session.c2u.moved,
+            session.u2c.moved,
+            self.poller.now - session.started_at,
+        )
 
     def warn_connect_failed(self, rule: str, upstream: str, why: str) -> None:
         """Log a failed connect; repeats of a rule every WARN_INTERVAL_S, with their count."""

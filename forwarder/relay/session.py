@@ -62,20 +62,24 @@ class State(Enum):
     CLOSED = "closed"
 
 
+# Looking a member up in the class costs 100 ns in Python 3.11, several times per session.
+_RESOLVING, _CONNECTING, _RELAYING, _HALF_CLOSED, _ABORTING, _CLOSED = State
+
+
 class Session:
     """A client and its upstream. Owns both sockets from the constructor on.
 
-    ``active_at``: when an event last came, in the loop's time; ``bucket`` is the wheel's.
+    ``active_at``: when an event last came, in the loop's time; ``tick`` is the wheel's.
     ``is_reset``: one side is gone by RST, so the session cannot end with a FIN.
     """
 
     __slots__ = (
         "active_at",
         "attempt",
-        "bucket",
         "c2u",
         "client",
         "client_address",
+        "deadline",
         "is_reset",
         "pool",
         "relay",
@@ -83,6 +87,7 @@ class Session:
         "state",
         "survivor",
         "targets",
+        "tick",
         "u2c",
         "upstream",
     )
@@ -96,9 +101,10 @@ class Session:
         self.client_address = client_address
         self.upstream: socket.SocketType | None = None
         self.survivor: socket.SocketType | None = None  # ABORTING: the side that still receives
-        self.state = State.RESOLVING
+        self.state = _RESOLVING
         self.started_at = self.active_at = relay.poller.now
-        self.bucket = -1
+        self.tick = -1
+        self.deadline = 0.0  # of RESOLVING, of one attempt of CONNECTING, of ABORTING
         self.targets: tuple[Target, ...] = ()
         self.attempt = -1  # index of the target being tried, then of the one connected
         self.is_reset = False
@@ -113,7 +119,7 @@ class Session:
 
     def start(self) -> None:
         """Find a target and connect, now or when the name is resolved."""
-        self._arm(self.pool.rule.connect_timeout_s)
+        self._limit_attempt()
         targets = self.pool.targets()
         if targets is None:
             self.pool.wait_for_targets(self.on_targets)
@@ -122,13 +128,13 @@ class Session:
 
     def on_targets(self, targets: tuple[Target, ...]) -> None:
         """Go on with the addresses of the upstream; none means that no name could be resolved."""
-        if self.state is not State.RESOLVING:
+        if self.state is not _RESOLVING:
             return  # timed out, or ended by a drain
         if not targets:
             self._fail("no upstream address could be resolved")
             return
         self.targets = targets
-        self.state = State.CONNECTING
+        self.state = _CONNECTING
         self._connect_next(0)
 
     def _connect_next(self, error: int) -> None:
@@ -153,13 +159,13 @@ class Session:
         if self.upstream is None:
             poller.register(self.client.fileno(), self.c2u)
         else:
-            self._arm(self.pool.rule.connect_timeout_s)
+            self._limit_attempt()
         self.upstream = self.c2u.dst = self.u2c.src = upstream
         poller.register(upstream.fileno(), self)
 
     def on_events(self, mask: int) -> None:
         """Handle events of a connecting upstream socket, or of the last socket of an abort."""
-        if self.state is State.CONNECTING and self.upstream is not None:
+        if self.state is _CONNECTING and self.upstream is not None:
             if mask & BROKEN:
                 error = self.upstream.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                 if error not in _RESET_AFTER_CONNECT:
@@ -169,11 +175,11 @@ class Session:
             elif not mask & WRITABLE:
                 return
             self._on_connected(self.upstream, mask)
-        elif self.state is State.ABORTING and mask & BROKEN:
+        elif self.state is _ABORTING and mask & BROKEN:
             self._finish()
 
     def _on_connected(self, upstream: socket.SocketType, mask: int) -> None:
-        self.state = State.RELAYING
+        self.state = _RELAYING
         self.active_at = self.relay.poller.now
         self.relay.poller.hand_over(upstream.fileno(), self.u2c)
         self._arm(self.pool.rule.idle_timeout_s)
@@ -182,9 +188,14 @@ class Session:
         if mask & READABLE and not self.u2c.is_blocked:
             self.u2c.pump(mask)
 
+    def _limit_attempt(self) -> None:
+        limit_s = self.pool.rule.connect_timeout_s
+        self.deadline = self.relay.poller.now + limit_s
+        self._arm(limit_s)
+
     def _give_up_attempt(self, error: int) -> None:
         if self.upstream is not None:
-            self._release(self.upstream)
+            self.relay.poller.release(self.upstream)
         self._connect_next(error)
 
     def _fail(self, why: str) -> None:
@@ -211,7 +222,7 @@ class Session:
                 direction.dst.shutdown(socket.SHUT_WR)
             except OSError:  # ENOTCONN: reset meanwhile, which the reverse direction will read
                 self.is_reset = True
-            self.state = State.HALF_CLOSED
+            self.state = _HALF_CLOSED
             self._arm(self.pool.rule.half_close_timeout_s)
 
     def on_reset(self, direction: Direction, err: OSError) -> None:
@@ -234,9 +245,9 @@ class Session:
 
     def on_broken_while_blocked(self, direction: Direction) -> None:
         """The source of ``direction`` is gone while nothing may be read from it."""
-        if self.state is State.CONNECTING:
+        if self.state is _CONNECTING:
             self.abort(CloseReason(Who.CLIENT, Phase.CONNECT, "reset"))
-        elif self.state in (State.RELAYING, State.HALF_CLOSED):
+        elif self.state in (_RELAYING, _HALF_CLOSED):
             if direction.is_done:
                 self._abort_after_delivery(direction, "reset")
             else:
@@ -252,24 +263,25 @@ class Session:
     def on_timer(self, now: float) -> float:
         """Look whether this session is overdue; returns its next deadline, 0 for none."""
         rule = self.pool.rule
-        if self.state is State.RELAYING and not self.is_reset:
+        if self.state is _RELAYING and not self.is_reset:
             return self._check_silence(now, rule.idle_timeout_s, Phase.IDLE)
-        if self.state in (State.RELAYING, State.HALF_CLOSED):
+        if self.state in (_RELAYING, _HALF_CLOSED):
             return self._check_silence(now, rule.half_close_timeout_s, Phase.HALF_CLOSE)
-        if self.state is State.ABORTING:
-            overdue = now >= self.active_at + ABORT_GRACE_S
-            if self.survivor is not None and not overdue and sockets.unsent_bytes(self.survivor):
+        if self.state is _ABORTING:
+            is_overdue = now >= self.deadline
+            if self.survivor and not is_overdue and sockets.unsent_bytes(self.survivor):
                 return now + TICK_S
             self._finish()
-        elif self.state is State.CONNECTING:
+        elif self.state in (_RESOLVING, _CONNECTING):
+            if now < self.deadline:
+                return self.deadline
             self._give_up_attempt(errno.ETIMEDOUT)
-            return 0.0  # a next attempt has armed the timer itself
-        elif self.state is State.RESOLVING:
-            self._fail("resolving the upstream name timed out")
         return 0.0
 
     def _check_silence(self, now: float, limit_s: float, phase: Phase) -> float:
         deadline = self.active_at + limit_s
+        if not limit_s:
+            return 0.0
         if now < deadline:
             return deadline
         if phase is Phase.IDLE:
@@ -279,12 +291,10 @@ class Session:
         return 0.0
 
     def _arm(self, limit_s: float) -> None:
-        wheel = self.relay.wheel
+        """Have ``on_timer`` called within ``limit_s``. An earlier call that is due stays due."""
         if limit_s > 0:
-            wheel.add(self, self.relay.poller.now + limit_s)
+            self.relay.wheel.add(self, self.relay.poller.now + limit_s)
             self.relay.tick_soon()
-        elif self.bucket >= 0:
-            wheel.discard(self)
 
     # -- ending
 
@@ -295,7 +305,7 @@ class Session:
 
     def abort(self, reason: CloseReason) -> None:
         """End by RST on both sides, now."""
-        if self.state is State.CLOSED:
+        if self.state is _CLOSED:
             return
         for sock in (self.client, self.upstream):
             if sock is not None and sock.fileno() >= 0:
@@ -305,44 +315,39 @@ class Session:
 
     def _abort_after_delivery(self, direction: Direction, detail: str) -> None:
         """The source of ``direction`` was reset: reset its destination when that has all."""
-        if self.state in (State.ABORTING, State.CLOSED):
+        if self.state in (_ABORTING, _CLOSED):
             return
-        phase = Phase.HALF_CLOSE if self.state is State.HALF_CLOSED else Phase.DATA
+        phase = Phase.HALF_CLOSE if self.state is _HALF_CLOSED else Phase.DATA
         survivor = direction.dst
         self._end(CloseReason(self._who(direction), phase, detail))
         sockets.set_abort_on_close(survivor)
         if not sockets.unsent_bytes(survivor):
             self._finish()
             return
-        self.state = State.ABORTING
+        self.state = _ABORTING
         self.survivor = survivor
-        self.active_at = self.relay.poller.now
+        self.deadline = self.relay.poller.now + ABORT_GRACE_S
         self.relay.poller.hand_over(survivor.fileno(), self)
-        self._release(direction.src)
+        self.relay.poller.release(direction.src)
         self._arm(TICK_S)
 
     def _end(self, reason: CloseReason) -> None:
         """Stop both directions and report the end, once."""
         self.c2u.stop()
         self.u2c.stop()
-        self.relay.on_session_end(self, reason)
+        if self.relay.logs_sessions:
+            self.relay.log_session(self, reason)
 
     def _finish(self) -> None:
         """Give everything back. After this batch nothing refers to the session any more."""
-        self.state = State.CLOSED
-        self.relay.wheel.discard(self)
-        self.relay.sessions.discard(self)
-        self._release(self.client)
+        self.state = _CLOSED
+        relay = self.relay
+        relay.wheel.discard(self)
+        relay.sessions.discard(self)
+        relay.poller.release(self.client)
         if self.upstream is not None:
-            self._release(self.upstream)
-        self.relay.poller.defer(self._unlink)
-
-    def _release(self, sock: socket.SocketType) -> None:
-        """Close a socket after the batch; harmless on one that is closed or released."""
-        fd = sock.fileno()
-        if fd >= 0:
-            self.relay.poller.forget(fd)
-            self.relay.poller.defer(sock.close)
+            relay.poller.release(self.upstream)
+        relay.poller.defer(self._unlink)
 
     def _unlink(self) -> None:
         """Break the reference cycles, so that the memory is free at once, without the collector."""

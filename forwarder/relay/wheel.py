@@ -16,9 +16,9 @@ BUCKETS: Final = 512
 
 
 class Timed(Protocol):
-    """What can be put on the wheel. ``bucket`` belongs to the wheel: -1 when not on it."""
+    """What can be put on the wheel. ``tick`` belongs to the wheel: -1 when not on it."""
 
-    bucket: int
+    tick: int
 
     def on_timer(self, now: float) -> float:
         """Act if due. Returns the next deadline, or 0 to leave the wheel."""
@@ -38,18 +38,28 @@ class Wheel:
         return self._count
 
     def add(self, entry: Timed, deadline: float) -> None:
-        """Look at ``entry`` at ``deadline`` or up to one tick later; moves it if it is on."""
-        self.discard(entry)
-        tick = min(max(int(deadline / TICK_S) + 1, self._tick + 1), self._tick + BUCKETS - 1)
-        entry.bucket = tick % BUCKETS
-        self._buckets[entry.bucket].add(entry)
+        """Look at ``entry`` by ``deadline`` or up to one tick later.
+
+        One that is looked at earlier already stays where it is, and is asked for its deadline then.
+        """
+        tick = int(deadline / TICK_S) + 1
+        if tick >= self._tick + BUCKETS:
+            tick = self._tick + BUCKETS - 1
+        elif tick <= self._tick:
+            tick = self._tick + 1
+        if entry.tick >= 0:
+            if entry.tick <= tick:
+                return
+            self.discard(entry)
+        entry.tick = tick
+        self._buckets[tick % BUCKETS].add(entry)
         self._count += 1
 
     def discard(self, entry: Timed) -> None:
         """Take ``entry`` off, if it is on."""
-        if entry.bucket >= 0:
-            self._buckets[entry.bucket].discard(entry)
-            entry.bucket = -1
+        if entry.tick >= 0:
+            self._buckets[entry.tick % BUCKETS].discard(entry)
+            entry.tick = -1
             self._count -= 1
 
     def advance(self, now: float) -> None:
