@@ -209,4 +209,7 @@ def main() -> NoReturn:
     except ForwarderError as err:
         click.echo(f"forwarder: {err}", err=True)
         sys.exit(err.exit_code)
+    except Exception:  # a bug; the traceback is what a report needs
+        logging.getLogger(__name__).exception("forwarder: internal error, please report it")
+        sys.exit(ExitCode.INTERNAL)
     sys.exit(ExitCode.OK)

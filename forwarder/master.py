@@ -9,9 +9,11 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import resource
 import selectors
 import signal
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Final
@@ -22,6 +24,7 @@ from forwarder import listeners, messages, notify, supervision, worker
 from forwarder.errors import ExitCode
 from forwarder.net import pipes
 from forwarder.net.channel import Channel, ChannelClosed
+from forwarder.pidfile import PidFile
 from forwarder.signals import SignalQueue
 from forwarder.slot import Slot, WorkerProcess, WorkerState, fork_worker
 
@@ -72,11 +75,11 @@ class Master:
         self._serial = 0
         self._state = State.BOOTING
         self._deadline = 0.0
-        self._exit_code = ExitCode.OK
+        self._is_announced = False
         self._table = listeners.ListenerTable()
         self._binds: dict[str, tuple[BindAddress, ...]] = {}
         self._slots = [Slot(index) for index in range(spec.workers)]
-        self._leaving: dict[int, WorkerProcess] = {}
+        self._pid_file: PidFile | None = None
         self._selector = selectors.DefaultSelector()
         self._signals: SignalQueue | None = None
 
@@ -88,11 +91,16 @@ class Master:
                 self._turn()
         finally:
             self._close()
-        return self._exit_code
+            if self._pid_file is not None:
+                self._pid_file.remove()
+        return ExitCode.OK
 
     # -- start and end
 
     def _boot(self) -> None:
+        _raise_descriptor_limit()
+        if self._config.settings.pid_file is not None:
+            self._pid_file = PidFile(self._config.settings.pid_file)
         self._signals = SignalQueue(_SIGNALS)
         self._selector.register(self._signals.fileno(), selectors.EVENT_READ, None)
         self._binds = listeners.bind_addresses(self._config)
@@ -105,7 +113,7 @@ class Master:
         self._supervise()
 
     def _close(self) -> None:
-        self._state = State.STOPPED
+        """Give up what the master owns, but the pid file; a forked child does the same."""
         self._table.close()
         if self._signals is not None:
             self._signals.close()
@@ -201,6 +209,8 @@ class Master:
         for process in self._processes():
             process.channel.close()
         self._close()
+        if self._pid_file is not None:
+            self._pid_file.close_in_child()
         settings = self._config.settings
         worker.run_and_exit(
             worker.WorkerSpec(
@@ -232,9 +242,10 @@ class Master:
                 self._on_ready()
 
     def _on_ready(self) -> None:
-        if self._state is State.RUNNING and all(
-            process.state is WorkerState.READY for process in self._processes()
-        ):
+        if self._is_announced or self._state is not State.RUNNING:
+            return
+        if all(process.state is WorkerState.READY for process in self._processes()):
+            self._is_announced = True
             log.info(
                 "master.ready pid=%d workers=%d rules=%d generation=%d",
                 os.getpid(),
@@ -334,6 +345,13 @@ class Master:
             events |= selectors.EVENT_WRITE
         if self._selector.get_key(process.channel).events != events:
             self._selector.modify(process.channel, events, process)
+
+
+def _raise_descriptor_limit() -> None:
+    """Use all descriptors we may have; the soft limit is 1,024 on many systems, for select()."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # macOS refuses "unlimited"; the soft limit then stays
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _names(process: WorkerProcess) -> tuple[int, int]:

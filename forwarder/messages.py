@@ -10,7 +10,6 @@ worker may run with fewer rights than the master and must not be able to make it
 
 from __future__ import annotations
 
-import os
 import pickle
 from dataclasses import dataclass
 from enum import StrEnum
@@ -51,7 +50,7 @@ class Assignment:
 
 
 def send_sockets(channel: Channel, sockets: Mapping[int, int]) -> None:
-    """Send listening sockets: id to descriptor. The descriptors stay the sender's."""
+    """Send listening sockets: id to descriptor. They stay the sender's, open until sent."""
     ids = list(sockets)
     for start in range(0, len(ids), MAX_FDS):
         part = ids[start : start + MAX_FDS]
@@ -60,11 +59,7 @@ def send_sockets(channel: Channel, sockets: Mapping[int, int]) -> None:
 
 def send_assignment(channel: Channel, assignment: Assignment) -> None:
     """Send an assignment; the sockets it names were sent before."""
-    fd = to_memory_file(pickle.dumps(assignment))
-    try:
-        channel.send({"op": Op.APPLY}, [fd])
-    finally:
-        os.close(fd)
+    channel.send({"op": Op.APPLY}, [to_memory_file(pickle.dumps(assignment))], gives=True)
 
 
 def read_assignment(received: Received) -> Assignment:

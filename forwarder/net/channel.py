@@ -7,6 +7,7 @@ not take yet waits in an outbox. Knows no message's meaning.
 from __future__ import annotations
 
 import array
+import errno
 import json
 import os
 import socket
@@ -43,7 +44,7 @@ class Channel:
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         self._sock = sock
-        self._outbox: deque[tuple[bytes, list[int]]] = deque()
+        self._outbox: deque[tuple[bytes, tuple[int, ...], bool]] = deque()
 
     def fileno(self) -> int:
         """The socket's descriptor, for a selector; -1 when closed."""
@@ -54,26 +55,22 @@ class Channel:
         """Whether messages wait for the peer: call :meth:`flush` when the socket is writable."""
         return bool(self._outbox)
 
-    def send(self, message: Message, fds: Sequence[int] = ()) -> None:
-        """Send ``message``, now or when the peer takes it. ``fds`` stay the caller's.
+    def send(self, message: Message, fds: Sequence[int] = (), *, gives: bool = False) -> None:
+        """Send ``message``, now or when the peer takes it.
 
-        They are duplicated while they wait. Raises ChannelClosed.
+        ``fds`` must stay open until then; with ``gives`` the channel owns and closes them.
+        Raises ChannelClosed.
         """
         data = json.dumps(message).encode()
         if len(data) > MAX_MESSAGE_BYTES or len(fds) > MAX_FDS:
             raise ValueError("message too large for the channel")
-        if self._outbox or not self._try_send(data, fds):
-            self._outbox.append((data, [os.dup(fd) for fd in fds]))
+        self._outbox.append((data, tuple(fds), gives))
+        self.flush()
 
     def flush(self) -> None:
         """Send what waits, as far as the peer takes it. Raises ChannelClosed."""
-        while self._outbox:
-            data, fds = self._outbox[0]
-            if not self._try_send(data, fds):
-                return
-            self._outbox.popleft()
-            for fd in fds:
-                os.close(fd)
+        while self._outbox and self._try_send(*self._outbox[0][:2]):
+            self._drop_first()
 
     def receive(self) -> list[Received]:
         """All messages that are there. Raises ChannelClosed when the peer has gone."""
@@ -99,11 +96,14 @@ class Channel:
 
     def close(self) -> None:
         """Close; what waits in the outbox is lost."""
-        for _, fds in self._outbox:
-            for fd in fds:
-                os.close(fd)
-        self._outbox.clear()
+        while self._outbox:
+            self._drop_first()
         self._sock.close()
+
+    def _drop_first(self) -> None:
+        _, fds, gives = self._outbox.popleft()
+        for fd in fds if gives else ():
+            os.close(fd)
 
     def _try_send(self, data: bytes, fds: Sequence[int]) -> bool:
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
@@ -112,6 +112,8 @@ class Channel:
         except BlockingIOError:
             return False
         except OSError as err:
+            if err.errno == errno.ETOOMANYREFS:
+                return False  # unix(7): too many descriptors in flight, until a worker took some
             raise ChannelClosed from err
         return True
 

@@ -1,0 +1,51 @@
+"""A pid file that is a lock: one instance per file, and no stale number to trip over.
+
+The lock is flock(2) on the open file, so the kernel drops it however the process ends. The number
+in it is for people and scripts.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from forwarder.errors import ExitCode, StartupError
+
+
+class PidFile:
+    """The pid file of this instance. Owns the descriptor that holds the lock."""
+
+    def __init__(self, path: str) -> None:
+        """Lock ``path`` and write our pid into it. Raises StartupError, naming the other pid."""
+        self._path = Path(path)
+        try:
+            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as err:
+            denied = isinstance(err, PermissionError)
+            raise StartupError(
+                f"pid file {path}: {err.strerror}; hint: its directory must exist and be writable",
+                ExitCode.NO_PERMISSION if denied else ExitCode.UNAVAILABLE,
+            ) from err
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as err:
+            other = os.pread(self._fd, 32, 0).decode(errors="replace").strip() or "unknown"
+            os.close(self._fd)
+            raise StartupError(
+                f"pid file {path} is locked by another forwarder, pid {other}; "
+                "hint: stop that one, or use another pid file"
+            ) from err
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, b"%d\n" % os.getpid(), 0)
+
+    def close_in_child(self) -> None:
+        """Close the descriptor a forked child has inherited; the lock stays with the parent."""
+        os.close(self._fd)
+
+    def remove(self) -> None:
+        """Remove the file and give up the lock."""
+        with suppress(OSError):  # a directory that was taken away meanwhile is no reason to fail
+            self._path.unlink()
+        os.close(self._fd)
