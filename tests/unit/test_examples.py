@@ -1,0 +1,90 @@
+"""What is shipped for people to copy works, and the documentation knows every key."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from forwarder.config import load
+from forwarder.config.model import (
+    CONNECT_TIMEOUT_S,
+    HALF_CLOSE_TIMEOUT_S,
+    IDLE_TIMEOUT_S,
+    UDP_TIMEOUT_S,
+    Protocol,
+)
+from forwarder.config.rinetd_conf import KEYWORDS
+from forwarder.config.toml_conf import ACCESS_KEYS, RULE_KEYS, TOP_KEYS
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = sorted(path for path in (ROOT / "deploy" / "examples").iterdir() if path.is_file())
+DOCUMENT = ROOT / "docs" / "configuration.md"
+
+TOP = "### Top level"
+RULE = "### In a `[[forwarding_rules]]` table"
+ACCESS = "### In a `[[global_rules]]` or `[[forwarding_rules.rules]]` table"
+RINETD = "## rinetd.conf"
+
+
+def rows_under(heading: str) -> dict[str, list[str]]:
+    """Cells of the tables below a heading, up to the next one, by the key in the first cell."""
+    _, found, rest = DOCUMENT.read_text().partition(f"\n{heading}\n")
+    assert found, f"{DOCUMENT.name} has no heading {heading!r}"
+    section = re.split(r"^#+ ", rest, maxsplit=1, flags=re.MULTILINE)[0]
+    rows = re.findall(r"^\| `([a-z_]+)` \|(.*)\|$", section, flags=re.MULTILINE)
+    return {key: [cell.strip() for cell in cells.split(" | ")] for key, cells in rows}
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_an_example_loads_without_a_warning(path: Path) -> None:
+    loaded = load(path)
+    assert loaded.warnings == ()
+    assert loaded.config.rules
+    assert {rule.protocol for rule in loaded.config.rules} == {Protocol.TCP}
+
+
+def test_there_is_an_example_of_each_dialect() -> None:
+    assert [path.name for path in EXAMPLES] == ["forwarder.toml", "rinetd.conf"]
+
+
+@pytest.mark.parametrize("key", sorted({*TOP_KEYS, *RULE_KEYS, *ACCESS_KEYS}))
+def test_the_toml_example_shows_every_key(key: str) -> None:
+    example = (ROOT / "deploy" / "examples" / "forwarder.toml").read_text()
+    assert re.search(rf"^(# )?{key} = |^\[\[(\w+\.)?{key}\]\]$", example, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("keyword", KEYWORDS)
+def test_the_rinetd_example_shows_every_keyword(keyword: str) -> None:
+    example = (ROOT / "deploy" / "examples" / "rinetd.conf").read_text()
+    word = "pidlogfile" if keyword == "pidfile" else keyword  # two words for one thing
+    assert re.search(rf"^(# )?{word}\b", example, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("heading", "keys"),
+    [
+        (TOP, TOP_KEYS),
+        (RULE, RULE_KEYS),
+        (ACCESS, ACCESS_KEYS),
+        (RINETD, (*KEYWORDS, "timeout", "src")),
+    ],
+)
+def test_the_documentation_has_every_key_and_no_other(heading: str, keys: tuple[str, ...]) -> None:
+    assert set(rows_under(heading)) == set(keys)
+
+
+@pytest.mark.parametrize(
+    ("heading", "key", "default_s"),
+    [
+        (TOP, "connect_timeout", CONNECT_TIMEOUT_S),
+        (TOP, "half_close_timeout", HALF_CLOSE_TIMEOUT_S),
+        (TOP, "idle_timeout", IDLE_TIMEOUT_S),
+        (RULE, "timeout", UDP_TIMEOUT_S),
+        (RINETD, "timeout", UDP_TIMEOUT_S),
+    ],
+)
+def test_the_documented_default_is_the_default(heading: str, key: str, default_s: float) -> None:
+    _, unit, default, *_ = rows_under(heading)[key]
+    assert (unit, default) == ("seconds", f"`{default_s:g}`")
