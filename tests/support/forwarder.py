@@ -35,8 +35,13 @@ def reserve_port(host: str = "127.0.0.1") -> socket.socket:
 class Forwarder:
     """A running ``python -m forwarder``. Owns the process, its stderr and the notify socket."""
 
-    def __init__(self, arguments: Sequence[str], *, expect_ready: bool = True) -> None:
-        """Start, and wait for READY=1 unless the command is expected to end by itself."""
+    def __init__(
+        self, arguments: Sequence[str], *, expect_ready: bool = True, prefix: Sequence[str] = ()
+    ) -> None:
+        """Start, and wait for READY=1 unless the command is expected to end by itself.
+
+        ``prefix`` is a command line that executes the one given to it, such as ``setsid``.
+        """
         self.lines: list[str] = []
         self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._notify.bind("")  # autobind: an abstract name chosen by the kernel, unix(7)
@@ -44,7 +49,7 @@ class Forwarder:
         name = self._notify.getsockname()
         assert isinstance(name, bytes)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "forwarder", *arguments],
+            [*prefix, sys.executable, "-m", "forwarder", *arguments],
             env={**os.environ, "NOTIFY_SOCKET": "@" + name[1:].decode()},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,

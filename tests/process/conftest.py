@@ -1,0 +1,163 @@
+"""Running the command in a session of its own, so that whatever it leaves is found."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import pytest
+from support.ends import Link, accept, carry, connect, listen
+from support.forwarder import Forwarder, reserve_port
+from support.processes import members
+from support.waiting import eventually
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Iterator, Sequence
+
+_BUGS = ("Traceback", "relay.bug", "never retrieved", "internal error", "Exception")
+
+
+class Launch(Protocol):
+    """See :func:`launch`."""
+
+    def __call__(
+        self, *arguments: str, prefix: Sequence[str] = (), expect_ready: bool = True
+    ) -> Forwarder:
+        """Start the command with these arguments."""
+
+
+@pytest.fixture
+def launch() -> Iterator[Launch]:
+    """Start the command, any number of times, as the leader of a session.
+
+    At the end what still runs is killed; no instance may have printed a traceback.
+    """
+    started: list[Forwarder] = []
+
+    def start(*arguments: str, prefix: Sequence[str] = (), expect_ready: bool = True) -> Forwarder:
+        forwarder = Forwarder(arguments, expect_ready=expect_ready, prefix=["setsid", *prefix])
+        started.append(forwarder)
+        return forwarder
+
+    yield start
+    for forwarder in started:
+        for pid in members(forwarder.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if forwarder.process.returncode is None:
+            forwarder.wait()
+    for forwarder in started:
+        bugs = [line for line in forwarder.lines if any(word in line for word in _BUGS)]
+        assert not bugs, "\n".join(forwarder.lines)
+
+
+@dataclass
+class Service:
+    """One rule of a forwarder: where clients connect, and the upstream that they get to."""
+
+    forwarder: Forwarder
+    address: tuple[str, int]
+    upstream: socket.socket
+    links: list[Link] = field(default_factory=list)
+
+    @property
+    def pairs(self) -> list[str]:
+        """The rule as arguments."""
+        return as_pairs(self.address, self.upstream)
+
+    def link(self) -> Link:
+        """Open a session; it is closed at the end of the test if not before."""
+        client = connect(self.address)
+        try:
+            link = Link(client, accept(self.upstream))
+        except BaseException:
+            client.close()
+            raise
+        self.links.append(link)
+        return link
+
+    def assert_serves(self) -> None:
+        """A new client gets through, both ways."""
+        link = self.link()
+        carry(link.client, link.upstream, b"there" * 1000)
+        carry(link.upstream, link.client, b"back" * 1000)
+        link.close()
+
+    def assert_nothing_left(self) -> None:
+        """No process of the instance is left, nor is its port taken."""
+        pid = self.forwarder.pid
+        eventually(lambda: not members(pid), lambda: f"processes left: {members(pid)}")
+        listen(*self.address).close()
+
+    def kill_worker(self, pid: int) -> None:
+        """Kill a worker; wait until it is gone and another one has taken its place and is ready."""
+        ready = self.ready_lines()
+        os.kill(pid, signal.SIGKILL)
+        eventually(lambda: self.ready_lines() > ready, lambda: "\n".join(self.forwarder.lines))
+        assert pid not in self.forwarder.workers()
+
+    def ready_lines(self) -> int:
+        """How often a worker got ready."""
+        return sum("worker.ready" in line for line in self.forwarder.lines)
+
+
+def as_pairs(listen_at: tuple[str, int], upstream: socket.socket) -> list[str]:
+    """A rule as arguments."""
+    host, port = upstream.getsockname()
+    return ["-l", f"{listen_at[0]}:{listen_at[1]}", "-r", f"{host}:{port}"]
+
+
+class Serve(Protocol):
+    """See :func:`serve`."""
+
+    def __call__(self, *arguments: str, workers: int = 1, prefix: Sequence[str] = ()) -> Service:
+        """Start it."""
+
+
+@pytest.fixture
+def serve(launch: Launch) -> Iterator[Serve]:
+    """Start a forwarder of one rule on a port of its own, with an upstream behind it."""
+    services: list[Service] = []
+    with ExitStack() as stack:
+
+        def start(*arguments: str, workers: int = 1, prefix: Sequence[str] = ()) -> Service:
+            address = stack.enter_context(reserve_port()).getsockname()
+            upstream = stack.enter_context(listen())
+            pairs = as_pairs(address, upstream)
+            forwarder = launch(*pairs, "--workers", str(workers), *arguments, prefix=prefix)
+            service = Service(forwarder, address, upstream)
+            services.append(service)
+            return service
+
+        yield start
+        for service in services:
+            for link in service.links:
+                link.close()
+
+
+@pytest.fixture
+def address() -> Iterator[tuple[str, int]]:
+    """An address of ours whose port nobody else gets."""
+    with reserve_port() as holder:
+        yield holder.getsockname()
+
+
+@pytest.fixture
+def upstream() -> Iterator[socket.socket]:
+    """A listener to forward to."""
+    with listen() as listener:
+        yield listener
+
+
+@pytest.fixture
+def public_path() -> Iterator[Path]:
+    """A directory that every user may look into, unlike ``tmp_path``."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)

@@ -1,0 +1,245 @@
+"""How an instance ends: SIGTERM, SIGINT, its own death; and signals that must not end it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import pytest
+from support.ends import carry, receive_to_end, receive_to_reset
+from support.processes import listeners, members, state
+from support.waiting import eventually
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from support.forwarder import Forwarder
+
+    from process.conftest import Launch, Serve
+
+pytestmark = pytest.mark.process
+
+TERM, INT = signal.SIGTERM, signal.SIGINT
+
+
+def stop_process(pid: int) -> None:
+    """Suspend a process, and wait until it is."""
+    os.kill(pid, signal.SIGSTOP)
+    eventually(lambda: state(pid) == "T")
+
+
+def end(forwarder: Forwarder, *numbers: signal.Signals) -> int:
+    for number in numbers:
+        forwarder.signal(number)
+    return forwarder.wait()
+
+
+@pytest.mark.parametrize("number", [TERM, INT, signal.SIGQUIT], ids=lambda n: n.name)
+@pytest.mark.parametrize("workers", [1, 4])
+def test_without_sessions_it_leaves_at_once_with_success(
+    serve: Serve, number: signal.Signals, workers: int
+) -> None:
+    service = serve(workers=workers)
+    assert end(service.forwarder, number) == 0
+    service.assert_nothing_left()
+    assert not service.forwarder.trouble()
+
+
+def test_sigterm_lets_sessions_end_first(serve: Serve) -> None:
+    """Bytes and both half-closes still pass after SIGTERM. Result: status 0, nobody reset."""
+    service = serve(workers=2)
+    links = [service.link() for _ in range(6)]
+    service.forwarder.signal(TERM)
+    service.forwarder.wait_logged("master.stopping")
+    for link in links:
+        carry(link.client, link.upstream, b"x" * 100_000)
+        carry(link.upstream, link.client, b"y" * 100_000)
+        link.client.shutdown(socket.SHUT_WR)
+        assert receive_to_end(link.upstream) == b""
+        link.upstream.sendall(b"after half-close")
+    assert service.forwarder.process.poll() is None
+    for link in links:
+        link.upstream.shutdown(socket.SHUT_WR)
+        assert receive_to_end(link.client) == b"after half-close"
+    assert service.forwarder.wait() == 0
+    service.assert_nothing_left()
+    assert not service.forwarder.trouble()
+
+
+def test_new_clients_are_refused_while_sessions_end(serve: Serve) -> None:
+    """A client that is queued and never served would wait for nothing."""
+    service = serve(workers=2)
+    link = service.link()
+    service.forwarder.signal(TERM)
+    service.forwarder.wait_logged("master.stopping")
+    eventually(
+        lambda: listeners(service.address) == 0,
+        lambda: f"{listeners(service.address)} sockets listen on, and nobody accepts",
+        within_s=20,
+    )
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(service.address, timeout=20)
+    link.close()
+    assert service.forwarder.wait() == 0
+
+
+@pytest.mark.parametrize("second", [TERM, INT], ids=lambda n: n.name)
+def test_a_second_signal_hurries_a_stop(serve: Serve, second: signal.Signals) -> None:
+    service = serve(workers=2)
+    links = [service.link() for _ in range(4)]
+    service.forwarder.signal(TERM)
+    service.forwarder.wait_logged("master.stopping how=drain")
+    for link in links:
+        carry(link.client, link.upstream, b"still here")
+    assert end(service.forwarder, second) == 0
+    for link in links:
+        assert receive_to_reset(link.client) == b""
+        assert receive_to_reset(link.upstream) == b""
+    service.assert_nothing_left()
+
+
+@pytest.mark.parametrize("to_group", [False, True], ids=["to-master", "to-group"])
+def test_sigint_resets_sessions_and_ends_with_success(serve: Serve, to_group: bool) -> None:
+    """A terminal sends SIGINT to the whole foreground group, workers included."""
+    service = serve(workers=3)
+    links = [service.link() for _ in range(6)]
+    if to_group:
+        os.killpg(service.forwarder.pid, INT)
+    else:
+        service.forwarder.signal(INT)
+    assert service.forwarder.wait() == 0
+    for link in links:
+        assert receive_to_reset(link.client) == b""
+        assert receive_to_reset(link.upstream) == b""
+    service.assert_nothing_left()
+    assert not service.forwarder.trouble()
+
+
+def test_sigterm_to_the_whole_group_drains_too(serve: Serve) -> None:
+    """As a service manager does that signals every process of the service."""
+    service = serve(workers=3)
+    links = [service.link() for _ in range(4)]
+    os.killpg(service.forwarder.pid, TERM)
+    service.forwarder.wait_logged("master.stopping")
+    for link in links:
+        carry(link.client, link.upstream, b"still here")
+        link.close()
+    assert service.forwarder.wait() == 0
+    service.assert_nothing_left()
+
+
+@pytest.mark.parametrize("numbers", [(INT,), (TERM, TERM), (TERM, INT)], ids=str)
+def test_a_suspended_worker_does_not_hold_up_the_end(
+    serve: Serve, numbers: Sequence[signal.Signals]
+) -> None:
+    """It cannot hear that it shall stop. Result: killed after a while, status 0."""
+    service = serve(workers=2)
+    stop_process(service.forwarder.workers()[0])
+    for number in numbers[:-1]:
+        service.forwarder.signal(number)
+        service.forwarder.wait_logged("master.stopping how=drain")
+    assert end(service.forwarder, numbers[-1]) == 0
+    assert len([line for line in service.forwarder.lines if "killing it" in line]) == 1
+    service.assert_nothing_left()
+
+
+def test_other_signals_do_not_end_it(serve: Serve) -> None:
+    """SIGHUP to the master; to workers everything that a terminal may send to the group."""
+    service = serve(workers=2)
+    workers = service.forwarder.workers()
+    link = service.link()
+    for _ in range(3):
+        service.forwarder.signal(signal.SIGHUP)
+    for pid in workers:
+        for number in (INT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGPIPE):
+            os.kill(pid, number)
+    carry(link.client, link.upstream, b"still here")
+    service.assert_serves()
+    assert service.forwarder.workers() == workers
+    link.close()
+    assert service.forwarder.stop() == 0
+
+
+@pytest.mark.parametrize("number", [TERM, INT, signal.SIGHUP], ids=lambda n: n.name)
+def test_signals_during_the_start_leave_nothing(
+    launch: Launch, address: tuple[str, int], number: signal.Signals
+) -> None:
+    """The signal comes at growing points of the start, while something is there to signal.
+
+    Before the handlers are there it ends the process as it does any; from then on the stop is
+    clean. SIGHUP ends nothing from then on. Result: no process, no listener, no internal error.
+    """
+    pair = ["-l", "{}:{}".format(*address), "-r", "127.0.0.1:1", "--workers", "4"]
+    for children in range(5):
+        forwarder = launch(*pair, expect_ready=False)
+        master = forwarder.process
+
+        def is_there() -> bool:
+            return listeners(address) >= children or master.poll() is not None  # noqa: B023
+
+        eventually(is_there)
+        forwarder.signal(number)
+        if number is signal.SIGHUP and children:
+            forwarder.wait_notified("READY=1")
+            forwarder.signal(TERM)
+        code = forwarder.wait()
+        assert code == 0 or (not children and code in (-number, 1)), (code, forwarder.lines)
+        eventually(lambda: not members(master.pid))  # noqa: B023
+        assert listeners(address) == 0
+        if not children:
+            forwarder.lines.clear()  # Python's own KeyboardInterrupt while it imports
+
+
+def test_killed_master_workers_end_with_their_sessions(serve: Serve, launch: Launch) -> None:
+    """SIGKILL of the master. Result: its sessions go on, nobody new is taken, then all is free."""
+    service = serve(workers=3)
+    links = [service.link() for _ in range(6)]
+    service.forwarder.process.kill()
+    service.forwarder.process.wait()
+    eventually(lambda: listeners(service.address) == 0)
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(service.address, timeout=20)
+    for link in links:
+        carry(link.client, link.upstream, b"x" * 100_000)
+        carry(link.upstream, link.client, b"y" * 100_000)
+    for link in links:
+        link.close()
+    service.assert_nothing_left()
+    service.forwarder.wait()
+    service.forwarder = launch(*service.pairs)
+    service.assert_serves()
+    assert service.forwarder.stop() == 0
+
+
+def test_a_new_master_serves_beside_the_orphans_of_a_killed_one(
+    serve: Serve, launch: Launch
+) -> None:
+    service = serve(workers=2)
+    link = service.link()
+    old = service.forwarder
+    old.process.kill()
+    old.process.wait()
+    eventually(lambda: listeners(service.address) == 0)
+    service.forwarder = launch(*service.pairs)
+    service.assert_serves()
+    carry(link.client, link.upstream, b"still here")
+    link.close()
+    eventually(lambda: not members(old.pid))
+    old.wait()
+    assert service.forwarder.stop() == 0
+
+
+def test_killed_master_leaves_a_suspended_worker_only_until_it_wakes(serve: Serve) -> None:
+    service = serve(workers=2)
+    worker = service.forwarder.workers()[0]
+    stop_process(worker)
+    service.forwarder.process.kill()
+    service.forwarder.process.wait()
+    eventually(lambda: members(service.forwarder.pid) == [worker])
+    with suppress(ProcessLookupError):
+        os.kill(worker, signal.SIGCONT)
+    service.assert_nothing_left()
+    service.forwarder.wait()
