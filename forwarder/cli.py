@@ -99,18 +99,26 @@ def run(  # noqa: PLR0913 - one parameter per option is click's way
 ) -> None:
     """Forward until stopped: SIGTERM lets sessions end first, SIGINT does not wait."""
     _start_logging(verbose=verbose)
-    loaded, title = _load(config_file, dialect, listens, remotes)
-    settings = loaded.config.settings
-    if workers is not None:
-        settings = dataclasses.replace(settings, workers=workers)
-    if relay is not None:
-        settings = dataclasses.replace(settings, relay=RelayMode(relay))
-    resolved = dataclasses.replace(loaded.config, settings=settings)
-    _refuse_missing_splice(resolved)
-    _warn(loaded)
-    unbuilt.refuse(resolved)
+
+    def load() -> Config:
+        """Read the configuration; the command line wins over what it says."""
+        loaded = _load(config_file, dialect, listens, remotes)
+        _warn(loaded)
+        settings = loaded.config.settings
+        count = settings.workers if workers is None else workers
+        settings = dataclasses.replace(
+            settings,
+            workers=count or usable_cpus(),
+            relay=settings.relay if relay is None else RelayMode(relay),
+        )
+        unbuilt.refuse(loaded.config)
+        _refuse_missing_splice(settings.relay)
+        return dataclasses.replace(loaded.config, settings=settings)
+
     spec = master.MasterSpec(
-        config=resolved, workers=settings.workers or usable_cpus(), title=title
+        config=load(),
+        title=Path(config_file).name if config_file else "command line",
+        load=load if config_file else None,
     )
     sys.exit(master.Master(spec).run())
 
@@ -121,10 +129,10 @@ def check(
     config_file: str | None, dialect: str | None, listens: tuple[str, ...], remotes: tuple[str, ...]
 ) -> None:
     """Validate a configuration and print what it means. Opens no port; needs no privilege."""
-    loaded, title = _load(config_file, dialect, listens, remotes)
+    loaded = _load(config_file, dialect, listens, remotes)
     _warn(loaded)
     unbuilt.refuse(loaded.config)
-    for line in describe(loaded.config, title):
+    for line in describe(loaded.config, config_file or "command line"):
         click.echo(line)
 
 
@@ -163,16 +171,15 @@ def describe(loaded: Config, title: str) -> list[str]:
 
 def _load(
     config_file: str | None, dialect: str | None, listens: tuple[str, ...], remotes: tuple[str, ...]
-) -> tuple[Loaded, str]:
-    """The configuration and what to call it in the process list."""
+) -> Loaded:
     if config_file is None:
         if not listens and not remotes:
             raise click.UsageError("nothing to forward: give -c FILE, or -l ADDR -r ADDR in pairs")
-        return config.from_pairs(listens, remotes), "command line"
+        return config.from_pairs(listens, remotes)
     if listens or remotes:
         raise click.UsageError("-c FILE and -l/-r exclude each other")
     path = Path(config_file)
-    return config.load(path, dialect=Dialect(dialect) if dialect else None), path.name
+    return config.load(path, dialect=Dialect(dialect) if dialect else None)
 
 
 def _warn(loaded: Loaded) -> None:
@@ -180,8 +187,8 @@ def _warn(loaded: Loaded) -> None:
         click.echo(str(issue), err=True)
 
 
-def _refuse_missing_splice(loaded: Config) -> None:
-    if loaded.settings.relay is RelayMode.SPLICE and not HAS_SPLICE:
+def _refuse_missing_splice(relay: RelayMode) -> None:
+    if relay is RelayMode.SPLICE and not HAS_SPLICE:
         raise click.UsageError("this system has no splice(2); use --relay auto or --relay copy")
 
 

@@ -34,7 +34,7 @@ import setproctitle
 
 from forwarder import notify
 from forwarder.addr import Address
-from forwarder.config.model import Config, Rule
+from forwarder.config.model import Config, Rule, Settings
 from forwarder.errors import ExitCode, ForwarderError, Place, StartupError
 from forwarder.master import Master, MasterSpec
 from forwarder.signals import SignalQueue
@@ -223,7 +223,9 @@ class _Family:
 def _start_master(family: _Family, listen: Address, upstream: Address, workers: int) -> None:
     """Start the forwarder and wait until it serves. Raises StartupError."""
     rule = Rule(name="demo", listen=listen, upstreams=(upstream,), place=Place("--port"))
-    spec = MasterSpec(config=Config(rules=(rule,)), workers=workers, title="demo")
+    spec = MasterSpec(
+        config=Config(rules=(rule,), settings=Settings(workers=workers)), title="demo"
+    )
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
         told.bind("")  # the kernel picks an abstract name: unix(7), autobind
         name = "@" + told.getsockname()[1:].decode()

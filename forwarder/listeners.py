@@ -108,9 +108,23 @@ class ListenerTable:
                 self._open_one(address, rule, slotted)
 
     def descriptors(self, address: BindAddress, slots: Iterable[int]) -> dict[int, int]:
-        """Id to descriptor of the sockets of an address in some slots."""
+        """Id to descriptor of the sockets of an address in some slots, as far as it has any there.
+
+        An address that came after the number of slots had shrunk has fewer than the others.
+        """
         slotted = self._by_address[address]
-        return {slotted.ids[slot]: slotted.sockets[slot].fileno() for slot in slots}
+        made = len(slotted.sockets)
+        return {slotted.ids[i]: slotted.sockets[i].fileno() for i in slots if i < made}
+
+    def refuse_handshakes(self, address: BindAddress) -> None:
+        """Let no new handshake begin on an address; what is queued or under way can be accepted."""
+        for sock in self._by_address[address].sockets:
+            sockets.drop_syn(sock)
+
+    def accept_handshakes(self, address: BindAddress) -> None:
+        """Undo :meth:`refuse_handshakes`; harmless where that was not done."""
+        for sock in self._by_address[address].sockets:
+            sockets.pass_syn(sock)
 
     def close(self, addresses: Iterable[BindAddress] | None = None) -> None:
         """Close the sockets of some addresses, or of all."""

@@ -1,11 +1,12 @@
-"""Room 1: bind, fork, supervise, stop. Never touches client data and never blocks.
+"""Room 1: bind, start the workers, supervise, reload, stop. Never touches client data nor blocks.
 
 A plain ``selectors`` wait over signals and worker channels: no asyncio loop and no thread, because
-a process that forks must have neither.
+a process that forks must have neither. How workers are run is the fleet's.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import logging
 import os
@@ -20,15 +21,21 @@ from typing import TYPE_CHECKING, Final
 
 import setproctitle
 
-from forwarder import listeners, messages, notify, supervision, worker
-from forwarder.errors import ExitCode
-from forwarder.net import pipes
-from forwarder.net.channel import Channel, ChannelClosed
+from forwarder import notify
+from forwarder.config.plan import diff
+from forwarder.errors import ExitCode, StartupError
+from forwarder.fleet import Fleet, Serving
+from forwarder.heartbeat import MAX_SLOTS
+from forwarder.listeners import ListenerTable, bind_addresses
+from forwarder.messages import Op
 from forwarder.pidfile import PidFile
+from forwarder.reload import Candidate, Loading, Rejected
 from forwarder.signals import SignalQueue
-from forwarder.slot import Slot, WorkerProcess, WorkerState, fork_worker
+from forwarder.slot import WorkerProcess
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
     from forwarder.config.model import Config, Rule
     from forwarder.listeners import BindAddress
 
@@ -36,12 +43,17 @@ log = logging.getLogger(__name__)
 
 STOP_TIMEOUT_S: Final = 30.0  # a graceful stop waits this long for sessions, then resets them
 KILL_AFTER_S: Final = 2.0  # a worker that was told to stop and does not leave is killed
+# How long the sockets of a removed rule are still served after new handshakes are turned away:
+# time for those under way to finish, one retransmission included.
+CLOSE_GRACE_S: Final = 1.5
 
 _SIGNALS: Final = (
     signal.SIGTERM,
     signal.SIGINT,
     signal.SIGQUIT,
     signal.SIGHUP,
+    signal.SIGTTIN,
+    signal.SIGTTOU,
     signal.SIGCHLD,
 )
 
@@ -58,11 +70,16 @@ class State(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MasterSpec:
-    """What the command line decided. ``title`` names the configuration in the process list."""
+    """What the command line decided.
+
+    ``config`` is the first configuration; its ``settings.workers`` is not 0.
+    ``title`` names it in the process list. ``load`` reads it anew for a reload, under the same
+    command line; it runs in a process of its own and may block and raise. None: nothing to reload.
+    """
 
     config: Config
-    workers: int
     title: str
+    load: Callable[[], Config] | None = None
 
 
 class Master:
@@ -70,18 +87,24 @@ class Master:
 
     def __init__(self, spec: MasterSpec) -> None:
         self._spec = spec
-        self._config = spec.config
-        self._generation = 1
-        self._serial = 0
         self._state = State.BOOTING
         self._deadline = 0.0
         self._is_announced = False
-        self._table = listeners.ListenerTable()
-        self._binds: dict[str, tuple[BindAddress, ...]] = {}
-        self._slots = [Slot(index) for index in range(spec.workers)]
-        self._pid_file: PidFile | None = None
+        self._table = ListenerTable()
         self._selector = selectors.DefaultSelector()
+        self._fleet = Fleet(self._table, self._selector, self._release_in_child)
+        self._config = spec.config
+        self._binds: dict[str, tuple[BindAddress, ...]] = {}
+        self._generation = 1
+        self._revision = 0
         self._signals: SignalQueue | None = None
+        self._pid_file: PidFile | None = None
+        self._loading: Loading | None = None
+        self._is_reload_wanted = False
+        self._report: str | None = None  # of a reload that not all workers have acknowledged yet
+        # Addresses of removed rules: first still served, until a time, then dropped by all workers.
+        self._closing: dict[BindAddress, tuple[Rule, float]] = {}
+        self._dropped: set[BindAddress] = set()
 
     def run(self) -> ExitCode:
         """Bind, start the workers, supervise them until stopped. Raises StartupError."""
@@ -99,77 +122,92 @@ class Master:
 
     def _boot(self) -> None:
         _raise_descriptor_limit()
-        if self._config.settings.pid_file is not None:
-            self._pid_file = PidFile(self._config.settings.pid_file)
+        config = self._config
+        if config.settings.pid_file is not None:
+            self._pid_file = PidFile(config.settings.pid_file)
         self._signals = SignalQueue(_SIGNALS)
-        self._selector.register(self._signals.fileno(), selectors.EVENT_READ, None)
-        self._binds = listeners.bind_addresses(self._config)
-        self._table.add(self._rules_by_address(), len(self._slots))
+        self._selector.register(self._signals.fileno(), selectors.EVENT_READ, self._hear_signals)
+        self._binds = bind_addresses(config)
+        self._table.add(_rules_by_address(config, self._binds), config.settings.workers)
+        self._serve()
+        self._fleet.resize(config.settings.workers)
         setproctitle.setproctitle(f"forwarder: master [{self._spec.title}]")
         # What exists now is shared with the workers: the collector must not write into it.
         gc.collect()
         gc.freeze()
         self._state = State.RUNNING
-        self._supervise()
 
     def _close(self) -> None:
         """Give up what the master owns, but the pid file; a forked child does the same."""
         self._table.close()
+        if self._loading is not None:
+            self._loading.close()
         if self._signals is not None:
             self._signals.close()
         self._selector.close()
 
+    def _release_in_child(self) -> None:
+        self._close()
+        if self._pid_file is not None:
+            self._pid_file.close_in_child()
+
     def _stop(self, *, is_fast: bool) -> None:
         """Begin to stop, or hurry a stop that has begun."""
-        workers = self._processes()
         if is_fast or self._state is State.DRAINING:
-            op, self._state, patience = messages.Op.STOP, State.STOPPING, KILL_AFTER_S
+            op, self._state, patience = Op.STOP, State.STOPPING, KILL_AFTER_S
         elif self._state is State.RUNNING:
-            op, self._state, patience = messages.Op.DRAIN, State.DRAINING, STOP_TIMEOUT_S
+            op, self._state, patience = Op.DRAIN, State.DRAINING, STOP_TIMEOUT_S
         else:
             return
+        workers = self._fleet.processes()
         log.info("master.stopping how=%s workers=%d", op, len(workers))
         notify.notify("STOPPING=1")
         self._deadline = time.monotonic() + patience
         for process in workers:
-            process.state = WorkerState.DRAINING
-            self._send(process, {"op": op})
+            self._fleet.tell(process, op)
 
     # -- one turn
 
     def _turn(self) -> None:
-        """Wait, hear, reap, decide, act."""
-        for key, _ in self._selector.select(self._patience()):
-            if key.data is None:
-                self._hear_signals()
-            else:
-                self._hear_worker(key.data)
+        """Act, then wait and hear."""
         if self._state is State.RUNNING:
-            self._supervise()
-        elif not self._processes():
+            self._fleet.supervise()
+            self._settle()
+        elif not self._fleet.processes():
             self._state = State.STOPPED
+            return
         elif time.monotonic() >= self._deadline:
             self._on_deadline()
+        for key, _ in self._selector.select(self._patience()):
+            if isinstance(key.data, WorkerProcess):
+                self._fleet.hear(key.data)
+            else:
+                key.data()
 
     def _patience(self) -> float | None:
         """Seconds until something has to be done without being asked; None for never."""
-        if self._state is not State.RUNNING:
-            return max(0.0, self._deadline - time.monotonic())
-        waiting = [slot.backoff.not_before for slot in self._slots if slot.process is None]
-        return max(0.0, min(waiting) - time.monotonic()) if waiting else None
+        if self._state is State.RUNNING:
+            deadlines = [self._fleet.next_deadline()]
+            deadlines += [until for _, until in self._closing.values()]
+            if self._loading is not None:
+                deadlines.append(self._loading.deadline)
+        else:
+            deadlines = [self._deadline]
+        known = [deadline for deadline in deadlines if deadline is not None]
+        return max(0.0, min(known) - time.monotonic()) if known else None
 
     def _hear_signals(self) -> None:
-        if self._signals is None:
-            return
-        for number in self._signals.take():
+        for number in self._signals.take() if self._signals is not None else ():
             if number is signal.SIGCHLD:
                 self._reap()
-            elif number is signal.SIGTERM:
-                self._stop(is_fast=False)
-            elif number in (signal.SIGINT, signal.SIGQUIT):
-                self._stop(is_fast=True)
+            elif number is signal.SIGHUP:
+                self.reload()
+            elif number is signal.SIGTTIN:
+                self._resize(self._fleet.size + 1)
+            elif number is signal.SIGTTOU:
+                self._resize(self._fleet.size - 1)
             else:
-                log.warning("master: %s is not supported yet and was ignored", number.name)
+                self._stop(is_fast=number is not signal.SIGTERM)
 
     def _on_deadline(self) -> None:
         if self._state is State.DRAINING:
@@ -177,174 +215,167 @@ class Master:
             self._stop(is_fast=True)
             return
         self._deadline = time.monotonic() + KILL_AFTER_S
-        for process in self._processes():
-            log.error("master: worker %d pid=%d does not stop, killing it", *_names(process))
+        for process in self._fleet.processes():
+            log.error(
+                "master: worker %d pid=%d does not stop, killing it", process.slot, process.pid
+            )
             process.signal(signal.SIGKILL)
 
-    # -- workers
+    def _reap(self) -> None:
+        with suppress(ChildProcessError):  # no child is left
+            while True:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+                if pid == 0:
+                    return
+                self._fleet.on_exit(pid, status)
 
-    def _processes(self) -> list[WorkerProcess]:
-        return [slot.process for slot in self._slots if slot.process is not None]
-
-    def _supervise(self) -> None:
-        """Start what is missing, and share the sockets out."""
+    def _settle(self) -> None:
+        """See what has become true since the last turn: time is over, or all have acknowledged."""
         now = time.monotonic()
-        for slot in self._slots:
-            if slot.process is None and now >= slot.backoff.not_before:
-                self._start_worker(slot, now)
-        self._assign()
-
-    def _start_worker(self, slot: Slot, now: float) -> None:
-        try:
-            process = fork_worker(slot.index, now, lambda channel: self._become(slot, channel))
-        except OSError as err:
-            slot.backoff.on_death(now, now)
-            log.error("master: cannot start worker %d: %s", slot.index, err.strerror)
+        if self._loading is not None and now >= self._loading.deadline:
+            self._loading.cancel()
+            self._end_loading(Rejected(("reading the configuration took too long",)))
+        over = [address for address, (_, until) in self._closing.items() if now >= until]
+        if over:
+            for address in over:
+                del self._closing[address]
+            self._dropped.update(over)
+            self._serve()
+            self._fleet.supervise()
+        if not self._fleet.is_settled:
             return
-        slot.process = process
-        self._selector.register(process.channel, selectors.EVENT_READ, process)
-
-    def _become(self, slot: Slot, channel: Channel) -> None:
-        """In the forked child: give up everything of the master, then be a worker."""
-        for process in self._processes():
-            process.channel.close()
-        self._close()
-        if self._pid_file is not None:
-            self._pid_file.close_in_child()
-        settings = self._config.settings
-        worker.run_and_exit(
-            worker.WorkerSpec(
-                slot=slot.index,
-                channel=channel,
-                relay=settings.relay,
-                pipe_budget_pages=pipes.budget_pages(len(self._slots)),
-            )
-        )
-
-    def _hear_worker(self, process: WorkerProcess) -> None:
-        try:
-            process.channel.flush()
-            for received in process.channel.receive():
-                self._handle(process, received.message)
-        except ChannelClosed:
-            self._selector.unregister(process.channel)
-            process.channel.close()
-            return  # its death is reported by SIGCHLD
-        self._watch(process)
-
-    def _handle(self, process: WorkerProcess, message: dict[str, object]) -> None:
-        if message["op"] == messages.Op.APPLIED:
-            serial = message["serial"]
-            process.applied_serial = serial if isinstance(serial, int) else 0
-            if process.state is WorkerState.STARTING:
-                process.state = WorkerState.READY
-                log.info("worker.ready slot=%d pid=%d", *_names(process))
-                self._on_ready()
-
-    def _on_ready(self) -> None:
-        if self._is_announced or self._state is not State.RUNNING:
-            return
-        if all(process.state is WorkerState.READY for process in self._processes()):
+        self._table.close(self._dropped)
+        self._dropped.clear()
+        if self._report is not None:
+            log.info("master.reloaded %s", self._report)
+            notify.notify("READY=1", f"STATUS={self._report}")
+            self._report = None
+        if not self._is_announced:
             self._is_announced = True
             log.info(
                 "master.ready pid=%d workers=%d rules=%d generation=%d",
                 os.getpid(),
-                len(self._slots),
+                self._fleet.size,
                 len(self._config.rules),
                 self._generation,
             )
             notify.notify("READY=1", f"STATUS={len(self._config.rules)} rules")
 
-    def _reap(self) -> None:
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if pid == 0:
-                return
-            for slot in self._slots:
-                if slot.process is not None and slot.process.pid == pid:
-                    self._on_death(slot, slot.process, os.waitstatus_to_exitcode(status))
+    # -- what is served
 
-    def _on_death(self, slot: Slot, process: WorkerProcess, code: int) -> None:
-        slot.process = None
-        if process.channel.fileno() >= 0:
-            self._selector.unregister(process.channel)
-            process.channel.close()
-        if process.state is WorkerState.DRAINING:
-            return
-        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-        delay = slot.backoff.on_death(process.started_at, time.monotonic())
-        log.error(
-            "worker.died slot=%d pid=%d: %s; its sockets stay open, next start in %.1f s%s",
-            *_names(process),
-            how,
-            delay,
-            " (crash loop)" if slot.backoff.is_crash_loop else "",
+    def _serve(self) -> None:
+        """Hand the fleet what is to be served now: the configuration, and what is being closed."""
+        binds = dict(self._binds)
+        rules = list(self._config.rules)
+        for address, (rule, _) in self._closing.items():
+            name = f"{rule.name} at {address.target}, closing"
+            rules.append(dataclasses.replace(rule, name=name))
+            binds[name] = (address,)
+        self._revision += 1
+        self._fleet.serving = Serving(
+            revision=self._revision,
+            generation=self._generation,
+            config=dataclasses.replace(self._config, rules=tuple(rules)),
+            binds=binds,
         )
 
-    # -- sockets
-
-    def _rules_by_address(self) -> dict[BindAddress, Rule]:
-        return {address: rule for rule in self._config.rules for address in self._binds[rule.name]}
-
-    def _assign(self) -> None:
-        """Tell each worker whose share of the sockets has changed what it serves now."""
-        by_state: dict[WorkerState, list[int]] = {state: [] for state in WorkerState}
-        for process in self._processes():
-            by_state[process.state].append(process.slot)
-        shares = supervision.share_sockets(
-            len(self._slots), by_state[WorkerState.READY], by_state[WorkerState.STARTING]
-        )
-        for process in self._processes():
-            if process.slot in shares:
-                self._give(process, shares[process.slot])
-
-    def _give(self, process: WorkerProcess, socket_slots: list[int]) -> None:
-        descriptors: dict[int, int] = {}
-        routes: dict[int, int] = {}
-        for index, rule in enumerate(self._config.rules):
-            for address in self._binds[rule.name]:
-                mine = self._table.descriptors(address, socket_slots)
-                descriptors |= mine
-                routes |= dict.fromkeys(mine, index)
-        if routes == process.routes and process.sent_serial:
+    def _resize(self, size: int) -> None:
+        if self._state is not State.RUNNING or not 1 <= size <= MAX_SLOTS:
+            log.warning("master: %d workers are not possible; 1 to %d are", size, MAX_SLOTS)
             return
-        self._serial += 1
-        new = {i: fd for i, fd in descriptors.items() if i not in process.known_sockets}
         try:
-            messages.send_sockets(process.channel, new)
-            messages.send_assignment(
-                process.channel,
-                messages.Assignment(
-                    serial=self._serial,
-                    generation=self._generation,
-                    config=self._config,
-                    routes=routes,
-                ),
-            )
-        except ChannelClosed:
-            return  # it has died; SIGCHLD follows
-        process.known_sockets = set(routes)
-        process.routes = routes
-        process.sent_serial = self._serial
-        self._watch(process)
-
-    def _send(self, process: WorkerProcess, message: dict[str, object]) -> None:
-        try:
-            process.channel.send(message)
-        except ChannelClosed:
+            self._table.grow(_rules_by_address(self._config, self._binds), size)
+        except StartupError as err:
+            log.error("master: cannot have %d workers: %s", size, err)
             return
-        self._watch(process)
+        self._fleet.resize(size)
+        self._is_announced = False
 
-    def _watch(self, process: WorkerProcess) -> None:
-        """Ask for writability exactly while something waits for the worker."""
-        events = selectors.EVENT_READ
-        if process.channel.has_outbox:
-            events |= selectors.EVENT_WRITE
-        if self._selector.get_key(process.channel).events != events:
-            self._selector.modify(process.channel, events, process)
+    # -- reload
+
+    def reload(self) -> None:
+        """Begin to read the configuration anew; one reload at a time, a further one follows it."""
+        if self._state is not State.RUNNING:
+            return
+        if self._spec.load is None:
+            log.warning("master: nothing to reload, the rules came from the command line")
+            return
+        if self._loading is not None:
+            self._is_reload_wanted = True
+            return
+        now = time.monotonic()
+        # systemd waits for ever for a reload that names no time (sd_notify(3), MONOTONIC_USEC).
+        notify.notify("RELOADING=1", f"MONOTONIC_USEC={int(now * 1e6)}")
+        try:
+            self._loading = Loading(self._spec.load, self._release_in_child, now)
+        except OSError as err:
+            self._reject((f"cannot start a process to read the configuration: {err.strerror}",))
+            return
+        self._selector.register(self._loading, selectors.EVENT_READ, self._hear_loading)
+
+    def _hear_loading(self) -> None:
+        found = self._loading.result() if self._loading is not None else None
+        if found is not None:
+            self._end_loading(found)
+
+    def _end_loading(self, found: Candidate | Rejected) -> None:
+        if self._loading is not None:
+            self._selector.unregister(self._loading)
+            self._loading.close()
+            self._loading = None
+        if isinstance(found, Rejected):
+            self._reject(found.problems)
+        else:
+            self._begin_generation(found)
+        if self._is_reload_wanted:
+            self._is_reload_wanted = False
+            self.reload()
+
+    def _reject(self, problems: Iterable[str]) -> None:
+        """Keep everything as it is, and say why."""
+        for problem in problems:
+            log.error("reload.rejected %s", problem)
+        log.error("master: generation %d stays in force", self._generation)
+        notify.notify("READY=1", "STATUS=reload rejected, see the log")
+
+    def _begin_generation(self, candidate: Candidate) -> None:
+        """Bind what is new; if that succeeds the candidate is in force, else nothing changed."""
+        old, new = self._config, candidate.config
+        wanted = _rules_by_address(new, candidate.binds)
+        added = [address for address in wanted if address not in self._table]
+        # A size that was set by signal stays, unless the configuration itself asks for another.
+        is_resized = new.settings.workers != old.settings.workers
+        size = new.settings.workers if is_resized else self._fleet.size
+        try:
+            self._table.add(wanted, size)
+            self._table.grow(wanted, size)
+        except StartupError as err:
+            self._table.close(added)
+            self._reject((str(err),))
+            return
+        before = _rules_by_address(old, self._binds)
+        self._generation += 1
+        self._report = f"{diff(old, new)}, generation {self._generation}"
+        self._config, self._binds = new, candidate.binds
+        for address in wanted:
+            self._table.accept_handshakes(address)  # it may have been about to be closed
+            self._closing.pop(address, None)
+            self._dropped.discard(address)
+        until = time.monotonic() + CLOSE_GRACE_S
+        for address in before.keys() - wanted.keys():
+            self._table.refuse_handshakes(address)
+            self._closing[address] = (before[address], until)
+        self._serve()
+        self._fleet.resize(size)
+        for setting in ("relay", "pid_file"):
+            if getattr(old.settings, setting) != getattr(new.settings, setting):
+                log.warning("reload: a change of %s takes effect at the next start", setting)
+
+
+def _rules_by_address(
+    config: Config, binds: Mapping[str, tuple[BindAddress, ...]]
+) -> dict[BindAddress, Rule]:
+    return {address: rule for rule in config.rules for address in binds[rule.name]}
 
 
 def _raise_descriptor_limit() -> None:
@@ -352,7 +383,3 @@ def _raise_descriptor_limit() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):  # macOS refuses "unlimited"; the soft limit then stays
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def _names(process: WorkerProcess) -> tuple[int, int]:
-    return process.slot, process.pid

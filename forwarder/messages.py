@@ -1,7 +1,7 @@
 """What the master and its workers say to each other.
 
 Master to worker: SOCKETS (listening sockets, by id), APPLY (which of them serve which rule, from
-now on), DRAIN, STOP. Worker to master: APPLIED, DRAINED. A worker that starts, one that gets a new
+now on), DRAIN, STOP. Worker to master: APPLIED, LEAVING. A worker that starts, one that gets a new
 configuration and one that takes over another's sockets all do the same: apply an assignment.
 
 The assignment travels pickled, from the master to its own forked child, never the other way: a
@@ -32,7 +32,7 @@ class Op(StrEnum):
     DRAIN = "drain"
     STOP = "stop"
     APPLIED = "applied"
-    DRAINED = "drained"
+    LEAVING = "leaving"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +40,7 @@ class Assignment:
     """What a worker shall do: accept on these sockets for these rules, and on no others.
 
     ``routes`` maps the id of a listening socket to an index into ``config.rules``.
+    ``pipe_budget_pages`` is this worker's share of the kernel's pipe memory.
     ``serial`` grows with every assignment of a master; the worker acknowledges it.
     """
 
@@ -47,6 +48,7 @@ class Assignment:
     generation: int
     config: Config
     routes: Mapping[int, int]
+    pipe_budget_pages: int
 
 
 def send_sockets(channel: Channel, sockets: Mapping[int, int]) -> None:

@@ -19,11 +19,13 @@ if TYPE_CHECKING:
 
 
 class WorkerState(Enum):
-    """STARTING until the first assignment is acknowledged; DRAINING until it leaves."""
+    """STARTING until the first assignment is acknowledged; the last three until it is gone."""
 
     STARTING = "starting"
     READY = "ready"
+    HUNG = "hung"
     DRAINING = "draining"
+    STOPPING = "stopping"
 
 
 class WorkerProcess:
@@ -38,7 +40,7 @@ class WorkerProcess:
         self.sent_serial = 0
         self.applied_serial = 0
         self.known_sockets: set[int] = set()
-        self.routes: dict[int, int] = {}
+        self.told: tuple[int, int, tuple[int, ...]] | None = None  # Fleet's: what it was told last
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal; a process that has gone just now is no error."""

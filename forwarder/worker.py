@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import socket
+import time
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Final
@@ -20,6 +21,7 @@ import setproctitle
 import uvloop
 
 from forwarder.access import AccessList
+from forwarder.heartbeat import BEAT_S
 from forwarder.messages import Op, read_assignment
 from forwarder.net.channel import Channel, ChannelClosed, Received
 from forwarder.relay.listener import Listener
@@ -29,6 +31,7 @@ from forwarder.upstream.resolver import Resolver
 
 if TYPE_CHECKING:
     from forwarder.config.model import RelayMode, Rule
+    from forwarder.heartbeat import Heartbeats
     from forwarder.messages import Assignment
 
 log = logging.getLogger(__name__)
@@ -61,8 +64,8 @@ class WorkerSpec:
 
     slot: int
     channel: Channel
+    heartbeats: Heartbeats
     relay: RelayMode
-    pipe_budget_pages: int
 
 
 def main(spec: WorkerSpec) -> WorkerExit:
@@ -96,7 +99,9 @@ class Worker:
     def __init__(self, spec: WorkerSpec, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._channel = spec.channel
-        self._relay = Relay(loop, spec.relay, spec.pipe_budget_pages)
+        self._heartbeats = spec.heartbeats
+        self._slot = spec.slot
+        self._relay = Relay(loop, spec.relay)
         self._resolver = Resolver(loop)
         self._pools: dict[str, Pool] = {}
         self._listeners: dict[int, Listener] = {}
@@ -108,6 +113,7 @@ class Worker:
         """Serve until stopped, drained, or left alone by the master."""
         self._loop.add_reader(self._channel.fileno(), self._on_channel)
         self._loop.add_signal_handler(signal.SIGTERM, self.drain)
+        self._beat()
         return await self._done
 
     def close(self) -> None:
@@ -151,10 +157,20 @@ class Worker:
         except ChannelClosed:
             log.debug("worker: the master did not hear %s", op)
 
+    def _beat(self) -> None:
+        if self._is_draining:
+            return  # the slot may belong to a successor by now
+        self._heartbeats.beat(self._slot, time.monotonic())
+        self._loop.call_later(BEAT_S, self._beat)
+
     # -- acting
 
     def apply(self, assignment: Assignment) -> None:
         """Accept on the assigned sockets for their rules, and on no others, from now on."""
+        if self._is_draining:
+            self._stop_listening()  # what came with this assignment, too
+            return
+        self._relay.pipes.budget_pages = assignment.pipe_budget_pages
         rules = assignment.config.rules
         everyone = assignment.config.access
         accesses = [AccessList.compile(everyone, rule.access) for rule in rules]
@@ -186,6 +202,7 @@ class Worker:
         if self._is_draining:
             return
         self._is_draining = True
+        self._say(Op.LEAVING)
         self._stop_listening()
         self._leave_when_idle()
 
@@ -193,7 +210,6 @@ class Worker:
         if self._relay.sessions:
             self._loop.call_later(0.05, self._leave_when_idle)
         else:
-            self._say(Op.DRAINED)
             self._finish()
 
     def _release(self, socket_id: int) -> None:

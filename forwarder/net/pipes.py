@@ -66,11 +66,14 @@ class PoolStatistics:
 class PipePool:
     """Empty pipes to borrow. A pipe that holds data must be discarded, never given back."""
 
-    __slots__ = ("_budget_pages", "_idle", "_made", "_pages", "_refused")
+    __slots__ = ("_idle", "_made", "_pages", "_refused", "budget_pages")
 
     def __init__(self, budget_pages: int) -> None:
-        """``budget_pages`` is this worker's share of the pages; 0 makes a pool without pipes."""
-        self._budget_pages = budget_pages
+        """``budget_pages`` is this worker's share of the pages; 0 makes a pool without pipes.
+
+        It may be changed at any time; pipes that exist are kept.
+        """
+        self.budget_pages = budget_pages
         self._idle: list[Pipe] = []
         self._made = 0
         self._pages = 0
@@ -81,9 +84,9 @@ class PipePool:
         if self._idle:
             return self._idle.pop()
         wanted = PIPE_BYTES
-        if self._pages >= self._budget_pages * SMALL_FROM:
+        if self._pages >= self.budget_pages * SMALL_FROM:
             wanted = SMALL_PIPE_BYTES
-        if self._pages + wanted // PAGE_BYTES > self._budget_pages:
+        if self._pages + wanted // PAGE_BYTES > self.budget_pages:
             self._refused += 1
             return None
         try:

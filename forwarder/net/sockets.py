@@ -6,6 +6,7 @@ operation the relay needs, is half the size and skips the Python-level construct
 
 from __future__ import annotations
 
+import array
 import errno
 import fcntl
 import socket
@@ -27,6 +28,17 @@ _LINGER_ABORT: Final = struct.pack("ii", 1, 0)
 _IP_BIND_ADDRESS_NO_PORT: Final = 24
 _TCP_INFO: Final = getattr(socket, "TCP_INFO", 0)
 _CLOSED: Final = 7  # TCP_CLOSE, linux/tcp.h; the first byte of struct tcp_info is the state
+
+_SO_ATTACH_FILTER: Final = 26  # asm-generic/socket.h; Python has no names for them
+_SO_DETACH_FILTER: Final = 27
+# Classic BPF, struct sock_filter (linux/filter.h): code, jump if true, jump if false, operand. For
+# TCP the packet begins at the TCP header, whose byte 13 holds the flags (RFC 9293 section 3.1).
+_SYN_FILTER: Final = (
+    struct.pack("HBBI", 0x30, 0, 0, 13),  # load byte 13
+    struct.pack("HBBI", 0x45, 0, 1, 0x02),  # SYN set? else skip one
+    struct.pack("HBBI", 0x06, 0, 0, 0),  # drop
+    struct.pack("HBBI", 0x06, 0, 0, 0xFFFFFFFF),  # pass all of it
+)
 
 # accept(2): errors of the connection that was being accepted, or of the network below it. The
 # listener is fine, the next one may be.
@@ -129,6 +141,28 @@ def upstream_socket(target: Target, source: SockAddr | None) -> socket.SocketTyp
         sock.close()
         raise
     return sock
+
+
+def drop_syn(sock: socket.socket) -> None:
+    """Have the kernel drop SYN segments for a listener, and nothing else.
+
+    Closing a listener resets what is queued on it, and between the last accept and the close more
+    may come. With this filter nothing new can: a client's SYN is lost, and its retransmission a
+    second later meets the closed port. Handshakes that have begun are completed. Sockets accepted
+    meanwhile inherit the filter, which does them no harm. socket(7), SO_ATTACH_FILTER.
+    """
+    filters = array.array("B", b"".join(_SYN_FILTER))
+    address, _ = filters.buffer_info()
+    with suppress(OSError):  # without it the window is a few microseconds wide, not none
+        sock.setsockopt(
+            socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", len(_SYN_FILTER), address)
+        )
+
+
+def pass_syn(sock: socket.socket) -> None:
+    """Undo :func:`drop_syn`."""
+    with suppress(OSError):  # ENOENT: there was no filter
+        sock.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
 
 
 def set_abort_on_close(sock: socket.SocketType) -> None:

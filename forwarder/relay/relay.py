@@ -40,7 +40,9 @@ class Relay:
     ``small_view`` and ``bulk_view`` are scratch space, used within one call and never across.
     """
 
-    def __init__(self, loop: AbstractEventLoop, mode: RelayMode, pipe_budget_pages: int) -> None:
+    def __init__(
+        self, loop: AbstractEventLoop, mode: RelayMode, pipe_budget_pages: int = 0
+    ) -> None:
         """Join ``loop``. ``mode`` must not be SPLICE on a system without it."""
         self.poller = Poller(loop)
         self.wheel = Wheel(loop.time())

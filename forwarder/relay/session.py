@@ -62,6 +62,8 @@ class State(Enum):
     CLOSED = "closed"
 
 
+_LAST_FIN_OF_CLIENT: Final = CloseReason(Who.CLIENT, Phase.DATA)
+_LAST_FIN_OF_UPSTREAM: Final = CloseReason(Who.UPSTREAM, Phase.DATA)
 # Looking a member up in the class costs 100 ns in Python 3.11, several times per session.
 _RESOLVING, _CONNECTING, _RELAYING, _HALF_CLOSED, _ABORTING, _CLOSED = State
 
@@ -216,7 +218,7 @@ class Session:
         if self.is_reset:
             self._abort_after_delivery(direction, "reset")
         elif direction.reverse.is_done:
-            self.close(CloseReason(self._who(direction), Phase.DATA))
+            self.close(_LAST_FIN_OF_CLIENT if direction is self.c2u else _LAST_FIN_OF_UPSTREAM)
         else:
             try:
                 direction.dst.shutdown(socket.SHUT_WR)

@@ -46,11 +46,12 @@ class SpliceDirection(Direction):
 
     __slots__ = ("can_splice", "in_pipe", "pipe")
 
+    in_pipe: int  # set with ``pipe``
+
     def __init__(self, relay: Relay, session: Session) -> None:
         super().__init__(relay, session)
         self.can_splice = True
         self.pipe: Pipe | None = None
-        self.in_pipe = 0
 
     def pump_bulk(self, mask: int) -> None:
         """Move bulk from socket to socket until dry, full, or the budget is used up."""
@@ -89,7 +90,7 @@ class SpliceDirection(Direction):
         """Send what waits in the pipe or in memory; False if some of it is still left."""
         pipe = self.pipe
         if pipe is None:
-            return super().flush()
+            return self.pending is None or super().flush()
         self.pipe = None
         if not self._drain(pipe, self.in_pipe):
             return False

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import selectors
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forwarder.config.model import Config
-from forwarder.master import Master, MasterSpec
+from forwarder.fleet import Fleet
+from forwarder.listeners import ListenerTable
 from forwarder.net.channel import channel_pair
 from forwarder.slot import WorkerProcess
 from forwarder.supervision import (
@@ -119,17 +120,19 @@ def test_the_news_of_a_death_may_come_after_the_death() -> None:
 
     *Result*: the second report of the same death is no error.
     """
-    master = Master(MasterSpec(config=Config(rules=()), workers=1, title="test"))
+    selector = selectors.DefaultSelector()
+    fleet = Fleet(ListenerTable(), selector, lambda: None)
+    fleet.resize(1)
     ours, theirs = channel_pair()
     process = WorkerProcess(0, 2**22 + 1, ours, 0.0)
     try:
-        (slot,) = master._slots
+        (slot,) = fleet._slots
         slot.process = process
-        master._selector.register(ours, 1, process)
+        selector.register(ours, 1, process)
         theirs.close()
-        master._on_death(slot, process, 0)
-        master._hear_worker(process)
+        fleet.on_exit(process.pid, 0)
+        fleet.hear(process)
     finally:
         ours.close()
-        master._close()
+        selector.close()
     assert slot.process is None

@@ -1,0 +1,299 @@
+"""The workers of one master: forking them, telling them what to serve, noticing how they fare.
+
+Decides nothing about configurations or the life of the instance; the master does. Never blocks.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import selectors
+import signal
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from forwarder import messages, supervision, worker
+from forwarder.heartbeat import Heartbeats
+from forwarder.net import pipes
+from forwarder.net.channel import Channel, ChannelClosed
+from forwarder.slot import Slot, WorkerProcess, WorkerState, fork_worker
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from forwarder.config.model import Config
+    from forwarder.listeners import BindAddress, ListenerTable
+
+log = logging.getLogger(__name__)
+
+# A worker whose loop has not turned for this long is taken for hung and replaced.
+HANG_S: Final = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Serving:
+    """What all workers together shall serve. ``binds``: where each rule listens, by its name.
+
+    ``revision`` grows with every change, ``generation`` with every accepted reload.
+    """
+
+    revision: int
+    generation: int
+    config: Config
+    binds: dict[str, tuple[BindAddress, ...]]
+
+
+class Fleet:
+    """All workers, by slot. Owns their channels; the sockets are the table's."""
+
+    def __init__(
+        self,
+        table: ListenerTable,
+        selector: selectors.BaseSelector,
+        release_master: Callable[[], None],
+    ) -> None:
+        """``release_master`` is called in each forked child: it gives up what the master owns.
+
+        ``serving`` must be set before the first :meth:`supervise`.
+        """
+        self.serving: Serving
+        self._table = table
+        self._selector = selector
+        self._release_master = release_master
+        self._slots: list[Slot] = []
+        self._socket_slots = 0  # slots that have sockets; never shrinks while the master lives
+        self._retiring: list[WorkerProcess] = []
+        self._heartbeats = Heartbeats()
+        self._serial = 0
+
+    # -- what it is like
+
+    @property
+    def size(self) -> int:
+        """How many workers there shall be."""
+        return len(self._slots)
+
+    def processes(self) -> list[WorkerProcess]:
+        """All worker processes that live, retiring ones too."""
+        return [*self._in_slots(), *self._retiring]
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether every worker that lives serves exactly what it was last told to serve."""
+        return all(
+            process.state is WorkerState.READY and process.applied_serial == process.sent_serial
+            for process in self._in_slots()
+        )
+
+    def next_deadline(self) -> float | None:
+        """When :meth:`supervise` has something to do without being asked; None for never."""
+        if not self._slots:
+            return None
+        waiting = [slot.backoff.not_before for slot in self._slots if slot.process is None]
+        return min([*waiting, time.monotonic() + HANG_S / 4])
+
+    # -- what it does
+
+    def resize(self, size: int) -> None:
+        """Have ``size`` workers, for which the table must have sockets.
+
+        The sockets of slots that go are adopted by those that stay, so that nothing queued is lost.
+        """
+        self._socket_slots = max(self._socket_slots, size)
+        while len(self._slots) < size:
+            self._slots.append(Slot(len(self._slots)))
+        while len(self._slots) > size:
+            process = self._slots.pop().process
+            if process is not None:
+                self._retiring.append(process)
+
+    def supervise(self) -> None:
+        """Replace the dead and the hung, let the retiring go, share the sockets out."""
+        now = time.monotonic()
+        for slot in self._slots:
+            if slot.process is None and now >= slot.backoff.not_before:
+                self._start(slot, now)
+            elif slot.process is not None:
+                self._check_alive(slot.process, now)
+        self._assign()
+        if self._retiring and self.is_settled:
+            for process in self._retiring:
+                self.tell(process, messages.Op.DRAIN)
+
+    def tell(self, process: WorkerProcess, op: messages.Op) -> None:
+        """Tell a worker to leave, now (STOP) or when its sessions have ended (DRAIN); once."""
+        state = WorkerState.DRAINING if op is messages.Op.DRAIN else WorkerState.STOPPING
+        if process.state is state:
+            return
+        process.state = state
+        try:
+            process.channel.send({"op": op})
+        except ChannelClosed:
+            return
+        self._watch(process)
+
+    def hear(self, process: WorkerProcess) -> None:
+        """Take in what a worker says, and send what waited for it."""
+        try:
+            process.channel.flush()
+            for received in process.channel.receive():
+                self._handle(process, received.message)
+        except ChannelClosed:
+            self._hang_up(process)  # its death is reported by SIGCHLD
+            return
+        self._watch(process)
+
+    def on_exit(self, pid: int, status: int) -> None:
+        """Note that a child has ended; one that is no worker is not ours to care for."""
+        for process in self.processes():
+            if process.pid == pid:
+                self._on_death(process, os.waitstatus_to_exitcode(status))
+
+    # -- birth and death
+
+    def _in_slots(self) -> list[WorkerProcess]:
+        return [slot.process for slot in self._slots if slot.process is not None]
+
+    def _start(self, slot: Slot, now: float) -> None:
+        self._heartbeats.beat(slot.index, now)
+        try:
+            process = fork_worker(slot.index, now, lambda channel: self._become(slot, channel))
+        except OSError as err:
+            delay = slot.backoff.on_death(now, now)
+            log.error(
+                "worker.failed slot=%d: cannot fork: %s; next try in %.1f s",
+                slot.index,
+                err.strerror,
+                delay,
+            )
+            return
+        slot.process = process
+        self._selector.register(process.channel, selectors.EVENT_READ, process)
+
+    def _become(self, slot: Slot, channel: Channel) -> None:
+        """In the forked child: give up everything of the master, then be a worker."""
+        for process in self.processes():
+            process.channel.close()
+        self._release_master()
+        worker.run_and_exit(
+            worker.WorkerSpec(
+                slot=slot.index,
+                channel=channel,
+                heartbeats=self._heartbeats,
+                relay=self.serving.config.settings.relay,
+            )
+        )
+
+    def _check_alive(self, process: WorkerProcess, now: float) -> None:
+        silent_s = now - self._heartbeats.last(process.slot)
+        if silent_s > HANG_S and process.state in (WorkerState.STARTING, WorkerState.READY):
+            log.error(
+                "worker.hung slot=%d pid=%d: no sign of life for %.0f s; replacing it",
+                process.slot,
+                process.pid,
+                silent_s,
+            )
+            process.state = WorkerState.HUNG
+            process.signal(signal.SIGKILL)
+
+    def _on_death(self, process: WorkerProcess, code: int) -> None:
+        self._hang_up(process)
+        if process in self._retiring:
+            self._retiring.remove(process)
+            return
+        slot = self._slots[process.slot]
+        slot.process = None
+        if process.state in (WorkerState.DRAINING, WorkerState.STOPPING):
+            return
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+        delay = slot.backoff.on_death(process.started_at, time.monotonic())
+        log.error(
+            "worker.died slot=%d pid=%d: %s; its sockets stay open, next start in %.1f s%s",
+            process.slot,
+            process.pid,
+            how,
+            delay,
+            " (crash loop)" if slot.backoff.is_crash_loop else "",
+        )
+
+    def _on_leaving(self, process: WorkerProcess) -> None:
+        """A worker drains, perhaps because somebody sent it a SIGTERM: its slot is free now."""
+        if process.state not in (WorkerState.DRAINING, WorkerState.STOPPING):
+            log.warning("worker.leaving slot=%d pid=%d: not asked to", process.slot, process.pid)
+            process.state = WorkerState.DRAINING
+            if process not in self._retiring:
+                self._slots[process.slot].process = None
+                self._retiring.append(process)
+
+    def _hang_up(self, process: WorkerProcess) -> None:
+        if process.channel.fileno() >= 0:
+            self._selector.unregister(process.channel)
+            process.channel.close()
+
+    # -- messages
+
+    def _handle(self, process: WorkerProcess, message: dict[str, object]) -> None:
+        if message["op"] == messages.Op.APPLIED:
+            serial = message["serial"]
+            process.applied_serial = serial if isinstance(serial, int) else 0
+            if process.state is WorkerState.STARTING:
+                process.state = WorkerState.READY
+                log.info("worker.ready slot=%d pid=%d", process.slot, process.pid)
+        elif message["op"] == messages.Op.LEAVING:
+            self._on_leaving(process)
+
+    def _watch(self, process: WorkerProcess) -> None:
+        """Ask for writability exactly while something waits for the worker."""
+        events = selectors.EVENT_READ
+        if process.channel.has_outbox:
+            events |= selectors.EVENT_WRITE
+        if self._selector.get_key(process.channel).events != events:
+            self._selector.modify(process.channel, events, process)
+
+    # -- sockets
+
+    def _assign(self) -> None:
+        """Tell each worker whose share has changed what it serves now."""
+        ready, starting = [], []
+        for process in self._in_slots():
+            if process.state is WorkerState.READY:
+                ready.append(process.slot)
+            elif process.state is WorkerState.STARTING:
+                starting.append(process.slot)
+        shares = supervision.share_sockets(self._socket_slots, ready, starting)
+        for process in self._in_slots():
+            if process.slot in shares:
+                self._give(process, tuple(shares[process.slot]))
+
+    def _give(self, process: WorkerProcess, socket_slots: tuple[int, ...]) -> None:
+        wanted = (self.serving.revision, len(self._slots), socket_slots)
+        if process.told == wanted:
+            return
+        descriptors: dict[int, int] = {}
+        routes: dict[int, int] = {}
+        for index, rule in enumerate(self.serving.config.rules):
+            for address in self.serving.binds[rule.name]:
+                mine = self._table.descriptors(address, socket_slots)
+                descriptors |= mine
+                routes |= dict.fromkeys(mine, index)
+        self._serial += 1
+        new = {i: fd for i, fd in descriptors.items() if i not in process.known_sockets}
+        try:
+            messages.send_sockets(process.channel, new)
+            messages.send_assignment(
+                process.channel,
+                messages.Assignment(
+                    serial=self._serial,
+                    generation=self.serving.generation,
+                    config=self.serving.config,
+                    routes=routes,
+                    pipe_budget_pages=pipes.budget_pages(len(self._slots)),
+                ),
+            )
+        except ChannelClosed:
+            return  # it has died; SIGCHLD follows
+        process.told = wanted
+        process.known_sockets = set(routes)
+        process.sent_serial = self._serial
+        self._watch(process)

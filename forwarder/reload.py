@@ -1,0 +1,111 @@
+"""Reading a configuration in a process of its own, so that the master never blocks or dies of it.
+
+Parsing ten thousand rules takes a second and a name server can take many; meanwhile the master must
+answer signals. What the child found comes back over a pipe. Applies nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from forwarder.errors import ForwarderError
+from forwarder.listeners import bind_addresses
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from forwarder.config.model import Config
+    from forwarder.listeners import BindAddress
+
+# A configuration that takes longer (a dead name server, a dead network file system) is given up.
+LOAD_TIMEOUT_S: Final = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A configuration that can be applied, with the addresses its rules listen on."""
+
+    config: Config
+    binds: dict[str, tuple[BindAddress, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """Why a configuration cannot be applied: one line per problem."""
+
+    problems: tuple[str, ...]
+
+
+class Loading:
+    """A child process that reads the configuration. Owns the read end of its pipe."""
+
+    def __init__(self, load: Callable[[], Config], release: Callable[[], None], now: float) -> None:
+        """Fork. In the child ``release`` gives up what the master owns, then ``load`` is called.
+
+        Raises OSError.
+        """
+        self.deadline = now + LOAD_TIMEOUT_S
+        self._read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
+        self._received = bytearray()
+        try:
+            self.pid = os.fork()
+        except OSError:
+            os.close(self._read_fd)
+            os.close(write_fd)
+            raise
+        if self.pid == 0:
+            try:
+                release()
+                _write_all(write_fd, pickle.dumps(_load(load)))
+            finally:
+                os._exit(0)
+        os.close(write_fd)
+        os.set_blocking(self._read_fd, False)
+
+    def fileno(self) -> int:
+        """Readable when the child has something to say or has ended."""
+        return self._read_fd
+
+    def result(self) -> Candidate | Rejected | None:
+        """What the child found; None while it is still at it. Never blocks."""
+        while True:
+            try:
+                part = os.read(self._read_fd, 1 << 16)
+            except BlockingIOError:
+                return None
+            if not part:
+                break
+            self._received += part
+        if not self._received:
+            return Rejected(("the process that reads the configuration died",))
+        found = pickle.loads(self._received)  # noqa: S301 - from our own forked child
+        return found if isinstance(found, Candidate | Rejected) else None
+
+    def cancel(self) -> None:
+        """End the child, which has not come to a result yet. The master reaps it."""
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        """Close the pipe."""
+        os.close(self._read_fd)
+
+
+def _load(load: Callable[[], Config]) -> Candidate | Rejected:
+    try:
+        config = load()
+        return Candidate(config, bind_addresses(config))
+    except ForwarderError as err:
+        return Rejected(tuple(str(err).splitlines()))
+    except Exception as err:  # noqa: BLE001 - a bug in reading must not pass for a dead child
+        return Rejected((f"internal error: {err!r}",))
+
+
+def _write_all(fd: int, content: bytes) -> None:
+    with open(fd, "wb") as file:
+        file.write(content)
