@@ -46,7 +46,7 @@ def test_a_slow_reader_stops_the_sender_and_then_gets_every_byte(
 ) -> None:
     near, far = tunnel.link().end(first)
     before = {pid: procfs.resident_kib(pid) for pid in tunnel.forwarder.workers()}
-    data = seeded(96 * MIB, 20)
+    data = seeded(64 * MIB, 20)
     taken = fill(near, data)
     assert taken < len(data), "nothing stopped the sender"
     for pid, kib in before.items():
@@ -114,7 +114,7 @@ def test_when_the_pipe_budget_is_used_up_bytes_stay_exact(make_tunnel: MakeTunne
 
 @BOTH
 def test_a_saturating_session_does_not_starve_another(tunnel: Tunnel, first: str) -> None:
-    """While one session moves bulk for as long as the test lasts, another makes 500 exchanges."""
+    """While one session moves bulk for as long as the test lasts, another makes 200 exchanges."""
     near, far = tunnel.link().end(first)
     stop = threading.Event()
 
@@ -136,7 +136,7 @@ def test_a_saturating_session_does_not_starve_another(tunnel: Tunnel, first: str
         thread.start()
     try:
         ping = tunnel.link()
-        for _ in range(500):
+        for _ in range(200):
             carry(ping.client, ping.upstream, b"ping")
             carry(ping.upstream, ping.client, b"pong")
         moved = count
@@ -208,28 +208,27 @@ def test_the_half_close_timeout_does_not_end_a_session_in_use(
 
 
 def read_slowly(sock: socket.socket, data: bytes) -> None:
-    """Read ``data`` in 40 parts with a pause before each: some 2 s in all."""
+    """Read ``data`` in 30 parts with a pause before each: some 1.5 s in all."""
     pace = threading.Event()
     done = 0
-    for number in range(1, 41):
+    for number in range(1, 31):
         pace.wait(0.05)
-        part = len(data) * number // 40 - done
+        part = len(data) * number // 30 - done
         assert receive_exactly(sock, part) == data[done : done + part]
         done += part
 
 
 @BOTH
-@RELAYS
 @pytest.mark.parametrize("timeout", ["idle_timeout", "half_close_timeout"])
 def test_a_slow_reader_gets_all_that_the_kernel_holds_for_it(
-    make_tunnel: MakeTunnel, relay: str, first: str, timeout: str
+    make_tunnel: MakeTunnel, first: str, timeout: str
 ) -> None:
     """The sender has finished; the rest waits in our send queue and still flows, without events.
 
     *Result*: bytes that flow keep a session alive, whoever holds them.
     """
     with listen(receive_buffer=32 * 1024) as listener:
-        tunnel = make_tunnel("--relay", relay, listener=listener, rule=f'{timeout} = "500ms"')
+        tunnel = make_tunnel(listener=listener, rule=f'{timeout} = "500ms"')
         near, far = tunnel.link(receive_buffer=32 * 1024).end(first)
         data = seeded(1_500_000, 25)
         near.sendall(data)
@@ -247,7 +246,7 @@ def test_a_stream_that_a_timeout_cuts_does_not_look_whole(
 
     *Result*: what it reads afterwards ends with a reset, or is everything.
     """
-    tunnel = make_tunnel("--workers", "1", "--relay", relay, rule='idle_timeout = "300ms"')
+    tunnel = make_tunnel("--workers", "1", "--relay", relay, rule='idle_timeout = "1s"')
     (worker,) = tunnel.forwarder.workers()
     idle = procfs.socket_count(worker)
     near, far = tunnel.link().end(first)
