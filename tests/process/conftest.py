@@ -47,11 +47,8 @@ def launch() -> Iterator[Launch]:
 
     yield start
     for forwarder in started:
-        for pid in members(forwarder.pid):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        if forwarder.process.returncode is None:
-            forwarder.wait()
+        kill_session(forwarder.pid)
+        forwarder.wait()
     for forwarder in started:
         bugs = [line for line in forwarder.lines if any(word in line for word in _BUGS)]
         assert not bugs, "\n".join(forwarder.lines)
@@ -95,6 +92,13 @@ class Service:
         eventually(lambda: not members(pid), lambda: f"processes left: {members(pid)}")
         listen(*self.address).close()
 
+    def stop(self, *numbers: signal.Signals) -> int:
+        """Send signals to the master, SIGTERM by default; returns its exit code.
+
+        An instance that fails leaves workers behind; they would keep its stderr open.
+        """
+        return stop(self.forwarder, *(numbers or (signal.SIGTERM,)))
+
     def kill_worker(self, pid: int) -> None:
         """Kill a worker; wait until it is gone and another one has taken its place and is ready."""
         ready = self.ready_lines()
@@ -105,6 +109,27 @@ class Service:
     def ready_lines(self) -> int:
         """How often a worker got ready."""
         return sum("worker.ready" in line for line in self.forwarder.lines)
+
+
+def stop(forwarder: Forwarder, *numbers: signal.Signals) -> int:
+    """Send signals to a master and wait for its end; what a failed one leaves is killed."""
+    for number in numbers:
+        forwarder.signal(number)
+    eventually(
+        lambda: forwarder.process.poll() is not None,
+        lambda: "\n".join(forwarder.lines),
+        within_s=60,
+    )
+    if forwarder.process.returncode:
+        kill_session(forwarder.pid)
+    return forwarder.wait()
+
+
+def kill_session(session: int) -> None:
+    """Kill what is left of a session that we started."""
+    for pid in members(session):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def as_pairs(listen_at: tuple[str, int], upstream: socket.socket) -> list[str]:
@@ -161,3 +186,10 @@ def public_path() -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o755)
         yield Path(name)
+
+
+@pytest.fixture
+def any_address() -> Iterator[tuple[str, int]]:
+    """The wildcard, with a port that nobody else gets on any IPv4 address of this host."""
+    with reserve_port("0.0.0.0") as holder:
+        yield holder.getsockname()

@@ -13,10 +13,10 @@ from support.ends import carry, receive_to_end, receive_to_reset
 from support.processes import listeners, members, state
 from support.waiting import eventually
 
+from process.conftest import stop
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from support.forwarder import Forwarder
 
     from process.conftest import Launch, Serve
 
@@ -31,19 +31,13 @@ def stop_process(pid: int) -> None:
     eventually(lambda: state(pid) == "T")
 
 
-def end(forwarder: Forwarder, *numbers: signal.Signals) -> int:
-    for number in numbers:
-        forwarder.signal(number)
-    return forwarder.wait()
-
-
 @pytest.mark.parametrize("number", [TERM, INT, signal.SIGQUIT], ids=lambda n: n.name)
 @pytest.mark.parametrize("workers", [1, 4])
 def test_without_sessions_it_leaves_at_once_with_success(
     serve: Serve, number: signal.Signals, workers: int
 ) -> None:
     service = serve(workers=workers)
-    assert end(service.forwarder, number) == 0
+    assert service.stop(number) == 0
     service.assert_nothing_left()
     assert not service.forwarder.trouble()
 
@@ -64,7 +58,7 @@ def test_sigterm_lets_sessions_end_first(serve: Serve) -> None:
     for link in links:
         link.upstream.shutdown(socket.SHUT_WR)
         assert receive_to_end(link.client) == b"after half-close"
-    assert service.forwarder.wait() == 0
+    assert stop(service.forwarder) == 0
     service.assert_nothing_left()
     assert not service.forwarder.trouble()
 
@@ -83,7 +77,7 @@ def test_new_clients_are_refused_while_sessions_end(serve: Serve) -> None:
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(service.address, timeout=20)
     link.close()
-    assert service.forwarder.wait() == 0
+    assert stop(service.forwarder) == 0
 
 
 @pytest.mark.parametrize("second", [TERM, INT], ids=lambda n: n.name)
@@ -94,7 +88,7 @@ def test_a_second_signal_hurries_a_stop(serve: Serve, second: signal.Signals) ->
     service.forwarder.wait_logged("master.stopping how=drain")
     for link in links:
         carry(link.client, link.upstream, b"still here")
-    assert end(service.forwarder, second) == 0
+    assert service.stop(second) == 0
     for link in links:
         assert receive_to_reset(link.client) == b""
         assert receive_to_reset(link.upstream) == b""
@@ -110,7 +104,7 @@ def test_sigint_resets_sessions_and_ends_with_success(serve: Serve, to_group: bo
         os.killpg(service.forwarder.pid, INT)
     else:
         service.forwarder.signal(INT)
-    assert service.forwarder.wait() == 0
+    assert stop(service.forwarder) == 0
     for link in links:
         assert receive_to_reset(link.client) == b""
         assert receive_to_reset(link.upstream) == b""
@@ -127,7 +121,7 @@ def test_sigterm_to_the_whole_group_drains_too(serve: Serve) -> None:
     for link in links:
         carry(link.client, link.upstream, b"still here")
         link.close()
-    assert service.forwarder.wait() == 0
+    assert stop(service.forwarder) == 0
     service.assert_nothing_left()
 
 
@@ -141,7 +135,7 @@ def test_a_suspended_worker_does_not_hold_up_the_end(
     for number in numbers[:-1]:
         service.forwarder.signal(number)
         service.forwarder.wait_logged("master.stopping how=drain")
-    assert end(service.forwarder, numbers[-1]) == 0
+    assert service.stop(numbers[-1]) == 0
     assert len([line for line in service.forwarder.lines if "killing it" in line]) == 1
     service.assert_nothing_left()
 
@@ -160,7 +154,7 @@ def test_other_signals_do_not_end_it(serve: Serve) -> None:
     service.assert_serves()
     assert service.forwarder.workers() == workers
     link.close()
-    assert service.forwarder.stop() == 0
+    assert service.stop() == 0
 
 
 @pytest.mark.parametrize("number", [TERM, INT, signal.SIGHUP], ids=lambda n: n.name)
@@ -185,7 +179,7 @@ def test_signals_during_the_start_leave_nothing(
         if number is signal.SIGHUP and children:
             forwarder.wait_notified("READY=1")
             forwarder.signal(TERM)
-        code = forwarder.wait()
+        code = stop(forwarder)
         assert code == 0 or (not children and code in (-number, 1)), (code, forwarder.lines)
         eventually(lambda: not members(master.pid))  # noqa: B023
         assert listeners(address) == 0
@@ -211,7 +205,7 @@ def test_killed_master_workers_end_with_their_sessions(serve: Serve, launch: Lau
     service.forwarder.wait()
     service.forwarder = launch(*service.pairs)
     service.assert_serves()
-    assert service.forwarder.stop() == 0
+    assert service.stop() == 0
 
 
 def test_a_new_master_serves_beside_the_orphans_of_a_killed_one(
@@ -229,7 +223,7 @@ def test_a_new_master_serves_beside_the_orphans_of_a_killed_one(
     link.close()
     eventually(lambda: not members(old.pid))
     old.wait()
-    assert service.forwarder.stop() == 0
+    assert service.stop() == 0
 
 
 def test_killed_master_leaves_a_suspended_worker_only_until_it_wakes(serve: Serve) -> None:

@@ -1,0 +1,176 @@
+"""``forwarder check``: what it says, of good files and bad ones, and what it leaves alone."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+from support.ends import listen
+from support.processes import as_nobody, run_command
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+pytestmark = pytest.mark.process
+
+GOOD = """\
+workers = 2
+relay = "copy"
+global_rules = [{ type = "deny", pattern = "10.9.*" }]
+
+[[forwarding_rules]]
+name = "web"
+listen = "127.0.0.1:PORT"
+upstream = ["192.0.2.1:80", "web.example:81"]
+source_address = "192.0.2.7"
+rules = [{ type = "allow", pattern = "10.0.0.0/8" }]
+
+[[forwarding_rules]]
+listen = "192.0.2.9:22"
+upstream = "web.example:80"
+"""
+
+UNDERSTOOD = """\
+good.toml: 2 rule(s), workers 2, relay copy
+global deny 10.9.*
+"""
+
+
+def test_it_says_what_it_understood_and_touches_no_port(public_path: Path) -> None:
+    """As a user without privilege, with one port taken, one reserved and one address not ours."""
+    path = public_path / "good.toml"
+    with listen() as taken:
+        path.write_text(GOOD.replace("PORT", str(taken.getsockname()[1])))
+        path.chmod(0o444)
+        ended = run_command("check", "-c", str(path), prefix=as_nobody())
+        port = taken.getsockname()[1]
+    assert (ended.returncode, ended.stderr) == (0, "")
+    lines = ended.stdout.splitlines()
+    assert ended.stdout.startswith(UNDERSTOOD)
+    first = f"web: tcp 127.0.0.1:{port} -> 192.0.2.1:80, web.example:81, from 192.0.2.7"
+    assert lines[2:4] == [first, "web: allow 10.0.0.0/8"]
+    assert lines[4] == "tcp 192.0.2.9:22: tcp 192.0.2.9:22 -> web.example:80"
+    assert len(lines) == 5
+
+
+def test_pairs_can_be_checked_too() -> None:
+    ended = run_command("check", "-l", "192.0.2.9:22", "-r", "[::1]:22")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "tcp 192.0.2.9:22 -> [::1]:22" in ended.stdout
+
+
+@pytest.mark.parametrize("words", [["check"], ["run"], []], ids=["check", "run", "short"])
+def test_all_problems_are_reported_with_their_places(tmp_path: Path, words: list[str]) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text(
+        'worker = 2\nrelay = "slice"\n[[forwarding_rules]]\nlisten = "127.0.0.1"\n'
+        '  upstream = "127.0.0.1:99999"\n[[forwarding_rules]]\n'
+    )
+    ended = run_command(*words, "-c", str(path))
+    assert (ended.returncode, ended.stdout) == (78, "")
+    lines = ended.stderr.splitlines()
+    assert all(re.match(re.escape(str(path)) + r":[0-9]+:[0-9]+: ", line) for line in lines), lines
+    places = [tuple(map(int, line[len(str(path)) + 1 :].split(":")[:2])) for line in lines]
+    assert {(1, 1), (2, 1), (4, 1), (5, 3), (6, 1)} == set(places)
+
+
+def test_rinetd_files_are_reported_alike(tmp_path: Path) -> None:
+    path = tmp_path / "bad.conf"
+    path.write_text("0.0.0.0 80 10.0.0.1 99999\n  allow\n0.0.0.0 81 10.0.0.1\n")
+    ended = run_command("check", "-c", str(path))
+    assert (ended.returncode, ended.stdout) == (78, "")
+    lines = ended.stderr.splitlines()
+    places = [line[len(str(path)) + 1 :].split(":")[0] for line in lines]
+    assert sorted(places) == ["1", "2", "3"], lines
+
+
+@pytest.mark.parametrize("words", [["check"], ["run"]], ids=["check", "run"])
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("missing", "does not exist"),
+        ("unreadable", "permission denied"),
+        ("empty", "is empty"),
+        ("directory", "is a directory"),
+        ("device", "is not a regular file"),
+        ("latin-1", "byte 0xe9 is not UTF-8"),
+        ("below-a-file", "Not a directory"),
+    ],
+)
+def test_a_file_that_cannot_be_read_says_why(
+    public_path: Path, kind: str, said: str, words: Sequence[str]
+) -> None:
+    path = public_path / "some.conf"
+    if kind == "unreadable":
+        path.touch(0o200 if as_nobody() else 0)
+    elif kind == "empty":
+        path.write_text("\n")
+    elif kind == "directory":
+        path.mkdir()
+    elif kind == "device":
+        path.symlink_to(os.devnull)
+    elif kind == "latin-1":
+        path.write_bytes(b"# all\n# caf\xe9\n")
+    elif kind == "below-a-file":
+        path.touch()
+        path /= "some.conf"
+    ended = run_command(*words, "-c", str(path), prefix=as_nobody())
+    assert (ended.returncode, ended.stdout) == (78, "")
+    assert said in ended.stderr
+    place = f"{path}:2:6: " if kind == "latin-1" else f"{path}: "
+    assert ended.stderr.startswith(place)
+    assert len(ended.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("words", [["check"], ["run"]], ids=["check", "run"])
+@pytest.mark.parametrize("protocol", ["udp", "udptotcp", "tcptoudp"])
+def test_what_is_not_built_yet_is_refused(
+    tmp_path: Path, words: Sequence[str], protocol: str
+) -> None:
+    path = tmp_path / "udp.toml"
+    path.write_text(
+        '[[forwarding_rules]]\nlisten = "127.0.0.1:1"\nupstream = "127.0.0.1:2"\n'
+        '[[forwarding_rules]]\nname = "dns"\nlisten = "127.0.0.1:3"\nupstream = "127.0.0.1:4"\n'
+        f'protocol = "{protocol}"\n'
+    )
+    ended = run_command(*words, "-c", str(path))
+    assert (ended.returncode, ended.stdout) == (78, "")
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith(f"{path}:4:1: rule 'dns': protocol {protocol} is not built yet")
+
+
+def test_udp_of_rinetd_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "udp.conf"
+    path.write_text("127.0.0.1 53/udp 127.0.0.1 54/udp\n")
+    ended = run_command("check", "-c", str(path))
+    assert ended.returncode == 78
+    assert ended.stderr.startswith(f"{path}:1:1: rule 'udp 127.0.0.1:53': protocol udp")
+
+
+def test_ten_thousand_rules_are_checked(tmp_path: Path) -> None:
+    path = tmp_path / "many.conf"
+    path.write_text("".join(f"127.0.0.1 {port} 10.0.0.1 80\n" for port in range(20_000, 30_000)))
+    ended = run_command("check", "-c", str(path))
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert len(ended.stdout.splitlines()) == 10_001
+
+
+@pytest.mark.parametrize("where", ["/dev/full", "a closed pipe"])
+def test_output_that_goes_nowhere_is_no_internal_error(where: str) -> None:
+    """As in ``check | head -1``. Result: not status 0 or 70, no traceback, no call for a report."""
+    code = (
+        "import os, sys; r, w = os.pipe(); os.dup2(w, 1); os.close(r);"
+        "os.execvp(sys.argv[1], sys.argv[1:])"
+    )
+    prefix = {
+        "/dev/full": ["sh", "-c", 'exec "$@" >/dev/full', "sh"],
+        "a closed pipe": [sys.executable, "-c", code],
+    }[where]
+    ended = run_command("check", "-l", "127.0.0.1:1", "-r", "127.0.0.1:2", prefix=prefix)
+    assert ended.returncode not in (0, 70), ended
+    assert "Traceback" not in ended.stderr
+    assert "internal error" not in ended.stderr
