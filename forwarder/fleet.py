@@ -18,6 +18,7 @@ from forwarder.heartbeat import Heartbeats
 from forwarder.net import pipes
 from forwarder.net.channel import Channel, ChannelClosed
 from forwarder.slot import Slot, WorkerProcess, WorkerState, fork_worker
+from forwarder.stats import Tally
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,6 +59,7 @@ class Fleet:
         ``serving`` must be set before the first :meth:`supervise`.
         """
         self.serving: Serving
+        self.tally = Tally()
         self._table = table
         self._selector = selector
         self._release_master = release_master
@@ -86,6 +88,20 @@ class Fleet:
             for process in self._in_slots()
         )
 
+    def describe(self, now: float) -> list[dict[str, object]]:
+        """All worker processes, with what they have counted; as in the status."""
+        return [
+            {
+                "slot": process.slot,
+                "pid": process.pid,
+                "state": process.state.value,
+                "generation": process.generation,
+                "uptime_s": round(now - process.started_at, 1),
+                **self.tally.worker(process.pid),
+            }
+            for process in self.processes()
+        ]
+
     def next_deadline(self) -> float | None:
         """When :meth:`supervise` has something to do without being asked; None for never."""
         if not self._slots:
@@ -100,7 +116,7 @@ class Fleet:
 
         The sockets of slots that go are adopted by those that stay, so that nothing queued is lost.
         """
-        self._socket_slots = max(self._socket_slots, size)
+        self._socket_slots = max(self._socket_slots, size, self._table.most_slots())
         while len(self._slots) < size:
             self._slots.append(Slot(len(self._slots)))
         while len(self._slots) > size:
@@ -141,6 +157,10 @@ class Fleet:
                 self._handle(process, received.message)
         except ChannelClosed:
             self._hang_up(process)  # its death is reported by SIGCHLD
+            return
+        except (KeyError, TypeError, ValueError):  # nothing a worker says may end the master
+            log.exception("worker.nonsense slot=%d pid=%d", process.slot, process.pid)
+            process.signal(signal.SIGKILL)
             return
         self._watch(process)
 
@@ -198,7 +218,9 @@ class Fleet:
             process.signal(signal.SIGKILL)
 
     def _on_death(self, process: WorkerProcess, code: int) -> None:
+        self.hear(process)  # its last words
         self._hang_up(process)
+        self.tally.on_exit(process.pid)
         if process in self._retiring:
             self._retiring.remove(process)
             return
@@ -237,11 +259,15 @@ class Fleet:
         if message["op"] == messages.Op.APPLIED:
             serial = message["serial"]
             process.applied_serial = serial if isinstance(serial, int) else 0
+            if process.applied_serial == process.sent_serial:
+                process.generation = self.serving.generation
             if process.state is WorkerState.STARTING:
                 process.state = WorkerState.READY
                 log.info("worker.ready slot=%d pid=%d", process.slot, process.pid)
         elif message["op"] == messages.Op.LEAVING:
             self._on_leaving(process)
+        elif message["op"] == messages.Op.STATS:
+            self.tally.hear(process.pid, message)
 
     def _watch(self, process: WorkerProcess) -> None:
         """Ask for writability exactly while something waits for the worker."""

@@ -32,6 +32,11 @@ class BindAddress:
     v6only: bool = False
 
 
+def address_of(sock: socket.socket) -> BindAddress:
+    """Where a listening socket is bound."""
+    return BindAddress(Target(sock.family, sock.getsockname()), v6only=sockets.is_v6only(sock))
+
+
 @dataclass(slots=True)
 class Slotted:
     """The sockets of one address, by slot; each has an id that never names another socket."""
@@ -76,6 +81,7 @@ class ListenerTable:
 
     def __init__(self) -> None:
         self._by_address: dict[BindAddress, Slotted] = {}
+        self._inherited: dict[BindAddress, list[socket.socket]] = {}
         self._ids = itertools.count(1)
 
     def __contains__(self, address: BindAddress) -> bool:
@@ -84,6 +90,27 @@ class ListenerTable:
     def addresses(self) -> Iterable[BindAddress]:
         """All addresses that have sockets."""
         return self._by_address.keys()
+
+    def inherit(self, given: Iterable[socket.socket]) -> None:
+        """Own listening sockets that somebody else has bound; :meth:`add` uses those that fit."""
+        for sock in given:
+            self._inherited.setdefault(address_of(sock), []).append(sock)
+
+    def close_unclaimed(self) -> list[BindAddress]:
+        """Close inherited sockets for which there was no rule. Returns their addresses."""
+        unclaimed = list(self._inherited)
+        for address in unclaimed:
+            for sock in self._inherited.pop(address):
+                sock.close()
+        return unclaimed
+
+    def most_slots(self) -> int:
+        """The number of slots of the address that has most."""
+        return max((len(slotted.sockets) for slotted in self._by_address.values()), default=0)
+
+    def all_descriptors(self) -> list[int]:
+        """Every socket, in the order in which an heir would put them into slots again."""
+        return [sock.fileno() for slotted in self._by_address.values() for sock in slotted.sockets]
 
     def add(self, wanted: Mapping[BindAddress, Rule], slots: int) -> None:
         """Make ``slots`` sockets for each address that has none yet: all of them, or nothing.
@@ -134,19 +161,33 @@ class ListenerTable:
                 sock.close()
 
     def _open(self, address: BindAddress, rule: Rule, slots: int) -> None:
-        try:
-            sockets.probe_bind(address.target, v6only=address.v6only)
-        except OSError as err:
-            raise _bind_error(address, rule, err) from err
         slotted = self._by_address[address] = Slotted([], [])
-        for _ in range(slots):
+        if address in self._inherited:
+            for sock in self._inherited.pop(address):
+                sockets.prepare_listener(sock)
+                self._put(sock, slotted)
+        else:
+            try:
+                sockets.probe_bind(address.target, v6only=address.v6only)
+            except OSError as err:
+                raise _bind_error(address, rule, err) from err
+        while len(slotted.sockets) < slots:
             self._open_one(address, rule, slotted)
 
     def _open_one(self, address: BindAddress, rule: Rule, slotted: Slotted) -> None:
+        first = slotted.sockets[0] if slotted.sockets else None
         try:
-            sock = sockets.listen_tcp(address.target, v6only=address.v6only)
+            if first and not first.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT):
+                # A service manager bound it without ReusePort=: no second one can be bound beside
+                # it, so all slots share this one and its queue.
+                sock = first.dup()
+            else:
+                sock = sockets.listen_tcp(address.target, v6only=address.v6only)
         except OSError as err:
             raise _bind_error(address, rule, err) from err
+        self._put(sock, slotted)
+
+    def _put(self, sock: socket.socket, slotted: Slotted) -> None:
         slotted.sockets.append(sock)
         slotted.ids.append(next(self._ids))
 

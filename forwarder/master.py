@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import logging
+import math
 import os
 import resource
 import selectors
@@ -21,17 +22,20 @@ from typing import TYPE_CHECKING, Final
 
 import setproctitle
 
-from forwarder import notify
+from forwarder import __version__, inherit, notify, upgrade
 from forwarder.config.plan import diff
 from forwarder.errors import ExitCode, StartupError
 from forwarder.fleet import Fleet, Serving
 from forwarder.heartbeat import MAX_SLOTS
-from forwarder.listeners import ListenerTable, bind_addresses
+from forwarder.listeners import ListenerTable, address_of, bind_addresses
 from forwarder.messages import Op
 from forwarder.pidfile import PidFile
 from forwarder.reload import Candidate, Loading, Rejected
+from forwarder.requests import Requests
 from forwarder.signals import SignalQueue
 from forwarder.slot import WorkerProcess
+from forwarder.status import describe_rule
+from forwarder.upgrade import Successor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -52,6 +56,8 @@ _SIGNALS: Final = (
     signal.SIGINT,
     signal.SIGQUIT,
     signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
     signal.SIGTTIN,
     signal.SIGTTOU,
     signal.SIGCHLD,
@@ -75,11 +81,13 @@ class MasterSpec:
     ``config`` is the first configuration; its ``settings.workers`` is not 0.
     ``title`` names it in the process list. ``load`` reads it anew for a reload, under the same
     command line; it runs in a process of its own and may block and raise. None: nothing to reload.
+    ``has_control``: whether there is a control socket, at ``settings.control`` or a default place.
     """
 
     config: Config
     title: str
     load: Callable[[], Config] | None = None
+    has_control: bool = False
 
 
 class Master:
@@ -101,6 +109,9 @@ class Master:
         self._pid_file: PidFile | None = None
         self._loading: Loading | None = None
         self._is_reload_wanted = False
+        self._successor: Successor | None = None
+        self._requests = Requests(self)
+        self._started_at = time.monotonic()
         self._report: str | None = None  # of a reload that not all workers have acknowledged yet
         # Addresses of removed rules: first still served, until a time, then dropped by all workers.
         self._closing: dict[BindAddress, tuple[Rule, float]] = {}
@@ -114,6 +125,7 @@ class Master:
                 self._turn()
         finally:
             self._close()
+            self._requests.remove_file()
             if self._pid_file is not None:
                 self._pid_file.remove()
         return ExitCode.OK
@@ -128,7 +140,15 @@ class Master:
         self._signals = SignalQueue(_SIGNALS)
         self._selector.register(self._signals.fileno(), selectors.EVENT_READ, self._hear_signals)
         self._binds = bind_addresses(config)
-        self._table.add(_rules_by_address(config, self._binds), config.settings.workers)
+        wanted = _rules_by_address(config, self._binds)
+        self._table.inherit(inherit.from_environment())
+        if not upgrade.has_predecessor():
+            self._table.inherit(inherit.from_orphans(lambda sock: address_of(sock) in wanted))
+        self._table.add(wanted, config.settings.workers)
+        for address in self._table.close_unclaimed():
+            log.warning("master: no rule listens on %s, inherited; closed", address.target)
+        if not upgrade.has_predecessor():
+            self._open_control()
         self._serve()
         self._fleet.resize(config.settings.workers)
         setproctitle.setproctitle(f"forwarder: master [{self._spec.title}]")
@@ -137,6 +157,12 @@ class Master:
         gc.freeze()
         self._state = State.RUNNING
 
+    def _open_control(self) -> None:
+        if self._spec.has_control:
+            path = self._config.settings.control
+            is_heir = upgrade.has_predecessor()
+            self._requests.open(self._selector, path, replaces_live=is_heir)
+
     def _close(self) -> None:
         """Give up what the master owns, but the pid file; a forked child does the same."""
         self._table.close()
@@ -144,6 +170,7 @@ class Master:
             self._loading.close()
         if self._signals is not None:
             self._signals.close()
+        self._requests.close()
         self._selector.close()
 
     def _release_in_child(self) -> None:
@@ -162,7 +189,11 @@ class Master:
         workers = self._fleet.processes()
         log.info("master.stopping how=%s workers=%d", op, len(workers))
         notify.notify("STOPPING=1")
+        self._requests.on_stopping()
         self._deadline = time.monotonic() + patience
+        # Ours are the last copies once the workers, which serve what is queued first, have let go:
+        # who comes now is refused at once instead of waiting in a queue that nobody serves.
+        self._table.close()
         for process in workers:
             self._fleet.tell(process, op)
 
@@ -175,9 +206,11 @@ class Master:
             self._settle()
         elif not self._fleet.processes():
             self._state = State.STOPPED
+            self._requests.on_stopped()
             return
         elif time.monotonic() >= self._deadline:
             self._on_deadline()
+        self._requests.turn()
         for key, _ in self._selector.select(self._patience()):
             if isinstance(key.data, WorkerProcess):
                 self._fleet.hear(key.data)
@@ -189,12 +222,13 @@ class Master:
         if self._state is State.RUNNING:
             deadlines = [self._fleet.next_deadline()]
             deadlines += [until for _, until in self._closing.values()]
-            if self._loading is not None:
-                deadlines.append(self._loading.deadline)
+            deadlines += [it.deadline for it in (self._loading, self._successor) if it is not None]
         else:
             deadlines = [self._deadline]
+        deadlines.append(self._requests.deadline)
         known = [deadline for deadline in deadlines if deadline is not None]
-        return max(0.0, min(known) - time.monotonic()) if known else None
+        first = min(known, default=math.inf)
+        return None if first == math.inf else max(0.0, first - time.monotonic())
 
     def _hear_signals(self) -> None:
         for number in self._signals.take() if self._signals is not None else ():
@@ -202,10 +236,14 @@ class Master:
                 self._reap()
             elif number is signal.SIGHUP:
                 self.reload()
+            elif number is signal.SIGUSR1:
+                log.info("master: SIGUSR1: there is no log file to reopen")
+            elif number is signal.SIGUSR2:
+                self.upgrade()
             elif number is signal.SIGTTIN:
-                self._resize(self._fleet.size + 1)
+                self.resize(self._fleet.size + 1)
             elif number is signal.SIGTTOU:
-                self._resize(self._fleet.size - 1)
+                self.resize(self._fleet.size - 1)
             else:
                 self._stop(is_fast=number is not signal.SIGTERM)
 
@@ -235,6 +273,8 @@ class Master:
         if self._loading is not None and now >= self._loading.deadline:
             self._loading.cancel()
             self._end_loading(Rejected(("reading the configuration took too long",)))
+        if self._successor is not None and now >= self._successor.deadline:
+            self._end_upgrade(is_ready=False)
         over = [address for address, (_, until) in self._closing.items() if now >= until]
         if over:
             for address in over:
@@ -250,6 +290,7 @@ class Master:
             log.info("master.reloaded %s", self._report)
             notify.notify("READY=1", f"STATUS={self._report}")
             self._report = None
+        self._requests.on_settled()
         if not self._is_announced:
             self._is_announced = True
             log.info(
@@ -259,7 +300,12 @@ class Master:
                 len(self._config.rules),
                 self._generation,
             )
-            notify.notify("READY=1", f"STATUS={len(self._config.rules)} rules")
+            if upgrade.has_predecessor():
+                self._open_control()  # only now, since a successor that fails must not take it
+            notify.notify(
+                f"MAINPID={os.getpid()}", "READY=1", f"STATUS={len(self._config.rules)} rules"
+            )
+            upgrade.tell_predecessor()
 
     # -- what is served
 
@@ -279,35 +325,85 @@ class Master:
             binds=binds,
         )
 
-    def _resize(self, size: int) -> None:
+    # -- what clients of the control socket may ask, see requests.Instance
+
+    @property
+    def size(self) -> int:
+        """How many workers there shall be."""
+        return self._fleet.size
+
+    def stop(self) -> None:
+        """Let sessions end, then stop; when called again, do not let them end."""
+        self._stop(is_fast=False)
+
+    def status(self) -> dict[str, object]:
+        """Describe the instance: what it serves and what it has done."""
+        now = time.monotonic()
+        counters = self._fleet.tally.rules(rule.name for rule in self._config.rules)
+        return {
+            "version": __version__,
+            "pid": os.getpid(),
+            "title": self._spec.title,
+            "state": self._state.value,
+            "generation": self._generation,
+            "uptime_s": round(now - self._started_at, 1),
+            "control": self._requests.path,
+            "totals": self._fleet.tally.totals(),
+            "workers": self._fleet.describe(now),
+            "rules": [
+                describe_rule(
+                    rule,
+                    [str(address.target) for address in self._binds[rule.name]],
+                    counters[rule.name],
+                )
+                for rule in self._config.rules
+            ],
+        }
+
+    def resize(self, size: int) -> str:
+        """Begin to have ``size`` workers. Returns why not, or ""."""
         if self._state is not State.RUNNING or not 1 <= size <= MAX_SLOTS:
-            log.warning("master: %d workers are not possible; 1 to %d are", size, MAX_SLOTS)
-            return
+            problem = f"{size} workers are not possible; 1 to {MAX_SLOTS} are"
+            log.warning("master: %s", problem)
+            return problem
         try:
             self._table.grow(_rules_by_address(self._config, self._binds), size)
         except StartupError as err:
             log.error("master: cannot have %d workers: %s", size, err)
-            return
+            return f"cannot have {size} workers: {err}"
         self._fleet.resize(size)
         self._is_announced = False
+        return ""
 
     # -- reload
 
-    def reload(self) -> None:
-        """Begin to read the configuration anew; one reload at a time, a further one follows it."""
+    def reload(self) -> str:
+        """Begin to read the configuration anew; one reload at a time, a further one follows it.
+
+        Returns why not, or "".
+        """
+        problem = ""
         if self._state is not State.RUNNING:
-            return
+            return "the forwarder is stopping"
         if self._spec.load is None:
-            log.warning("master: nothing to reload, the rules came from the command line")
-            return
-        if self._loading is not None:
+            problem = "nothing to reload, the rules came from the command line"
+        elif self._successor is not None:
+            problem = "no reload during an upgrade; ask the new one when it serves"
+        if problem:
+            log.warning("master: %s", problem)
+        elif self._loading is not None:
             self._is_reload_wanted = True
-            return
+        else:
+            self._begin_loading(self._spec.load)
+        return problem
+
+    def _begin_loading(self, load: Callable[[], Config]) -> None:
+        self._requests.on_loading()
         now = time.monotonic()
         # systemd waits for ever for a reload that names no time (sd_notify(3), MONOTONIC_USEC).
         notify.notify("RELOADING=1", f"MONOTONIC_USEC={int(now * 1e6)}")
         try:
-            self._loading = Loading(self._spec.load, self._release_in_child, now)
+            self._loading = Loading(load, self._release_in_child, now)
         except OSError as err:
             self._reject((f"cannot start a process to read the configuration: {err.strerror}",))
             return
@@ -336,6 +432,7 @@ class Master:
         for problem in problems:
             log.error("reload.rejected %s", problem)
         log.error("master: generation %d stays in force", self._generation)
+        self._requests.on_rejected(problems)
         notify.notify("READY=1", "STATUS=reload rejected, see the log")
 
     def _begin_generation(self, candidate: Candidate) -> None:
@@ -356,7 +453,9 @@ class Master:
         before = _rules_by_address(old, self._binds)
         self._generation += 1
         self._report = f"{diff(old, new)}, generation {self._generation}"
+        self._requests.on_accepted(self._report, self._generation)
         self._config, self._binds = new, candidate.binds
+        self._fleet.tally.forget_rules(rule.name for rule in new.rules)
         for address in wanted:
             self._table.accept_handshakes(address)  # it may have been about to be closed
             self._closing.pop(address, None)
@@ -367,9 +466,52 @@ class Master:
             self._closing[address] = (before[address], until)
         self._serve()
         self._fleet.resize(size)
-        for setting in ("relay", "pid_file"):
+        for setting in ("relay", "pid_file", "control"):
             if getattr(old.settings, setting) != getattr(new.settings, setting):
                 log.warning("reload: a change of %s takes effect at the next start", setting)
+
+    # -- upgrade
+
+    def upgrade(self) -> None:
+        """Start the installed code beside this one; when it serves, let our sessions end."""
+        if self._state is not State.RUNNING or self._successor is not None:
+            return
+        if os.getpid() == 1:
+            log.error("upgrade: not possible as process 1 of a container: start a new container")
+            return
+        try:
+            self._successor = Successor(
+                self._table.all_descriptors(), self._pid_file, time.monotonic()
+            )
+        except OSError as err:
+            log.error("upgrade: cannot execute the new code: %s", err)
+            return
+        log.info("upgrade: started pid=%d", self._successor.pid)
+        self._selector.register(self._successor, selectors.EVENT_READ, self._hear_successor)
+
+    def _hear_successor(self) -> None:
+        is_ready = self._successor.is_ready() if self._successor is not None else None
+        if is_ready is not None:
+            self._end_upgrade(is_ready=is_ready)
+
+    def _end_upgrade(self, *, is_ready: bool) -> None:
+        successor, self._successor = self._successor, None
+        if successor is None:
+            return
+        self._selector.unregister(successor)
+        if not is_ready:
+            log.error("upgrade: pid=%d did not come to serve; this one goes on", successor.pid)
+            successor.kill()
+            if self._pid_file is not None:
+                self._pid_file.claim()
+        successor.close()
+        if is_ready:
+            log.info("upgrade: pid=%d serves; letting our sessions end", successor.pid)
+            if self._pid_file is not None:
+                self._pid_file.leave_to_heir()
+                self._pid_file = None
+            self._stop(is_fast=False)
+            self._deadline = math.inf  # nobody waits for this process; a signal hurries it
 
 
 def _rules_by_address(

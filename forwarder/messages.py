@@ -1,8 +1,8 @@
 """What the master and its workers say to each other.
 
 Master to worker: SOCKETS (listening sockets, by id), APPLY (which of them serve which rule, from
-now on), DRAIN, STOP. Worker to master: APPLIED, LEAVING. A worker that starts, one that gets a new
-configuration and one that takes over another's sockets all do the same: apply an assignment.
+now on), DRAIN, STOP. Worker to master: APPLIED, LEAVING, STATS. A worker that starts, one that gets
+a new configuration and one that takes over another's sockets do the same: apply an assignment.
 
 The assignment travels pickled, from the master to its own forked child, never the other way: a
 worker may run with fewer rights than the master and must not be able to make it run anything.
@@ -33,6 +33,7 @@ class Op(StrEnum):
     STOP = "stop"
     APPLIED = "applied"
     LEAVING = "leaving"
+    STATS = "stats"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,15 +13,22 @@ from pathlib import Path
 
 from forwarder.errors import ExitCode, StartupError
 
+FD_VARIABLE = "FORWARDER_PID_FD"
+
 
 class PidFile:
     """The pid file of this instance. Owns the descriptor that holds the lock."""
 
     def __init__(self, path: str) -> None:
-        """Lock ``path`` and write our pid into it. Raises StartupError, naming the other pid."""
+        """Lock ``path`` and write our pid into it. Raises StartupError, naming the other pid.
+
+        After an upgrade the lock is already ours, through the descriptor in ``FD_VARIABLE``.
+        """
         self._path = Path(path)
         try:
-            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._fd = _inherited(self._path)
+            if self._fd < 0:
+                self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as err:
             denied = isinstance(err, PermissionError)
             raise StartupError(
@@ -37,11 +44,23 @@ class PidFile:
                 f"pid file {path} is locked by another forwarder, pid {other}; "
                 "hint: stop that one, or use another pid file"
             ) from err
+        self.claim()
+
+    def claim(self) -> None:
+        """Write our pid into the file."""
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, b"%d\n" % os.getpid(), 0)
 
+    def fileno(self) -> int:
+        """The descriptor that holds the lock; whoever inherits it shares the lock."""
+        return self._fd
+
     def close_in_child(self) -> None:
         """Close the descriptor a forked child has inherited; the lock stays with the parent."""
+        os.close(self._fd)
+
+    def leave_to_heir(self) -> None:
+        """Close it without removing the file, which another process that shares the lock keeps."""
         os.close(self._fd)
 
     def remove(self) -> None:
@@ -49,3 +68,18 @@ class PidFile:
         with suppress(OSError):  # a directory that was taken away meanwhile is no reason to fail
             self._path.unlink()
         os.close(self._fd)
+
+
+def _inherited(path: Path) -> int:
+    """The descriptor an upgrade has left us, if it is of the file ``path``; else -1."""
+    text = os.environ.pop(FD_VARIABLE, "")
+    if not text.isdigit():
+        return -1
+    fd = int(text)
+    with suppress(OSError):
+        if os.path.samestat(os.fstat(fd), path.stat()):
+            os.set_inheritable(fd, False)
+            return fd
+    with suppress(OSError):
+        os.close(fd)
+    return -1

@@ -39,6 +39,7 @@ class WorkerProcess:
         self.state = WorkerState.STARTING
         self.sent_serial = 0
         self.applied_serial = 0
+        self.generation = 0  # of what it has applied
         self.known_sockets: set[int] = set()
         self.told: tuple[int, int, tuple[int, ...]] | None = None  # Fleet's: what it was told last
 

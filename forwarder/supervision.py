@@ -34,7 +34,8 @@ class Backoff:
         self.quick_deaths += 1
         delay = 0.0
         if self.quick_deaths > 1:
-            delay = min(FIRST_DELAY_S * 2 ** (self.quick_deaths - 2), LONGEST_DELAY_S)
+            # The exponent is bounded: a day of crashes would overflow a float.
+            delay = min(FIRST_DELAY_S * 2 ** min(self.quick_deaths - 2, 16), LONGEST_DELAY_S)
         self.not_before = now + delay
         return delay
 

@@ -22,10 +22,12 @@ import uvloop
 
 from forwarder.access import AccessList
 from forwarder.heartbeat import BEAT_S
+from forwarder.inherit import OrphanDoor
 from forwarder.messages import Op, read_assignment
 from forwarder.net.channel import Channel, ChannelClosed, Received
 from forwarder.relay.listener import Listener
 from forwarder.relay.relay import Relay
+from forwarder.stats import RuleCounts, take_report
 from forwarder.upstream.pool import Pool
 from forwarder.upstream.resolver import Resolver
 
@@ -49,6 +51,11 @@ _IGNORED_SIGNALS: Final = (
 # Sessions are freed by reference counts (Session._unlink); the collector is only for what bugs and
 # tracebacks leave behind. With its default of 700 it ran in the middle of every burst of sessions.
 _GC_THRESHOLD: Final = 50_000
+
+
+# How long workers without a master go on accepting. A service manager restarts a killed master
+# within a second; a person needs longer. Arbitrary.
+ORPHAN_GRACE_S: Final = 30.0
 
 
 class WorkerExit(Enum):
@@ -106,8 +113,11 @@ class Worker:
         self._pools: dict[str, Pool] = {}
         self._listeners: dict[int, Listener] = {}
         self._sockets: dict[int, socket.socket] = {}
+        self._counts: dict[str, RuleCounts] = {}  # by rule, while it is served or has sessions
+        self._reported: dict[str, int] = {}
         self._done: asyncio.Future[WorkerExit] = loop.create_future()
         self._is_draining = False
+        self._door: OrphanDoor | None = None
 
     async def run(self) -> WorkerExit:
         """Serve until stopped, drained, or left alone by the master."""
@@ -133,9 +143,11 @@ class Worker:
                 self._handle(received)
         except ChannelClosed:
             # The master is gone. A new one may be serving beside us already.
-            log.warning("worker.orphaned: the master has ended; draining")
             self._loop.remove_reader(self._channel.fileno())
-            self.drain()
+            self._become_orphan()
+        except Exception:  # half an assignment applied is no state to serve in
+            log.exception("worker.bug: cannot do what the master said; giving up")
+            self._done.set_result(WorkerExit.CRASHED)
 
     def _handle(self, received: Received) -> None:
         op = received.message["op"]
@@ -157,11 +169,49 @@ class Worker:
         except ChannelClosed:
             log.debug("worker: the master did not hear %s", op)
 
-    def _beat(self) -> None:
+    def _become_orphan(self) -> None:
+        """The master was killed: keep serving until a new one takes the sockets over, or a while.
+
+        Closing them at once would reset what is queued and refuse everybody until then.
+        """
         if self._is_draining:
-            return  # the slot may belong to a successor by now
-        self._heartbeats.beat(self._slot, time.monotonic())
+            return
+        log.warning(
+            "worker.orphaned slot=%d: the master has ended; serving on for %.0f s or until a new "
+            "one takes over",
+            self._slot,
+            ORPHAN_GRACE_S,
+        )
+        fds = [sock.fileno() for sock in self._sockets.values()]
+        try:
+            self._door = OrphanDoor(self._loop, fds, self.drain)
+        except OSError as err:
+            log.error("worker.orphaned: a new master will not find us: %s", err)
+        self._loop.call_later(ORPHAN_GRACE_S, self.drain)
+
+    def _beat(self) -> None:
+        if not self._is_draining:  # the slot may belong to a successor by then
+            self._heartbeats.beat(self._slot, time.monotonic())
+        self._report()
         self._loop.call_later(BEAT_S, self._beat)
+
+    def _report(self) -> None:
+        """Tell the master what has been counted since the last report, if anything has."""
+        try:
+            self._channel.flush()
+            counters = self._relay.counters()
+            while not self._channel.has_outbox:
+                news = take_report(self._counts)
+                if not news and counters == self._reported:
+                    break
+                self._channel.send({"op": Op.STATS, "counters": counters, "rules": news})
+                self._reported = counters
+        except ChannelClosed:
+            return  # nobody counts any more
+        if len(self._counts) > len(self._pools):
+            for name, counts in tuple(self._counts.items()):
+                if name not in self._pools and not counts.sessions and not counts.has_news:
+                    del self._counts[name]
 
     # -- acting
 
@@ -195,14 +245,22 @@ class Worker:
     def _pool(self, rule: Rule) -> Pool:
         """The pool of an unchanged rule goes on, with its turn and its names; others are new."""
         known = self._pools.get(rule.name)
-        return known if known is not None and known.rule == rule else Pool(rule, self._resolver)
+        if known is not None and known.rule == rule:
+            return known
+        pool = Pool(rule, self._resolver)
+        pool.counts = self._counts.setdefault(rule.name, pool.counts)
+        return pool
 
     def drain(self) -> None:
         """Accept no more, and leave when the last session has ended."""
         if self._is_draining:
             return
         self._is_draining = True
+        if self._door is not None:
+            self._door.close()
         self._say(Op.LEAVING)
+        for listener in self._listeners.values():
+            listener.stop(is_last=True)
         self._stop_listening()
         self._leave_when_idle()
 
@@ -224,6 +282,7 @@ class Worker:
 
     def _finish(self) -> None:
         if not self._done.done():
+            self._report()
             self._done.set_result(WorkerExit.STOPPED)
 
 

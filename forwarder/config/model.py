@@ -115,6 +115,7 @@ class Settings:
     log_file: str | None = None
     log_format: LogFormat = LogFormat.RINETD
     pid_file: str | None = None
+    control: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -167,11 +167,17 @@ def _literal(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 
 def _check_source(rule: RawRule, issues: Issues) -> None:
-    """A socket bound to an address of one family cannot connect to the other."""
+    """Refuse names, and an address of a family that cannot connect to the upstream."""
     if rule.source is None:
         return
     source = _literal(rule.source.value)
     if source is None:
+        issues.error(
+            rule.source.place,
+            f"the source {rule.source.value!r} is a name",
+            allowed="an address of this host",
+            hint="write the address that the name stands for",
+        )
         return
     for upstream in rule.upstreams:
         ip = _literal(upstream.value.host)

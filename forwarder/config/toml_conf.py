@@ -37,6 +37,7 @@ MAX_WORKERS = 1024
 
 TOP_KEYS = (
     "connect_timeout",
+    "control",
     "forwarding_rules",
     "global_rules",
     "half_close_timeout",
@@ -124,10 +125,12 @@ def _report_syntax(message: str, text: str, source: str, issues: Issues) -> None
 def _settings(top: Table) -> Settings:
     log_file = top.text("log_file")
     pid_file = top.text("pid_file")
+    control = top.text("control")
     settings = Settings(
         workers=_workers(top),
         log_file=log_file.value if log_file else None,
         pid_file=pid_file.value if pid_file else None,
+        control=control.value if control else None,
     )
     return replace(
         settings,

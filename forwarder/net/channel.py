@@ -121,10 +121,14 @@ class Channel:
 _CLOEXEC: Final = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 
 
+def channel_kind() -> socket.SocketKind:
+    """The type of socket that keeps message boundaries; macOS has no SEQPACKET."""
+    return getattr(socket, "SOCK_SEQPACKET", socket.SOCK_DGRAM)
+
+
 def channel_pair() -> tuple[Channel, Channel]:
     """Two connected ends; the caller owns both. Raises OSError."""
-    kind = getattr(socket, "SOCK_SEQPACKET", socket.SOCK_DGRAM)
-    ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, channel_kind())
     return Channel(ours), Channel(theirs)
 
 

@@ -57,8 +57,8 @@ ACCEPT_IGNORE: Final = frozenset(
         errno.EINTR,
     }
 )
-# The process or the system is short of something: pause accepting, clients wait in the queue.
-ACCEPT_OVERLOAD: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+# The process or the system is short of something that comes back when sessions end.
+OUT_OF_RESOURCES: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +82,9 @@ def listen_tcp(target: Target, *, v6only: bool) -> socket.socket:
     """
     sock = socket.socket(target.family, _NONBLOCKING_STREAM)
     try:
-        sock.setblocking(False)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        prepare_listener(sock)
         _set_v6only(sock, target.family, v6only)
         sock.bind(target.sockaddr)
         sock.listen(BACKLOG)
@@ -95,6 +92,21 @@ def listen_tcp(target: Target, *, v6only: bool) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+def prepare_listener(sock: socket.socket) -> None:
+    """Set what accepted sockets shall inherit, and non-blocking mode. Raises OSError."""
+    sock.setblocking(False)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def is_v6only(sock: socket.socket) -> bool:
+    """Whether an IPv6 socket takes IPv6 only; False for IPv4."""
+    return sock.family == socket.AF_INET6 and bool(
+        sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
+    )
 
 
 def probe_bind(target: Target, *, v6only: bool) -> None:
@@ -133,6 +145,8 @@ def upstream_socket(target: Target, source: SockAddr | None) -> socket.SocketTyp
             sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        # As on listeners. When the first urgent byte is noticed it may be passed already.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
         if source is not None:
             with suppress(OSError):  # best effort: an old kernel takes the port at bind
                 sock.setsockopt(socket.IPPROTO_IP, _IP_BIND_ADDRESS_NO_PORT, 1)
@@ -169,12 +183,6 @@ def set_abort_on_close(sock: socket.SocketType) -> None:
     """Make close() send RST in place of FIN (SO_LINGER with 0 seconds, socket(7))."""
     with suppress(OSError):  # a socket that is gone needs no RST
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_ABORT)
-
-
-def keep_urgent_inline(sock: socket.SocketType) -> None:
-    """Leave the urgent byte in the stream (SO_OOBINLINE, tcp(7)) instead of dropping it."""
-    with suppress(OSError):
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
 
 
 def unsent_bytes(sock: socket.SocketType) -> int:

@@ -52,10 +52,12 @@ class Direction:
     """
 
     __slots__ = (
+        "can_splice",
         "dst",
         "is_blocked",
         "is_bulk",
         "is_done",
+        "is_queued",
         "missed",
         "moved",
         "pending",
@@ -72,9 +74,11 @@ class Direction:
     def __init__(self, relay: Relay, session: Session) -> None:
         self.relay = relay
         self.session = session
+        self.can_splice = True
         self.is_blocked = True
         self.is_bulk = False
         self.is_done = False
+        self.is_queued = False
         self.missed = 0
         self.moved = 0
         self.pending: memoryview | None = None
@@ -86,7 +90,7 @@ class Direction:
         if mask & WRITABLE and reverse.is_blocked:
             reverse.resume()
         if mask & URGENT:
-            self.on_urgent()
+            self.can_splice = False  # splice stops in front of an urgent byte
         if self.is_blocked:
             self.missed |= mask
             if mask & BROKEN:
@@ -188,6 +192,11 @@ class Direction:
         self.pending = None
         return True
 
+    @property
+    def holds_data(self) -> bool:
+        """Whether something was read that ``dst`` has not taken yet."""
+        return self.pending is not None
+
     def block(self) -> None:
         """Stop reading until ``dst`` is writable. ``src`` may hold more, so look at it then."""
         self.is_blocked = True
@@ -197,16 +206,19 @@ class Direction:
         """Let the others go on, then continue here."""
         self.is_blocked = True
         self.missed |= mask | READABLE
-        self.relay.poller.call_again(self)
+        if not self.is_queued:  # an event may have resumed it since it was queued
+            self.is_queued = True
+            self.relay.poller.call_again(self)
+
+    def on_turn(self) -> None:
+        """Go on after :meth:`yield_turn`."""
+        self.is_queued = False
+        self.resume()
 
     def on_eof(self) -> None:
         """``src`` has sent its FIN and everything is delivered: pass the half-close on."""
         self.is_blocked = self.is_done = True
         self.session.on_eof(self)
-
-    def on_urgent(self) -> None:
-        """Leave an urgent byte in the stream."""
-        self.relay.keep_urgent(self.src)
 
     def stop(self) -> None:
         """Never read again; drop what could not be sent."""

@@ -66,8 +66,16 @@ class Listener:
         """Begin to accept."""
         self._relay.poller.register(self.sock.fileno(), self, select.EPOLLIN)
 
-    def stop(self) -> None:
-        """Accept no more. What is queued stays queued; the socket stays open."""
+    def stop(self, *, is_last: bool = False) -> None:
+        """Accept no more. What is queued stays queued, unless ``is_last``: it is accepted first.
+
+        The socket stays open.
+        """
+        for _ in range(sockets.BACKLOG // ACCEPT_BATCH if is_last else 0):
+            accepted = self._relay.total
+            self.on_events(select.EPOLLIN)
+            if self._relay.total == accepted:
+                break
         if not (self._is_stopped or self._is_paused):
             self._relay.poller.unregister(self.sock.fileno())
         self._is_stopped = True
@@ -85,10 +93,13 @@ class Listener:
             except BlockingIOError:
                 return
             except OSError as err:
+                # Anything but these is a shortage, or unknown: rest, and try again for ever.
                 if err.errno in sockets.ACCEPT_IGNORE:
                     continue
                 self._pause(err.strerror or str(err))
                 return
+            if self._pauses:
+                self._report_recovery()
             client = sockets.accepted_socket(fd, self._family)
             if self.access.is_empty or self.access.decide(address[0]) is Decision.ALLOWED:
                 relay.open_session(self.pool, client, address)
@@ -98,6 +109,11 @@ class Listener:
     def on_bug(self) -> None:
         """Accepting failed in a way nobody thought of: go on after a rest."""
         self._pause("unexpected error")
+
+    def _report_recovery(self) -> None:
+        """Say once that it goes on, when a client was accepted, not when the pause was over."""
+        log.warning("accept.resumed rule=%s after %d pauses", self.pool.rule.name, self._pauses)
+        self._pauses = 0
 
     def _pause(self, why: str) -> None:
         if self._is_paused or self._is_stopped:
@@ -116,8 +132,6 @@ class Listener:
         if self._is_stopped:
             return
         if self._relay.recover_spare_fd():
-            log.warning("accept.resumed rule=%s after %d pauses", self.pool.rule.name, self._pauses)
-            self._pauses = 0
             self.start()
         else:
             self._pauses += 1

@@ -56,7 +56,7 @@ class Handler(Protocol):
 class Resumable(Protocol):
     """Whoever used up its budget and wants to go on after the others."""
 
-    def resume(self) -> None:
+    def on_turn(self) -> None:
         """Go on, if there is still something to do. Must not block."""
 
     def on_bug(self) -> None:
@@ -152,13 +152,14 @@ class Poller:
         self._again = []
         for direction in again:
             try:
-                direction.resume()
+                direction.on_turn()
             except Exception:  # as in _dispatch
                 log.exception("relay.bug while resuming")
                 direction.on_bug()
 
     def _do_deferred(self) -> None:
-        deferred = self._deferred
-        self._deferred = []
-        for action in deferred:
-            action()
+        while self._deferred:
+            deferred = self._deferred
+            self._deferred = []
+            for action in deferred:
+                action()

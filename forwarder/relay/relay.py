@@ -32,10 +32,14 @@ log = logging.getLogger(__name__)
 
 # A failing upstream of a busy rule fails thousands of times a second; say so this often at most.
 WARN_INTERVAL_S: Final = 10.0
+# When to look whether the spare descriptor can be had again, if no client asks before. Arbitrary.
+RESERVE_AFTER_S: Final = 0.5
 
 
 class Relay:
     """The relay of one worker. ``failed`` counts sessions that found no upstream.
+
+    ``bytes_c2u`` and ``bytes_u2c`` are of sessions that have ended.
 
     ``small_view`` and ``bulk_view`` are scratch space, used within one call and never across.
     """
@@ -56,9 +60,12 @@ class Relay:
         self.small_view = self.bulk_view[:SMALL_BYTES]
         self.total = 0
         self.failed = 0
-        self.spliced = 0
+        self.bytes_c2u = 0
+        self.bytes_u2c = 0
+        self.bytes_spliced = 0
         self._loop = loop
         self._is_ticking = False
+        self._is_closed = False
         self._spare_fd = _reserve_fd()
         self.logs_sessions = log.isEnabledFor(logging.DEBUG)
         self._warn_after: dict[str, float] = {}
@@ -69,12 +76,30 @@ class Relay:
     def open_session(self, pool: Pool, client: socket.SocketType, address: SockAddr) -> None:
         """Forward an accepted client; the session owns ``client`` from here on."""
         self.total += 1
+        pool.counts.opened += 1
+        pool.counts.sessions += 1
         session = Session(self, pool, client, address)
         try:
             session.start()
         except Exception:  # as in Poller: a bug must cost one session, not the worker
             log.exception("relay.bug while connecting rule=%s", pool.rule.name)
             session.on_bug()
+
+    def counters(self) -> dict[str, int]:
+        """What was done so far, by the names of ``stats.COUNTERS``. Walks over all sessions."""
+        bytes_c2u, bytes_u2c = self.bytes_c2u, self.bytes_u2c
+        for session in self.sessions:
+            bytes_c2u += session.c2u.moved
+            bytes_u2c += session.u2c.moved
+        return {
+            "sessions": len(self.sessions),
+            "sessions_total": self.total,
+            "connects_failed": self.failed,
+            "bytes_c2u": bytes_c2u,
+            "bytes_u2c": bytes_u2c,
+            "bytes_spliced": self.bytes_spliced,
+            "pipes_refused": self.pipes.statistics().refused,
+        }
 
     def abort_sessions(self, why: str) -> None:
         """End all sessions by RST."""
@@ -141,25 +166,28 @@ class Relay:
         try:
             return sockets.upstream_socket(target, source)
         except OSError as err:
-            if err.errno not in sockets.ACCEPT_OVERLOAD or not self.has_spare_fd:
+            if err.errno not in sockets.OUT_OF_RESOURCES or not self.has_spare_fd:
                 raise
         os.close(self._spare_fd)
         self._spare_fd = -1
+        self._loop.call_later(RESERVE_AFTER_S, self._reserve_again)
         return sockets.upstream_socket(target, source)
+
+    def _reserve_again(self) -> None:
+        if not (self._is_closed or self.recover_spare_fd()):
+            self._loop.call_later(RESERVE_AFTER_S, self._reserve_again)
 
     def recover_spare_fd(self) -> bool:
         """Try to reserve the spare descriptor again; True if it is there."""
         if not self.has_spare_fd:
+            self.pipes.close()  # the idle ones; two descriptors each
             with suppress(OSError):
                 self._spare_fd = _reserve_fd()
         return self.has_spare_fd
 
-    def keep_urgent(self, sock: socket.SocketType) -> None:
-        """An urgent byte is in the stream of ``sock``: keep it there."""
-        sockets.keep_urgent_inline(sock)
-
     def close(self) -> None:
         """Give back everything but the sessions, which must have ended."""
+        self._is_closed = True
         self.poller.close()
         self.pipes.close()
         if self.has_spare_fd:

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
 import socket
 from enum import Enum
@@ -91,6 +92,7 @@ class Session:
         "targets",
         "tick",
         "u2c",
+        "unsent",
         "upstream",
     )
 
@@ -110,6 +112,7 @@ class Session:
         self.targets: tuple[Target, ...] = ()
         self.attempt = -1  # index of the target being tried, then of the one connected
         self.is_reset = False
+        self.unsent = 0  # in our send queues when a timeout was last looked at
         c2u = self.c2u = relay.make_direction(relay, self)
         u2c = self.u2c = relay.make_direction(relay, self)
         c2u.reverse = u2c
@@ -147,6 +150,10 @@ class Session:
                 upstream = self.relay.upstream_socket(target, self.pool.source(target.family))
             except OSError as err:
                 error = err.errno or 0
+                if error in sockets.OUT_OF_RESOURCES:
+                    self.attempt -= 1  # on_timer tries again: descriptors come back
+                    self._arm(TICK_S)
+                    return
                 continue
             error = upstream.connect_ex(target.sockaddr)
             if error in _IN_PROGRESS:
@@ -174,6 +181,7 @@ class Session:
                     self._give_up_attempt(error)
                     return
                 self.is_reset = True
+                self.c2u.stop()
             elif not mask & WRITABLE:
                 return
             self._on_connected(self.upstream, mask)
@@ -191,8 +199,9 @@ class Session:
             self.u2c.pump(mask)
 
     def _limit_attempt(self) -> None:
+        """Give the attempt that begins now its time."""
         limit_s = self.pool.rule.connect_timeout_s
-        self.deadline = self.relay.poller.now + limit_s
+        self.deadline = self.relay.poller.now + (limit_s or math.inf)
         self._arm(limit_s)
 
     def _give_up_attempt(self, error: int) -> None:
@@ -203,6 +212,7 @@ class Session:
     def _fail(self, why: str) -> None:
         """No upstream: the client is reset, as it would be by the closed port itself."""
         self.relay.failed += 1
+        self.pool.counts.failed += 1
         self.pool.on_failure()
         upstream = "" if self.attempt < 0 else f" to {self.targets[self.attempt]}"
         self.relay.warn_connect_failed(self.pool.rule.name, upstream, why)
@@ -216,7 +226,9 @@ class Session:
     def on_eof(self, direction: Direction) -> None:
         """``direction`` has delivered everything up to the FIN of its source."""
         if self.is_reset:
-            self._abort_after_delivery(direction, "reset")
+            # A reverse that is not done still delivers what a dead source sent, then ends this.
+            if direction.reverse.is_done:
+                self._abort_after_delivery(direction, "reset")
         elif direction.reverse.is_done:
             self.close(_LAST_FIN_OF_CLIENT if direction is self.c2u else _LAST_FIN_OF_UPSTREAM)
         else:
@@ -275,18 +287,34 @@ class Session:
                 return now + TICK_S
             self._finish()
         elif self.state in (_RESOLVING, _CONNECTING):
+            is_waiting = self.upstream is None or self.upstream.fileno() < 0
             if now < self.deadline:
+                if self.state is _CONNECTING and is_waiting:
+                    self._connect_next(0)
+                    return 0.0
                 return self.deadline
-            self._give_up_attempt(errno.ETIMEDOUT)
+            if is_waiting:
+                self._fail("no descriptor or no name server answered in time")
+            else:
+                self._give_up_attempt(errno.ETIMEDOUT)
         return 0.0
 
     def _check_silence(self, now: float, limit_s: float, phase: Phase) -> float:
+        """End a session in which nothing has moved for ``limit_s``; 0 is no limit.
+
+        Data that leaves our send queue moves too, though it causes no event. A FIN would make a
+        stream look whole of which we still hold a part, hence the abort then.
+        """
         deadline = self.active_at + limit_s
         if not limit_s:
             return 0.0
         if now < deadline:
             return deadline
-        if phase is Phase.IDLE:
+        unsent = sum(sockets.unsent_bytes(sock) for sock in (self.client, self.upstream) if sock)
+        if unsent and unsent != self.unsent:
+            self.unsent = unsent
+            return now + limit_s
+        if phase is Phase.IDLE and not (self.c2u.holds_data or self.u2c.holds_data):
             self.close(CloseReason(Who.US, phase))
         else:
             self.abort(CloseReason(Who.US, phase))
@@ -346,6 +374,9 @@ class Session:
         relay = self.relay
         relay.wheel.discard(self)
         relay.sessions.discard(self)
+        relay.bytes_c2u += self.c2u.moved
+        relay.bytes_u2c += self.u2c.moved
+        self.pool.counts.sessions -= 1
         relay.poller.release(self.client)
         if self.upstream is not None:
             relay.poller.release(self.upstream)

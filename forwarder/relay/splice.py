@@ -44,22 +44,25 @@ class SpliceDirection(Direction):
     ``pipe`` is None unless ``dst`` was full; then ``in_pipe`` bytes wait in it.
     """
 
-    __slots__ = ("can_splice", "in_pipe", "pipe")
+    __slots__ = ("in_pipe", "pipe")
 
     in_pipe: int  # set with ``pipe``
 
     def __init__(self, relay: Relay, session: Session) -> None:
         super().__init__(relay, session)
-        self.can_splice = True
         self.pipe: Pipe | None = None
 
     def pump_bulk(self, mask: int) -> None:
         """Move bulk from socket to socket until dry, full, or the budget is used up."""
-        pool = self.relay.pipes
-        pipe = pool.take() if self.can_splice else None
+        pipe = self.relay.pipes.take() if self.can_splice else None
         if pipe is None:
             super().pump_bulk(mask)
-            return
+        else:
+            self.relay.bytes_spliced += self._splice(pipe, mask)
+
+    def _splice(self, pipe: Pipe, mask: int) -> int:
+        """Move bulk through ``pipe``, which is given back or kept. Returns the bytes moved."""
+        pool = self.relay.pipes
         src_fd = self.src.fileno()
         moved = 0
         while moved < BUDGET_BYTES:
@@ -68,23 +71,24 @@ class SpliceDirection(Direction):
             except BlockingIOError:
                 pool.give(pipe)
                 self.is_bulk = moved >= SMALL_BYTES
-                return
+                return moved
             except OSError as err:
                 pool.give(pipe)
                 self._on_splice_error(err, mask)
-                return
+                return moved
             if not count:
                 # End of file, or an urgent byte that splice will not pass with a FIN behind it:
                 # only recv can tell.
                 pool.give(pipe)
                 super().pump_bulk(mask | READ_ON)
-                return
+                return moved
             moved += count
             self.moved += count
             if not self._drain(pipe, count):
-                return
+                return moved
         pool.give(pipe)
         self.yield_turn(mask)
+        return moved
 
     def flush(self) -> bool:
         """Send what waits in the pipe or in memory; False if some of it is still left."""
@@ -96,6 +100,11 @@ class SpliceDirection(Direction):
             return False
         self.relay.pipes.give(pipe)
         return True
+
+    @property
+    def holds_data(self) -> bool:
+        """Whether something was read that ``dst`` has not taken yet."""
+        return self.pipe is not None or self.pending is not None
 
     def _drain(self, pipe: Pipe, count: int) -> bool:
         """Empty ``pipe`` of its ``count`` bytes; if that is not possible keep it and block."""
@@ -121,11 +130,6 @@ class SpliceDirection(Direction):
             super().pump_bulk(mask)
         else:
             self.session.on_reset(self, err)
-
-    def on_urgent(self) -> None:
-        """Leave the urgent byte in the stream; splice stops in front of it, so copy from now on."""
-        super().on_urgent()
-        self.can_splice = False
 
     def stop(self) -> None:
         """Never read again; drop what could not be sent, and the pipe with it."""

@@ -9,6 +9,7 @@ import socket
 from typing import TYPE_CHECKING
 
 from forwarder.net.sockets import Target
+from forwarder.stats import RuleCounts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,6 +33,7 @@ class Pool:
 
     def __init__(self, rule: Rule, resolver: Resolver) -> None:
         self.rule = rule
+        self.counts = RuleCounts()  # the worker's, shared with the rule's earlier pools
         self._resolver = resolver
         self._turn = 0
         self._source = literal_target(rule.source, 0) if rule.source else None

@@ -88,10 +88,10 @@ class Resolver:
     async def _resolve(self, host: str, port: int, name: _Name) -> None:
         try:
             found = await self._loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        except OSError as err:
+        except (OSError, UnicodeError) as err:  # UnicodeError: a name that IDNA cannot encode
             name.expires_at = self._loop.time() + RETRY_S
             kept = "; the last known address stays in use" if name.targets else ""
-            log.warning("resolve.failed host=%s: %s%s", host, err.strerror or err, kept)
+            log.warning("resolve.failed host=%s: %s%s", host, err, kept)
         else:
             name.targets = tuple(
                 Target(family, sockaddr)  # type: ignore[arg-type]  # TCP gives IP addresses only

@@ -17,6 +17,7 @@ from forwarder.errors import Place
 from forwarder.net.sockets import Target
 from forwarder.relay.relay import Relay
 from forwarder.relay.wheel import BUCKETS, TICK_S
+from forwarder.stats import RuleCounts
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
@@ -71,6 +72,7 @@ class StubPool:
             connect_timeout_s=connect_timeout_s,
             place=Place("test"),
         )
+        self.counts = RuleCounts()
         self._targets = targets
         self.waiting: list[Callable[[tuple[Target, ...]], None]] = []
 

@@ -141,7 +141,7 @@ class Stage:
         again = self.again[:]
         self.again.clear()
         for direction in again:
-            direction.resume()
+            direction.on_turn()
 
 
 SIZES = st.one_of(

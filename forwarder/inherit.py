@@ -1,0 +1,184 @@
+"""Listening sockets that exist before this master does: whoever has them hands them over.
+
+Three givers, one result, a list of sockets that the listener table matches to rules by address:
+
+* the master that is being upgraded: numbers in ``FORWARDER_FDS``;
+* a service manager: ``LISTEN_FDS`` and ``LISTEN_PID``, sd_listen_fds(3);
+* orphans, workers whose master was killed: they keep serving, and wait for a new master at an
+  abstract unix socket, ``OrphanDoor``.
+
+So the queues of these sockets outlive their masters. Binds nothing itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import socket
+import struct
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from forwarder.net.channel import MAX_FDS, Channel, ChannelClosed, channel_kind
+
+if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop
+    from collections.abc import Callable, Iterable
+
+log = logging.getLogger(__name__)
+
+FDS_VARIABLE: Final = "FORWARDER_FDS"
+_FIRST_LISTEN_FD: Final = 3  # SD_LISTEN_FDS_START
+_DOOR_PREFIX: Final = "forwarder-orphan"
+_DOOR_TIMEOUT_S: Final = 2.0  # an orphan that does not answer by then keeps its sockets
+_TAKEN: Final = b'{"op": "taken"}'
+_UNIX_SOCKETS: Final = Path("/proc/net/unix")
+
+
+def from_environment() -> list[socket.socket]:
+    """Take over the sockets that the environment names; it names none afterwards.
+
+    A number that is no open descriptor is reported and passed over.
+    """
+    numbers = [int(text) for text in os.environ.pop(FDS_VARIABLE, "").split(",") if text]
+    count = os.environ.pop("LISTEN_FDS", "")
+    if os.environ.pop("LISTEN_PID", "") == str(os.getpid()) and count.isdigit():
+        numbers += range(_FIRST_LISTEN_FD, _FIRST_LISTEN_FD + int(count))
+    os.environ.pop("LISTEN_FDNAMES", None)
+    return list(_sockets(numbers))
+
+
+def from_orphans(is_wanted: Callable[[socket.socket], bool]) -> list[socket.socket]:
+    """Take over the listening sockets of orphans of this user; blocks a moment if there are any.
+
+    An orphan none of whose sockets ``is_wanted`` belongs to another instance and keeps them. The
+    others stop accepting at once and leave when their sessions have ended.
+    """
+    found: dict[int, socket.socket] = {}
+    for name in _doors():
+        with socket.socket(socket.AF_UNIX, channel_kind()) as door:
+            door.settimeout(_DOOR_TIMEOUT_S)
+            try:
+                door.connect(f"\0{name}")
+                given = list(_sockets(_receive_all(door))) if _is_trusted(door) else []
+                is_ours = any(map(is_wanted, given))
+                if is_ours:
+                    door.send(_TAKEN)
+            except OSError as err:
+                log.warning("inherit: orphan %s gives no sockets: %s", name, err)
+                continue
+        for sock in given:
+            # Two orphans may share a socket, one of them having adopted it.
+            inode = os.fstat(sock.fileno()).st_ino
+            if is_ours and inode not in found:
+                found[inode] = sock
+            else:
+                sock.close()
+    if found:
+        log.info("inherit: took over %d sockets of workers without a master", len(found))
+    return list(found.values())
+
+
+class OrphanDoor:
+    """Where an orphan waits for a new master. Owns its socket."""
+
+    def __init__(
+        self, loop: AbstractEventLoop, fds: Iterable[int], on_taken: Callable[[], None]
+    ) -> None:
+        """Listen. A master of our user or of root gets ``fds``; once it took them, ``on_taken``.
+
+        ``fds`` stay the caller's. Raises OSError.
+        """
+        self._loop = loop
+        self._fds = list(fds)
+        self._on_taken = on_taken
+        self._sock = socket.socket(socket.AF_UNIX, channel_kind())
+        self._sock.setblocking(False)
+        self._sock.bind(f"\0{_DOOR_PREFIX}/{os.geteuid()}/{os.getpid()}")
+        self._sock.listen(1)
+        loop.add_reader(self._sock.fileno(), self._on_master)
+
+    def close(self) -> None:
+        """Stop waiting."""
+        if self._sock.fileno() >= 0:
+            self._loop.remove_reader(self._sock.fileno())
+            self._sock.close()
+
+    def _on_master(self) -> None:
+        try:
+            peer, _ = self._sock.accept()
+        except OSError:
+            return
+        if not _is_trusted(peer):
+            peer.close()
+            return
+        channel = Channel(peer)
+        try:
+            for start in range(0, len(self._fds), MAX_FDS):
+                channel.send({"op": "sockets"}, self._fds[start : start + MAX_FDS])
+            channel.send({"op": "end"})
+        except ChannelClosed:
+            return
+        self._loop.add_reader(channel.fileno(), self._on_answer, channel)
+        self._flush(channel)
+
+    def _flush(self, channel: Channel) -> None:
+        """Send the rest of many sockets as the master takes them."""
+        with suppress(ChannelClosed):
+            channel.flush()
+            if channel.has_outbox:
+                self._loop.call_later(0.01, self._flush, channel)
+
+    def _on_answer(self, channel: Channel) -> None:
+        self._loop.remove_reader(channel.fileno())
+        try:
+            is_taken = bool(channel.receive())
+        except ChannelClosed:
+            is_taken = False  # a master of another instance
+        channel.close()
+        if is_taken:
+            self.close()
+            self._on_taken()
+
+
+def _receive_all(door: socket.socket) -> list[int]:
+    numbers: list[int] = []
+    while True:
+        data, fds, _, _ = socket.recv_fds(door, 4096, MAX_FDS)
+        numbers += fds
+        if not data or not fds:
+            return numbers
+
+
+def _doors() -> list[str]:
+    try:
+        text = _UNIX_SOCKETS.read_text(errors="replace")
+    except OSError:
+        return []
+    name = rf"@({_DOOR_PREFIX}/{os.geteuid()}/[0-9]+)$"
+    return sorted(set(re.findall(name, text, re.MULTILINE)))
+
+
+def _is_trusted(peer: socket.socket) -> bool:
+    """Whether the other end runs as us or as root. unix(7), SO_PEERCRED."""
+    raw = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    _, uid, _ = struct.unpack("3i", raw)
+    return uid in (0, os.geteuid())
+
+
+def _sockets(numbers: Iterable[int]) -> Iterable[socket.socket]:
+    for number in numbers:
+        try:
+            sock = socket.socket(fileno=number)
+            is_listening = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        except OSError as err:
+            log.warning("inherit: descriptor %d is no socket: %s", number, err.strerror)
+            continue
+        if is_listening and sock.family in (socket.AF_INET, socket.AF_INET6):
+            os.set_inheritable(number, False)
+            yield sock
+        else:
+            log.warning("inherit: descriptor %d is no listening TCP socket", number)
+            sock.close()
