@@ -34,10 +34,7 @@ listen = "192.0.2.9:22"
 upstream = "web.example:80"
 """
 
-UNDERSTOOD = """\
-good.toml: 2 rule(s), workers 2, relay copy
-global deny 10.9.*
-"""
+UNDERSTOOD = ["good.toml: 2 rule(s), workers 2, relay copy", "global deny 10.9.*"]
 
 
 def test_it_says_what_it_understood_and_touches_no_port(public_path: Path) -> None:
@@ -50,7 +47,7 @@ def test_it_says_what_it_understood_and_touches_no_port(public_path: Path) -> No
         port = taken.getsockname()[1]
     assert (ended.returncode, ended.stderr) == (0, "")
     lines = ended.stdout.splitlines()
-    assert ended.stdout.startswith(UNDERSTOOD)
+    assert [lines[0].rpartition("/")[2], lines[1]] == UNDERSTOOD
     first = f"web: tcp 127.0.0.1:{port} -> 192.0.2.1:80, web.example:81, from 192.0.2.7"
     assert lines[2:4] == [first, "web: allow 10.0.0.0/8"]
     assert lines[4] == "tcp 192.0.2.9:22: tcp 192.0.2.9:22 -> web.example:80"
