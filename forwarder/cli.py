@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 import click
 
-from forwarder import __version__, config, demo, master, unbuilt
+from forwarder import __version__, cli_control, config, demo, master, unbuilt
 from forwarder.config.model import Config, Dialect, RelayMode
 from forwarder.errors import ConfigError, ExitCode, ForwarderError
 from forwarder.relay.splice import HAS_SPLICE
@@ -85,6 +85,7 @@ def cli() -> None:
 @_config_options
 @click.option("--workers", type=_WorkerCount(), help="Worker processes; auto = usable CPUs.")
 @click.option("--relay", type=click.Choice([mode.value for mode in RelayMode]))
+@cli_control.control_option
 @click.option("-f", "--foreground", is_flag=True, help="Accepted for rinetd users; always so.")
 @click.option("-v", "--verbose", is_flag=True, help="Log every session as it ends.")
 def run(  # noqa: PLR0913 - one parameter per option is click's way
@@ -94,6 +95,7 @@ def run(  # noqa: PLR0913 - one parameter per option is click's way
     remotes: tuple[str, ...],
     workers: int | None,
     relay: str | None,
+    control: str | None,
     foreground: bool,  # noqa: ARG001, FBT001
     verbose: bool,  # noqa: FBT001
 ) -> None:
@@ -110,6 +112,7 @@ def run(  # noqa: PLR0913 - one parameter per option is click's way
             settings,
             workers=count or usable_cpus(),
             relay=settings.relay if relay is None else RelayMode(relay),
+            control=settings.control if control is None else control,
         )
         unbuilt.refuse(loaded.config)
         _refuse_missing_splice(settings.relay)
@@ -119,6 +122,7 @@ def run(  # noqa: PLR0913 - one parameter per option is click's way
         config=load(),
         title=Path(config_file).name if config_file else "command line",
         load=load if config_file else None,
+        has_control=True,
     )
     sys.exit(master.Master(spec).run())
 
@@ -144,6 +148,10 @@ def demo_command(seconds: float | None, workers: int, port: int) -> None:
     """Forward 127.0.0.1:9000 to a small built-in server and push data through."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     sys.exit(demo.run(workers=workers or usable_cpus(), port=port, seconds=seconds))
+
+
+for _command in cli_control.COMMANDS:
+    cli.add_command(_command)
 
 
 def usable_cpus() -> int:

@@ -382,10 +382,11 @@ class Master:
 
         Returns why not, or "".
         """
+        load = self._spec.load
         problem = ""
         if self._state is not State.RUNNING:
             return "the forwarder is stopping"
-        if self._spec.load is None:
+        if load is None:
             problem = "nothing to reload, the rules came from the command line"
         elif self._successor is not None:
             problem = "no reload during an upgrade; ask the new one when it serves"
@@ -393,8 +394,8 @@ class Master:
             log.warning("master: %s", problem)
         elif self._loading is not None:
             self._is_reload_wanted = True
-        else:
-            self._begin_loading(self._spec.load)
+        elif load is not None:
+            self._begin_loading(load)
         return problem
 
     def _begin_loading(self, load: Callable[[], Config]) -> None:

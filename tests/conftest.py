@@ -65,6 +65,14 @@ def pytest_make_collect_report() -> Generator[None, CollectReport, CollectReport
 # -- guards
 
 
+@pytest.fixture(autouse=True, scope="session")
+def runtime_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No instance makes its control socket in the directory of the machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RUNTIME_DIRECTORY", str(tmp_path_factory.mktemp("run")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def no_leaks_here() -> Iterator[None]:
     """No test leaves a descriptor or a child process behind."""

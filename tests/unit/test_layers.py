@@ -18,30 +18,36 @@ RANK = {
     "addr": 0,
     "config.model": 1,
     "supervision": 1,
+    "stats": 1,
     "access": 2,
+    "status": 2,
     "config": 3,
     "net": 4,
     "notify": 4,
     "signals": 4,
     "heartbeat": 4,
     "pidfile": 4,
+    "control_path": 4,
     "messages": 5,
+    "control": 5,
     "upstream": 5,
     "listeners": 5,
     "slot": 5,
     "inherit": 5,
     "relay": 6,
     "reload": 6,
+    "requests": 6,
     "upgrade": 6,
     "worker": 7,
     "fleet": 8,
     "master": 9,
     "demo": 10,
     "unbuilt": 10,
+    "cli_control": 10,
     "cli": 11,
     "__main__": 12,
 }
-PURE = {"errors", "access", "config.model", "supervision", "relay.wheel"}
+PURE = {"errors", "access", "config.model", "stats", "status", "supervision", "relay.wheel"}
 IMPURE_IMPORTS = {"socket", "asyncio", "time", "logging", "os", "select", "signal", "subprocess"}
 
 

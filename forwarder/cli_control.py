@@ -1,0 +1,126 @@
+"""Commands that talk to a running instance: reload, status, stop, workers.
+
+Ask over the control socket and print the answer. Not the service: see ``control``.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import click
+
+from forwarder import control_path, status
+from forwarder.errors import ExitCode, ForwarderError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_STATUS_TIMEOUT_S: Final = 10.0
+# Longer than the limits of the master itself: reading takes at most 60 s, and a worker that does
+# not acknowledge is replaced after 10 s. A stop waits up to 30 s for sessions.
+_RELOAD_TIMEOUT_S: Final = 120.0
+
+
+class ControlError(ForwarderError):
+    """No instance can be asked, or it says no."""
+
+    def __init__(self, message: str, exit_code: ExitCode = ExitCode.FAILED) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def request(path: Path, message: dict[str, object], timeout_s: float) -> dict[str, object]:
+    """Ask and wait for the answer. Raises ControlError when there is none or it says no."""
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+            sock.settimeout(timeout_s)
+            sock.connect(str(path))
+            with suppress(BrokenPipeError):  # turned away; the answer says why
+                sock.sendall(json.dumps(message).encode() + b"\n")
+            with sock.makefile("rb") as file:
+                line = file.readline()
+    except OSError as err:
+        raise _unreachable(path, err) from err
+    if not line.endswith(b"\n"):
+        raise ControlError(
+            f"the forwarder at {path} has ended without an answer", ExitCode.UNAVAILABLE
+        )
+    answer = json.loads(line)
+    if not isinstance(answer, dict) or answer.get("ok") is not True:
+        raise _refused(answer if isinstance(answer, dict) else {})
+    return answer
+
+
+def _unreachable(path: Path, err: OSError) -> ControlError:
+    if isinstance(err, PermissionError):
+        what = f"control socket {path}: permission denied; hint: ask as root or as its user"
+        return ControlError(what, ExitCode.NO_PERMISSION)
+    if isinstance(err, TimeoutError | BlockingIOError):
+        return ControlError(f"the forwarder at {path} does not answer", ExitCode.UNAVAILABLE)
+    return ControlError(
+        f"no forwarder runs at {path}: {err.strerror or err}; hint: --control PATH names another",
+        ExitCode.UNAVAILABLE,
+    )
+
+
+def _refused(answer: dict[str, object]) -> ControlError:
+    problems = answer.get("problems")
+    lines = [str(answer.get("error", "no answer"))]
+    lines += map(str, problems if isinstance(problems, list) else ())
+    denied = answer.get("denied") is True
+    return ControlError("\n".join(lines), ExitCode.NO_PERMISSION if denied else ExitCode.FAILED)
+
+
+def _ask(path: str | None, message: dict[str, object], timeout_s: float) -> dict[str, object]:
+    return request(Path(path) if path else control_path.find(), message, timeout_s)
+
+
+def control_option(command: Callable[..., None]) -> Callable[..., None]:
+    """The option that says where the control socket is."""
+    option = click.option("--control", metavar="PATH", help="The control socket of the instance.")
+    return option(command)
+
+
+@click.command("reload")
+@control_option
+def reload_command(control: str | None) -> None:
+    """Read the configuration anew; wait until it is in force, or say why it is not."""
+    answer = _ask(control, {"op": "reload"}, _RELOAD_TIMEOUT_S)
+    click.echo(answer.get("report"))
+
+
+@click.command("status")
+@control_option
+@click.option("--json", "as_json", is_flag=True, help="One line of JSON with everything.")
+def status_command(control: str | None, *, as_json: bool) -> None:
+    """Show workers and rules, what they do and have done."""
+    answer = _ask(control, {"op": "status"}, _STATUS_TIMEOUT_S)
+    if as_json:
+        click.echo(json.dumps(answer))
+        return
+    for line in status.as_text(answer):
+        click.echo(line)
+
+
+@click.command("stop")
+@control_option
+def stop_command(control: str | None) -> None:
+    """Let sessions end, up to 30 s, and stop; wait until it has. Once more: do not let them end."""
+    _ask(control, {"op": "stop"}, _RELOAD_TIMEOUT_S)
+    click.echo("stopped")
+
+
+@click.command("workers", context_settings={"ignore_unknown_options": True})
+@control_option
+@click.argument("count", metavar="+1|-1|N")
+def workers_command(control: str | None, count: str) -> None:
+    """Change the number of workers; wait until all are ready."""
+    answer = _ask(control, {"op": "workers", "count": count}, _RELOAD_TIMEOUT_S)
+    click.echo(f"{answer.get('workers')} workers")
+
+
+COMMANDS: Final = (reload_command, status_command, stop_command, workers_command)

@@ -1,0 +1,111 @@
+"""The answer to ``forwarder status``, as data and as text. Pure."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from forwarder.config.model import Rule
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+_WORKER_COLUMNS = ("slot", "pid", "state", "generation", "uptime", "sessions", "total", "bytes")
+_RULE_COLUMNS = ("rule", "listens on", "upstreams", "sessions", "total", "failed")
+
+
+def describe_rule(
+    rule: Rule, addresses: Sequence[str], counters: Mapping[str, int]
+) -> dict[str, object]:
+    """One rule, as in the JSON of the status."""
+    return {
+        "name": rule.name,
+        "protocol": rule.protocol.value,
+        "listen": str(rule.listen),
+        "addresses": list(addresses),
+        "upstreams": [str(upstream) for upstream in rule.upstreams],
+        **counters,
+    }
+
+
+def as_text(status: Mapping[str, object]) -> list[str]:
+    """The status as lines for people."""
+    totals = _table(status.get("totals"))
+    lines = [
+        f"forwarder {status.get('version')}, pid {status.get('pid')}, {status.get('state')}, "
+        f"generation {status.get('generation')}, up {as_duration(_number(status.get('uptime_s')))}",
+        f"{_count(totals, 'sessions')} sessions, {_count(totals, 'sessions_total')} in total, "
+        f"{_count(totals, 'connects_failed')} without an upstream; "
+        f"{as_bytes(_count(totals, 'bytes_c2u'))} to upstreams, "
+        f"{as_bytes(_count(totals, 'bytes_u2c'))} to clients",
+        "",
+    ]
+    workers = [_worker_row(_table(worker)) for worker in _list(status.get("workers"))]
+    rules = [_rule_row(_table(rule)) for rule in _list(status.get("rules"))]
+    return [*lines, *_columns(_WORKER_COLUMNS, workers), "", *_columns(_RULE_COLUMNS, rules)]
+
+
+def as_duration(seconds: float) -> str:
+    """A duration in its two largest units."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d{hours}h"
+    if hours:
+        return f"{hours}h{minutes}m"
+    return f"{minutes}m{rest}s" if minutes else f"{rest}s"
+
+
+def as_bytes(count: int) -> str:
+    """A number of bytes in a unit that leaves at most four digits."""
+    size = float(count)
+    for unit in _UNITS:
+        if size < 1000 or unit == _UNITS[-1]:
+            break
+        size /= 1024
+    return f"{count} B" if unit == "B" else f"{size:.1f} {unit}"
+
+
+def _worker_row(worker: Mapping[str, object]) -> list[str]:
+    moved = _count(worker, "bytes_c2u") + _count(worker, "bytes_u2c")
+    return [
+        *(str(worker.get(key)) for key in ("slot", "pid", "state", "generation")),
+        as_duration(_number(worker.get("uptime_s"))),
+        str(_count(worker, "sessions")),
+        str(_count(worker, "sessions_total")),
+        as_bytes(moved),
+    ]
+
+
+def _rule_row(rule: Mapping[str, object]) -> list[str]:
+    return [
+        str(rule.get("name")),
+        " ".join(map(str, _list(rule.get("addresses")))),
+        " ".join(map(str, _list(rule.get("upstreams")))),
+        *(str(_count(rule, key)) for key in ("sessions", "sessions_total", "connects_failed")),
+    ]
+
+
+def _columns(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (titles, *rows)
+    ]
+
+
+def _list(value: object) -> list[object]:
+    return value if isinstance(value, list) else []
+
+
+def _table(value: object) -> Mapping[str, object]:
+    return value if isinstance(value, dict) else {}
+
+
+def _number(value: object) -> float:
+    return value if isinstance(value, int | float) else 0.0
+
+
+def _count(table: Mapping[str, object], key: str) -> int:
+    return int(_number(table.get(key)))

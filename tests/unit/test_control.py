@@ -1,0 +1,188 @@
+"""Requests and their answers, without a master; the server with a clock of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import selectors
+import socket
+from typing import TYPE_CHECKING
+
+import pytest
+
+from forwarder.control import IDLE_S, MAX_ANSWER_BYTES, ControlServer, RequestError, parse
+from forwarder.control_path import ControlListener
+from forwarder.requests import Requests, new_size
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from forwarder.control import Message, Reply
+
+
+class Instance:
+    """What a master answers."""
+
+    size = 2
+    problem = ""
+
+    def status(self) -> Message:
+        return {"pid": 1}
+
+    def reload(self) -> str:
+        return self.problem
+
+    def resize(self, size: int) -> str:
+        self.size = size
+        return self.problem
+
+    def stop(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        *(("+1", 5), ("-1", 3), ("7", 7), ("+0", 4), ("", None), ("+", None), ("1.5", None)),
+        *(("٣", None), ("--1", None), (" 1", None), ("99999", None)),
+    ],
+)
+def test_a_number_of_workers(text: str, size: int | None) -> None:
+    assert new_size(text, 4) == size
+
+
+@pytest.mark.parametrize("line", [b"", b"x", b"7", b"[]", b"\xff", b"[" * 100_000, b"9" * 5000])
+def test_what_is_no_request(line: bytes) -> None:
+    with pytest.raises(RequestError):
+        parse(line)
+
+
+def test_a_reload_is_answered_by_the_loading_that_began_after_it() -> None:
+    requests, first, second = Requests(Instance()), list[object](), list[object]()
+    requests.handle({"op": "reload"}, lambda answer: first.append(answer["ok"]))
+    requests.on_loading()
+    requests.handle({"op": "reload"}, lambda answer: second.append(answer["ok"]))
+    requests.on_accepted("report", 2)
+    assert (first, second) == ([], [])
+    requests.on_settled()
+    assert (first, second) == ([True], [])
+    requests.on_loading()
+    requests.on_rejected(["bad"])
+    assert (first, second) == ([True], [False])
+
+
+def test_a_stop_answers_everybody() -> None:
+    requests, answers = Requests(Instance()), list[object]()
+    for op in ("reload", "stop"):
+        requests.handle({"op": op}, lambda answer: answers.append(answer["ok"]))
+    requests.handle({"op": "workers", "count": "+1"}, lambda answer: answers.append(answer["ok"]))
+    requests.on_stopping()
+    assert answers == [False, False]
+    requests.on_stopped()
+    assert answers == [False, False, True]
+
+
+class Bench:
+    """A server whose time and turns are the test's."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.now = 100.0
+        self.asked: list[tuple[Message, Reply]] = []
+        self.selector = selectors.DefaultSelector()
+        self.listener = ControlListener(path)
+        self.server = ControlServer(
+            self.listener,
+            self.selector,
+            lambda message, reply: self.asked.append((message, reply)),
+            lambda: self.now,
+        )
+
+    def connect(self) -> socket.socket:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.connect(str(self.path))
+        sock.setblocking(False)
+        return sock
+
+    def turn(self) -> None:
+        """Until nothing happens any more."""
+        while ready := self.selector.select(0):
+            for key, _ in ready:
+                key.data()
+        self.server.turn()
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    bench = Bench(tmp_path / "c.sock")
+    yield bench
+    bench.server.close()
+    bench.selector.close()
+    bench.server.remove_file()
+    assert not bench.path.exists()
+
+
+def test_half_a_line_and_silence_is_closed(bench: Bench) -> None:
+    with bench.connect() as sock:
+        sock.send(b'{"op"')
+        bench.turn()
+        assert bench.server.deadline == bench.now + IDLE_S
+        bench.now += IDLE_S
+        bench.turn()
+        assert sock.recv(100) == b""
+    assert bench.server.deadline is None
+
+
+def test_who_waits_for_an_answer_is_not_idle(bench: Bench) -> None:
+    with bench.connect() as sock:
+        sock.send(b"{}\n{}\n")
+        bench.turn()
+        bench.now += 10 * IDLE_S
+        bench.turn()
+        ((_, reply),) = bench.asked
+        reply({"ok": True})
+        reply({"ok": "twice"})
+        assert sock.recv(100) == b'{"ok":true}\n'
+        bench.turn()
+        assert len(bench.asked) == 2
+
+
+def test_one_request_per_turn_and_clients_in_turn(bench: Bench) -> None:
+    with bench.connect() as one, bench.connect() as two:
+        one.send(b'{"n":1}\n{"n":1}\n')
+        two.send(b'{"n":2}\n')
+        for _ in range(3):
+            bench.turn()
+            bench.asked[-1][1]({})
+    assert [message["n"] for message, _ in bench.asked] == [1, 2, 1]
+
+
+def test_a_client_that_does_not_read_its_answer_is_closed(bench: Bench) -> None:
+    with bench.connect() as sock:
+        sock.send(b"{}\n")
+        bench.turn()
+        bench.asked[0][1]({"x": "y" * (MAX_ANSWER_BYTES - 100)})
+        bench.turn()
+        bench.now += IDLE_S
+        bench.turn()
+        assert bench.server.deadline is None
+        with contextlib.suppress(ConnectionResetError):
+            while sock.recv(1 << 20):
+                pass
+
+
+def test_an_answer_that_is_too_large_becomes_an_error(bench: Bench) -> None:
+    with bench.connect() as sock:
+        sock.send(b"{}\n")
+        bench.turn()
+        bench.asked[0][1]({"x": "y" * MAX_ANSWER_BYTES})
+        assert b'"ok":false' in sock.recv(1000)
+
+
+def test_an_answer_to_a_client_that_has_gone_is_dropped(bench: Bench) -> None:
+    with bench.connect() as sock:
+        sock.send(b"{}\n")
+        bench.turn()
+    bench.asked[0][1]({"ok": True})
+    bench.turn()
+    assert bench.server.deadline is None
