@@ -7,7 +7,8 @@ Theory of operation
 Of each client at most one request is at work, and at most one answer is waiting to be sent; only
 then is it read from again. So what a client can make us keep is a line and an answer, whatever it
 sends and whether or not it reads. One request is handled per turn of the master, of the client that
-has waited longest: a flood delays other clients a little and the master hardly.
+has waited longest: a flood delays other clients a little and the master hardly. When there are too
+many clients, those that ask for nothing have to go.
 
 A client that goes away while its request is at work is noticed when the answer is sent.
 """
@@ -162,17 +163,23 @@ class ControlServer:
         sock.setblocking(False)
         client = _Client(sock, self._clock())
         if not _is_trusted(sock):
-            self._turn_away(client, refusal(DENIED, denied=True))
-        elif len(self._clients) >= MAX_CLIENTS:
-            self._turn_away(client, refusal("too many clients at once; try again"))
+            _turn_away(sock, refusal(DENIED, denied=True))
+        elif len(self._clients) >= MAX_CLIENTS and not self._make_room():
+            _turn_away(sock, _CROWDED)
         else:
             self._clients.append(client)
             self._watch(client)
 
-    def _turn_away(self, client: _Client, answer: Message) -> None:
-        with suppress(OSError):
-            client.sock.send(encode(answer))
-        client.sock.close()
+    def _make_room(self) -> bool:
+        """Let the client go that has asked for nothing for longest; it may be gone already."""
+        silent = [client for client in self._clients if client.events == selectors.EVENT_READ]
+        if not silent:
+            return False
+        oldest = min(silent, key=lambda client: client.active_at)
+        self._selector.unregister(oldest.sock)
+        self._clients.remove(oldest)
+        _turn_away(oldest.sock, _CROWDED)
+        return True
 
     def _drop(self, client: _Client) -> None:
         if client.events:
@@ -272,6 +279,16 @@ class ControlServer:
             self._drop(client)
             return
         self._watch(client)
+
+
+_CROWDED: Final = refusal("too many clients at once; try again")
+
+
+def _turn_away(sock: socket.socket, answer: Message) -> None:
+    """Answer as far as the socket takes it at once, and close it."""
+    with suppress(OSError):
+        sock.send(encode(answer))
+    sock.close()
 
 
 def _is_trusted(sock: socket.socket) -> bool:

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from forwarder.control import IDLE_S, MAX_ANSWER_BYTES, ControlServer, RequestError, parse
+from forwarder.control import (
+    IDLE_S,
+    MAX_ANSWER_BYTES,
+    MAX_CLIENTS,
+    ControlServer,
+    RequestError,
+    parse,
+)
 from forwarder.control_path import ControlListener
 from forwarder.requests import Requests, new_size
 
@@ -169,6 +176,25 @@ def test_a_client_that_does_not_read_its_answer_is_closed(bench: Bench) -> None:
         with contextlib.suppress(ConnectionResetError):
             while sock.recv(1 << 20):
                 pass
+
+
+def test_clients_that_ask_for_nothing_make_room_and_others_do_not(bench: Bench) -> None:
+    with contextlib.ExitStack() as stack:
+        asking = [stack.enter_context(bench.connect()) for _ in range(MAX_CLIENTS - 1)]
+        silent = stack.enter_context(bench.connect())
+        for sock in asking:
+            sock.send(b"{}\n")
+            bench.turn()
+        asking.append(stack.enter_context(bench.connect()))
+        asking[-1].send(b"{}\n")
+        bench.turn()
+        assert b"too many" in silent.recv(1000)
+        late = stack.enter_context(bench.connect())
+        bench.turn()
+        assert b"too many" in late.recv(1000)
+        for (_, reply), sock in zip(bench.asked, asking, strict=True):
+            reply({"ok": True})
+            assert sock.recv(100) == b'{"ok":true}\n'
 
 
 def test_an_answer_that_is_too_large_becomes_an_error(bench: Bench) -> None:
