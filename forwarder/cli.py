@@ -5,6 +5,7 @@ The only module that ends the process. Reads the configuration, then hands over 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -86,6 +87,14 @@ def cli() -> None:
 @click.option("--workers", type=_WorkerCount(), help="Worker processes; auto = usable CPUs.")
 @click.option("--relay", type=click.Choice([mode.value for mode in RelayMode]))
 @cli_control.control_option
+@click.option("--user", metavar="NAME", help="User the workers run as; needs root.")
+@click.option("--group", metavar="NAME", help="Group the workers run as.")
+@click.option(
+    "--drain-timeout",
+    type=click.FloatRange(min=0),
+    metavar="SECONDS",
+    help="Limit for sessions that have to end; 0 = none.  [default: 30 at a stop, else none]",
+)
 @click.option("-f", "--foreground", is_flag=True, help="Accepted for rinetd users; always so.")
 @click.option("-v", "--verbose", is_flag=True, help="Log every session as it ends.")
 def run(  # noqa: PLR0913 - one parameter per option is click's way
@@ -96,6 +105,9 @@ def run(  # noqa: PLR0913 - one parameter per option is click's way
     workers: int | None,
     relay: str | None,
     control: str | None,
+    user: str | None,
+    group: str | None,
+    drain_timeout: float | None,
     foreground: bool,  # noqa: ARG001, FBT001
     verbose: bool,  # noqa: FBT001
 ) -> None:
@@ -106,14 +118,19 @@ def run(  # noqa: PLR0913 - one parameter per option is click's way
         """Read the configuration; the command line wins over what it says."""
         loaded = _load(config_file, dialect, listens, remotes)
         _warn(loaded)
-        settings = loaded.config.settings
-        count = settings.workers if workers is None else workers
+        given = {
+            "workers": workers,
+            "relay": relay and RelayMode(relay),
+            "control": control,
+            "user": user,
+            "group": group,
+            "drain_timeout_s": drain_timeout,
+        }
         settings = dataclasses.replace(
-            settings,
-            workers=count or usable_cpus(),
-            relay=settings.relay if relay is None else RelayMode(relay),
-            control=settings.control if control is None else control,
+            loaded.config.settings,
+            **{key: value for key, value in given.items() if value is not None},  # type: ignore[arg-type]  # one field each
         )
+        settings = dataclasses.replace(settings, workers=settings.workers or usable_cpus())
         unbuilt.refuse(loaded.config)
         _refuse_missing_splice(settings.relay)
         return dataclasses.replace(loaded.config, settings=settings)
@@ -224,6 +241,11 @@ def main() -> NoReturn:
     except ForwarderError as err:
         click.echo(f"forwarder: {err}", err=True)
         sys.exit(err.exit_code)
+    except OSError as err:
+        # Above all a standard output that takes nothing: a full disk, a pipe whose reader has gone.
+        with contextlib.suppress(OSError):
+            click.echo(f"forwarder: {err}", err=True)
+        sys.exit(ExitCode.FAILED)
     except Exception:  # a bug; the traceback is what a report needs
         logging.getLogger(__name__).exception("forwarder: internal error, please report it")
         sys.exit(ExitCode.INTERNAL)

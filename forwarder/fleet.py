@@ -11,7 +11,7 @@ import selectors
 import signal
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from forwarder import messages, supervision, worker
 from forwarder.heartbeat import Heartbeats
@@ -25,11 +25,9 @@ if TYPE_CHECKING:
 
     from forwarder.config.model import Config
     from forwarder.listeners import BindAddress, ListenerTable
+    from forwarder.privileges import Identity
 
 log = logging.getLogger(__name__)
-
-# A worker whose loop has not turned for this long is taken for hung and replaced.
-HANG_S: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +57,7 @@ class Fleet:
         ``serving`` must be set before the first :meth:`supervise`.
         """
         self.serving: Serving
+        self.identity: Identity | None = None  # whom the workers run as, if not us
         self.tally = Tally()
         self._table = table
         self._selector = selector
@@ -107,7 +106,8 @@ class Fleet:
         if not self._slots:
             return None
         waiting = [slot.backoff.not_before for slot in self._slots if slot.process is None]
-        return min([*waiting, time.monotonic() + HANG_S / 4])
+        look = time.monotonic() + self.serving.config.settings.hang_timeout_s / 4
+        return min([*waiting, look])
 
     # -- what it does
 
@@ -143,8 +143,11 @@ class Fleet:
         if process.state is state:
             return
         process.state = state
+        # The master bounds its own stop; that of one worker nobody else would.
+        is_alone = process in self._retiring and op is messages.Op.DRAIN
+        limit_s = self.serving.config.settings.drain_timeout_s if is_alone else None
         try:
-            process.channel.send({"op": op})
+            process.channel.send({"op": op, "limit_s": limit_s or 0})
         except ChannelClosed:
             return
         self._watch(process)
@@ -202,12 +205,14 @@ class Fleet:
                 channel=channel,
                 heartbeats=self._heartbeats,
                 relay=self.serving.config.settings.relay,
+                identity=self.identity,
             )
         )
 
     def _check_alive(self, process: WorkerProcess, now: float) -> None:
         silent_s = now - self._heartbeats.last(process.slot)
-        if silent_s > HANG_S and process.state in (WorkerState.STARTING, WorkerState.READY):
+        limit_s = self.serving.config.settings.hang_timeout_s
+        if silent_s > limit_s and process.state in (WorkerState.STARTING, WorkerState.READY):
             log.error(
                 "worker.hung slot=%d pid=%d: no sign of life for %.0f s; replacing it",
                 process.slot,

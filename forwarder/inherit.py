@@ -50,19 +50,19 @@ def from_environment() -> list[socket.socket]:
     return list(_sockets(numbers))
 
 
-def from_orphans(is_wanted: Callable[[socket.socket], bool]) -> list[socket.socket]:
-    """Take over the listening sockets of orphans of this user; blocks a moment if there are any.
+def from_orphans(uid: int, is_wanted: Callable[[socket.socket], bool]) -> list[socket.socket]:
+    """Take over the listening sockets of orphans that run as ``uid``; blocks a moment if any do.
 
     An orphan none of whose sockets ``is_wanted`` belongs to another instance and keeps them. The
     others stop accepting at once and leave when their sessions have ended.
     """
     found: dict[int, socket.socket] = {}
-    for name in _doors():
+    for name in _doors(uid):
         with socket.socket(socket.AF_UNIX, channel_kind()) as door:
             door.settimeout(_DOOR_TIMEOUT_S)
             try:
                 door.connect(f"\0{name}")
-                given = list(_sockets(_receive_all(door))) if _is_trusted(door) else []
+                given = list(_sockets(_receive_all(door))) if _is_trusted(door, uid) else []
                 is_ours = any(map(is_wanted, given))
                 if is_ours:
                     door.send(_TAKEN)
@@ -111,7 +111,7 @@ class OrphanDoor:
             peer, _ = self._sock.accept()
         except OSError:
             return
-        if not _is_trusted(peer):
+        if not _is_trusted(peer, os.geteuid()):
             peer.close()
             return
         channel = Channel(peer)
@@ -152,20 +152,20 @@ def _receive_all(door: socket.socket) -> list[int]:
             return numbers
 
 
-def _doors() -> list[str]:
+def _doors(uid: int) -> list[str]:
     try:
         text = _UNIX_SOCKETS.read_text(errors="replace")
     except OSError:
         return []
-    name = rf"@({_DOOR_PREFIX}/{os.geteuid()}/[0-9]+)$"
+    name = rf"@({_DOOR_PREFIX}/{uid}/[0-9]+)$"
     return sorted(set(re.findall(name, text, re.MULTILINE)))
 
 
-def _is_trusted(peer: socket.socket) -> bool:
-    """Whether the other end runs as us or as root. unix(7), SO_PEERCRED."""
+def _is_trusted(peer: socket.socket, trusted: int) -> bool:
+    """Whether the other end runs as ``trusted`` or as root. unix(7), SO_PEERCRED."""
     raw = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     _, uid, _ = struct.unpack("3i", raw)
-    return uid in (0, os.geteuid())
+    return uid in (0, trusted)
 
 
 def _sockets(numbers: Iterable[int]) -> Iterable[socket.socket]:

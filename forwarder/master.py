@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Final
 import setproctitle
 
 from forwarder import __version__, inherit, notify, upgrade
+from forwarder.config.model import STOP_TIMEOUT_S
 from forwarder.config.plan import diff
 from forwarder.errors import ExitCode, StartupError
 from forwarder.fleet import Fleet, Serving
@@ -30,6 +31,7 @@ from forwarder.heartbeat import MAX_SLOTS
 from forwarder.listeners import ListenerTable, address_of, bind_addresses
 from forwarder.messages import Op
 from forwarder.pidfile import PidFile
+from forwarder.privileges import identity_of
 from forwarder.reload import Candidate, Loading, Rejected
 from forwarder.requests import Requests
 from forwarder.signals import SignalQueue
@@ -38,14 +40,14 @@ from forwarder.status import describe_rule
 from forwarder.upgrade import Successor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    import socket
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
     from forwarder.config.model import Config, Rule
     from forwarder.listeners import BindAddress
 
 log = logging.getLogger(__name__)
 
-STOP_TIMEOUT_S: Final = 30.0  # a graceful stop waits this long for sessions, then resets them
 KILL_AFTER_S: Final = 2.0  # a worker that was told to stop and does not leave is killed
 # How long the sockets of a removed rule are still served after new handshakes are turned away:
 # time for those under way to finish, one retransmission included.
@@ -137,13 +139,14 @@ class Master:
         config = self._config
         if config.settings.pid_file is not None:
             self._pid_file = PidFile(config.settings.pid_file)
+        self._fleet.identity = identity_of(config.settings.user, config.settings.group)
         self._signals = SignalQueue(_SIGNALS)
         self._selector.register(self._signals.fileno(), selectors.EVENT_READ, self._hear_signals)
         self._binds = bind_addresses(config)
         wanted = _rules_by_address(config, self._binds)
         self._table.inherit(inherit.from_environment())
         if not upgrade.has_predecessor():
-            self._table.inherit(inherit.from_orphans(lambda sock: address_of(sock) in wanted))
+            self._table.inherit(self._from_orphans(wanted))
         self._table.add(wanted, config.settings.workers)
         for address in self._table.close_unclaimed():
             log.warning("master: no rule listens on %s, inherited; closed", address.target)
@@ -156,6 +159,11 @@ class Master:
         gc.collect()
         gc.freeze()
         self._state = State.RUNNING
+
+    def _from_orphans(self, wanted: Collection[BindAddress]) -> list[socket.socket]:
+        identity = self._fleet.identity
+        uid = os.geteuid() if identity is None else identity.uid
+        return inherit.from_orphans(uid, lambda sock: address_of(sock) in wanted)
 
     def _open_control(self) -> None:
         if self._spec.has_control:
@@ -183,7 +191,9 @@ class Master:
         if is_fast or self._state is State.DRAINING:
             op, self._state, patience = Op.STOP, State.STOPPING, KILL_AFTER_S
         elif self._state is State.RUNNING:
-            op, self._state, patience = Op.DRAIN, State.DRAINING, STOP_TIMEOUT_S
+            limit_s = self._config.settings.drain_timeout_s
+            patience = STOP_TIMEOUT_S if limit_s is None else limit_s or math.inf
+            op, self._state = Op.DRAIN, State.DRAINING
         else:
             return
         workers = self._fleet.processes()
@@ -249,7 +259,7 @@ class Master:
 
     def _on_deadline(self) -> None:
         if self._state is State.DRAINING:
-            log.warning("master: sessions are left after %.0f s, ending them", STOP_TIMEOUT_S)
+            log.warning("master: sessions are left after drain_timeout, ending them")
             self._stop(is_fast=True)
             return
         self._deadline = time.monotonic() + KILL_AFTER_S
@@ -422,7 +432,7 @@ class Master:
             self._loading = None
         if isinstance(found, Rejected):
             self._reject(found.problems)
-        else:
+        elif self._state is State.RUNNING:  # told to stop meanwhile: nothing to begin
             self._begin_generation(found)
         if self._is_reload_wanted:
             self._is_reload_wanted = False
@@ -467,7 +477,7 @@ class Master:
             self._closing[address] = (before[address], until)
         self._serve()
         self._fleet.resize(size)
-        for setting in ("relay", "pid_file", "control"):
+        for setting in ("relay", "user", "group", "pid_file", "control"):
             if getattr(old.settings, setting) != getattr(new.settings, setting):
                 log.warning("reload: a change of %s takes effect at the next start", setting)
 
@@ -512,7 +522,8 @@ class Master:
                 self._pid_file.leave_to_heir()
                 self._pid_file = None
             self._stop(is_fast=False)
-            self._deadline = math.inf  # nobody waits for this process; a signal hurries it
+            if self._config.settings.drain_timeout_s is None:
+                self._deadline = math.inf  # nobody waits for this process; a signal hurries it
 
 
 def _rules_by_address(

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Final
 import setproctitle
 import uvloop
 
+from forwarder import privileges
 from forwarder.access import AccessList
 from forwarder.heartbeat import BEAT_S
 from forwarder.inherit import OrphanDoor
@@ -32,9 +33,13 @@ from forwarder.upstream.pool import Pool
 from forwarder.upstream.resolver import Resolver
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from forwarder.config.model import RelayMode, Rule
     from forwarder.heartbeat import Heartbeats
     from forwarder.messages import Assignment
+    from forwarder.privileges import Identity
+    from forwarder.relay.session import Session
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +78,7 @@ class WorkerSpec:
     channel: Channel
     heartbeats: Heartbeats
     relay: RelayMode
+    identity: Identity | None
 
 
 def main(spec: WorkerSpec) -> WorkerExit:
@@ -82,6 +88,7 @@ def main(spec: WorkerSpec) -> WorkerExit:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     setproctitle.setproctitle(f"forwarder: worker {spec.slot}")
+    privileges.drop(spec.identity)
     gc.set_threshold(_GC_THRESHOLD)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_serve(spec))
@@ -160,6 +167,7 @@ class Worker:
             self.apply(read_assignment(received))
         elif op == Op.DRAIN:
             self.drain()
+            self._end_sessions_after(received.message["limit_s"], self._relay.sessions)
         elif op == Op.STOP:
             self._finish()
 
@@ -223,6 +231,7 @@ class Worker:
         self._relay.pipes.budget_pages = assignment.pipe_budget_pages
         rules = assignment.config.rules
         everyone = assignment.config.access
+        before = set(self._pools.values())
         accesses = [AccessList.compile(everyone, rule.access) for rule in rules]
         self._pools = {rule.name: self._pool(rule) for rule in rules}
         for socket_id, index in assignment.routes.items():
@@ -240,7 +249,18 @@ class Worker:
                 listener.access = access
         for socket_id in self._sockets.keys() - assignment.routes.keys():
             self._release(socket_id)
+        gone = before.difference(self._pools.values())
+        self._end_sessions_after(
+            assignment.config.settings.drain_timeout_s,
+            [session for session in self._relay.sessions if session.pool in gone],
+        )
         self._say(Op.APPLIED, serial=assignment.serial)
+
+    def _end_sessions_after(self, limit_s: object, sessions: Iterable[Session]) -> None:
+        """Reset what is left of ``sessions`` then; 0 or None leaves them all the time they want."""
+        doomed = tuple(sessions)
+        if isinstance(limit_s, int | float) and limit_s and doomed:
+            self._loop.call_later(limit_s, self._relay.abort_sessions, "drain_timeout", doomed)
 
     def _pool(self, rule: Rule) -> Pool:
         """The pool of an unchanged rule goes on, with its turn and its names; others are new."""

@@ -18,6 +18,8 @@ CONNECT_TIMEOUT_S = 10.0
 HALF_CLOSE_TIMEOUT_S = 300.0
 IDLE_TIMEOUT_S = 0.0  # 0 = never; keepalive finds dead peers
 UDP_TIMEOUT_S = 72.0  # rinetd's
+STOP_TIMEOUT_S = 30.0  # for sessions at a graceful stop; arbitrary, below systemd's 90 s
+HANG_TIMEOUT_S = 10.0  # without a sign of life of a worker; arbitrary
 
 
 class Dialect(Enum):
@@ -108,7 +110,12 @@ class Rule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What holds for the whole process. ``workers`` 0 means one per usable CPU."""
+    """What holds for the whole process. ``workers`` 0 means one per usable CPU.
+
+    ``user`` and ``group`` are those of the workers. ``drain_timeout_s`` bounds how long sessions
+    go on after their rule, their worker or the instance was told to end; None means 30 s for a
+    stop and no limit else, 0 no limit at all.
+    """
 
     workers: int = 0
     relay: RelayMode = RelayMode.AUTO
@@ -116,6 +123,10 @@ class Settings:
     log_format: LogFormat = LogFormat.RINETD
     pid_file: str | None = None
     control: str | None = None
+    user: str | None = None
+    group: str | None = None
+    drain_timeout_s: float | None = None
+    hang_timeout_s: float = HANG_TIMEOUT_S
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

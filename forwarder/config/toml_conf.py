@@ -20,6 +20,7 @@ from forwarder.addr import (
     parse_upstream,
 )
 from forwarder.config.model import (
+    HANG_TIMEOUT_S,
     AccessRule,
     LogFormat,
     Protocol,
@@ -34,18 +35,24 @@ from forwarder.errors import Place
 
 # Arbitrary; catches a port or a pid written in the wrong place before it becomes processes.
 MAX_WORKERS = 1024
+# A worker gives a sign of life every second.
+MIN_HANG_TIMEOUT_S = 3.0
 
 TOP_KEYS = (
     "connect_timeout",
     "control",
+    "drain_timeout",
     "forwarding_rules",
     "global_rules",
+    "group",
     "half_close_timeout",
+    "hang_timeout",
     "idle_timeout",
     "log_file",
     "log_format",
     "pid_file",
     "relay",
+    "user",
     "workers",
 )
 RULE_KEYS = (
@@ -126,17 +133,34 @@ def _settings(top: Table) -> Settings:
     log_file = top.text("log_file")
     pid_file = top.text("pid_file")
     control = top.text("control")
+    user = top.text("user")
+    group = top.text("group")
+    drain_timeout = top.duration("drain_timeout")
     settings = Settings(
         workers=_workers(top),
         log_file=log_file.value if log_file else None,
         pid_file=pid_file.value if pid_file else None,
         control=control.value if control else None,
+        user=user.value if user else None,
+        group=group.value if group else None,
+        drain_timeout_s=drain_timeout.value if drain_timeout else None,
+        hang_timeout_s=_hang_timeout(top),
     )
     return replace(
         settings,
         relay=top.choice("relay", RelayMode) or settings.relay,
         log_format=top.choice("log_format", LogFormat) or settings.log_format,
     )
+
+
+def _hang_timeout(top: Table) -> float:
+    """Seconds; fewer than a few of a worker's signs of life would kill healthy ones."""
+    found = top.duration("hang_timeout")
+    if found is None:
+        return HANG_TIMEOUT_S
+    if found.value < MIN_HANG_TIMEOUT_S:
+        top.bad("hang_timeout", f"at least {MIN_HANG_TIMEOUT_S:.0f} seconds")
+    return found.value
 
 
 def _workers(top: Table) -> int:

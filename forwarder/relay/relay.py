@@ -23,7 +23,7 @@ from forwarder.relay.wheel import TICK_S, Wheel
 if TYPE_CHECKING:
     import socket
     from asyncio import AbstractEventLoop
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from forwarder.net.sockets import SockAddr, Target
     from forwarder.upstream.pool import Pool
@@ -101,9 +101,9 @@ class Relay:
             "pipes_refused": self.pipes.statistics().refused,
         }
 
-    def abort_sessions(self, why: str) -> None:
-        """End all sessions by RST."""
-        for session in tuple(self.sessions):
+    def abort_sessions(self, why: str, sessions: Iterable[Session] | None = None) -> None:
+        """End sessions by RST, all or some; one that has ended is passed over."""
+        for session in tuple(self.sessions if sessions is None else sessions):
             session.abort(CloseReason(Who.US, Phase.DRAIN, why))
 
     def log_session(self, session: Session, reason: CloseReason) -> None:

@@ -24,6 +24,7 @@ RANK = {
     "config": 3,
     "net": 4,
     "notify": 4,
+    "privileges": 4,
     "signals": 4,
     "heartbeat": 4,
     "pidfile": 4,
