@@ -6,7 +6,6 @@ a process that forks must have neither. How workers are run is the fleet's.
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import logging
 import math
@@ -24,34 +23,28 @@ import setproctitle
 
 from forwarder import __version__, inherit, notify, upgrade
 from forwarder.config.model import STOP_TIMEOUT_S
-from forwarder.config.plan import diff
 from forwarder.errors import ExitCode, StartupError
-from forwarder.fleet import Fleet, Serving
+from forwarder.fleet import Fleet
 from forwarder.heartbeat import MAX_SLOTS
-from forwarder.listeners import ListenerTable, address_of, bind_addresses
 from forwarder.messages import Op
 from forwarder.pidfile import PidFile
 from forwarder.privileges import identity_of
 from forwarder.reload import Candidate, Loading, Rejected
 from forwarder.requests import Requests
+from forwarder.service import Service
 from forwarder.signals import SignalQueue
 from forwarder.slot import WorkerProcess
-from forwarder.status import describe_rule
 from forwarder.upgrade import Successor
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable, Collection, Iterable, Mapping
+    from collections.abc import Callable, Iterable
 
-    from forwarder.config.model import Config, Rule
-    from forwarder.listeners import BindAddress
+    from forwarder.config.model import Config
 
 log = logging.getLogger(__name__)
 
 KILL_AFTER_S: Final = 2.0  # a worker that was told to stop and does not leave is killed
-# How long the sockets of a removed rule are still served after new handshakes are turned away:
-# time for those under way to finish, one retransmission included.
-CLOSE_GRACE_S: Final = 1.5
 
 _SIGNALS: Final = (
     signal.SIGTERM,
@@ -100,13 +93,9 @@ class Master:
         self._state = State.BOOTING
         self._deadline = 0.0
         self._is_announced = False
-        self._table = ListenerTable()
+        self._service = Service(spec.config)
         self._selector = selectors.DefaultSelector()
-        self._fleet = Fleet(self._table, self._selector, self._release_in_child)
-        self._config = spec.config
-        self._binds: dict[str, tuple[BindAddress, ...]] = {}
-        self._generation = 1
-        self._revision = 0
+        self._fleet = Fleet(self._service.table, self._selector, self._release_in_child)
         self._signals: SignalQueue | None = None
         self._pid_file: PidFile | None = None
         self._loading: Loading | None = None
@@ -115,9 +104,6 @@ class Master:
         self._requests = Requests(self)
         self._started_at = time.monotonic()
         self._report: str | None = None  # of a reload that not all workers have acknowledged yet
-        # Addresses of removed rules: first still served, until a time, then dropped by all workers.
-        self._closing: dict[BindAddress, tuple[Rule, float]] = {}
-        self._dropped: set[BindAddress] = set()
 
     def run(self) -> ExitCode:
         """Bind, start the workers, supervise them until stopped. Raises StartupError."""
@@ -136,23 +122,16 @@ class Master:
 
     def _boot(self) -> None:
         _raise_descriptor_limit()
-        config = self._config
+        config = self._service.config
         if config.settings.pid_file is not None:
             self._pid_file = PidFile(config.settings.pid_file)
         self._fleet.identity = identity_of(config.settings.user, config.settings.group)
         self._signals = SignalQueue(_SIGNALS)
         self._selector.register(self._signals.fileno(), selectors.EVENT_READ, self._hear_signals)
-        self._binds = bind_addresses(config)
-        wanted = _rules_by_address(config, self._binds)
-        self._table.inherit(inherit.from_environment())
-        if not upgrade.has_predecessor():
-            self._table.inherit(self._from_orphans(wanted))
-        self._table.add(wanted, config.settings.workers)
-        for address in self._table.close_unclaimed():
-            log.warning("master: no rule listens on %s, inherited; closed", address.target)
+        self._service.open(self._inherited)
         if not upgrade.has_predecessor():
             self._open_control()
-        self._serve()
+        self._fleet.serving = self._service.serving()
         self._fleet.resize(config.settings.workers)
         setproctitle.setproctitle(f"forwarder: master [{self._spec.title}]")
         # What exists now is shared with the workers: the collector must not write into it.
@@ -160,20 +139,24 @@ class Master:
         gc.freeze()
         self._state = State.RUNNING
 
-    def _from_orphans(self, wanted: Collection[BindAddress]) -> list[socket.socket]:
-        identity = self._fleet.identity
-        uid = os.geteuid() if identity is None else identity.uid
-        return inherit.from_orphans(uid, lambda sock: address_of(sock) in wanted)
+    def _inherited(self, is_wanted: Callable[[socket.socket], bool]) -> list[socket.socket]:
+        """Listening sockets that somebody hands to us: see ``inherit``."""
+        given = inherit.from_environment()
+        if not upgrade.has_predecessor():
+            identity = self._fleet.identity
+            uid = os.geteuid() if identity is None else identity.uid
+            given += inherit.from_orphans(uid, is_wanted)
+        return given
 
     def _open_control(self) -> None:
         if self._spec.has_control:
-            path = self._config.settings.control
+            path = self._service.config.settings.control
             is_heir = upgrade.has_predecessor()
             self._requests.open(self._selector, path, replaces_live=is_heir)
 
     def _close(self) -> None:
         """Give up what the master owns, but the pid file; a forked child does the same."""
-        self._table.close()
+        self._service.table.close()
         if self._loading is not None:
             self._loading.close()
         if self._signals is not None:
@@ -191,7 +174,7 @@ class Master:
         if is_fast or self._state is State.DRAINING:
             op, self._state, patience = Op.STOP, State.STOPPING, KILL_AFTER_S
         elif self._state is State.RUNNING:
-            limit_s = self._config.settings.drain_timeout_s
+            limit_s = self._service.config.settings.drain_timeout_s
             patience = STOP_TIMEOUT_S if limit_s is None else limit_s or math.inf
             op, self._state = Op.DRAIN, State.DRAINING
         else:
@@ -203,7 +186,7 @@ class Master:
         self._deadline = time.monotonic() + patience
         # Ours are the last copies once the workers, which serve what is queued first, have let go:
         # who comes now is refused at once instead of waiting in a queue that nobody serves.
-        self._table.close()
+        self._service.table.close()
         for process in workers:
             self._fleet.tell(process, op)
 
@@ -231,7 +214,7 @@ class Master:
         """Seconds until something has to be done without being asked; None for never."""
         if self._state is State.RUNNING:
             deadlines = [self._fleet.next_deadline()]
-            deadlines += [until for _, until in self._closing.values()]
+            deadlines += self._service.deadlines()
             deadlines += [it.deadline for it in (self._loading, self._successor) if it is not None]
         else:
             deadlines = [self._deadline]
@@ -285,17 +268,12 @@ class Master:
             self._end_loading(Rejected(("reading the configuration took too long",)))
         if self._successor is not None and now >= self._successor.deadline:
             self._end_upgrade(is_ready=False)
-        over = [address for address, (_, until) in self._closing.items() if now >= until]
-        if over:
-            for address in over:
-                del self._closing[address]
-            self._dropped.update(over)
-            self._serve()
+        if self._service.expire(now):
+            self._fleet.serving = self._service.serving()
             self._fleet.supervise()
         if not self._fleet.is_settled:
             return
-        self._table.close(self._dropped)
-        self._dropped.clear()
+        self._service.close_dropped()
         if self._report is not None:
             log.info("master.reloaded %s", self._report)
             notify.notify("READY=1", f"STATUS={self._report}")
@@ -307,33 +285,17 @@ class Master:
                 "master.ready pid=%d workers=%d rules=%d generation=%d",
                 os.getpid(),
                 self._fleet.size,
-                len(self._config.rules),
-                self._generation,
+                len(self._service.config.rules),
+                self._service.generation,
             )
             if upgrade.has_predecessor():
                 self._open_control()  # only now, since a successor that fails must not take it
             notify.notify(
-                f"MAINPID={os.getpid()}", "READY=1", f"STATUS={len(self._config.rules)} rules"
+                f"MAINPID={os.getpid()}",
+                "READY=1",
+                f"STATUS={len(self._service.config.rules)} rules",
             )
             upgrade.tell_predecessor()
-
-    # -- what is served
-
-    def _serve(self) -> None:
-        """Hand the fleet what is to be served now: the configuration, and what is being closed."""
-        binds = dict(self._binds)
-        rules = list(self._config.rules)
-        for address, (rule, _) in self._closing.items():
-            name = f"{rule.name} at {address.target}, closing"
-            rules.append(dataclasses.replace(rule, name=name))
-            binds[name] = (address,)
-        self._revision += 1
-        self._fleet.serving = Serving(
-            revision=self._revision,
-            generation=self._generation,
-            config=dataclasses.replace(self._config, rules=tuple(rules)),
-            binds=binds,
-        )
 
     # -- what clients of the control socket may ask, see requests.Instance
 
@@ -349,25 +311,19 @@ class Master:
     def status(self) -> dict[str, object]:
         """Describe the instance: what it serves and what it has done."""
         now = time.monotonic()
-        counters = self._fleet.tally.rules(rule.name for rule in self._config.rules)
+        rules = self._service.config.rules
+        counters = self._fleet.tally.rules(rule.name for rule in rules)
         return {
             "version": __version__,
             "pid": os.getpid(),
             "title": self._spec.title,
             "state": self._state.value,
-            "generation": self._generation,
+            "generation": self._service.generation,
             "uptime_s": round(now - self._started_at, 1),
             "control": self._requests.path,
             "totals": self._fleet.tally.totals(),
             "workers": self._fleet.describe(now),
-            "rules": [
-                describe_rule(
-                    rule,
-                    [str(address.target) for address in self._binds[rule.name]],
-                    counters[rule.name],
-                )
-                for rule in self._config.rules
-            ],
+            "rules": self._service.describe_rules(counters),
         }
 
     def resize(self, size: int) -> str:
@@ -377,7 +333,7 @@ class Master:
             log.warning("master: %s", problem)
             return problem
         try:
-            self._table.grow(_rules_by_address(self._config, self._binds), size)
+            self._service.grow(size)
         except StartupError as err:
             log.error("master: cannot have %d workers: %s", size, err)
             return f"cannot have {size} workers: {err}"
@@ -442,44 +398,25 @@ class Master:
         """Keep everything as it is, and say why."""
         for problem in problems:
             log.error("reload.rejected %s", problem)
-        log.error("master: generation %d stays in force", self._generation)
+        log.error("master: generation %d stays in force", self._service.generation)
         self._requests.on_rejected(problems)
         notify.notify("READY=1", "STATUS=reload rejected, see the log")
 
     def _begin_generation(self, candidate: Candidate) -> None:
-        """Bind what is new; if that succeeds the candidate is in force, else nothing changed."""
-        old, new = self._config, candidate.config
-        wanted = _rules_by_address(new, candidate.binds)
-        added = [address for address in wanted if address not in self._table]
+        """Put it in force and tell the workers, or refuse it whole."""
         # A size that was set by signal stays, unless the configuration itself asks for another.
-        is_resized = new.settings.workers != old.settings.workers
-        size = new.settings.workers if is_resized else self._fleet.size
+        wanted = candidate.config.settings.workers
+        is_resized = wanted != self._service.config.settings.workers
+        size = wanted if is_resized else self._fleet.size
         try:
-            self._table.add(wanted, size)
-            self._table.grow(wanted, size)
+            self._report = self._service.begin(candidate, size)
         except StartupError as err:
-            self._table.close(added)
             self._reject((str(err),))
             return
-        before = _rules_by_address(old, self._binds)
-        self._generation += 1
-        self._report = f"{diff(old, new)}, generation {self._generation}"
-        self._requests.on_accepted(self._report, self._generation)
-        self._config, self._binds = new, candidate.binds
-        self._fleet.tally.forget_rules(rule.name for rule in new.rules)
-        for address in wanted:
-            self._table.accept_handshakes(address)  # it may have been about to be closed
-            self._closing.pop(address, None)
-            self._dropped.discard(address)
-        until = time.monotonic() + CLOSE_GRACE_S
-        for address in before.keys() - wanted.keys():
-            self._table.refuse_handshakes(address)
-            self._closing[address] = (before[address], until)
-        self._serve()
+        self._requests.on_accepted(self._report, self._service.generation)
+        self._fleet.tally.forget_rules(rule.name for rule in candidate.config.rules)
+        self._fleet.serving = self._service.serving()
         self._fleet.resize(size)
-        for setting in ("relay", "user", "group", "pid_file", "control"):
-            if getattr(old.settings, setting) != getattr(new.settings, setting):
-                log.warning("reload: a change of %s takes effect at the next start", setting)
 
     # -- upgrade
 
@@ -492,7 +429,7 @@ class Master:
             return
         try:
             self._successor = Successor(
-                self._table.all_descriptors(), self._pid_file, time.monotonic()
+                self._service.table.all_descriptors(), self._pid_file, time.monotonic()
             )
         except OSError as err:
             log.error("upgrade: cannot execute the new code: %s", err)
@@ -522,14 +459,8 @@ class Master:
                 self._pid_file.leave_to_heir()
                 self._pid_file = None
             self._stop(is_fast=False)
-            if self._config.settings.drain_timeout_s is None:
+            if self._service.config.settings.drain_timeout_s is None:
                 self._deadline = math.inf  # nobody waits for this process; a signal hurries it
-
-
-def _rules_by_address(
-    config: Config, binds: Mapping[str, tuple[BindAddress, ...]]
-) -> dict[BindAddress, Rule]:
-    return {address: rule for rule in config.rules for address in binds[rule.name]}
 
 
 def _raise_descriptor_limit() -> None:

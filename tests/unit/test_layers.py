@@ -41,12 +41,13 @@ RANK = {
     "upgrade": 6,
     "worker": 7,
     "fleet": 8,
-    "master": 9,
-    "demo": 10,
-    "unbuilt": 10,
-    "cli_control": 10,
-    "cli": 11,
-    "__main__": 12,
+    "service": 9,
+    "master": 10,
+    "demo": 11,
+    "unbuilt": 11,
+    "cli_control": 11,
+    "cli": 12,
+    "__main__": 13,
 }
 PURE = {"errors", "access", "config.model", "stats", "status", "supervision", "relay.wheel"}
 IMPURE_IMPORTS = {"socket", "asyncio", "time", "logging", "os", "select", "signal", "subprocess"}
