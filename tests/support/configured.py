@@ -1,0 +1,91 @@
+"""A forwarder with a configuration file that a test rewrites while it runs."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from typing import TYPE_CHECKING, Final
+
+from support import procfs
+from support.waiting import PATIENCE_S, eventually
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from support.forwarder import Forwarder
+
+# FORWARDER_SOAK=1 does everything as often as is promised, and takes minutes.
+IS_SOAK: Final = os.environ.get("FORWARDER_SOAK") == "1"
+_OUTCOME: Final = re.compile(r"master\.reloaded|generation \d+ stays in force")
+
+
+def rule(listen: tuple[str, int], upstream: tuple[str, int], more: str = "") -> str:
+    """A rule in TOML; ``more`` is added to its table."""
+    host = f"[{listen[0]}]" if ":" in listen[0] else listen[0]
+    return (
+        f'[[forwarding_rules]]\nlisten = "{host}:{listen[1]}"\n'
+        f'upstream = "{upstream[0]}:{upstream[1]}"\n{more}\n'
+    )
+
+
+def many_rules(count: int = 3000) -> str:
+    """Rules that take a while to read, on addresses that nobody else uses."""
+    addresses = ((f"127.77.{i // 250}.{i % 250 + 1}", 1000) for i in range(count))
+    return "".join(rule(address, ("127.0.0.1", 1)) for address in addresses)
+
+
+class Configured:
+    """A running forwarder and its configuration file."""
+
+    def __init__(self, forwarder: Forwarder, path: Path) -> None:
+        self.forwarder = forwarder
+        self.path = path
+
+    def outcomes(self) -> list[str]:
+        """One line for each reload that has succeeded or failed so far."""
+        return [line for line in self.forwarder.lines if _OUTCOME.search(line)]
+
+    def reload(self, text: str) -> str:
+        """Reload with this text, and wait for the outcome, which is returned."""
+        self.path.write_text(text)
+        return self.reload_as_it_is()
+
+    def reload_as_it_is(self) -> str:
+        """Reload whatever is in place of the file now."""
+        return self.outcome_of(lambda: self.forwarder.signal(signal.SIGHUP))
+
+    def outcome_of(self, cause: Callable[[], None]) -> str:
+        """Do something that makes it reload, and wait for the outcome, which is returned."""
+        before = len(self.outcomes())
+        cause()
+        eventually(
+            lambda: len(self.outcomes()) > before, lambda: "\n".join(self.forwarder.lines[-20:])
+        )
+        return self.outcomes()[-1]
+
+    def resize(self, number: signal.Signals, size: int) -> None:
+        """Send SIGTTIN or SIGTTOU, and wait until ``size`` workers are ready."""
+        pattern = f"master.ready .* workers={size} "
+        before = sum(bool(re.search(pattern, line)) for line in self.forwarder.lines)
+        self.forwarder.signal(number)
+        eventually(
+            lambda: sum(bool(re.search(pattern, line)) for line in self.forwarder.lines) > before,
+            lambda: "\n".join(self.forwarder.lines[-20:]),
+        )
+
+    def begin_slow_reload(self, text: str) -> int:
+        """Reload, and suspend the process that reads the file; returns its id."""
+        workers = {*self.forwarder.workers()}
+        # Long enough that the process can be caught at it.
+        self.path.write_text(text + "#\n" * 300_000)
+        self.forwarder.signal(signal.SIGHUP)
+        deadline = time.monotonic() + PATIENCE_S
+        while not (found := set(procfs.children(self.forwarder.pid)) - workers):
+            assert time.monotonic() < deadline, "no process reads the file"
+        (loader,) = found
+        os.kill(loader, signal.SIGSTOP)
+        assert len(self.outcomes()) == 0, "too late"
+        return loader
