@@ -1,4 +1,4 @@
-"""Commands that talk to a running instance: reload, status, stop, workers.
+"""Commands that talk to a running instance: reload, status, stop, upgrade, workers.
 
 Ask over the control socket and print the answer. Not the service: see ``control``.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _STATUS_TIMEOUT_S: Final = 10.0
 # Longer than the limits of the master itself: reading takes at most 60 s, and a worker that does
-# not acknowledge is replaced after 10 s. A stop waits up to 30 s for sessions.
+# not acknowledge is replaced after 10 s. An upgrade is given up after 60 s and a few signals.
 _RELOAD_TIMEOUT_S: Final = 120.0
 
 
@@ -33,8 +33,11 @@ class ControlError(ForwarderError):
         self.exit_code = exit_code
 
 
-def request(path: Path, message: dict[str, object], timeout_s: float) -> dict[str, object]:
-    """Ask and wait for the answer. Raises ControlError when there is none or it says no."""
+def request(path: Path, message: dict[str, object], timeout_s: float | None) -> dict[str, object]:
+    """Ask and wait for the answer, for ever if ``timeout_s`` is None.
+
+    Raises ControlError when there is none or it says no.
+    """
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
             sock.settimeout(timeout_s)
@@ -75,7 +78,9 @@ def _refused(answer: dict[str, object]) -> ControlError:
     return ControlError("\n".join(lines), ExitCode.NO_PERMISSION if denied else ExitCode.FAILED)
 
 
-def _ask(path: str | None, message: dict[str, object], timeout_s: float) -> dict[str, object]:
+def _ask(
+    path: str | None, message: dict[str, object], timeout_s: float | None
+) -> dict[str, object]:
     return request(Path(path) if path else control_path.find(), message, timeout_s)
 
 
@@ -106,11 +111,19 @@ def status_command(control: str | None, *, as_json: bool) -> None:
         click.echo(line)
 
 
+@click.command("upgrade")
+@control_option
+def upgrade_command(control: str | None) -> None:
+    """Start the installed code in place of the running; wait until it serves, or say why not."""
+    answer = _ask(control, {"op": "upgrade"}, _RELOAD_TIMEOUT_S)
+    click.echo(answer.get("report"))
+
+
 @click.command("stop")
 @control_option
 def stop_command(control: str | None) -> None:
     """Let sessions end, up to 30 s, and stop; wait until it has. Once more: do not let them end."""
-    _ask(control, {"op": "stop"}, _RELOAD_TIMEOUT_S)
+    _ask(control, {"op": "stop"}, None)
     click.echo("stopped")
 
 
@@ -123,4 +136,10 @@ def workers_command(control: str | None, count: str) -> None:
     click.echo(f"{answer.get('workers')} workers")
 
 
-COMMANDS: Final = (reload_command, status_command, stop_command, workers_command)
+COMMANDS: Final = (
+    reload_command,
+    status_command,
+    stop_command,
+    upgrade_command,
+    workers_command,
+)

@@ -84,19 +84,21 @@ class ControlListener:
                 path.unlink()
 
 
-def listen(explicit: str | None, *, replaces_live: bool = False) -> ControlListener | None:
+def listen(explicit: str | None, *, replaces: str | None = None) -> ControlListener | None:
     """Make the control socket at ``explicit``, else at the default place, else nowhere.
 
+    At ``replaces``, the path of our predecessor, the place of an instance that listens is taken.
     Raises StartupError, for an explicit path only.
     """
     if explicit is not None:
+        path = Path(explicit)
         try:
-            return ControlListener(Path(explicit), replaces_live=replaces_live)
+            return ControlListener(path, replaces_live=str(path) == replaces)
         except OSError as err:
             raise _startup_error(explicit, err) from err
     for path in default_paths():
         try:
-            return _listen_at_default(path, replaces_live=replaces_live)
+            return _listen_at_default(path, replaces_live=str(path) == replaces)
         except OSError as err:
             log.info("control: no control socket at %s: %s", path, _reason(err))
             return None

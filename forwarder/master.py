@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_UPGRADING: Final = "an upgrade is under way; ask the new one when it serves"
 KILL_AFTER_S: Final = 2.0  # a worker that was told to stop and does not leave is killed
 
 _SIGNALS: Final = (
@@ -93,6 +94,7 @@ class Master:
         self._state = State.BOOTING
         self._deadline = 0.0
         self._is_announced = False
+        self._has_heir = False  # after an upgrade
         self._service = Service(spec.config)
         self._selector = selectors.DefaultSelector()
         self._fleet = Fleet(self._service.table, self._selector, self._release_in_child)
@@ -103,6 +105,7 @@ class Master:
         self._successor: Successor | None = None
         self._requests = Requests(self)
         self._started_at = time.monotonic()
+        self._watchdog = notify.Watchdog(os.environ, os.getpid(), self._started_at)
         self._report: str | None = None  # of a reload that not all workers have acknowledged yet
 
     def run(self) -> ExitCode:
@@ -111,6 +114,11 @@ class Master:
             self._boot()
             while self._state is not State.STOPPED:
                 self._turn()
+        except StartupError:
+            # There are workers if we are a successor that cannot take over: none shall be left.
+            for process in self._fleet.processes():
+                process.signal(signal.SIGKILL)
+            raise
         finally:
             self._close()
             self._requests.remove_file()
@@ -151,8 +159,8 @@ class Master:
     def _open_control(self) -> None:
         if self._spec.has_control:
             path = self._service.config.settings.control
-            is_heir = upgrade.has_predecessor()
-            self._requests.open(self._selector, path, replaces_live=is_heir)
+            replaces = upgrade.control_of_predecessor()
+            self._requests.open(self._selector, path, replaces=replaces)
 
     def _close(self) -> None:
         """Give up what the master owns, but the pid file; a forked child does the same."""
@@ -161,11 +169,14 @@ class Master:
             self._loading.close()
         if self._signals is not None:
             self._signals.close()
+        if self._successor is not None:
+            self._successor.close()
         self._requests.close()
         self._selector.close()
 
     def _release_in_child(self) -> None:
         self._close()
+        upgrade.release_predecessor()
         if self._pid_file is not None:
             self._pid_file.close_in_child()
 
@@ -181,7 +192,10 @@ class Master:
             return
         workers = self._fleet.processes()
         log.info("master.stopping how=%s workers=%d", op, len(workers))
-        notify.notify("STOPPING=1")
+        if not self._has_heir:
+            notify.notify("STOPPING=1")
+        if self._successor is not None:
+            self._successor.give_up(time.monotonic())
         self._requests.on_stopping()
         self._deadline = time.monotonic() + patience
         # Ours are the last copies once the workers, which serve what is queued first, have let go:
@@ -194,10 +208,14 @@ class Master:
 
     def _turn(self) -> None:
         """Act, then wait and hear."""
+        if self._watchdog.turn(time.monotonic()):
+            notify.notify("WATCHDOG=1")
+        if self._successor is not None and time.monotonic() >= self._successor.deadline:
+            self._successor.give_up(time.monotonic())
         if self._state is State.RUNNING:
             self._fleet.supervise()
             self._settle()
-        elif not self._fleet.processes():
+        elif not self._fleet.processes() and self._successor is None:
             self._state = State.STOPPED
             self._requests.on_stopped()
             return
@@ -215,10 +233,11 @@ class Master:
         if self._state is State.RUNNING:
             deadlines = [self._fleet.next_deadline()]
             deadlines += self._service.deadlines()
-            deadlines += [it.deadline for it in (self._loading, self._successor) if it is not None]
+            deadlines += [self._loading.deadline if self._loading is not None else None]
         else:
             deadlines = [self._deadline]
-        deadlines.append(self._requests.deadline)
+        deadlines += [self._requests.deadline, self._watchdog.deadline]
+        deadlines += [self._successor.deadline if self._successor is not None else None]
         known = [deadline for deadline in deadlines if deadline is not None]
         first = min(known, default=math.inf)
         return None if first == math.inf else max(0.0, first - time.monotonic())
@@ -228,6 +247,7 @@ class Master:
             if number is signal.SIGCHLD:
                 self._reap()
             elif number is signal.SIGHUP:
+                self._is_reload_wanted = self._successor is not None
                 self.reload()
             elif number is signal.SIGUSR1:
                 log.info("master: SIGUSR1: there is no log file to reopen")
@@ -259,6 +279,8 @@ class Master:
                 if pid == 0:
                     return
                 self._fleet.on_exit(pid, status)
+                if self._successor is not None and pid == self._successor.pid:
+                    self._on_failed_upgrade(self._successor, upgrade.describe_end(status))
 
     def _settle(self) -> None:
         """See what has become true since the last turn: time is over, or all have acknowledged."""
@@ -266,8 +288,6 @@ class Master:
         if self._loading is not None and now >= self._loading.deadline:
             self._loading.cancel()
             self._end_loading(Rejected(("reading the configuration took too long",)))
-        if self._successor is not None and now >= self._successor.deadline:
-            self._end_upgrade(is_ready=False)
         if self._service.expire(now):
             self._fleet.serving = self._service.serving()
             self._fleet.supervise()
@@ -289,7 +309,10 @@ class Master:
                 self._service.generation,
             )
             if upgrade.has_predecessor():
-                self._open_control()  # only now, since a successor that fails must not take it
+                # Only now, since a successor that fails must not take them.
+                self._open_control()
+                if self._pid_file is not None:
+                    self._pid_file.claim()
             notify.notify(
                 f"MAINPID={os.getpid()}",
                 "READY=1",
@@ -332,6 +355,9 @@ class Master:
             problem = f"{size} workers are not possible; 1 to {MAX_SLOTS} are"
             log.warning("master: %s", problem)
             return problem
+        if self._successor is not None:
+            log.warning("master: %s", _UPGRADING)
+            return _UPGRADING
         try:
             self._service.grow(size)
         except StartupError as err:
@@ -355,7 +381,7 @@ class Master:
         if load is None:
             problem = "nothing to reload, the rules came from the command line"
         elif self._successor is not None:
-            problem = "no reload during an upgrade; ask the new one when it serves"
+            problem = _UPGRADING
         if problem:
             log.warning("master: %s", problem)
         elif self._loading is not None:
@@ -420,47 +446,81 @@ class Master:
 
     # -- upgrade
 
-    def upgrade(self) -> None:
-        """Start the installed code beside this one; when it serves, let our sessions end."""
-        if self._state is not State.RUNNING or self._successor is not None:
-            return
-        if os.getpid() == 1:
-            log.error("upgrade: not possible as process 1 of a container: start a new container")
-            return
-        try:
-            self._successor = Successor(
-                self._service.table.all_descriptors(), self._pid_file, time.monotonic()
-            )
-        except OSError as err:
-            log.error("upgrade: cannot execute the new code: %s", err)
-            return
-        log.info("upgrade: started pid=%d", self._successor.pid)
+    def upgrade(self) -> str:
+        """Start the installed code beside this one; when it serves, let our sessions end.
+
+        Does nothing more if that is under way. Returns why not, or "".
+        """
+        problem = ""
+        if self._successor is not None:
+            return ""
+        if self._state is not State.RUNNING:
+            problem = "the forwarder is stopping"
+        elif self._loading is not None:
+            problem = "a reload is under way; try again when it is over"
+        elif os.getpid() == 1:
+            problem = "not possible as process 1 of a container: start a new container"
+        else:
+            try:
+                self._begin_upgrade()
+            except OSError as err:
+                problem = f"cannot execute the new code: {err}"
+        if problem:
+            log.error("upgrade: %s", problem)
+        return problem
+
+    def _begin_upgrade(self) -> None:
+        sockets = self._service.table.all_descriptors()
+        path = self._requests.path
+        self._successor = Successor(sockets, self._pid_file, path, time.monotonic())
         self._selector.register(self._successor, selectors.EVENT_READ, self._hear_successor)
+        log.info("upgrade: started pid=%d", self._successor.pid)
 
     def _hear_successor(self) -> None:
-        is_ready = self._successor.is_ready() if self._successor is not None else None
-        if is_ready is not None:
-            self._end_upgrade(is_ready=is_ready)
-
-    def _end_upgrade(self, *, is_ready: bool) -> None:
-        successor, self._successor = self._successor, None
-        if successor is None:
+        successor = self._successor
+        is_ready = successor.is_ready() if successor is not None else None
+        if successor is None or is_ready is None:
             return
         self._selector.unregister(successor)
-        if not is_ready:
-            log.error("upgrade: pid=%d did not come to serve; this one goes on", successor.pid)
-            successor.kill()
-            if self._pid_file is not None:
-                self._pid_file.claim()
+        if is_ready and self._state is State.RUNNING:
+            self._on_upgraded(successor)
+        # Else it is ending, or was told to: SIGCHLD follows and says how.
+
+    def _on_upgraded(self, successor: Successor) -> None:
+        self._close_successor(successor)
+        self._has_heir = True
+        log.info("upgrade: pid=%d serves; letting our sessions end", successor.pid)
+        # It has said so itself, but a service manager may believe the process it knows only.
+        notify.notify(f"MAINPID={successor.pid}")
+        self._requests.on_upgraded(f"pid {successor.pid} serves, the old one drains", is_done=True)
+        if self._pid_file is not None:
+            self._pid_file.leave_to(successor.pid)
+            self._pid_file = None
+        if self._is_reload_wanted:  # it may have read the configuration before it was changed
+            os.kill(successor.pid, signal.SIGHUP)
+        self._stop(is_fast=False)
+        if self._service.config.settings.drain_timeout_s is None:
+            self._deadline = math.inf  # nobody waits for this process; a signal hurries it
+
+    def _on_failed_upgrade(self, successor: Successor, how: str) -> None:
+        """It has ended; we have reaped it."""
+        self._close_successor(successor)
+        problem = f"pid {successor.pid} did not come to serve ({how}); this one goes on"
+        if self._pid_file is not None:
+            self._pid_file.claim()
+        if self._state is not State.RUNNING:
+            return
+        log.error("upgrade: %s", problem)
+        self._requests.on_upgraded(problem, is_done=False)
+        if self._is_reload_wanted:
+            self._is_reload_wanted = False
+            self.reload()
+
+    def _close_successor(self, successor: Successor) -> None:
+        with suppress(KeyError):  # it has said its last word
+            self._selector.unregister(successor)
         successor.close()
-        if is_ready:
-            log.info("upgrade: pid=%d serves; letting our sessions end", successor.pid)
-            if self._pid_file is not None:
-                self._pid_file.leave_to_heir()
-                self._pid_file = None
-            self._stop(is_fast=False)
-            if self._service.config.settings.drain_timeout_s is None:
-                self._deadline = math.inf  # nobody waits for this process; a signal hurries it
+        self._successor = None
 
 
 def _raise_descriptor_limit() -> None:

@@ -9,6 +9,10 @@ from __future__ import annotations
 import os
 import socket
 from contextlib import suppress
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import MutableMapping
 
 
 def notify(*assignments: str) -> None:
@@ -20,3 +24,32 @@ def notify(*assignments: str) -> None:
     with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.setblocking(False)
         sock.sendto("\n".join(assignments).encode(), address)
+
+
+class Watchdog:
+    """When to tell a service manager that we are alive; sd_watchdog_enabled(3).
+
+    ``deadline`` is when that is due next; None if nobody watches.
+    """
+
+    def __init__(self, environment: MutableMapping[str, str], pid: int, now: float) -> None:
+        """Read what ``environment`` asks of the process ``pid``.
+
+        What is left there is for its heir by an upgrade: the interval if we are watched, for so is
+        the heir then, and nothing if somebody else is.
+        """
+        interval = environment.get("WATCHDOG_USEC", "")
+        watched = environment.pop("WATCHDOG_PID", "") or str(pid)
+        is_asked = interval.isascii() and interval.isdigit() and int(interval) > 0
+        self.deadline: float | None = now if is_asked and watched == str(pid) else None
+        # Less than half of it: a turn that comes a little late is still in time.
+        self._every_s = int(interval) / 1e6 / 3 if is_asked else 0.0
+        if self.deadline is None:
+            environment.pop("WATCHDOG_USEC", None)
+
+    def turn(self, now: float) -> bool:
+        """Whether a sign of life is due now; the next one is then due later."""
+        if self.deadline is None or now < self.deadline:
+            return False
+        self.deadline = now + self._every_s
+        return True

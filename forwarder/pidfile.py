@@ -22,12 +22,14 @@ class PidFile:
     def __init__(self, path: str) -> None:
         """Lock ``path`` and write our pid into it. Raises StartupError, naming the other pid.
 
-        After an upgrade the lock is already ours, through the descriptor in ``FD_VARIABLE``.
+        In an upgrade the lock is ours already, through the descriptor in ``FD_VARIABLE``, and the
+        file keeps the pid of the predecessor until :meth:`claim`.
         """
         self._path = Path(path)
         try:
             self._fd = _inherited(self._path)
-            if self._fd < 0:
+            is_inherited = self._fd >= 0
+            if not is_inherited:
                 self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as err:
             denied = isinstance(err, PermissionError)
@@ -44,7 +46,8 @@ class PidFile:
                 f"pid file {path} is locked by another forwarder, pid {other}; "
                 "hint: stop that one, or use another pid file"
             ) from err
-        self.claim()
+        if not is_inherited:
+            self.claim()
 
     def claim(self) -> None:
         """Write our pid into the file."""
@@ -59,9 +62,12 @@ class PidFile:
         """Close the descriptor a forked child has inherited; the lock stays with the parent."""
         os.close(self._fd)
 
-    def leave_to_heir(self) -> None:
-        """Close it without removing the file, which another process that shares the lock keeps."""
-        os.close(self._fd)
+    def leave_to(self, heir: int) -> None:
+        """Leave the file to the process ``heir`` if it has claimed it, else remove it."""
+        if os.pread(self._fd, 32, 0).strip() == b"%d" % heir:
+            os.close(self._fd)
+        else:
+            self.remove()
 
     def remove(self) -> None:
         """Remove the file and give up the lock."""

@@ -1,7 +1,8 @@
 """What clients of the control socket may ask for, and who still waits for an answer.
 
 A reload and a change of the number of workers are answered when they are over: every worker has
-acknowledged, or nothing was changed. A stop is answered when all workers have gone.
+acknowledged, or nothing was changed. An upgrade is answered when the successor serves or has
+failed, a stop when all workers have gone.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-OPERATIONS: Final = ("reload", "status", "stop", "workers")
+OPERATIONS: Final = ("reload", "status", "stop", "upgrade", "workers")
 _STOPPING: Final = "the forwarder is stopping"
 _COUNT: Final = re.compile(r"[+-]?[0-9]{1,4}")
 
@@ -37,6 +38,9 @@ class Instance(Protocol):
 
     def resize(self, size: int) -> str:
         """Begin to have ``size`` workers. Returns why not, or ""."""
+
+    def upgrade(self) -> str:
+        """Begin an upgrade, unless one is under way. Returns why not, or ""."""
 
     def stop(self) -> None:
         """Begin to stop, or hurry a stop that has begun."""
@@ -67,16 +71,20 @@ class Requests:
         self._asked: list[Reply] = []
         self._loading: list[Reply] = []
         self._settling: list[tuple[Reply, Message]] = []
+        self._upgrading: list[Reply] = []
         self._stopping: list[Reply] = []
         self._server: ControlServer | None = None
 
     # -- the socket
 
     def open(
-        self, selector: selectors.BaseSelector, path: str | None, *, replaces_live: bool
+        self, selector: selectors.BaseSelector, path: str | None, *, replaces: str | None
     ) -> None:
-        """Listen at ``path``, else at the default place if there is one. Raises StartupError."""
-        listener = control_path.listen(path, replaces_live=replaces_live)
+        """Listen at ``path``, else at the default place if there is one. Raises StartupError.
+
+        ``replaces`` is the path of a predecessor, whose place is taken.
+        """
+        listener = control_path.listen(path, replaces=replaces)
         if listener is not None:
             self._server = ControlServer(listener, selector, self.handle)
             log.info("control: listening at %s", listener.path)
@@ -121,11 +129,20 @@ class Requests:
                 reply(refusal(problem))
         elif op == "workers":
             self._resize(message.get("count"), reply)
+        elif op == "upgrade":
+            self._upgrade(reply)
         elif op == "stop":
             self._stopping.append(reply)
             self._instance.stop()
         else:
             reply(refusal(f"unknown operation; there are {', '.join(OPERATIONS)}"))
+
+    def _upgrade(self, reply: Reply) -> None:
+        self._upgrading.append(reply)
+        problem = self._instance.upgrade()
+        if problem and reply in self._upgrading:
+            self._upgrading.remove(reply)
+            reply(refusal(problem))
 
     def _resize(self, count: object, reply: Reply) -> None:
         size = new_size(count, self._instance.size) if isinstance(count, str) else None
@@ -164,10 +181,17 @@ class Requests:
         for reply, answer in settled:
             reply(answer)
 
+    def on_upgraded(self, report: str, *, is_done: bool) -> None:
+        """The successor serves, or has failed, as ``report`` says."""
+        replies, self._upgrading = self._upgrading, []
+        for reply in replies:
+            reply({"ok": True, "report": report} if is_done else refusal(report))
+
     def on_stopping(self) -> None:
-        """Nothing more will be loaded or settled."""
-        waiting = [*self._asked, *self._loading, *(reply for reply, _ in self._settling)]
-        for replies in (self._asked, self._loading, self._settling):
+        """Nothing more will be loaded, settled or upgraded."""
+        settling = [reply for reply, _ in self._settling]
+        waiting = [*self._asked, *self._loading, *settling, *self._upgrading]
+        for replies in (self._asked, self._loading, self._settling, self._upgrading):
             replies.clear()
         for reply in waiting:
             reply(refusal(_STOPPING))

@@ -1,12 +1,13 @@
 """Starting the newly installed code beside the running one. Decides nothing about the old one.
 
 The successor inherits the listening sockets by number, binds nothing twice, and says over a pipe
-when all its workers serve. If the pipe ends without that, it has failed and the old one goes on.
+when all its workers serve. If it ends without that, it has failed and the old one goes on.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from contextlib import suppress
@@ -21,25 +22,38 @@ if TYPE_CHECKING:
     from forwarder.pidfile import PidFile
 
 READY_VARIABLE: Final = "FORWARDER_READY_FD"
-# A successor that is not ready by then has failed: it is killed, and the old one goes on.
+_CONTROL_VARIABLE: Final = "FORWARDER_CONTROL"
+# A successor that is not ready by then has failed: it is ended, and the old one goes on.
 UPGRADE_TIMEOUT_S: Final = 60.0
+# The first lets its workers' sessions end, the second does not, the third leaves it no choice.
+_GIVING_UP: Final = (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL)
+_GIVING_UP_S: Final = 5.0  # between two of them; a master kills its own workers after 2 s
 _READY: Final = b"R"
 
 
 class Successor:
     """The process of the new code. Owns the read end of its pipe; the master reaps it."""
 
-    def __init__(self, listeners: Sequence[int], pid_file: PidFile | None, now: float) -> None:
+    def __init__(
+        self,
+        listeners: Sequence[int],
+        pid_file: PidFile | None,
+        control: str | None,
+        now: float,
+    ) -> None:
         """Execute the same command line anew. What it inherits stays ours, too.
 
+        ``control`` is the path of our control socket, which it may replace.
         Raises OSError. Blocks until the new program is being executed.
         """
         self.deadline = now + UPGRADE_TIMEOUT_S
+        self._signals = list(_GIVING_UP)
         self._read_fd, write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         environment = {
             **os.environ,
             FDS_VARIABLE: ",".join(map(str, listeners)),
             READY_VARIABLE: str(write_fd),
+            _CONTROL_VARIABLE: control or "",
         }
         kept = [*listeners, write_fd]
         if pid_file is not None:
@@ -63,17 +77,19 @@ class Successor:
         return self._read_fd
 
     def is_ready(self) -> bool | None:
-        """True: it serves. False: it has failed. None: not decided yet."""
+        """True: it serves. False: it is about to end. None: not decided yet."""
         try:
             said = os.read(self._read_fd, 1)
         except BlockingIOError:
             return None
         return said == _READY
 
-    def kill(self) -> None:
-        """End a successor that has failed; harmless if it has ended."""
+    def give_up(self, now: float) -> None:
+        """Tell it to end, with more emphasis each time; at ``deadline`` is the next time."""
+        self.deadline = now + _GIVING_UP_S
+        number = self._signals.pop(0) if len(self._signals) > 1 else self._signals[0]
         with suppress(OSError):
-            self._process.kill()
+            os.kill(self.pid, number)
 
     def close(self) -> None:
         """Close the pipe."""
@@ -88,6 +104,25 @@ def tell_predecessor() -> None:
         with suppress(OSError):  # a predecessor that has died meanwhile needs no answer
             os.write(int(text), _READY)
             os.close(int(text))
+
+
+def release_predecessor() -> None:
+    """Give up our end of its pipe without a word, as a forked child does."""
+    text = os.environ.pop(READY_VARIABLE, "")
+    if text.isdigit():
+        with suppress(OSError):
+            os.close(int(text))
+
+
+def control_of_predecessor() -> str | None:
+    """The path of the control socket of the master that started us, if it has one."""
+    return os.environ.get(_CONTROL_VARIABLE) or None
+
+
+def describe_end(status: int) -> str:
+    """How a process has ended, from what waitpid(2) says."""
+    code = os.waitstatus_to_exitcode(status)
+    return f"exit status {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
 
 
 def has_predecessor() -> bool:
