@@ -64,16 +64,21 @@ class PidFile:
 
     def leave_to(self, heir: int) -> None:
         """Leave the file to the process ``heir`` if it has claimed it, else remove it."""
-        if os.pread(self._fd, 32, 0).strip() == b"%d" % heir:
+        if self._named() == heir:
             os.close(self._fd)
         else:
             self.remove()
 
     def remove(self) -> None:
-        """Remove the file and give up the lock."""
+        """Give up the lock; remove the file, unless it names another process that shares it."""
         with suppress(OSError):  # a directory that was taken away meanwhile is no reason to fail
-            self._path.unlink()
+            if self._named() == os.getpid():
+                self._path.unlink()
         os.close(self._fd)
+
+    def _named(self) -> int:
+        text = os.pread(self._fd, 32, 0).strip()
+        return int(text) if text.isdigit() else -1
 
 
 def _inherited(path: Path) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from forwarder.notify import Watchdog
@@ -29,7 +31,7 @@ def test_nobody_watches_us(environment: dict[str, str]) -> None:
 def test_a_sign_of_life_is_given_more_than_twice_per_interval(more: dict[str, str]) -> None:
     watchdog = Watchdog({"WATCHDOG_USEC": "3000000", **more}, 7, 100.0)
     signs = [now / 10 for now in range(1000, 1100) if watchdog.turn(now / 10)]
-    gaps = [later - sooner for sooner, later in zip(signs, signs[1:], strict=False)]
+    gaps = [later - sooner for sooner, later in itertools.pairwise(signs)]
     assert signs[0] == 100.0
     assert max(gaps) < 1.5
     assert len(signs) == 10

@@ -1,0 +1,371 @@
+"""The installed code in place of the running: nobody is dropped; what fails changes nothing.
+
+A successor is no child of ours: it is found by the pid file, and in the session of the first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+from contextlib import ExitStack, suppress
+from typing import TYPE_CHECKING
+
+import pytest
+from support import procfs
+from support.configured import IS_SOAK, many_rules, rule
+from support.ends import Link, accept, carry, connect, listen, receive_to_end
+from support.forwarder import reserve_port
+from support.load import Load
+from support.processes import listeners, members, run_command, state
+from support.waiting import PATIENCE_S, eventually
+
+if TYPE_CHECKING:
+    import subprocess
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from support.forwarder import Forwarder
+
+    from process.conftest import Launch
+
+pytestmark = pytest.mark.process
+
+TIMES = 20 if IS_SOAK else 4
+
+
+class Site:
+    """A forwarder of one rule, with pid file and control socket, that is upgraded."""
+
+    def __init__(self, launch: Launch, directory: Path, stack: ExitStack) -> None:
+        self._launch = launch
+        self._stack = stack
+        self.config = directory / "forwarder.toml"
+        self.pid_file = directory / "forwarder.pid"
+        self.control = directory / "control.sock"
+        self.address: tuple[str, int] = stack.enter_context(reserve_port()).getsockname()
+        self.upstream = stack.enter_context(listen())
+        self.forwarder: Forwarder
+
+    def text(self, workers: int = 2, more: str = "") -> str:
+        """The configuration; ``more`` comes after the rule."""
+        return (
+            f'workers = {workers}\npid_file = "{self.pid_file}"\ncontrol = "{self.control}"\n'
+            + rule(self.address, self.upstream.getsockname())
+            + more
+        )
+
+    def start(self, workers: int = 2) -> int:
+        """Start it; returns the pid of the master."""
+        self.config.write_text(self.text(workers))
+        self.forwarder = self._launch("-c", str(self.config))
+        return self.forwarder.pid
+
+    def master(self) -> int:
+        """The pid in the pid file."""
+        return int(self.pid_file.read_text())
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to the master that the pid file names."""
+        os.kill(self.master(), number)
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run a command against it."""
+        return run_command(*arguments, "--control", str(self.control))
+
+    def status(self) -> dict[str, object]:
+        """What ``forwarder status`` says."""
+        found = json.loads(self.run("status", "--json").stdout)
+        assert isinstance(found, dict)
+        return found
+
+    def upgrade(self) -> int:
+        """Upgrade by the command; returns the pid of the new master."""
+        old = self.master()
+        done = self.run("upgrade")
+        assert done.returncode == 0, done.stderr
+        new = self.master()
+        assert done.stdout == f"pid {new} serves, the old one drains\n"
+        assert new != old
+        return new
+
+    def upgrade_by_signal(self) -> int:
+        """Upgrade by SIGUSR2; returns the pid of the new master."""
+        old = self.master()
+        self.signal(signal.SIGUSR2)
+        eventually(lambda: self.master() != old, lambda: "\n".join(self.forwarder.lines[-20:]))
+        self.wait_logged(rf"pid={self.master()} serves")
+        return self.master()
+
+    def wait_logged(self, pattern: str, times: int = 1) -> None:
+        """Wait until any of the masters has logged that."""
+        eventually(
+            lambda: sum(bool(re.search(pattern, it)) for it in self.forwarder.lines) >= times,
+            lambda: f"no {pattern}: " + "\n".join(self.forwarder.lines[-20:]),
+        )
+
+    def link(self) -> Link:
+        """A session."""
+        client = self._stack.enter_context(connect(self.address))
+        return Link(client, self._stack.enter_context(accept(self.upstream)))
+
+    def assert_serves(self) -> None:
+        """A new client gets through."""
+        link = self.link()
+        assert_alive(link)
+        link.close()
+
+    def wait_gone(self, pid: int) -> None:
+        """Wait until that process has ended."""
+        eventually(lambda: not is_running(pid), lambda: "\n".join(self.forwarder.lines[-20:]))
+
+    def stop(self) -> None:
+        """Stop the master that the pid file names. Result: nothing is left."""
+        self.signal(signal.SIGTERM)
+        self.assert_nothing_left()
+
+    def assert_nothing_left(self) -> None:
+        """No process, no file, and the port is free."""
+        pid = self.forwarder.pid
+        eventually(
+            lambda: not members(pid),
+            lambda: f"left: {members(pid)}: " + "\n".join(self.forwarder.lines[-20:]),
+            within_s=60,
+        )
+        assert not self.pid_file.exists()
+        assert not self.control.exists()
+        assert listeners(self.address) == 0
+
+
+def is_running(pid: int) -> bool:
+    with suppress(OSError):
+        return state(pid) not in "ZX"
+    return False
+
+
+def assert_alive(link: Link) -> None:
+    carry(link.client, link.upstream, b"x" * 1000)
+    carry(link.upstream, link.client, b"y" * 1000)
+
+
+@pytest.fixture
+def site(launch: Launch, tmp_path: Path) -> Iterator[Site]:
+    """See :class:`Site`."""
+    with ExitStack() as stack:
+        yield Site(launch, tmp_path, stack)
+
+
+# -- nobody is dropped
+
+
+@pytest.mark.parametrize("way", ["command", "SIGUSR2"])
+def test_upgrades_under_load_drop_nobody(site: Site, way: str) -> None:
+    """Several in a row, with streams that live through all of them.
+
+    Result: everybody is served; each master leaves once its sessions have ended.
+    """
+    masters = [site.start(workers=3)]
+    with Load(site.address, site.upstream, rate=300, streams=5) as load:
+        load.wait_served(100)
+        for _ in range(TIMES):
+            masters.append(site.upgrade() if way == "command" else site.upgrade_by_signal())
+            load.wait_served(100)
+        assert is_running(masters[0])  # it has the streams
+        account = load.stop()
+    assert account.dropped == 0, account.problems
+    assert account.served > 100 * TIMES
+    assert len(set(masters)) == TIMES + 1
+    for pid in masters[:-1]:
+        site.wait_gone(pid)
+    assert site.status()["pid"] == masters[-1]
+    site.stop()
+
+
+def test_sessions_go_on_and_end_in_the_old_process(site: Site) -> None:
+    old = site.start()
+    links = [site.link() for _ in range(6)]
+    new = site.upgrade()
+    site.assert_serves()
+    for link in links:
+        assert_alive(link)
+    for link in links:
+        link.client.shutdown(1)
+        assert receive_to_end(link.upstream) == b""
+    assert is_running(old)
+    for link in links:
+        link.upstream.sendall(b"the last word")
+        link.upstream.close()
+        assert receive_to_end(link.client) == b"the last word"
+    site.wait_gone(old)
+    assert site.master() == new
+    assert site.status()["pid"] == new
+    site.assert_serves()
+    site.stop()
+
+
+def test_the_service_manager_is_told_whom_to_watch(site: Site) -> None:
+    old = site.start()
+    new = site.upgrade()
+    site.forwarder.wait_notified(f"MAINPID={new}")
+    site.wait_gone(old)
+    site.assert_serves()
+    site.stop()
+    site.forwarder.wait_notified("STOPPING=1")
+
+
+def test_a_changed_configuration_is_in_force_after_it(site: Site) -> None:
+    site.start(workers=2)
+    with reserve_port() as holder:
+        added = holder.getsockname()
+        for workers in (4, 1):
+            more = rule(added, site.upstream.getsockname())
+            site.config.write_text(site.text(workers, more))
+            new = site.upgrade()
+            assert len(procfs.children(new)) == workers
+            for address in (site.address, added):
+                for _ in range(40):  # however many sockets there are, all are served
+                    with connect(address) as client, accept(site.upstream) as peer:
+                        carry(client, peer, b"x" * 100)
+        site.config.write_text(site.text(1))
+        site.upgrade()
+        eventually(lambda: listeners(added) == 0)
+        site.assert_serves()
+    site.stop()
+
+
+# -- one that fails
+
+
+def test_code_that_does_not_start_changes_nothing(site: Site) -> None:
+    old = site.start()
+    link = site.link()
+    site.config.write_text(site.text() + "nonsense = [\n")
+    for _ in range(2):
+        done = site.run("upgrade")
+        assert done.returncode == 1
+        assert re.search(r"pid \d+ did not come to serve \(exit status 78\); this", done.stderr)
+    assert site.master() == old
+    assert site.status()["pid"] == old
+    assert_alive(link)
+    site.assert_serves()
+    site.config.write_text(site.text())
+    site.upgrade()
+    link.close()
+    site.stop()
+
+
+def test_a_control_socket_that_cannot_be_made_changes_nothing(site: Site, tmp_path: Path) -> None:
+    """The successor finds out when its workers serve already. Result: none of them is left."""
+    old = site.start()
+    before = members(site.forwarder.pid)
+    site.config.write_text(site.text().replace(str(site.control), str(tmp_path / "no" / "c")))
+    done = site.run("upgrade")
+    assert done.returncode == 1
+    assert "(exit status 69)" in done.stderr
+    eventually(lambda: members(site.forwarder.pid) == before)
+    assert site.master() == old
+    for _ in range(40):
+        site.assert_serves()
+    site.stop()
+
+
+def begin(site: Site) -> int:
+    """Begin an upgrade whose successor takes a while, and suspend that; returns its pid."""
+    site.config.write_text(site.text(more=many_rules(600)))
+    site.signal(signal.SIGUSR2)
+    site.wait_logged("upgrade: started")
+    lines = "\n".join(site.forwarder.lines)
+    successor = int(re.findall(r"upgrade: started pid=(\d+)", lines)[-1])
+    os.kill(successor, signal.SIGSTOP)
+    return successor
+
+
+def test_a_successor_that_is_killed_changes_nothing(site: Site) -> None:
+    old = site.start()
+    with Load(site.address, site.upstream, rate=200, streams=3) as load:
+        successor = begin(site)
+        os.kill(successor, signal.SIGKILL)
+        site.wait_logged(rf"pid {successor} did not come to serve \(killed by SIGKILL\)")
+        load.wait_served(100)
+        account = load.stop()
+    assert account.dropped == 0, account.problems
+    assert site.master() == old
+    assert site.status()["pid"] == old
+    site.stop()
+
+
+# -- other signals meanwhile
+
+
+def test_hup_during_an_upgrade_reaches_the_one_that_serves(site: Site) -> None:
+    """The successor may have read the file before it was changed. Result: it reads it again."""
+    site.start()
+    successor = begin(site)
+    site.forwarder.signal(signal.SIGHUP)
+    site.wait_logged("an upgrade is under way")
+    os.kill(successor, signal.SIGCONT)
+    site.wait_logged(f"pid={successor} serves")
+    site.wait_logged(r"master\.reloaded .* generation 2")
+    assert site.status()["generation"] == 2
+    assert site.master() == successor
+    site.stop()
+
+
+def test_hup_during_an_upgrade_that_fails_reloads_the_old(site: Site) -> None:
+    old = site.start()
+    successor = begin(site)
+    site.forwarder.signal(signal.SIGHUP)
+    site.wait_logged("an upgrade is under way")
+    site.config.write_text(site.text())
+    os.kill(successor, signal.SIGKILL)
+    site.wait_logged(r"master\.reloaded .* generation 2")
+    assert site.status()["pid"] == old
+    site.stop()
+
+
+@pytest.mark.parametrize("is_suspended", [True, False])
+def test_term_during_an_upgrade_leaves_no_process(site: Site, is_suspended: bool) -> None:
+    site.start()
+    successor = begin(site)
+    if not is_suspended:
+        os.kill(successor, signal.SIGCONT)
+    site.forwarder.signal(signal.SIGTERM)
+    site.wait_logged("master.stopping")
+    site.assert_nothing_left()
+    assert site.forwarder.wait() == 0
+
+
+def test_a_second_upgrade_at_once_waits_for_the_first(site: Site) -> None:
+    site.start()
+    successor = begin(site)
+    site.forwarder.signal(signal.SIGUSR2)
+    assert "an upgrade is under way" in site.run("workers", "+1").stderr
+    assert "an upgrade is under way" in site.run("reload").stderr
+    os.kill(successor, signal.SIGCONT)
+    site.wait_logged(f"pid={successor} serves")
+    assert sum("upgrade: started" in line for line in site.forwarder.lines) == 1
+    assert site.status()["pid"] == successor
+    site.stop()
+
+
+def test_an_instance_without_control_socket_of_its_own_leaves_that_of_another(
+    launch: Launch, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two share the default place: the second has its pid in the name, after an upgrade too."""
+    directory = tmp_path / "run"
+    directory.mkdir()
+    monkeypatch.setenv("RUNTIME_DIRECTORY", str(directory))
+    with reserve_port() as holder:
+        pairs = ["-r", "{}:{}".format(*site.upstream.getsockname())]
+        first = launch("-l", "{}:{}".format(*holder.getsockname()), *pairs, "--workers", "1")
+        second = launch("-l", "{}:{}".format(*site.address), *pairs, "--workers", "1")
+        theirs = directory / "control.sock"
+        ours = directory / f"control-{second.pid}.sock"
+        done = run_command("upgrade", "--control", str(ours))
+        assert done.returncode == 0, done.stderr
+        new = int(done.stdout.split()[1])
+        eventually(lambda: not ours.exists(), within_s=PATIENCE_S)
+        for path, pid in ((theirs, first.pid), (directory / f"control-{new}.sock", new)):
+            said = run_command("status", "--json", "--control", str(path))
+            assert json.loads(said.stdout)["pid"] == pid
