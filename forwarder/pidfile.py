@@ -14,6 +14,7 @@ from pathlib import Path
 from forwarder.errors import ExitCode, StartupError
 
 FD_VARIABLE = "FORWARDER_PID_FD"
+_MOST_BYTES = 32  # whatever is longer is no pid
 
 
 class PidFile:
@@ -40,7 +41,7 @@ class PidFile:
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as err:
-            other = os.pread(self._fd, 32, 0).decode(errors="replace").strip() or "unknown"
+            other = os.pread(self._fd, _MOST_BYTES, 0).decode(errors="replace").strip() or "unknown"
             os.close(self._fd)
             raise StartupError(
                 f"pid file {path} is locked by another forwarder, pid {other}; "
@@ -50,9 +51,12 @@ class PidFile:
             self.claim()
 
     def claim(self) -> None:
-        """Write our pid into the file."""
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, b"%d\n" % os.getpid(), 0)
+        """Write our pid into the file; who reads it meanwhile finds a whole number, old or new."""
+        size = os.fstat(self._fd).st_size
+        if size > _MOST_BYTES:
+            os.ftruncate(self._fd, 0)
+            size = 0
+        os.pwrite(self._fd, str(os.getpid()).ljust(size - 1).encode() + b"\n", 0)
 
     def fileno(self) -> int:
         """The descriptor that holds the lock; whoever inherits it shares the lock."""
@@ -77,7 +81,7 @@ class PidFile:
         os.close(self._fd)
 
     def _named(self) -> int:
-        text = os.pread(self._fd, 32, 0).strip()
+        text = os.pread(self._fd, _MOST_BYTES, 0).strip()
         return int(text) if text.isdigit() else -1
 
 

@@ -214,6 +214,17 @@ def test_the_service_manager_is_told_whom_to_watch(site: Site) -> None:
     site.forwarder.wait_notified("STOPPING=1")
 
 
+def test_a_watchdog_hears_from_the_new_one_too(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WATCHDOG_USEC", "300000")
+    old = site.start()
+    site.forwarder.wait_notified("WATCHDOG=1")
+    site.upgrade()
+    site.wait_gone(old)
+    for _ in range(15):  # the first ones may still be the old one's
+        site.forwarder.wait_notified("WATCHDOG=1")
+    site.stop()
+
+
 def test_a_changed_configuration_is_in_force_after_it(site: Site) -> None:
     site.start(workers=2)
     with reserve_port() as holder:

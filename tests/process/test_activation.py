@@ -1,0 +1,104 @@
+"""Listening sockets that a service manager hands over: LISTEN_FDS, sd_listen_fds(3)."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Final
+
+import pytest
+from support.ends import Link, accept, carry, connect
+from support.forwarder import reserve_port
+from support.processes import listeners, owner
+from support.waiting import eventually
+
+from process.conftest import as_pairs
+
+if TYPE_CHECKING:
+    from process.conftest import Launch
+
+pytestmark = pytest.mark.process
+
+# Binds what its arguments say before "--", as descriptors 3 and up, and executes what follows.
+# "shared" has SO_REUSEPORT; "single" has none, but was bound with it: the test holds the port.
+_ACTIVATE: Final = """
+import os, socket, sys
+end = sys.argv.index("--")
+for i, text in enumerate(sys.argv[1:end]):
+    host, port, kind = text.split(":")
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    sock.bind((host, int(port)))
+    sock.listen(128)
+    if kind == "single":
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
+    fd = sock.detach()
+    if fd == 3 + i:
+        os.set_inheritable(fd, True)
+    else:
+        os.dup2(fd, 3 + i)
+        os.close(fd)
+os.environ.update(LISTEN_FDS=str(end - 1), LISTEN_PID=str(os.getpid()), LISTEN_FDNAMES="x")
+os.execvp(sys.argv[end + 1], sys.argv[end + 1:])
+"""
+
+
+def activate(*addresses: tuple[str, int], kind: str) -> list[str]:
+    """A prefix that binds the addresses and executes the command."""
+    texts = [f"{host}:{port}:{kind}" for host, port in addresses]
+    return [sys.executable, "-c", _ACTIVATE, *texts, "--"]
+
+
+@pytest.mark.parametrize("kind", ["shared", "single"])
+def test_a_given_socket_is_served_by_all_workers(
+    launch: Launch, address: tuple[str, int], upstream: socket.socket, kind: str
+) -> None:
+    """More sockets are bound beside one with SO_REUSEPORT; all workers share one without."""
+    prefix = activate(address, kind=kind)
+    it = launch(*as_pairs(address, upstream), "--workers", "3", prefix=prefix)
+    assert listeners(address) == (3 if kind == "shared" else 1)
+    workers = it.workers()
+    assert len(workers) == 3
+    owners: set[int] = set()
+    with ExitStack() as stack:
+        while owners != set(workers):
+            clients = [stack.enter_context(connect(address)) for _ in range(20)]
+            for client in clients:
+                stack.enter_context(accept(upstream))
+                owners.add(owner(workers, client))
+        client = stack.enter_context(connect(address))
+        link = Link(client, stack.enter_context(accept(upstream)))
+        carry(link.client, link.upstream, b"there" * 1000)
+        carry(link.upstream, link.client, b"back" * 1000)
+    assert it.stop() == 0
+    assert not it.trouble()
+    assert listeners(address) == 0
+
+
+def test_a_given_socket_that_no_rule_wants_is_reported_and_closed(
+    launch: Launch, address: tuple[str, int], upstream: socket.socket
+) -> None:
+    """Who connects to it is refused, in place of waiting in a queue that nobody serves."""
+    with reserve_port() as holder:
+        unwanted = holder.getsockname()
+        prefix = activate(unwanted, address, kind="shared")
+        it = launch(*as_pairs(address, upstream), "--workers", "2", prefix=prefix)
+        it.wait_logged(f"no rule listens on 127.0.0.1:{unwanted[1]}, inherited; closed")
+        eventually(lambda: listeners(unwanted) == 0)
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(unwanted, timeout=20)
+        with connect(address) as client, accept(upstream) as peer:
+            carry(client, peer, b"there")
+        assert it.stop() == 0
+
+
+def test_sockets_that_are_meant_for_another_process_are_left_alone(
+    launch: Launch, address: tuple[str, int], upstream: socket.socket
+) -> None:
+    """LISTEN_PID names the one that they are meant for."""
+    with reserve_port() as holder:
+        prefix = [*activate(holder.getsockname(), kind="shared"), "env", "LISTEN_PID=1"]
+        it = launch(*as_pairs(address, upstream), "--workers", "1", prefix=prefix)
+        assert it.stop() == 0
+        assert not it.trouble()

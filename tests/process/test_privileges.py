@@ -1,0 +1,157 @@
+"""Workers that run as somebody else, while the master stays root to bind low ports."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import pytest
+from support.configured import Configured, rule
+from support.ends import accept, carry, connect
+from support.load import Load
+from support.processes import NOBODY, as_nobody, listeners, members, run_command
+from support.waiting import eventually
+
+from process.conftest import as_pairs
+
+if TYPE_CHECKING:
+    import socket
+
+    from process.conftest import Launch, Serve
+
+pytestmark = pytest.mark.process
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+AS_NOBODY: Final = ("--user", "nobody")
+
+
+def facts(pid: int) -> dict[str, list[str]]:
+    """What /proc says of the rights of a process."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {name: rest.split() for name, _, rest in (line.partition(":") for line in lines)}
+
+
+def low_address(number: int) -> tuple[str, int]:
+    """An address with a low port that no other test run uses."""
+    return f"127.78.{os.getpid() % 250}.{number}", 81
+
+
+def assert_unprivileged(pid: int) -> None:
+    found = facts(pid)
+    assert found["Uid"] == [str(NOBODY)] * 4
+    assert found["Gid"] == [str(NOBODY)] * 4
+    assert found["Groups"] == []
+    assert found["NoNewPrivs"] == ["1"]
+    for kind in ("CapInh", "CapPrm", "CapEff", "CapAmb"):
+        assert int(found[kind][0], 16) == 0, kind
+
+
+@as_root
+def test_workers_have_no_rights_and_no_way_back(serve: Serve) -> None:
+    """One that is started later in place of one that died, too."""
+    service = serve(*AS_NOBODY, workers=2)
+    for pid in service.forwarder.workers():
+        assert_unprivileged(pid)
+    assert facts(service.forwarder.pid)["Uid"] == ["0"] * 4
+    service.assert_serves()
+    service.kill_worker(service.forwarder.workers()[0])
+    for pid in service.forwarder.workers():
+        assert_unprivileged(pid)
+    service.assert_serves()
+    assert service.stop() == 0
+
+
+@as_root
+def test_a_group_of_its_own(serve: Serve) -> None:
+    service = serve("--user", "nobody", "--group", "daemon")
+    (pid,) = service.forwarder.workers()
+    assert facts(pid)["Uid"] == [str(NOBODY)] * 4
+    assert facts(pid)["Gid"] == ["1"] * 4
+    service.assert_serves()
+    assert service.stop() == 0
+
+
+def test_without_a_user_workers_have_no_way_up(serve: Serve) -> None:
+    service = serve()
+    (pid,) = service.forwarder.workers()
+    assert facts(pid)["NoNewPrivs"] == ["1"]
+    assert facts(pid)["Uid"] == [str(os.geteuid())] * 4
+    assert service.stop() == 0
+
+
+@as_root
+def test_low_ports_at_the_start_and_by_a_reload(
+    launch: Launch, tmp_path: Path, upstream: socket.socket
+) -> None:
+    path = tmp_path / "forwarder.toml"
+    addresses = low_address(1), low_address(2)
+    rules = [rule(address, upstream.getsockname()) for address in addresses]
+    head = 'user = "nobody"\nworkers = 2\n'
+    path.write_text(head + rules[0])
+    it = Configured(launch("-c", str(path)), path)
+    assert "+1 -0 ~0 =1" in it.reload(head + "".join(rules))
+    for pid in it.forwarder.workers():
+        assert_unprivileged(pid)
+    for address in addresses:
+        with connect(address) as client, accept(upstream) as peer:
+            carry(client, peer, b"there")
+    assert it.forwarder.stop() == 0
+
+
+def test_an_unknown_user_is_a_bad_configuration(address: tuple[str, int]) -> None:
+    done = run_command("-l", "{}:{}".format(*address), "-r", "127.0.0.1:1", "--user", "nosuchuser")
+    assert done.returncode == 78
+    assert "no such user or group" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_only_root_can_name_another_user(address: tuple[str, int]) -> None:
+    done = run_command(
+        *("-l", "{}:{}".format(*address), "-r", "127.0.0.1:1", "--user", "root"),
+        prefix=as_nobody(),
+    )
+    assert done.returncode == 77
+    assert "only root" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@as_root
+def test_a_new_master_takes_over_from_orphans_that_have_no_rights(
+    serve: Serve, launch: Launch
+) -> None:
+    """The master is root, its orphans are not. Result: nobody is dropped."""
+    old = serve(*AS_NOBODY, workers=2)
+    with Load(old.address, old.upstream, rate=200, streams=3) as load:
+        load.wait_served(50)
+        os.kill(old.forwarder.pid, signal.SIGKILL)
+        old.forwarder.process.wait()
+        load.wait_served(50)
+        new = launch(*old.pairs, "--workers", "2", *AS_NOBODY)
+        new.wait_logged("took over 2 sockets")
+        load.wait_served(100)
+        account = load.stop()
+    assert account.dropped == 0, account.problems
+    eventually(lambda: not members(old.forwarder.pid), "orphans stay")
+    for pid in new.workers():
+        assert_unprivileged(pid)
+    assert new.stop() == 0
+    assert listeners(old.address) == 0
+
+
+@as_root
+def test_who_is_not_root_gets_no_sockets_of_anothers_orphans(serve: Serve, launch: Launch) -> None:
+    """An instance of nobody may not take over what root's workers serve; the address is taken."""
+    old = serve(workers=1)
+    os.kill(old.forwarder.pid, signal.SIGKILL)
+    old.forwarder.process.wait()
+    old.forwarder.wait_logged("worker.orphaned")
+    other = launch(
+        *as_pairs(old.address, old.upstream),
+        *("--workers", "1"),
+        prefix=as_nobody(),
+        expect_ready=False,
+    )
+    assert other.wait() == 69
+    old.assert_serves()
