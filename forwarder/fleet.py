@@ -11,7 +11,7 @@ import selectors
 import signal
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from forwarder import messages, supervision, worker
 from forwarder.heartbeat import Heartbeats
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from forwarder.privileges import Identity
 
 log = logging.getLogger(__name__)
+
+# When a worker that had no descriptors left for its sockets is told again what to serve.
+RETRY_S: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +70,7 @@ class Fleet:
         self._retiring: list[WorkerProcess] = []
         self._heartbeats = Heartbeats()
         self._serial = 0
+        self._checked_at = self._awake_since = time.monotonic()
 
     # -- what it is like
 
@@ -85,7 +89,7 @@ class Fleet:
         return all(
             process.state is WorkerState.READY and process.applied_serial == process.sent_serial
             for process in self._in_slots()
-        )
+        ) and not any(process.channel.has_outbox for process in self._retiring)
 
     def describe(self, now: float) -> list[dict[str, object]]:
         """All worker processes, with what they have counted; as in the status."""
@@ -130,8 +134,7 @@ class Fleet:
         for slot in self._slots:
             if slot.process is None and now >= slot.backoff.not_before:
                 self._start(slot, now)
-            elif slot.process is not None:
-                self._check_alive(slot.process, now)
+        self._check_all_alive(now)
         self._assign()
         if self._retiring and self.is_settled:
             for process in self._retiring:
@@ -167,6 +170,11 @@ class Fleet:
             return
         self._watch(process)
 
+    def hang_up(self) -> None:
+        """In a forked child: close our copies of the channels."""
+        for process in self.processes():
+            process.channel.close()
+
     def on_exit(self, pid: int, status: int) -> None:
         """Note that a child has ended; one that is no worker is not ours to care for."""
         for process in self.processes():
@@ -179,9 +187,11 @@ class Fleet:
         return [slot.process for slot in self._slots if slot.process is not None]
 
     def _start(self, slot: Slot, now: float) -> None:
-        self._heartbeats.beat(slot.index, now)
+        cell = self._heartbeats.new_cell(now)
         try:
-            process = fork_worker(slot.index, now, lambda channel: self._become(slot, channel))
+            process = fork_worker(
+                slot.index, now, lambda channel: self._become(slot, cell, channel)
+            )
         except OSError as err:
             delay = slot.backoff.on_death(now, now)
             log.error(
@@ -191,17 +201,17 @@ class Fleet:
                 delay,
             )
             return
+        process.cell = cell
         slot.process = process
         self._selector.register(process.channel, selectors.EVENT_READ, process)
 
-    def _become(self, slot: Slot, channel: Channel) -> None:
+    def _become(self, slot: Slot, cell: int, channel: Channel) -> None:
         """In the forked child: give up everything of the master, then be a worker."""
-        for process in self.processes():
-            process.channel.close()
         self._release_master()
         worker.run_and_exit(
             worker.WorkerSpec(
                 slot=slot.index,
+                cell=cell,
                 channel=channel,
                 heartbeats=self._heartbeats,
                 relay=self.serving.config.settings.relay,
@@ -209,10 +219,19 @@ class Fleet:
             )
         )
 
-    def _check_alive(self, process: WorkerProcess, now: float) -> None:
-        silent_s = now - self._heartbeats.last(process.slot)
+    def _check_all_alive(self, now: float) -> None:
         limit_s = self.serving.config.settings.hang_timeout_s
-        if silent_s > limit_s and process.state in (WorkerState.STARTING, WorkerState.READY):
+        if now - self._checked_at > limit_s / 2:
+            # We were stopped ourselves, and so were the workers (a paused container, a suspended
+            # machine): nobody could give a sign of life.
+            self._awake_since = now
+        self._checked_at = now
+        for process in self.processes():
+            self._check_alive(process, now, limit_s)
+
+    def _check_alive(self, process: WorkerProcess, now: float, limit_s: float) -> None:
+        silent_s = now - max(self._heartbeats.last(process.cell), self._awake_since)
+        if silent_s > limit_s and process.state is not WorkerState.HUNG:
             log.error(
                 "worker.hung slot=%d pid=%d: no sign of life for %.0f s; replacing it",
                 process.slot,
@@ -264,6 +283,13 @@ class Fleet:
         if message["op"] == messages.Op.APPLIED:
             serial = message["serial"]
             process.applied_serial = serial if isinstance(serial, int) else 0
+            missing = message["missing"]
+            if not serial or missing:
+                process.told = None  # again, when there may be descriptors
+                process.known_sockets.difference_update(
+                    missing if isinstance(missing, list) else ()
+                )
+                process.deaf_until = time.monotonic() + RETRY_S
             if process.applied_serial == process.sent_serial:
                 process.generation = self.serving.generation
             if process.state is WorkerState.STARTING:
@@ -299,7 +325,7 @@ class Fleet:
 
     def _give(self, process: WorkerProcess, socket_slots: tuple[int, ...]) -> None:
         wanted = (self.serving.revision, len(self._slots), socket_slots)
-        if process.told == wanted:
+        if process.told == wanted or time.monotonic() < process.deaf_until:
             return
         descriptors: dict[int, int] = {}
         routes: dict[int, int] = {}

@@ -1,7 +1,8 @@
 """Signs of life of the workers, in memory they share with the master. No lock and no message.
 
-One double per slot, with a single writer: the worker stores the time of its last loop turn, the
-master reads it. An aligned 8-byte store cannot be seen half done on any machine CPython runs on.
+One double per worker process, with a single writer: the worker stores the time of its last loop
+turn, the master reads it. An aligned 8-byte store cannot be seen half done on any machine that
+CPython runs on.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ import mmap
 from typing import Final
 
 MAX_SLOTS: Final = 1024  # the most workers a configuration may ask for
+# Cells are used in turn. Four times as many as workers, for those that drain beside their
+# successors; a process that outlives so many others shares its cell, and may hide a hung one.
+CELLS: Final = 4 * MAX_SLOTS
 # How often a worker says that it lives. Its loop turns at least so often.
 BEAT_S: Final = 1.0
 
@@ -18,13 +22,21 @@ class Heartbeats:
     """Made by the master before it forks, shared with every worker."""
 
     def __init__(self) -> None:
-        self._memory = mmap.mmap(-1, MAX_SLOTS * 8)
+        self._memory = mmap.mmap(-1, CELLS * 8)
         self._times = memoryview(self._memory).cast("d")
+        self._next = 0
 
-    def beat(self, slot: int, now: float) -> None:
-        """Say that the worker of ``slot`` was alive at ``now``, in monotonic seconds."""
-        self._times[slot] = now
+    def new_cell(self, now: float) -> int:
+        """The cell of a worker that is about to be forked; it counts as alive at ``now``."""
+        cell = self._next
+        self._next = (cell + 1) % CELLS
+        self._times[cell] = now
+        return cell
 
-    def last(self, slot: int) -> float:
-        """When the worker of ``slot`` was alive last; the monotonic clock is the same for all."""
-        return self._times[slot]
+    def beat(self, cell: int, now: float) -> None:
+        """Say that the worker of ``cell`` was alive at ``now``, in monotonic seconds."""
+        self._times[cell] = now
+
+    def last(self, cell: int) -> float:
+        """When the worker of ``cell`` was alive last; the monotonic clock is the same for all."""
+        return self._times[cell]

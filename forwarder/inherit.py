@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import socket
 import struct
 from contextlib import suppress
@@ -66,6 +67,9 @@ def from_orphans(uid: int, is_wanted: Callable[[socket.socket], bool]) -> list[s
                 is_ours = any(map(is_wanted, given))
                 if is_ours:
                     door.send(_TAKEN)
+            except TimeoutError:
+                _end_hung(door, name, uid)
+                continue
             except OSError as err:
                 log.warning("inherit: orphan %s gives no sockets: %s", name, err)
                 continue
@@ -159,6 +163,16 @@ def _doors(uid: int) -> list[str]:
         return []
     name = rf"@({_DOOR_PREFIX}/{uid}/[0-9]+)$"
     return sorted(set(re.findall(name, text, re.MULTILINE)))
+
+
+def _end_hung(door: socket.socket, name: str, uid: int) -> None:
+    """End an orphan that does not answer: its share of new clients would hang with it."""
+    raw = door.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    pid, peer_uid, _ = struct.unpack("3i", raw)
+    if peer_uid == uid and pid > 1:
+        log.warning("inherit: orphan %s is hung; killing pid %d", name, pid)
+        with suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _is_trusted(peer: socket.socket, trusted: int) -> bool:

@@ -9,19 +9,28 @@ from __future__ import annotations
 
 import errno
 import itertools
+import logging
 import os
 import socket
+import time
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from forwarder.errors import ExitCode, StartupError
+from forwarder.errors import ConfigError, ExitCode, Issue, StartupError
 from forwarder.net import sockets
 from forwarder.net.sockets import Target
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Generator, Iterable, Mapping
 
     from forwarder.config.model import Config, Rule
+
+
+log = logging.getLogger(__name__)
+
+# Ten thousand sockets are bound in well under a second.
+START_LOCK_S: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +58,11 @@ def bind_addresses(config: Config) -> dict[str, tuple[BindAddress, ...]]:
     """The addresses each rule listens on, by rule name. A host name may stand for several.
 
     The IPv6 wildcard accepts IPv4 too, unless another rule has the IPv4 wildcard of that port.
-    Blocks while names are resolved. Raises StartupError naming the rule and its place.
+    Blocks while names are resolved. Raises StartupError naming the rule and its place, and
+    ConfigError when two rules turn out to listen on one address.
     """
+    issues: list[Issue] = []
+    first: dict[BindAddress, Rule] = {}
     ipv4_wildcards = {rule.listen.port for rule in config.rules if rule.listen.host == "0.0.0.0"}
     found: dict[str, tuple[BindAddress, ...]] = {}
     for rule in config.rules:
@@ -59,6 +71,19 @@ def bind_addresses(config: Config) -> dict[str, tuple[BindAddress, ...]]:
             BindAddress(target, v6only=v6only and target.family == socket.AF_INET6)
             for target in _resolve_listen(rule)
         )
+        for address in found[rule.name]:
+            other = first.setdefault(address, rule)
+            if other is not rule:
+                issues.append(
+                    Issue(
+                        rule.place,
+                        f"rule {rule.name!r} listens on {address.target}, as rule "
+                        f"{other.name!r} at {other.place} does by another name",
+                        hint="one of the two would never see a client; remove it",
+                    )
+                )
+    if issues:
+        raise ConfigError(issues)
     return found
 
 
@@ -74,6 +99,27 @@ def _resolve_listen(rule: Rule) -> list[Target]:
         ) from err
     targets = [Target(family, sockaddr) for family, _, _, _, sockaddr in answers]  # type: ignore[arg-type]  # IP only
     return list(dict.fromkeys(targets))
+
+
+@contextmanager
+def start_lock() -> Generator[None]:
+    """Let one instance at a time probe and bind, so that two that start together see each other.
+
+    The lock is an abstract unix socket of this network namespace (unix(7)): the kernel frees it
+    with the process. Blocks up to START_LOCK_S; who holds it longer is ignored, with a warning.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as lock:
+        until = time.monotonic() + START_LOCK_S
+        while True:
+            try:
+                lock.bind("\0forwarder-start")
+            except OSError:
+                if time.monotonic() < until:
+                    time.sleep(0.01)
+                    continue
+                log.warning("start: another process holds the start lock; going on without it")
+            break
+        yield
 
 
 class ListenerTable:
@@ -128,11 +174,22 @@ class ListenerTable:
             raise
 
     def grow(self, rules: Mapping[BindAddress, Rule], slots: int) -> None:
-        """Give every address sockets for ``slots`` slots. Never takes any away."""
-        for address, rule in rules.items():
-            slotted = self._by_address[address]
-            while len(slotted.sockets) < slots:
-                self._open_one(address, rule, slotted)
+        """Give every address sockets for ``slots`` slots, or none any more than it has.
+
+        Never takes any away. Raises StartupError.
+        """
+        grown: list[Slotted] = []
+        try:
+            for address, rule in rules.items():
+                slotted = self._by_address[address]
+                while len(slotted.sockets) < slots:
+                    self._open_one(address, rule, slotted)
+                    grown.append(slotted)
+        except BaseException:
+            for slotted in reversed(grown):  # nobody would serve these
+                slotted.ids.pop()
+                slotted.sockets.pop().close()
+            raise
 
     def descriptors(self, address: BindAddress, slots: Iterable[int]) -> dict[int, int]:
         """Id to descriptor of the sockets of an address in some slots, as far as it has any there.
@@ -166,13 +223,21 @@ class ListenerTable:
             for sock in self._inherited.pop(address):
                 sockets.prepare_listener(sock)
                 self._put(sock, slotted)
-        else:
+        elif not self._is_own_port(address):
             try:
                 sockets.probe_bind(address.target, v6only=address.v6only)
             except OSError as err:
                 raise _bind_error(address, rule, err) from err
         while len(slotted.sockets) < slots:
             self._open_one(address, rule, slotted)
+
+    def _is_own_port(self, address: BindAddress) -> bool:
+        """Whether we listen on the port at another address: then a probe would meet ourselves."""
+        port = address.target.sockaddr[1]
+        return any(
+            other.target.sockaddr[1] == port and slotted.sockets
+            for other, slotted in self._by_address.items()
+        )
 
     def _open_one(self, address: BindAddress, rule: Rule, slotted: Slotted) -> None:
         first = slotted.sockets[0] if slotted.sockets else None

@@ -175,6 +175,7 @@ class Master:
         self._selector.close()
 
     def _release_in_child(self) -> None:
+        self._fleet.hang_up()
         self._close()
         upgrade.release_predecessor()
         if self._pid_file is not None:
@@ -197,6 +198,9 @@ class Master:
         if self._successor is not None:
             self._successor.give_up(time.monotonic())
         self._requests.on_stopping()
+        if self._loading is not None:
+            self._loading.cancel()
+            self._end_loading(Rejected(("the forwarder is stopping",)))
         self._deadline = time.monotonic() + patience
         # Ours are the last copies once the workers, which serve what is queued first, have let go:
         # who comes now is refused at once instead of waiting in a queue that nobody serves.

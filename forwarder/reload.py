@@ -60,6 +60,7 @@ class Loading:
             raise
         if self.pid == 0:
             try:
+                os.close(self._read_fd)  # else it would wait for itself to read, once we are gone
                 release()
                 _write_all(write_fd, pickle.dumps(_load(load)))
             finally:
@@ -81,10 +82,12 @@ class Loading:
             if not part:
                 break
             self._received += part
-        if not self._received:
-            return Rejected(("the process that reads the configuration died",))
-        found = pickle.loads(self._received)  # noqa: S301 - from our own forked child
-        return found if isinstance(found, Candidate | Rejected) else None
+        died = Rejected(("the process that reads the configuration died",))
+        try:
+            found = pickle.loads(self._received)  # noqa: S301 - from our own forked child
+        except (EOFError, pickle.UnpicklingError, ValueError):  # it died amid its answer
+            return died
+        return found if isinstance(found, Candidate | Rejected) else died
 
     def cancel(self) -> None:
         """End the child, which has not come to a result yet. The master reaps it."""

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import resource
 import time
 from typing import TYPE_CHECKING, Final
 
 from forwarder.config.plan import diff
+from forwarder.errors import StartupError
 from forwarder.fleet import Serving
-from forwarder.listeners import ListenerTable, address_of, bind_addresses
+from forwarder.listeners import ListenerTable, address_of, bind_addresses, start_lock
 from forwarder.status import describe_rule
 
 if TYPE_CHECKING:
@@ -33,6 +35,9 @@ log = logging.getLogger(__name__)
 # time for those under way to finish, one retransmission included.
 CLOSE_GRACE_S: Final = 1.5
 # What is read once, by a process that is not started again by a reload.
+# Of master and worker each, besides listening sockets: channels, epoll, loop, log, pipes, and room
+# for a few sessions. Arbitrary, above the 16 that an idle worker has.
+RESERVED_DESCRIPTORS: Final = 24
 _FIXED_SETTINGS: Final = ("relay", "user", "group", "pid_file", "control")
 
 
@@ -58,8 +63,10 @@ class Service:
         """
         self._binds = bind_addresses(self.config)
         wanted = self._rules_by_address()
+        _check_descriptors(len(wanted), self.config.settings.workers)
         self.table.inherit(inherited(lambda sock: address_of(sock) in wanted))
-        self.table.add(wanted, self.config.settings.workers)
+        with start_lock():
+            self.table.add(wanted, self.config.settings.workers)
         for address in self.table.close_unclaimed():
             log.warning("master: no rule listens on %s, inherited; closed", address.target)
 
@@ -89,8 +96,11 @@ class Service:
             self._closing.pop(address, None)
             self._dropped.discard(address)
         until = time.monotonic() + CLOSE_GRACE_S
+        ports = {address.target.sockaddr[1] for address in wanted}
         for address in before.keys() - wanted.keys():
-            self.table.refuse_handshakes(address)
+            # A port that is still served, by a wildcard or a single address, must not lose SYNs.
+            if address.target.sockaddr[1] not in ports:
+                self.table.refuse_handshakes(address)
             self._closing[address] = (before[address], until)
         for setting in _FIXED_SETTINGS:
             if getattr(old.settings, setting) != getattr(new.settings, setting):
@@ -143,6 +153,19 @@ class Service:
 
     def _rules_by_address(self) -> dict[BindAddress, Rule]:
         return _by_address(self.config, self._binds)
+
+
+def _check_descriptors(addresses: int, workers: int) -> None:
+    """Refuse a start that could never serve, before anything is bound."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # The master has all sockets. A worker that adopts those of all others has them all, too.
+    needed = addresses * workers + RESERVED_DESCRIPTORS
+    if limit != resource.RLIM_INFINITY and limit < needed:
+        raise StartupError(
+            f"{addresses} addresses for {workers} workers need at least {needed} file descriptors "
+            f"and 2 for each session, the limit is {limit}; "
+            "hint: raise the limit of open files (LimitNOFILE=, ulimit -n), or have fewer workers"
+        )
 
 
 def _by_address(

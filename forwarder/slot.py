@@ -37,10 +37,12 @@ class WorkerProcess:
         self.channel = channel
         self.started_at = now
         self.state = WorkerState.STARTING
+        self.cell = 0  # of the heartbeats
         self.sent_serial = 0
         self.applied_serial = 0
         self.generation = 0  # of what it has applied
         self.known_sockets: set[int] = set()
+        self.deaf_until = 0.0  # Fleet's: when there is a point in telling it again
         self.told: tuple[int, int, tuple[int, ...]] | None = None  # Fleet's: what it was told last
 
     def signal(self, number: signal.Signals) -> None:

@@ -58,6 +58,9 @@ _IGNORED_SIGNALS: Final = (
 _GC_THRESHOLD: Final = 50_000
 
 
+# Ids in one acknowledgement, so that it fits into a message; what is missing beyond stays missing
+# until the next change.
+MAX_MISSING: Final = 1000
 # How long workers without a master go on accepting. A service manager restarts a killed master
 # within a second; a person needs longer. Arbitrary.
 ORPHAN_GRACE_S: Final = 30.0
@@ -75,6 +78,7 @@ class WorkerSpec:
     """What a worker is born with. Rules and sockets come over the channel, which it owns."""
 
     slot: int
+    cell: int  # of the heartbeats
     channel: Channel
     heartbeats: Heartbeats
     relay: RelayMode
@@ -115,11 +119,13 @@ class Worker:
         self._channel = spec.channel
         self._heartbeats = spec.heartbeats
         self._slot = spec.slot
+        self._cell = spec.cell
         self._relay = Relay(loop, spec.relay)
         self._resolver = Resolver(loop)
         self._pools: dict[str, Pool] = {}
         self._listeners: dict[int, Listener] = {}
         self._sockets: dict[int, socket.socket] = {}
+        self._unreceived: list[int] = []  # ids of sockets for which there was no descriptor
         self._counts: dict[str, RuleCounts] = {}  # by rule, while it is served or has sessions
         self._reported: dict[str, int] = {}
         self._done: asyncio.Future[WorkerExit] = loop.create_future()
@@ -161,10 +167,14 @@ class Worker:
         if op == Op.SOCKETS:
             ids = received.message["ids"]
             assert isinstance(ids, list)  # noqa: S101 - our own master says so
-            for socket_id, fd in zip(ids, received.fds, strict=True):
+            for socket_id, fd in zip(ids, received.fds, strict=not received.is_truncated):
                 self._sockets[socket_id] = socket.socket(fileno=fd)
+            self._unreceived += ids[len(received.fds) :]
         elif op == Op.APPLY:
-            self.apply(read_assignment(received))
+            if received.is_truncated:
+                self._acknowledge(0)
+            else:
+                self.apply(read_assignment(received))
         elif op == Op.DRAIN:
             self.drain()
             self._end_sessions_after(received.message["limit_s"], self._relay.sessions)
@@ -198,8 +208,7 @@ class Worker:
         self._loop.call_later(ORPHAN_GRACE_S, self.drain)
 
     def _beat(self) -> None:
-        if not self._is_draining:  # the slot may belong to a successor by then
-            self._heartbeats.beat(self._slot, time.monotonic())
+        self._heartbeats.beat(self._cell, time.monotonic())
         self._report()
         self._loop.call_later(BEAT_S, self._beat)
 
@@ -235,6 +244,8 @@ class Worker:
         accesses = [AccessList.compile(everyone, rule.access) for rule in rules]
         self._pools = {rule.name: self._pool(rule) for rule in rules}
         for socket_id, index in assignment.routes.items():
+            if socket_id not in self._sockets:
+                continue  # for want of descriptors: see _acknowledge
             rule = rules[index]
             pool = self._pools[rule.name]
             access = accesses[index]
@@ -254,7 +265,18 @@ class Worker:
             assignment.config.settings.drain_timeout_s,
             [session for session in self._relay.sessions if session.pool in gone],
         )
-        self._say(Op.APPLIED, serial=assignment.serial)
+        self._acknowledge(assignment.serial)
+
+    def _acknowledge(self, serial: int) -> None:
+        """Say what is in force, and which sockets did not arrive; the master sends those again."""
+        missing, self._unreceived = self._unreceived[:MAX_MISSING], []
+        if missing or not serial:
+            log.error(
+                "worker: no descriptors left to take over listening sockets; raise the limit of "
+                "open files (LimitNOFILE=, ulimit -n)"
+            )
+            self._relay.pipes.close()  # the idle ones; they make room for the next try
+        self._say(Op.APPLIED, serial=serial, missing=missing)
 
     def _end_sessions_after(self, limit_s: object, sessions: Iterable[Session]) -> None:
         """Reset what is left of ``sessions`` then; 0 or None leaves them all the time they want."""
@@ -279,8 +301,6 @@ class Worker:
         if self._door is not None:
             self._door.close()
         self._say(Op.LEAVING)
-        for listener in self._listeners.values():
-            listener.stop(is_last=True)
         self._stop_listening()
         self._leave_when_idle()
 

@@ -32,10 +32,14 @@ class ChannelClosed(Exception):  # noqa: N818 - an event, not a fault
 
 @dataclass(slots=True)
 class Received:
-    """One message and the descriptors that came with it, which the receiver owns and closes."""
+    """One message and the descriptors that came with it, which the receiver owns and closes.
+
+    ``is_truncated``: some did not arrive, for want of descriptors in the receiving process.
+    """
 
     message: Message
     fds: list[int]
+    is_truncated: bool = False
 
 
 class Channel:
@@ -65,7 +69,11 @@ class Channel:
         if len(data) > MAX_MESSAGE_BYTES or len(fds) > MAX_FDS:
             raise ValueError("message too large for the channel")
         self._outbox.append((data, tuple(fds), gives))
-        self.flush()
+        try:
+            self.flush()
+        except ChannelClosed:
+            self._drop_all()
+            raise
 
     def flush(self) -> None:
         """Send what waits, as far as the peer takes it. Raises ChannelClosed."""
@@ -77,7 +85,7 @@ class Channel:
         found: list[Received] = []
         while True:
             try:
-                data, ancillary, _, _ = self._sock.recvmsg(
+                data, ancillary, flags, _ = self._sock.recvmsg(
                     MAX_MESSAGE_BYTES, socket.CMSG_SPACE(MAX_FDS * 4), _CLOEXEC
                 )
             except BlockingIOError:
@@ -92,13 +100,17 @@ class Channel:
             for level, kind, payload in ancillary:
                 if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                     fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
-            found.append(Received(json.loads(data), fds.tolist()))
+            is_truncated = bool(flags & socket.MSG_CTRUNC)
+            found.append(Received(json.loads(data), fds.tolist(), is_truncated))
 
     def close(self) -> None:
         """Close; what waits in the outbox is lost."""
+        self._drop_all()
+        self._sock.close()
+
+    def _drop_all(self) -> None:
         while self._outbox:
             self._drop_first()
-        self._sock.close()
 
     def _drop_first(self) -> None:
         _, fds, gives = self._outbox.popleft()

@@ -66,12 +66,9 @@ class Listener:
         """Begin to accept."""
         self._relay.poller.register(self.sock.fileno(), self, select.EPOLLIN)
 
-    def stop(self, *, is_last: bool = False) -> None:
-        """Accept no more. What is queued stays queued, unless ``is_last``: it is accepted first.
-
-        The socket stays open.
-        """
-        for _ in range(sockets.BACKLOG // ACCEPT_BATCH if is_last else 0):
+    def stop(self) -> None:
+        """Accept what is queued, then no more. The socket stays open."""
+        for _ in range(sockets.BACKLOG // ACCEPT_BATCH):
             accepted = self._relay.total
             self.on_events(select.EPOLLIN)
             if self._relay.total == accepted:
