@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.process
 
-TIMES = 20 if IS_SOAK else 4
+TIMES = 20 if IS_SOAK else 3
 
 
 class Site:
