@@ -167,9 +167,14 @@ class Worker:
         if op == Op.SOCKETS:
             ids = received.message["ids"]
             assert isinstance(ids, list)  # noqa: S101 - our own master says so
-            for socket_id, fd in zip(ids, received.fds, strict=not received.is_truncated):
+            if received.is_truncated:
+                # Keeping the part that came would leave none for sessions and further messages.
+                self._unreceived += ids
+                for fd in received.fds:
+                    os.close(fd)
+                return
+            for socket_id, fd in zip(ids, received.fds, strict=True):
                 self._sockets[socket_id] = socket.socket(fileno=fd)
-            self._unreceived += ids[len(received.fds) :]
         elif op == Op.APPLY:
             if received.is_truncated:
                 self._acknowledge(0)

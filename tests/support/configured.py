@@ -86,6 +86,9 @@ class Configured:
         while not (found := set(procfs.children(self.forwarder.pid)) - workers):
             assert time.monotonic() < deadline, "no process reads the file"
         (loader,) = found
+        # At first it still has all that the master has; it gives that up before it reads.
+        while procfs.socket_count(loader):
+            assert time.monotonic() < deadline, "it keeps sockets"
         os.kill(loader, signal.SIGSTOP)
         assert len(self.outcomes()) == 0, "too late"
         return loader
