@@ -27,7 +27,7 @@ _CONTROL_VARIABLE: Final = "FORWARDER_CONTROL"
 UPGRADE_TIMEOUT_S: Final = 60.0
 # The first lets its workers' sessions end, the second does not, the third leaves it no choice.
 _GIVING_UP: Final = (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL)
-_GIVING_UP_S: Final = 5.0  # between two of them; a master kills its own workers after 2 s
+_GIVING_UP_S: Final = 3.0  # between two of them; a master kills its own workers after 2 s
 _READY: Final = b"R"
 
 

@@ -215,3 +215,24 @@ def test_an_answer_to_a_client_that_has_gone_is_dropped(bench: Bench) -> None:
     bench.asked[0][1]({"ok": True})
     bench.turn()
     assert bench.server.deadline is None
+
+
+@pytest.mark.parametrize("is_done", [True, False])
+def test_all_who_wait_for_an_upgrade_are_told_how_it_ended(is_done: bool) -> None:
+    answers: list[Message] = []
+    requests = Requests(Instance())
+    for _ in range(2):
+        requests.handle({"op": "upgrade"}, answers.append)
+    assert answers == []
+    requests.on_upgraded("as it was", is_done=is_done)
+    requests.on_stopping()
+    key = "report" if is_done else "error"
+    assert answers == [{"ok": is_done, key: "as it was"}] * 2
+
+
+def test_an_upgrade_that_cannot_begin_is_refused_at_once() -> None:
+    answers: list[Message] = []
+    instance = Instance()
+    instance.problem = "no"
+    Requests(instance).handle({"op": "upgrade"}, answers.append)
+    assert answers == [{"ok": False, "error": "no"}]
