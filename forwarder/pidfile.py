@@ -48,14 +48,12 @@ class PidFile:
                 "hint: stop that one, or use another pid file"
             ) from err
         if not is_inherited:
+            os.ftruncate(self._fd, 0)
             self.claim()
 
     def claim(self) -> None:
-        """Write our pid into the file; who reads it meanwhile finds a whole number, old or new."""
+        """Write our pid over that of another; who reads it meanwhile finds one or the other."""
         size = os.fstat(self._fd).st_size
-        if size > _MOST_BYTES:
-            os.ftruncate(self._fd, 0)
-            size = 0
         os.pwrite(self._fd, str(os.getpid()).ljust(size - 1).encode() + b"\n", 0)
 
     def fileno(self) -> int:
