@@ -28,7 +28,7 @@ from forwarder.fleet import Fleet
 from forwarder.heartbeat import MAX_SLOTS
 from forwarder.messages import Op
 from forwarder.pidfile import PidFile
-from forwarder.privileges import identity_of
+from forwarder.privileges import identity_of, keep_capabilities_of_a_master
 from forwarder.reload import Candidate, Loading, Rejected
 from forwarder.requests import Requests
 from forwarder.service import Service
@@ -145,6 +145,8 @@ class Master:
         # What exists now is shared with the workers: the collector must not write into it.
         gc.collect()
         gc.freeze()
+        if self._fleet.identity is not None:
+            keep_capabilities_of_a_master()
         self._state = State.RUNNING
 
     def _inherited(self, is_wanted: Callable[[socket.socket], bool]) -> list[socket.socket]:

@@ -1,6 +1,7 @@
 """Giving up rights for good, in a worker, after the master has bound the low ports for it.
 
-The master keeps its own: a reload may have to bind a low port again. It never reads client data.
+The master stays root, but keeps only the capabilities that its work needs: a reload may have to
+bind a low port again. It never reads client data.
 """
 
 from __future__ import annotations
@@ -9,12 +10,24 @@ import ctypes
 import grp
 import os
 import pwd
+import struct
 from dataclasses import dataclass
 from typing import Final
 
 from forwarder.errors import ExitCode, StartupError
 
 _PR_SET_NO_NEW_PRIVS: Final = 38  # linux/prctl.h
+_PR_CAPBSET_DROP: Final = 24
+_CAPABILITY_VERSION_3: Final = 0x20080522  # linux/capability.h, as all below
+_LAST_CAPABILITY: Final = 63
+_MASTER_CAPABILITIES: Final = (
+    1 << 1  # DAC_OVERRIDE: the configuration, pid file and control socket may be anybody's
+    | 1 << 5  # KILL: workers that run as somebody else
+    | 1 << 6  # SETGID and SETUID: to start workers
+    | 1 << 7
+    | 1 << 10  # NET_BIND_SERVICE
+    | 1 << 24  # SYS_RESOURCE: the limit of descriptors, and pipes beyond the user's budget
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +67,26 @@ def identity_of(user: str | None, group: str | None) -> Identity | None:
             ExitCode.NO_PERMISSION,
         )
     return Identity(uid, gid)
+
+
+def keep_capabilities_of_a_master() -> None:
+    """Give up every capability that a master has no use for, also for what it executes.
+
+    Silent where it is not root or the kernel refuses: the workers' own drop is what counts.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if os.geteuid() != 0:
+        return
+    for number in range(_LAST_CAPABILITY + 1):
+        if not _MASTER_CAPABILITIES >> number & 1:
+            libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0)
+    header = struct.pack("Ii", _CAPABILITY_VERSION_3, 0)
+    # Effective, permitted and inheritable, for capabilities 0 to 31 and then 32 to 63. In a
+    # container some may be missing, and asking for one of those fails as a whole.
+    now = ctypes.create_string_buffer(24)
+    libc.capget(header, now)
+    kept = struct.unpack("6I", now.raw)[1] & _MASTER_CAPABILITIES
+    libc.capset(header, struct.pack("6I", kept, kept, 0, 0, 0, 0))
 
 
 def drop(identity: Identity | None) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 from forwarder.errors import ForwarderError
 from forwarder.listeners import bind_addresses
+from forwarder.upstream.names import unresolved_names
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -102,6 +103,9 @@ class Loading:
 def _load(load: Callable[[], Config]) -> Candidate | Rejected:
     try:
         config = load()
+        unresolved = unresolved_names(config)
+        if unresolved:
+            return Rejected(tuple(map(str, unresolved)))
         return Candidate(config, bind_addresses(config))
     except ForwarderError as err:
         return Rejected(tuple(str(err).splitlines()))

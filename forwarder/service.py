@@ -20,6 +20,7 @@ from forwarder.errors import StartupError
 from forwarder.fleet import Serving
 from forwarder.listeners import ListenerTable, address_of, bind_addresses, start_lock
 from forwarder.status import describe_rule
+from forwarder.upstream.names import unresolved_names
 
 if TYPE_CHECKING:
     import socket
@@ -62,6 +63,9 @@ class Service:
         names are resolved. Raises StartupError.
         """
         self._binds = bind_addresses(self.config)
+        for issue in unresolved_names(self.config):
+            # No reason to refuse the other rules; the workers ask again when a client comes.
+            log.warning("%s", issue)
         wanted = self._rules_by_address()
         _check_descriptors(len(wanted), self.config.settings.workers)
         self.table.inherit(inherited(lambda sock: address_of(sock) in wanted))

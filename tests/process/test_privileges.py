@@ -14,6 +14,7 @@ from support.load import Load
 from support.processes import NOBODY, as_nobody, listeners, members, run_command
 from support.waiting import eventually
 
+from forwarder.privileges import _MASTER_CAPABILITIES
 from process.conftest import as_pairs
 
 if TYPE_CHECKING:
@@ -55,6 +56,10 @@ def test_workers_have_no_rights_and_no_way_back(serve: Serve) -> None:
     for pid in service.forwarder.workers():
         assert_unprivileged(pid)
     assert facts(service.forwarder.pid)["Uid"] == ["0"] * 4
+    for kind in ("CapPrm", "CapEff", "CapBnd"):
+        rights = int(facts(service.forwarder.pid)[kind][0], 16)
+        assert rights & 1 << 10, f"{kind}: cannot bind low ports any more"
+        assert not rights & ~_MASTER_CAPABILITIES, kind
     service.assert_serves()
     service.kill_worker(service.forwarder.workers()[0])
     for pid in service.forwarder.workers():
