@@ -35,6 +35,8 @@ _FIRST_LISTEN_FD: Final = 3  # SD_LISTEN_FDS_START
 _DOOR_PREFIX: Final = "forwarder-orphan"
 _DOOR_TIMEOUT_S: Final = 2.0  # an orphan that does not answer by then keeps its sockets
 _TAKEN: Final = b'{"op": "taken"}'
+_TCP_TABLES: Final = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
+_LISTEN: Final = "0A"  # TCP_LISTEN, as the tables write it
 _UNIX_SOCKETS: Final = Path("/proc/net/unix")
 
 
@@ -82,6 +84,7 @@ def from_orphans(uid: int, is_wanted: Callable[[socket.socket], bool]) -> list[s
                 sock.close()
     if found:
         log.info("inherit: took over %d sockets of workers without a master", len(found))
+        _end_deaf(uid, list(found.values()))
     return list(found.values())
 
 
@@ -173,6 +176,42 @@ def _end_hung(door: socket.socket, name: str, uid: int) -> None:
         log.warning("inherit: orphan %s is hung; killing pid %d", name, pid)
         with suppress(OSError):
             os.kill(pid, signal.SIGKILL)
+
+
+def _end_deaf(uid: int, ours: list[socket.socket]) -> None:
+    """End workers that were stopped before their master was killed, and so never became orphans.
+
+    They share our addresses and keep sockets of their own, whose clients would hang.
+    """
+    known = {os.fstat(sock.fileno()).st_ino for sock in ours}
+    addresses = {_proc_address(sock) for sock in ours}
+    foreign = {
+        f"socket:[{fields[9]}]"
+        for table in _TCP_TABLES
+        for fields in map(str.split, _lines(table))
+        if fields[1] in addresses and fields[3] == _LISTEN and int(fields[9]) not in known
+    }
+    for process in Path("/proc").glob("[0-9]*") if foreign else ():
+        with suppress(OSError):  # it has gone, or is not ours to look at
+            if process.stat().st_uid != uid or "State:\tT" not in (process / "status").read_text():
+                continue
+            if any(str(fd.readlink()) in foreign for fd in (process / "fd").iterdir()):
+                log.warning("inherit: worker pid=%s is stopped; killing it", process.name)
+                os.kill(int(process.name), signal.SIGKILL)
+
+
+def _lines(table: Path) -> list[str]:
+    with suppress(OSError):
+        return table.read_text().splitlines()[1:]
+    return []
+
+
+def _proc_address(sock: socket.socket) -> str:
+    """As in /proc/net/tcp, proc(5): the address in host byte order, word by word."""
+    host, port = sock.getsockname()[:2]
+    raw = socket.inet_pton(sock.family, host.partition("%")[0])
+    words = struct.unpack(f"={len(raw) // 4}I", raw)
+    return "".join(f"{word:08X}" for word in words) + f":{port:04X}"
 
 
 def _is_trusted(peer: socket.socket, trusted: int) -> bool:

@@ -93,6 +93,8 @@ class Listener:
                 # Anything but these is a shortage, or unknown: rest, and try again for ever.
                 if err.errno in sockets.ACCEPT_IGNORE:
                     continue
+                if err.errno in sockets.OUT_OF_RESOURCES and relay.make_room():
+                    continue
                 self._pause(err.strerror or str(err))
                 return
             if self._pauses:

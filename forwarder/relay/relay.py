@@ -177,10 +177,16 @@ class Relay:
         if not (self._is_closed or self.recover_spare_fd()):
             self._loop.call_later(RESERVE_AFTER_S, self._reserve_again)
 
+    def make_room(self) -> bool:
+        """Close idle pipes, which have two descriptors each; False if there were none."""
+        had_any = self.pipes.statistics().idle > 0
+        self.pipes.close()
+        return had_any
+
     def recover_spare_fd(self) -> bool:
         """Try to reserve the spare descriptor again; True if it is there."""
         if not self.has_spare_fd:
-            self.pipes.close()  # the idle ones; two descriptors each
+            self.make_room()
             with suppress(OSError):
                 self._spare_fd = _reserve_fd()
         return self.has_spare_fd

@@ -48,7 +48,9 @@ def test_a_killed_master_costs_nobody_anything(serve: Serve, launch: Launch, wor
         new = launch(*old.pairs, "--workers", str(workers))
         new.wait_logged("took over 3 sockets")
         load.wait_served(300)
-        assert members(old.forwarder.pid) == orphans  # they have the streams
+        still = members(old.forwarder.pid)  # those that have streams; the kernel dealt them out
+        assert still
+        assert set(still) <= set(orphans)
         account = load.stop()
     assert account.dropped == 0, account.problems
     eventually(lambda: not members(old.forwarder.pid), "orphans stay")
