@@ -80,7 +80,7 @@ class Listener:
     def on_events(self, mask: int) -> None:  # noqa: ARG002 - only one kind of event is asked for
         """Accept what is queued, at most ACCEPT_BATCH."""
         relay = self._relay
-        for _ in range(ACCEPT_BATCH):
+        for nth in range(ACCEPT_BATCH):
             if not relay.has_spare_fd and not relay.recover_spare_fd():
                 self._pause("no file descriptors left; raise LimitNOFILE or ulimit -n")
                 return
@@ -90,12 +90,14 @@ class Listener:
             except BlockingIOError:
                 return
             except OSError as err:
-                # Anything but these is a shortage, or unknown: rest, and try again for ever.
                 if err.errno in sockets.ACCEPT_IGNORE:
                     continue
                 if err.errno in sockets.OUT_OF_RESOURCES and relay.make_room():
                     continue
-                self._pause(err.strerror or str(err))
+                # accept(2) wants a descriptor before it looks whether there is a client. Only the
+                # first one was announced by an event; if there are more, the next event says so.
+                if nth == 0:
+                    self._pause(err.strerror or str(err))
                 return
             if self._pauses:
                 self._report_recovery()

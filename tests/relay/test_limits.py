@@ -73,8 +73,6 @@ def test_memory_of_many_clogged_sessions_is_bounded(make_tunnel: MakeTunnel, rel
             assert receive_to_end(link.upstream) == data[:count]
 
 
-# accept(2) wants a descriptor before it looks for a client.
-@pytest.mark.expects_log("accept.paused", "accept.resumed")
 def test_when_pipes_run_out_sessions_are_copied(make_tunnel: MakeTunnel) -> None:
     """The worker may not open one more descriptor when bulk begins, so there is no pipe."""
     with listen(receive_buffer=16 * 1024) as listener:
