@@ -8,6 +8,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from dataclasses import dataclass
+from typing import TypeAlias
 
 MAX_PORT = 65535
 
@@ -34,22 +35,45 @@ class AddressError(ValueError):
 
 @dataclass(frozen=True, slots=True, order=True)
 class Address:
-    """A host and a port, as written.
+    """A host and a port, or a range of ports, as written.
 
     ``host`` is an IPv4 or IPv6 literal (without brackets, perhaps with a ``%scope``) or a name.
     ``port`` is 1 to 65535; 0 is left to the caller, who may mean "any free port".
+    ``ports`` is how many ports there are, from ``port`` on; more than one is a range.
     """
 
     host: str
     port: int
+    ports: int = 1
 
     def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        last = f"-{self.port + self.ports - 1}" if self.ports > 1 else ""
+        return f"{host}:{self.port}{last}"
 
     @property
     def is_literal(self) -> bool:
         """Whether the host is an IP address and needs no resolver."""
         return is_ip(self.host)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class UnixAddress:
+    """A unix stream socket: an absolute path, or ``@name`` in the abstract namespace (unix(7))."""
+
+    path: str
+
+    def __str__(self) -> str:
+        return f"unix:{self.path}"
+
+    @property
+    def is_literal(self) -> bool:
+        """Whether it needs no resolver, as it never does."""
+        return True
+
+
+Endpoint: TypeAlias = Address | UnixAddress
+"""What a rule may listen on or lead to."""
 
 
 def is_ip(host: str) -> bool:

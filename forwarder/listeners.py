@@ -39,11 +39,16 @@ class BindAddress:
 
     target: Target
     v6only: bool = False
+    is_udp: bool = False
 
 
 def address_of(sock: socket.socket) -> BindAddress:
     """Where a listening socket is bound."""
-    return BindAddress(Target(sock.family, sock.getsockname()), v6only=sockets.is_v6only(sock))
+    return BindAddress(
+        Target(sock.family, sock.getsockname()),
+        v6only=sockets.is_v6only(sock),
+        is_udp=sock.type == socket.SOCK_DGRAM,
+    )
 
 
 @dataclass(slots=True)

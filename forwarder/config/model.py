@@ -18,6 +18,8 @@ CONNECT_TIMEOUT_S = 10.0
 HALF_CLOSE_TIMEOUT_S = 300.0
 IDLE_TIMEOUT_S = 0.0  # 0 = never; keepalive finds dead peers
 UDP_TIMEOUT_S = 72.0  # rinetd's
+MAX_FLOWS = 65536  # of a rule; each has one or two descriptors
+UNIX_MODE = 0o660
 STOP_TIMEOUT_S = 30.0  # for sessions at a graceful stop; arbitrary, below systemd's 90 s
 HANG_TIMEOUT_S = 10.0  # without a sign of life of a worker; arbitrary
 
@@ -46,6 +48,16 @@ class Protocol(Enum):
     def connects_by_udp(self) -> bool:
         """Whether upstreams are spoken to by UDP."""
         return self is Protocol.UDP or self is Protocol.TCP_TO_UDP
+
+
+class Framing(Enum):
+    """How datagrams are kept apart on the TCP side of a rule between UDP and TCP.
+
+    ``raw``: not at all. ``length``: two bytes before each, as in DNS over TCP (RFC 1035 4.2.2).
+    """
+
+    RAW = "raw"
+    LENGTH = "length"
 
 
 class RelayMode(Enum):
@@ -91,7 +103,12 @@ class Rule:
     ``name`` identifies the rule in logs and messages; unique within a configuration.
     ``upstreams`` has at least one address. Each new session starts at the next one in turn and
     tries the others when it cannot connect.
+    ``listen`` may be a range of ports; an upstream then is a range of as many, one to one, or a
+    single port. Unix sockets have no ranges and speak TCP rules only.
     ``source`` is the local address of upstream connections, or None.
+    ``udp_timeout_s`` ends silent flows; ``max_flows`` bounds how many there are at once.
+    ``unix_mode`` are the permissions of a unix socket that is listened on.
+    ``retries_bind``: an address that cannot be had does not keep the other rules from starting.
     ``place`` takes no part in equality: moving a line does not change a rule.
     """
 
@@ -105,6 +122,10 @@ class Rule:
     half_close_timeout_s: float = HALF_CLOSE_TIMEOUT_S
     idle_timeout_s: float = IDLE_TIMEOUT_S
     udp_timeout_s: float = UDP_TIMEOUT_S
+    max_flows: int = MAX_FLOWS
+    framing: Framing = Framing.RAW
+    unix_mode: int = UNIX_MODE
+    retries_bind: bool = False
     place: Place = field(compare=False)
 
 
