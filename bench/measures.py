@@ -27,6 +27,8 @@ AB_REQUESTS_PER_S = 6000  # -n took 0.4 to 0.9 times the seconds asked for where
 RR_CONNECTIONS = 64
 RR_BYTES = 64
 IDLE_SESSIONS = 4000
+UDP_BYTES = 1200
+UDP_RATE = "300M"
 
 GRACE_S = 60.0  # what a load may take beyond the time it was given, before it is called stuck
 
@@ -73,6 +75,7 @@ class Measure:
     upstream: Callable[[Path], list[str]]
     load: Callable[[Target], Figures]
     needs_peer: bool = False
+    is_udp: bool = False
 
 
 def iperf_upstream(_directory: Path) -> list[str]:
@@ -97,6 +100,24 @@ def bulk_load(target: Target, streams: int) -> Figures:
     received = result["end"]["sum_received"]
     figures = {"gbit_s": float(received["bits_per_second"]) / 1e9}
     return target.with_cpu(figures, "cpu_s_per_gb", used_s / (float(received["bytes"]) / 1e9))
+
+
+def udp_load(target: Target, bit_rate: str) -> Figures:
+    """Send datagrams, client to upstream, at a rate or as fast as possible ("0")."""
+    command = ["iperf3", "-J", "-u", "-c", HOST, "-p", str(target.port)]
+    command += ["-t", str(target.seconds), "-l", str(UDP_BYTES), "-b", bit_rate]
+    before = target.cpu_ns()
+    result = json.loads(run_client(command, target.seconds + GRACE_S))
+    used_us = (target.cpu_ns() - before) / 1e3
+    if "error" in result:
+        raise BenchError(f"iperf3: {result['error']}")
+    total = result["end"]["sum"]
+    delivered = total["packets"] - total["lost_packets"]
+    figures = {
+        "per_s": delivered / float(total["seconds"]),
+        "lost_percent": float(total["lost_percent"]),
+    }
+    return target.with_cpu(figures, "cpu_us", used_us / max(delivered, 1))
 
 
 def conn_load(target: Target) -> Figures:
@@ -179,6 +200,12 @@ BULK_FIGURES = (
     Figure("cpu_s_per_gb", "CPU-s/GB", 3, has_ratio=True),
 )
 
+UDP_FIGURES = (
+    Figure("per_s", "datagrams/s delivered", 0, has_ratio=True),
+    Figure("lost_percent", "lost %", 2),
+    Figure("cpu_us", "CPU us/datagram", 2, has_ratio=True),
+)
+
 MEASURES = (
     Measure(
         name="bulk1",
@@ -219,6 +246,22 @@ MEASURES = (
         ),
         upstream=echo_upstream,
         load=rr_load,
+    ),
+    Measure(
+        name="udp300",
+        title=f"datagrams at a steady rate (iperf3 -u -b {UDP_RATE} -l {UDP_BYTES})",
+        figures=UDP_FIGURES,
+        upstream=iperf_upstream,
+        load=lambda target: udp_load(target, UDP_RATE),
+        is_udp=True,
+    ),
+    Measure(
+        name="udp",
+        title=f"datagrams as fast as possible (iperf3 -u -b 0 -l {UDP_BYTES})",
+        figures=UDP_FIGURES,
+        upstream=iperf_upstream,
+        load=lambda target: udp_load(target, "0"),
+        is_udp=True,
     ),
     Measure(
         name="idle",

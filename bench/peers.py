@@ -61,8 +61,23 @@ stream {{
         listen {HOST}:{LISTEN_PORT} reuseport;
         proxy_pass {HOST}:{UPSTREAM_PORT};
     }}
+    server {{
+        listen {HOST}:{LISTEN_PORT} udp reuseport;
+        proxy_pass {HOST}:{UPSTREAM_PORT};
+    }}
 }}
 """
+
+# The same rule for TCP and for UDP, for iperf3 -u wants both.
+FORWARDER_CONF = "".join(
+    f"""\
+[[forwarding_rules]]
+listen = "{HOST}:{LISTEN_PORT}"
+upstream = "{HOST}:{UPSTREAM_PORT}"
+protocol = "{protocol}"
+"""
+    for protocol in ("tcp", "udp")
+)
 
 # The HTTP server behind every peer in the conn measure; the temp paths keep it out of the system's.
 NGINX_HTTP_CONF = f"""\
@@ -88,7 +103,8 @@ class Peer:
     """One program under test.
 
     ``command`` writes what configuration it needs into a directory and returns the command line;
-    None for ``direct``, where the load goes straight to the upstream.
+    None for ``direct``, where the load goes straight to the upstream. ``has_udp``: whether it
+    forwards UDP on the same port, too.
     """
 
     name: str
@@ -96,6 +112,7 @@ class Peer:
     settings: str
     version: tuple[str, ...] = ()
     command: Callable[[Path], list[str]] | None = None
+    has_udp: bool = False
 
 
 def rinetd_command(directory: Path) -> list[str]:
@@ -149,12 +166,11 @@ def nginx_stream_module() -> str:
 
 def all_peers(forwarder: list[str]) -> dict[str, Peer]:
     """Return every peer by name, in report order. ``forwarder`` is the command that starts it."""
-    rule = ["-l", f"{HOST}:{LISTEN_PORT}", "-r", f"{HOST}:{UPSTREAM_PORT}"]
-    splice = [*forwarder, "--workers", str(WORKERS), *rule]
+    splice = [*forwarder, "--workers", str(WORKERS)]
     copy = [*splice, "--relay", "copy"]
     version = (*forwarder, "--version")
     peers = (
-        Peer(name="direct", program="", settings="no forwarder: client to upstream"),
+        Peer(name="direct", program="", settings="no forwarder: client to upstream", has_udp=True),
         _forwarder("forwarder", splice, version),
         _forwarder("forwarder-copy", copy, version),
         Peer(
@@ -177,6 +193,7 @@ def all_peers(forwarder: list[str]) -> dict[str, Peer]:
             settings=NGINX_STREAM_CONF,
             version=("nginx", "-v"),
             command=nginx_stream_command,
+            has_udp=True,
         ),
     )
     return {peer.name: peer for peer in peers}
@@ -186,10 +203,17 @@ def _forwarder(name: str, command: list[str], version: tuple[str, ...]) -> Peer:
     return Peer(
         name=name,
         program=command[0],
-        settings=" ".join(command),
+        settings=f"{' '.join(command)} -c forwarder.toml\n\n{FORWARDER_CONF}",
         version=version,
-        command=lambda _directory: command,
+        command=lambda directory: [*command, "-c", str(_forwarder_conf(directory))],
+        has_udp=True,
     )
+
+
+def _forwarder_conf(directory: Path) -> Path:
+    conf = directory / "forwarder.toml"
+    conf.write_text(FORWARDER_CONF)
+    return conf
 
 
 def require_programs(names: set[str]) -> None:

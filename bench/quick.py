@@ -39,7 +39,15 @@ if TYPE_CHECKING:
 
 PORTS = (LISTEN_PORT, UPSTREAM_PORT)
 SOURCES = Path(__file__).parent
-NEEDS = {"bulk1": "iperf3", "bulk8": "iperf3", "conn": "ab nginx", "rr": "gcc", "idle": "gcc"}
+NEEDS = {
+    "bulk1": "iperf3",
+    "bulk8": "iperf3",
+    "conn": "ab nginx",
+    "rr": "gcc",
+    "udp300": "iperf3",
+    "udp": "iperf3",
+    "idle": "gcc",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +136,8 @@ def run_rounds(plan: Plan, directory: Path, results: Results) -> None:
         for measure in plan.measures:
             for peer in order:
                 if measure.needs_peer and peer.command is None:
+                    continue
+                if measure.is_udp and not peer.has_udp:
                     continue
                 print(f"round {number + 1}: {measure.name} {peer.name}", file=sys.stderr)
                 try:

@@ -131,7 +131,7 @@ def run(  # noqa: PLR0913 - one parameter per option is click's way
             **{key: value for key, value in given.items() if value is not None},  # type: ignore[arg-type]  # one field each
         )
         settings = dataclasses.replace(settings, workers=settings.workers or usable_cpus())
-        unbuilt.refuse(loaded.config)
+        unbuilt.warn(loaded.config)
         _refuse_missing_splice(settings.relay)
         return dataclasses.replace(loaded.config, settings=settings)
 
@@ -152,7 +152,7 @@ def check(
     """Validate a configuration and print what it means. Opens no port; needs no privilege."""
     loaded = _load(config_file, dialect, listens, remotes)
     _warn(loaded)
-    unbuilt.refuse(loaded.config)
+    unbuilt.warn(loaded.config)
     for line in describe(loaded.config, config_file or "command line"):
         click.echo(line)
 

@@ -104,6 +104,7 @@ class Phase(Enum):
     HALF_CLOSE = "half-close"
     IDLE = "idle"
     DRAIN = "drain"
+    LIMIT = "limit"
     ERROR = "error"
 
 

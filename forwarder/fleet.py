@@ -140,8 +140,12 @@ class Fleet:
             for process in self._retiring:
                 self.tell(process, messages.Op.DRAIN)
 
-    def tell(self, process: WorkerProcess, op: messages.Op) -> None:
-        """Tell a worker to leave, now (STOP) or when its sessions have ended (DRAIN); once."""
+    def tell(self, process: WorkerProcess, op: messages.Op, *, is_last: bool = False) -> None:
+        """Tell a worker to leave, now (STOP) or when its sessions have ended (DRAIN); once.
+
+        ``is_last``: nobody serves in its place, so that there is no point in waiting for UDP flows
+        that are silent.
+        """
         state = WorkerState.DRAINING if op is messages.Op.DRAIN else WorkerState.STOPPING
         if process.state is state:
             return
@@ -150,7 +154,7 @@ class Fleet:
         is_alone = process in self._retiring and op is messages.Op.DRAIN
         limit_s = self.serving.config.settings.drain_timeout_s if is_alone else None
         try:
-            process.channel.send({"op": op, "limit_s": limit_s or 0})
+            process.channel.send({"op": op, "limit_s": limit_s or 0, "is_last": is_last})
         except ChannelClosed:
             return
         self._watch(process)
@@ -345,6 +349,7 @@ class Fleet:
                     generation=self.serving.generation,
                     config=self.serving.config,
                     routes=routes,
+                    workers=len(self._slots),
                     pipe_budget_pages=pipes.budget_pages(len(self._slots)),
                 ),
             )

@@ -22,6 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from forwarder.net import proc
 from forwarder.net.channel import MAX_FDS, Channel, ChannelClosed, channel_kind
 
 if TYPE_CHECKING:
@@ -35,8 +36,9 @@ _FIRST_LISTEN_FD: Final = 3  # SD_LISTEN_FDS_START
 _DOOR_PREFIX: Final = "forwarder-orphan"
 _DOOR_TIMEOUT_S: Final = 2.0  # an orphan that does not answer by then keeps its sockets
 _TAKEN: Final = b'{"op": "taken"}'
-_TCP_TABLES: Final = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
-_LISTEN: Final = "0A"  # TCP_LISTEN, as the tables write it
+_TABLES: Final = tuple(Path("/proc/net", name) for name in ("tcp", "tcp6", "udp", "udp6"))
+# TCP_LISTEN, and TCP_CLOSE, which is the state of UDP sockets that are not connected.
+_LISTENING: Final = frozenset({"0A", "07"})
 _UNIX_SOCKETS: Final = Path("/proc/net/unix")
 
 
@@ -184,12 +186,14 @@ def _end_deaf(uid: int, ours: list[socket.socket]) -> None:
     They share our addresses and keep sockets of their own, whose clients would hang.
     """
     known = {os.fstat(sock.fileno()).st_ino for sock in ours}
-    addresses = {_proc_address(sock) for sock in ours}
+    addresses = {(sock.type, proc.encode(sock)) for sock in ours}
     foreign = {
         f"socket:[{fields[9]}]"
-        for table in _TCP_TABLES
-        for fields in map(str.split, _lines(table))
-        if fields[1] in addresses and fields[3] == _LISTEN and int(fields[9]) not in known
+        for table in _TABLES
+        for fields in proc.rows(table)
+        if (_kind(table), fields[1]) in addresses
+        and fields[3] in _LISTENING
+        and int(fields[9]) not in known
     }
     for process in Path("/proc").glob("[0-9]*") if foreign else ():
         with suppress(OSError):  # it has gone, or is not ours to look at
@@ -200,18 +204,8 @@ def _end_deaf(uid: int, ours: list[socket.socket]) -> None:
                 os.kill(int(process.name), signal.SIGKILL)
 
 
-def _lines(table: Path) -> list[str]:
-    with suppress(OSError):
-        return table.read_text().splitlines()[1:]
-    return []
-
-
-def _proc_address(sock: socket.socket) -> str:
-    """As in /proc/net/tcp, proc(5): the address in host byte order, word by word."""
-    host, port = sock.getsockname()[:2]
-    raw = socket.inet_pton(sock.family, host.partition("%")[0])
-    words = struct.unpack(f"={len(raw) // 4}I", raw)
-    return "".join(f"{word:08X}" for word in words) + f":{port:04X}"
+def _kind(table: Path) -> socket.SocketKind:
+    return socket.SOCK_DGRAM if table.name.startswith("udp") else socket.SOCK_STREAM
 
 
 def _is_trusted(peer: socket.socket, trusted: int) -> bool:
@@ -225,7 +219,7 @@ def _sockets(numbers: Iterable[int]) -> Iterable[socket.socket]:
     for number in numbers:
         try:
             sock = socket.socket(fileno=number)
-            is_listening = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+            is_listening = _is_listening(sock)
         except OSError as err:
             log.warning("inherit: descriptor %d is no socket: %s", number, err.strerror)
             continue
@@ -233,5 +227,16 @@ def _sockets(numbers: Iterable[int]) -> Iterable[socket.socket]:
             os.set_inheritable(number, False)
             yield sock
         else:
-            log.warning("inherit: descriptor %d is no listening TCP socket", number)
+            log.warning("inherit: descriptor %d is no listening TCP or UDP socket", number)
             sock.close()
+
+
+def _is_listening(sock: socket.socket) -> bool:
+    """Whether clients can come to it: a TCP listener, or a UDP socket that is not connected."""
+    if sock.type != socket.SOCK_DGRAM:
+        return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+    try:
+        sock.getpeername()
+    except OSError:
+        return True
+    return False

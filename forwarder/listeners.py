@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from forwarder.errors import ConfigError, ExitCode, Issue, StartupError
-from forwarder.net import sockets
+from forwarder.net import sockets, udp
 from forwarder.net.sockets import Target
 
 if TYPE_CHECKING:
@@ -53,10 +53,14 @@ def address_of(sock: socket.socket) -> BindAddress:
 
 @dataclass(slots=True)
 class Slotted:
-    """The sockets of one address, by slot; each has an id that never names another socket."""
+    """The sockets of one address, by slot; each has an id that never names another socket.
+
+    ``is_single``: only the first slot has one, and no other can be made.
+    """
 
     sockets: list[socket.socket]
     ids: list[int]
+    is_single: bool = False
 
 
 def bind_addresses(config: Config) -> dict[str, tuple[BindAddress, ...]]:
@@ -68,12 +72,17 @@ def bind_addresses(config: Config) -> dict[str, tuple[BindAddress, ...]]:
     """
     issues: list[Issue] = []
     first: dict[BindAddress, Rule] = {}
-    ipv4_wildcards = {rule.listen.port for rule in config.rules if rule.listen.host == "0.0.0.0"}
+    ipv4_wildcards = {
+        (rule.protocol.listens_on_udp, rule.listen.port)
+        for rule in config.rules
+        if rule.listen.host == "0.0.0.0"
+    }
     found: dict[str, tuple[BindAddress, ...]] = {}
     for rule in config.rules:
-        v6only = rule.listen.host != "::" or rule.listen.port in ipv4_wildcards
+        is_udp = rule.protocol.listens_on_udp
+        v6only = rule.listen.host != "::" or (is_udp, rule.listen.port) in ipv4_wildcards
         found[rule.name] = tuple(
-            BindAddress(target, v6only=v6only and target.family == socket.AF_INET6)
+            BindAddress(target, v6only=v6only and target.family == socket.AF_INET6, is_udp=is_udp)
             for target in _resolve_listen(rule)
         )
         for address in found[rule.name]:
@@ -95,7 +104,10 @@ def bind_addresses(config: Config) -> dict[str, tuple[BindAddress, ...]]:
 def _resolve_listen(rule: Rule) -> list[Target]:
     try:
         answers = socket.getaddrinfo(
-            rule.listen.host, rule.listen.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            rule.listen.host,
+            rule.listen.port,
+            type=socket.SOCK_DGRAM if rule.protocol.listens_on_udp else socket.SOCK_STREAM,
+            flags=socket.AI_PASSIVE,
         )
     except OSError as err:
         raise StartupError(
@@ -131,6 +143,7 @@ class ListenerTable:
     """All listening sockets of this instance, by address and slot. Owns them."""
 
     def __init__(self) -> None:
+        self.owner: tuple[int, int] | None = None  # user and group of the workers, if not ours
         self._by_address: dict[BindAddress, Slotted] = {}
         self._inherited: dict[BindAddress, list[socket.socket]] = {}
         self._ids = itertools.count(1)
@@ -187,7 +200,7 @@ class ListenerTable:
         try:
             for address, rule in rules.items():
                 slotted = self._by_address[address]
-                while len(slotted.sockets) < slots:
+                while len(slotted.sockets) < slots and not slotted.is_single:
                     self._open_one(address, rule, slotted)
                     grown.append(slotted)
         except BaseException:
@@ -207,12 +220,12 @@ class ListenerTable:
 
     def refuse_handshakes(self, address: BindAddress) -> None:
         """Let no new handshake begin on an address; what is queued or under way can be accepted."""
-        for sock in self._by_address[address].sockets:
+        for sock in () if address.is_udp else self._by_address[address].sockets:
             sockets.drop_syn(sock)
 
     def accept_handshakes(self, address: BindAddress) -> None:
         """Undo :meth:`refuse_handshakes`; harmless where that was not done."""
-        for sock in self._by_address[address].sockets:
+        for sock in () if address.is_udp else self._by_address[address].sockets:
             sockets.pass_syn(sock)
 
     def close(self, addresses: Iterable[BindAddress] | None = None) -> None:
@@ -226,28 +239,43 @@ class ListenerTable:
         slotted = self._by_address[address] = Slotted([], [])
         if address in self._inherited:
             for sock in self._inherited.pop(address):
-                sockets.prepare_listener(sock)
+                self._prepare(sock, address)
                 self._put(sock, slotted)
+            # A service manager may have bound it without ReusePort=. Of such a UDP socket only one
+            # worker can receive, or the datagrams of a client would go to several.
+            slotted.is_single = address.is_udp and not _is_shareable(slotted.sockets[0])
         elif not self._is_own_port(address):
+            probe = udp.probe_bind if address.is_udp else sockets.probe_bind
             try:
-                sockets.probe_bind(address.target, v6only=address.v6only)
+                probe(address.target, v6only=address.v6only)
             except OSError as err:
                 raise _bind_error(address, rule, err) from err
-        while len(slotted.sockets) < slots:
+        while len(slotted.sockets) < slots and not slotted.is_single:
             self._open_one(address, rule, slotted)
+
+    def _prepare(self, sock: socket.socket, address: BindAddress) -> None:
+        """Set up a socket that somebody else has bound."""
+        if not address.is_udp:
+            sockets.prepare_listener(sock)
+            return
+        udp.prepare_listener(sock, str(address.target.sockaddr[0]))
+        if self.owner is not None:
+            os.fchown(sock.fileno(), *self.owner)
 
     def _is_own_port(self, address: BindAddress) -> bool:
         """Whether we listen on the port at another address: then a probe would meet ourselves."""
         port = address.target.sockaddr[1]
         return any(
-            other.target.sockaddr[1] == port and slotted.sockets
+            other.target.sockaddr[1] == port and other.is_udp is address.is_udp and slotted.sockets
             for other, slotted in self._by_address.items()
         )
 
     def _open_one(self, address: BindAddress, rule: Rule, slotted: Slotted) -> None:
         first = slotted.sockets[0] if slotted.sockets else None
         try:
-            if first and not first.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT):
+            if address.is_udp:
+                sock = udp.listen_udp(address.target, v6only=address.v6only, owner=self.owner)
+            elif first and not _is_shareable(first):
                 # A service manager bound it without ReusePort=: no second one can be bound beside
                 # it, so all slots share this one and its queue.
                 sock = first.dup()
@@ -262,8 +290,13 @@ class ListenerTable:
         slotted.ids.append(next(self._ids))
 
 
+def _is_shareable(sock: socket.socket) -> bool:
+    """Whether other sockets can be bound beside it."""
+    return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT))
+
+
 _HINTS = {
-    errno.EADDRINUSE: "another program, or another forwarder, listens there: `ss -ltnp` shows it",
+    errno.EADDRINUSE: "another program, or another forwarder, listens there: `ss -lntup` shows it",
     errno.EADDRNOTAVAIL: "this host has no such address: `ip address` lists those it has",
     errno.EACCES: "ports below net.ipv4.ip_unprivileged_port_start (1024) need root "
     "or CAP_NET_BIND_SERVICE",

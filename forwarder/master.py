@@ -133,7 +133,9 @@ class Master:
         config = self._service.config
         if config.settings.pid_file is not None:
             self._pid_file = PidFile(config.settings.pid_file)
-        self._fleet.identity = identity_of(config.settings.user, config.settings.group)
+        identity = self._fleet.identity = identity_of(config.settings.user, config.settings.group)
+        if identity is not None:
+            self._service.table.owner = (identity.uid, identity.gid)
         self._signals = SignalQueue(_SIGNALS)
         self._selector.register(self._signals.fileno(), selectors.EVENT_READ, self._hear_signals)
         self._service.open(self._inherited)
@@ -208,7 +210,7 @@ class Master:
         # who comes now is refused at once instead of waiting in a queue that nobody serves.
         self._service.table.close()
         for process in workers:
-            self._fleet.tell(process, op)
+            self._fleet.tell(process, op, is_last=not self._has_heir)
 
     # -- one turn
 

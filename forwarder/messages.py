@@ -41,7 +41,8 @@ class Assignment:
     """What a worker shall do: accept on these sockets for these rules, and on no others.
 
     ``routes`` maps the id of a listening socket to an index into ``config.rules``.
-    ``pipe_budget_pages`` is this worker's share of the kernel's pipe memory.
+    ``workers`` is how many there are, ``pipe_budget_pages`` this one's share of the kernel's pipe
+    memory.
     ``serial`` grows with every assignment of a master; the worker acknowledges it.
     """
 
@@ -49,6 +50,7 @@ class Assignment:
     generation: int
     config: Config
     routes: Mapping[int, int]
+    workers: int
     pipe_budget_pages: int
 
 

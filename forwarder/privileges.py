@@ -21,7 +21,8 @@ _PR_CAPBSET_DROP: Final = 24
 _CAPABILITY_VERSION_3: Final = 0x20080522  # linux/capability.h, as all below
 _LAST_CAPABILITY: Final = 63
 _MASTER_CAPABILITIES: Final = (
-    1 << 1  # DAC_OVERRIDE: the configuration, pid file and control socket may be anybody's
+    1 << 0  # CHOWN: UDP listeners belong to the user of the workers
+    | 1 << 1  # DAC_OVERRIDE: the configuration, pid file and control socket may be anybody's
     | 1 << 5  # KILL: workers that run as somebody else
     | 1 << 6  # SETGID and SETUID: to start workers
     | 1 << 7

@@ -22,6 +22,9 @@ COUNTERS: Final = (
     "bytes_u2c",
     "bytes_spliced",
     "pipes_refused",
+    "datagrams_dropped",
+    "icmp_errors",
+    "flows_evicted",
 )
 # So many rules go into one report: with the longest names (100 characters, each up to 12 bytes as
 # JSON) it stays below what the channel takes.

@@ -28,6 +28,7 @@ from forwarder.messages import Op, read_assignment
 from forwarder.net.channel import Channel, ChannelClosed, Received
 from forwarder.relay.listener import Listener
 from forwarder.relay.relay import Relay
+from forwarder.relay.udp_listener import UdpListener
 from forwarder.stats import RuleCounts, take_report
 from forwarder.upstream.pool import Pool
 from forwarder.upstream.resolver import Resolver
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from forwarder.heartbeat import Heartbeats
     from forwarder.messages import Assignment
     from forwarder.privileges import Identity
+    from forwarder.relay.flow import Flow
     from forwarder.relay.session import Session
 
 log = logging.getLogger(__name__)
@@ -56,8 +58,9 @@ _IGNORED_SIGNALS: Final = (
 # Sessions are freed by reference counts (Session._unlink); the collector is only for what bugs and
 # tracebacks leave behind. With its default of 700 it ran in the middle of every burst of sessions.
 _GC_THRESHOLD: Final = 50_000
-
-
+# A flow that is silent for so long when the instance stops does not hold it up; an answer that is
+# later is lost. Arbitrary.
+LAST_SILENCE_S: Final = 1.0
 # Ids in one acknowledgement, so that it fits into a message; what is missing beyond stays missing
 # until the next change.
 MAX_MISSING: Final = 1000
@@ -123,7 +126,7 @@ class Worker:
         self._relay = Relay(loop, spec.relay)
         self._resolver = Resolver(loop)
         self._pools: dict[str, Pool] = {}
-        self._listeners: dict[int, Listener] = {}
+        self._listeners: dict[int, Listener | UdpListener] = {}
         self._sockets: dict[int, socket.socket] = {}
         self._unreceived: list[int] = []  # ids of sockets for which there was no descriptor
         self._counts: dict[str, RuleCounts] = {}  # by rule, while it is served or has sessions
@@ -182,6 +185,8 @@ class Worker:
                 self.apply(read_assignment(received))
         elif op == Op.DRAIN:
             self.drain()
+            if received.message["is_last"]:
+                self._end_silent_flows()
             self._end_sessions_after(received.message["limit_s"], self._relay.sessions)
         elif op == Op.STOP:
             self._finish()
@@ -243,6 +248,7 @@ class Worker:
             self._stop_listening()  # what came with this assignment, too
             return
         self._relay.pipes.budget_pages = assignment.pipe_budget_pages
+        self._relay.workers = assignment.workers
         rules = assignment.config.rules
         everyone = assignment.config.access
         before = set(self._pools.values())
@@ -256,8 +262,7 @@ class Worker:
             access = accesses[index]
             listener = self._listeners.get(socket_id)
             if listener is None:
-                sock = self._sockets[socket_id]
-                listener = Listener(self._loop, self._relay, sock, pool, access)
+                listener = self._listener(self._sockets[socket_id], pool, access)
                 self._listeners[socket_id] = listener
                 listener.start()
             else:
@@ -272,6 +277,13 @@ class Worker:
         )
         self._acknowledge(assignment.serial)
 
+    def _listener(
+        self, sock: socket.socket, pool: Pool, access: AccessList
+    ) -> Listener | UdpListener:
+        if sock.type == socket.SOCK_DGRAM:
+            return UdpListener(self._relay, sock, pool, access)
+        return Listener(self._loop, self._relay, sock, pool, access)
+
     def _acknowledge(self, serial: int) -> None:
         """Say what is in force, and which sockets did not arrive; the master sends those again."""
         missing, self._unreceived = self._unreceived[:MAX_MISSING], []
@@ -283,11 +295,12 @@ class Worker:
             self._relay.pipes.close()  # the idle ones; they make room for the next try
         self._say(Op.APPLIED, serial=serial, missing=missing)
 
-    def _end_sessions_after(self, limit_s: object, sessions: Iterable[Session]) -> None:
+    def _end_sessions_after(self, limit_s: object, sessions: Iterable[Session | Flow]) -> None:
         """Reset what is left of ``sessions`` then; 0 or None leaves them all the time they want."""
         doomed = tuple(sessions)
         if isinstance(limit_s, int | float) and limit_s and doomed:
-            self._loop.call_later(limit_s, self._relay.abort_sessions, "drain_timeout", doomed)
+            abort = self._relay.abort_sessions
+            self._loop.call_later(limit_s, lambda: abort("drain_timeout", doomed))
 
     def _pool(self, rule: Rule) -> Pool:
         """The pool of an unchanged rule goes on, with its turn and its names; others are new."""
@@ -308,6 +321,11 @@ class Worker:
         self._say(Op.LEAVING)
         self._stop_listening()
         self._leave_when_idle()
+
+    def _end_silent_flows(self) -> None:
+        """UDP has no end: at a stop, what is silent for a moment is taken to be over."""
+        self._relay.end_silent_flows(LAST_SILENCE_S)
+        self._loop.call_later(LAST_SILENCE_S / 2, self._end_silent_flows)
 
     def _leave_when_idle(self) -> None:
         if self._relay.sessions:

@@ -85,7 +85,7 @@ def listen_tcp(target: Target, *, v6only: bool) -> socket.socket:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         prepare_listener(sock)
-        _set_v6only(sock, target.family, v6only)
+        set_v6only(sock, target.family, v6only)
         sock.bind(target.sockaddr)
         sock.listen(BACKLOG)
     except BaseException:
@@ -118,11 +118,12 @@ def probe_bind(target: Target, *, v6only: bool) -> None:
     """
     with socket.socket(target.family, socket.SOCK_STREAM) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        _set_v6only(sock, target.family, v6only)
+        set_v6only(sock, target.family, v6only)
         sock.bind(target.sockaddr)
 
 
-def _set_v6only(sock: socket.socket, family: int, v6only: bool) -> None:  # noqa: FBT001 - an on/off socket option
+def set_v6only(sock: socket.SocketType, family: int, v6only: bool) -> None:  # noqa: FBT001 - an on/off socket option
+    """Take IPv6 only, or IPv4 too; without effect on an IPv4 socket. Raises OSError."""
     if family == socket.AF_INET6:
         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, v6only)
 

@@ -87,6 +87,10 @@ class Poller:
         handlers[fd] = handler
         self._epoll.register(fd, events)
 
+    def modify(self, fd: int, events: int) -> None:
+        """Report other events of a registered ``fd`` from now on."""
+        self._epoll.modify(fd, events)
+
     def hand_over(self, fd: int, handler: Handler) -> None:
         """Report further events of a registered ``fd`` to another handler."""
         self._handlers[fd] = handler

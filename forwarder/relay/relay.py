@@ -10,14 +10,19 @@ import os
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
-from forwarder.config.model import RelayMode
+from forwarder.config.model import Protocol, RelayMode
 from forwarder.errors import CloseReason, Phase, Who
-from forwarder.net import sockets
+from forwarder.net import datagrams, sockets, udp
+from forwarder.net.datagrams import Batch
 from forwarder.net.pipes import PipePool
+from forwarder.net.plain_datagrams import PlainBatch
+from forwarder.relay.bridge import Bridge
 from forwarder.relay.direction import BULK_BYTES, SMALL_BYTES, Direction
+from forwarder.relay.flow_table import FlowTable, share
 from forwarder.relay.poller import Poller
 from forwarder.relay.session import Session
 from forwarder.relay.splice import HAS_SPLICE, SpliceDirection
+from forwarder.relay.udp_flow import UdpFlow
 from forwarder.relay.wheel import TICK_S, Wheel
 
 if TYPE_CHECKING:
@@ -26,22 +31,32 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from forwarder.net.sockets import SockAddr, Target
+    from forwarder.relay.flow import Flow
     from forwarder.upstream.pool import Pool
 
 log = logging.getLogger(__name__)
 
 # A failing upstream of a busy rule fails thousands of times a second; say so this often at most.
 WARN_INTERVAL_S: Final = 10.0
+# Flows with sockets of their own per UDP listening address, in all workers together: see
+# ``udp_flow`` for what each costs. Before Linux 6.13 every datagram pays.
+MAX_SETTLED: Final = 1024 if udp.finds_flows_by_hash() else 256
 # When to look whether the spare descriptor can be had again, if no client asks before. Arbitrary.
 RESERVE_AFTER_S: Final = 0.5
+
+
+_TCP: Final = Protocol.TCP
 
 
 class Relay:
     """The relay of one worker. ``failed`` counts sessions that found no upstream.
 
+    ``sessions`` are those with TCP on both sides and flows, which have UDP on one or both.
     ``bytes_c2u`` and ``bytes_u2c`` are of sessions that have ended.
+    ``workers`` is how many relays there are, which share what is limited per rule.
 
-    ``small_view`` and ``bulk_view`` are scratch space, used within one call and never across.
+    ``small_view``, ``bulk_view`` and ``batch`` are scratch space, used within one call and never
+    across.
     """
 
     def __init__(
@@ -50,7 +65,7 @@ class Relay:
         """Join ``loop``. ``mode`` must not be SPLICE on a system without it."""
         self.poller = Poller(loop)
         self.wheel = Wheel(loop.time())
-        self.sessions: set[Session] = set()
+        self.sessions: set[Session | Flow] = set()
         self.pipes = PipePool(pipe_budget_pages)
         self.make_direction: Callable[[Relay, Session], Direction] = Direction
         if HAS_SPLICE and mode is not RelayMode.COPY:
@@ -58,6 +73,13 @@ class Relay:
         bulk = bytearray(BULK_BYTES)
         self.bulk_view = memoryview(bulk)
         self.small_view = self.bulk_view[:SMALL_BYTES]
+        self.batch: Batch | PlainBatch = (
+            Batch() if mode is not RelayMode.COPY and datagrams.is_supported() else PlainBatch()
+        )
+        self.workers = 1
+        self.datagrams_dropped = 0
+        self.flows_evicted = 0
+        self._flow_tables: dict[Pool, FlowTable] = {}
         self.total = 0
         self.failed = 0
         self.bytes_c2u = 0
@@ -75,14 +97,21 @@ class Relay:
 
     def open_session(self, pool: Pool, client: socket.SocketType, address: SockAddr) -> None:
         """Forward an accepted client; the session owns ``client`` from here on."""
+        if pool.rule.protocol is _TCP:
+            self.begin(Session(self, pool, client, address))
+        else:
+            self.begin(Bridge(self, pool, client, address))
+
+    def begin(self, session: Session | Flow) -> None:
+        """Count a session that was made just now, and start it."""
         self.total += 1
-        pool.counts.opened += 1
-        pool.counts.sessions += 1
-        session = Session(self, pool, client, address)
+        counts = session.pool.counts
+        counts.opened += 1
+        counts.sessions += 1
         try:
             session.start()
         except Exception:  # as in Poller: a bug must cost one session, not the worker
-            log.exception("relay.bug while connecting rule=%s", pool.rule.name)
+            log.exception("relay.bug while connecting rule=%s", session.pool.rule.name)
             session.on_bug()
 
     def counters(self) -> dict[str, int]:
@@ -99,14 +128,24 @@ class Relay:
             "bytes_u2c": bytes_u2c,
             "bytes_spliced": self.bytes_spliced,
             "pipes_refused": self.pipes.statistics().refused,
+            "datagrams_dropped": self.datagrams_dropped + self.batch.dropped,
+            "icmp_errors": self.batch.errors,
+            "flows_evicted": self.flows_evicted,
         }
 
-    def abort_sessions(self, why: str, sessions: Iterable[Session] | None = None) -> None:
+    def abort_sessions(self, why: str, sessions: Iterable[Session | Flow] | None = None) -> None:
         """End sessions by RST, all or some; one that has ended is passed over."""
         for session in tuple(self.sessions if sessions is None else sessions):
             session.abort(CloseReason(Who.US, Phase.DRAIN, why))
 
-    def log_session(self, session: Session, reason: CloseReason) -> None:
+    def end_silent_flows(self, limit_s: float) -> None:
+        """End the flows of UDP clients in which nothing has moved for ``limit_s``."""
+        self.poller.now = self._loop.time()
+        for session in tuple(self.sessions):
+            if isinstance(session, UdpFlow):
+                session.end_if_silent_for(limit_s)
+
+    def log_session(self, session: Session | Flow, reason: CloseReason) -> None:
         """Log the end of a session; asked for only if ``logs_sessions``."""
         target = session.targets[session.attempt] if session.attempt >= 0 else "-"
         log.debug(
@@ -121,8 +160,13 @@ class Relay:
             self.poller.now - session.started_at,
         )
 
-    def warn_connect_failed(self, rule: str, upstream: str, why: str) -> None:
-        """Log a failed connect; repeats of a rule every WARN_INTERVAL_S, with their count."""
+    def note_connect_failed(self, session: Session | Flow, why: str) -> None:
+        """Count a session that found no upstream; log it, repeats only every WARN_INTERVAL_S."""
+        self.failed += 1
+        session.pool.counts.failed += 1
+        session.pool.on_failure()
+        rule = session.pool.rule.name
+        upstream = f" to {session.targets[session.attempt]}" if session.attempt >= 0 else ""
         now = self.poller.now
         if now < self._warn_after.get(rule, 0.0):
             self._unreported[rule] = self._unreported.get(rule, 0) + 1
@@ -131,6 +175,34 @@ class Relay:
         repeats = self._unreported.pop(rule, 0)
         more = f" ({repeats} more since the last report)" if repeats else ""
         log.warning("connect.failed rule=%s: cannot connect%s: %s%s", rule, upstream, why, more)
+
+    # -- flows
+
+    def flow_table(self, pool: Pool) -> FlowTable:
+        """The flows of a rule; those of former rules are forgotten once they are empty."""
+        table = self._flow_tables.get(pool)
+        if table is None:
+            self._flow_tables = {old: table for old, table in self._flow_tables.items() if table}
+            table = FlowTable(share(pool.rule.max_flows, self.workers))
+            self._flow_tables[pool] = table
+        return table
+
+    def make_room_for_flow(self, pool: Pool) -> None:
+        """End the longest silent flow of a rule that has as many as it may have."""
+        table = self.flow_table(pool)
+        while len(table) >= table.limit:
+            self._evict(table)
+
+    @property
+    def settled_limit(self) -> int:
+        """How many flows of a listener may have sockets of their own in this worker."""
+        return share(MAX_SETTLED, self.workers)
+
+    def _evict(self, table: FlowTable) -> None:
+        flow = table.oldest()
+        if flow is not None:
+            self.flows_evicted += 1
+            flow.close(CloseReason(Who.US, Phase.LIMIT, "too many flows"))
 
     # -- timers
 
@@ -178,10 +250,18 @@ class Relay:
             self._loop.call_later(RESERVE_AFTER_S, self._reserve_again)
 
     def make_room(self) -> bool:
-        """Close idle pipes, which have two descriptors each; False if there were none."""
-        had_any = self.pipes.statistics().idle > 0
-        self.pipes.close()
-        return had_any
+        """Close idle pipes, or else the longest silent flow; False if there was nothing to close.
+
+        The descriptors of a flow come back when the batch of events at hand is over.
+        """
+        if self.pipes.statistics().idle > 0:
+            self.pipes.close()
+            return True
+        silent = [(table.oldest(), table) for table in self._flow_tables.values() if table]
+        if not silent:
+            return False
+        self._evict(min(silent, key=lambda pair: pair[0].active_at if pair[0] else 0.0)[1])
+        return True
 
     def recover_spare_fd(self) -> bool:
         """Try to reserve the spare descriptor again; True if it is there."""

@@ -211,11 +211,7 @@ class Session:
 
     def _fail(self, why: str) -> None:
         """No upstream: the client is reset, as it would be by the closed port itself."""
-        self.relay.failed += 1
-        self.pool.counts.failed += 1
-        self.pool.on_failure()
-        upstream = "" if self.attempt < 0 else f" to {self.targets[self.attempt]}"
-        self.relay.warn_connect_failed(self.pool.rule.name, upstream, why)
+        self.relay.note_connect_failed(self, why)
         self.abort(CloseReason(Who.UPSTREAM, Phase.CONNECT, why))
 
     def _who(self, direction: Direction) -> Who:

@@ -49,7 +49,17 @@ RANK = {
     "cli": 12,
     "__main__": 13,
 }
-PURE = {"errors", "access", "config.model", "stats", "status", "supervision", "relay.wheel"}
+PURE = {
+    "errors",
+    "access",
+    "config.model",
+    "stats",
+    "status",
+    "supervision",
+    "relay.wheel",
+    "relay.framing",
+    "relay.flow_table",
+}
 IMPURE_IMPORTS = {"socket", "asyncio", "time", "logging", "os", "select", "signal", "subprocess"}
 
 

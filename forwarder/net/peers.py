@@ -1,0 +1,54 @@
+"""The address of a UDP client as bytes: a key for tables, and what the kernel wants to send to it.
+
+A peer is a Linux ``sockaddr_in`` or ``sockaddr_in6`` (ip(7), ipv6(7)), and behind it the address of
+this host that the client wrote to, where the listener is bound to a wildcard: two conversations of
+one client with two of our addresses are two flows. Pure.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from forwarder.net.sockets import SockAddr
+
+_FAMILY: Final = struct.Struct("=H")
+_IPV4: Final = struct.Struct("=H2s4s8x")
+_IPV6: Final = struct.Struct("=H2s4x16sI")  # flow information plays no part
+SOCKADDR_BYTES: Final = {int(socket.AF_INET): _IPV4.size, int(socket.AF_INET6): _IPV6.size}
+
+
+def pack(family: int, address: SockAddr, local: bytes = b"") -> bytes:
+    """The peer of a socket address with a numeric host; ``local`` is our packed address or none."""
+    host, port = address[0], address[1]
+    packed = socket.inet_pton(family, host.partition("%")[0])
+    if family == socket.AF_INET:
+        return _IPV4.pack(family, port.to_bytes(2, "big"), packed) + local
+    scope = address[3] if len(address) == 4 else 0
+    return _IPV6.pack(family, port.to_bytes(2, "big"), packed, scope) + local
+
+
+def split(peer: bytes) -> tuple[bytes, bytes]:
+    """The socket address and our own address (or none) of a peer."""
+    size = SOCKADDR_BYTES[_FAMILY.unpack_from(peer)[0]]
+    return peer[:size], peer[size:]
+
+
+def address_of(peer: bytes) -> SockAddr:
+    """The client's address as Python's sockets want it."""
+    family = _FAMILY.unpack_from(peer)[0]
+    if family == socket.AF_INET:
+        _, port, packed = _IPV4.unpack_from(peer)
+        return (socket.inet_ntop(family, packed), int.from_bytes(port, "big"))
+    _, port, packed, scope = _IPV6.unpack_from(peer)
+    return (socket.inet_ntop(family, packed), int.from_bytes(port, "big"), 0, scope)
+
+
+def local_host(peer: bytes) -> str | None:
+    """Our own address of a peer, if it has one."""
+    local = split(peer)[1]
+    if not local:
+        return None
+    return socket.inet_ntop(socket.AF_INET if len(local) == 4 else socket.AF_INET6, local)

@@ -1,0 +1,141 @@
+"""What ``net.datagrams`` does, one datagram per call and with Python's sockets only.
+
+For systems without recvmmsg(2) or with other tables, and as the yardstick of the batched way: both
+are held to the same tests.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
+
+from forwarder.net import peers
+from forwarder.net.datagrams import FULL, MAX_REPORTS, REPORTED, SLOT_BYTES, SLOTS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from forwarder.net.datagrams import Destination
+
+_IP_PKTINFO: Final = 8  # linux/in.h
+_PKTINFO4: Final = struct.Struct("=I4s4s")
+_PKTINFO6: Final = struct.Struct("=16sI")
+_CONTROL_BYTES: Final = 128
+
+
+@contextmanager
+def _borrowed(fd: int) -> Iterator[socket.socket]:
+    """The socket of a descriptor that stays the caller's."""
+    sock = socket.socket(fileno=fd)
+    try:
+        yield sock
+    finally:
+        sock.detach()
+
+
+class PlainBatch:
+    """As :class:`forwarder.net.datagrams.Batch`; see there for what its methods promise."""
+
+    def __init__(self) -> None:
+        self.errors = 0
+        self.dropped = 0
+        self._view = memoryview(bytearray(SLOT_BYTES))
+        self._slots: list[bytes] = []
+        self._peers: list[bytes] = []
+
+    def receive(self, fd: int) -> int:
+        """Receive from a connected socket what is there. Returns how many slots were filled."""
+        self._slots = []
+        with _borrowed(fd) as sock:
+            while len(self._slots) < SLOTS and (count := self._receive(sock)) is not None:
+                self._slots.append(bytes(self._view[:count]))
+        return len(self._slots)
+
+    def _receive(self, sock: socket.socket) -> int | None:
+        for _ in range(MAX_REPORTS):
+            try:
+                return sock.recv_into(self._view)
+            except BlockingIOError:
+                return None
+            except OSError:
+                self.errors += 1
+        return None
+
+    def receive_from(self, fd: int) -> int:
+        """Receive from a socket that is not connected; :meth:`peer` says from whom."""
+        self._slots, self._peers = [], []
+        with _borrowed(fd) as sock:
+            while len(self._slots) < SLOTS:
+                try:
+                    count, ancillary, _, address = sock.recvmsg_into([self._view], _CONTROL_BYTES)
+                except BlockingIOError:
+                    break
+                except OSError:
+                    self.errors += 1
+                    if self.errors % MAX_REPORTS == 0:
+                        break
+                    continue
+                self._slots.append(bytes(self._view[:count]))
+                self._peers.append(peers.pack(sock.family, address, _local(ancillary)))
+        return len(self._slots)
+
+    def peer(self, slot: int) -> bytes:
+        """Who has sent the datagram of a slot, and to which of our addresses if that was asked."""
+        return self._peers[slot]
+
+    def total(self, first: int, last: int) -> int:
+        """How many bytes the slots from ``first`` to before ``last`` hold."""
+        return sum(map(len, self._slots[first:last]))
+
+    def datagrams(self, first: int, last: int) -> list[bytes]:
+        """The datagrams in the slots from ``first`` to before ``last``."""
+        return self._slots[first:last]
+
+    def send(self, to: Destination, first: int, last: int) -> int:
+        """Send slots on, in order. Returns the first one that was not taken, else ``last``."""
+        for slot in range(first, last):
+            if not self.send_copy(to, self._slots[slot]):
+                return slot
+        return last
+
+    def send_copy(self, to: Destination, content: bytes | memoryview) -> bool:
+        """Send one datagram. False if the socket is full."""
+        with _borrowed(to.fd) as sock:
+            for _ in range(MAX_REPORTS):
+                try:
+                    _send(sock, to.peer, content)
+                except OSError as err:
+                    if err.errno in FULL:
+                        return False
+                    if err.errno not in REPORTED:
+                        break
+                    self.errors += 1
+                else:
+                    return True
+        self.dropped += 1
+        return True
+
+
+def _send(sock: socket.socket, peer: bytes | None, content: bytes | memoryview) -> None:
+    if peer is None:
+        sock.send(content)
+        return
+    local = peers.split(peer)[1]
+    ancillary: list[tuple[int, int, bytes]] = []
+    if len(local) == 4:
+        ancillary = [(socket.IPPROTO_IP, _IP_PKTINFO, _PKTINFO4.pack(0, local, bytes(4)))]
+    elif local:
+        ancillary = [(socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, _PKTINFO6.pack(local, 0))]
+    sock.sendmsg([content], ancillary, 0, peers.address_of(peer))
+
+
+def _local(ancillary: list[tuple[int, int, bytes]]) -> bytes:
+    """Which of our addresses a datagram was sent to, if the socket was asked to say so."""
+    for level, kind, content in ancillary:
+        if (level, kind) == (socket.IPPROTO_IP, _IP_PKTINFO):
+            return bytes(_PKTINFO4.unpack_from(content)[1])
+        if (level, kind) == (socket.IPPROTO_IPV6, socket.IPV6_PKTINFO):
+            return bytes(_PKTINFO6.unpack_from(content)[0])
+    return b""

@@ -1,0 +1,91 @@
+"""A TCP client whose upstream is spoken to by UDP: what it sends become datagrams, and back.
+
+It goes on for as long as the client's connection does, however silent the upstream is. When the
+client has sent its FIN, answers may still come: it ends when none has come for ``udp_timeout_s``.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING
+
+from forwarder.errors import CloseReason, Phase, Who
+from forwarder.net import datagrams, sockets, udp
+from forwarder.net.datagrams import Destination
+from forwarder.relay.datagram_ways import DatagramToStream, StreamToDatagram
+from forwarder.relay.flow import Flow, FlowState
+
+if TYPE_CHECKING:
+    import socket
+
+    from forwarder.net.sockets import SockAddr, Target
+    from forwarder.relay.relay import Relay
+    from forwarder.upstream.pool import Pool
+
+
+class Bridge(Flow):
+    """Owns ``client``, an accepted connection, from the constructor on."""
+
+    __slots__ = ()
+
+    c2u: StreamToDatagram
+    u2c: DatagramToStream
+
+    def __init__(
+        self, relay: Relay, pool: Pool, client: socket.SocketType, client_address: SockAddr
+    ) -> None:
+        super().__init__(relay, pool, client_address)
+        self.client = client
+        framing = pool.rule.framing
+        self.join(
+            StreamToDatagram(relay, self, framing),
+            DatagramToStream(relay, self, framing),
+        )
+
+    def open_upstream(self, target: Target, source: SockAddr | None) -> None:
+        """Make a socket that is connected to ``target``; nothing is sent by that."""
+        upstream = udp.upstream_socket(target, source)
+        client = self.client
+        if client is None:
+            upstream.close()
+            raise OSError(errno.ENOTCONN, "the client has gone")
+        self.upstream = self.u2c.src = upstream
+        datagrams.receive_segments(upstream)
+        self.c2u.to = Destination(upstream.fileno())
+        self.c2u.src = client
+        self.on_open()
+        self.u2c.open(client)
+        # What the client has sent already is reported at once.
+        self.relay.poller.register(upstream.fileno(), self.u2c)
+        self.relay.poller.register(client.fileno(), self.c2u)
+
+    @property
+    def silence_limit_s(self) -> float:
+        """While the client may still send: the rule's limit for idle sessions; then UDP's."""
+        rule = self.pool.rule
+        return rule.udp_timeout_s if self.c2u.is_ended else rule.idle_timeout_s
+
+    def on_stream_ended(self) -> None:
+        """The client has sent its FIN: wait for answers to what it has asked."""
+        self.touch()
+        self.arm(self.silence_limit_s)
+
+    def on_stream_broken(self, why: str) -> None:
+        """The client has reset the connection."""
+        self.abort(CloseReason(Who.CLIENT, Phase.DATA, why))
+
+    def close(self, reason: CloseReason) -> None:
+        """End; bytes that the client has not taken yet are lost, so it is reset then."""
+        if self.state is not FlowState.CLOSED and self.u2c.holds_data:
+            self._reset_client()
+        super().close(reason)
+
+    def abort(self, reason: CloseReason) -> None:
+        """End, and reset the client."""
+        if self.state is not FlowState.CLOSED:
+            self._reset_client()
+        super().close(reason)
+
+    def _reset_client(self) -> None:
+        if self.client is not None and self.client.fileno() >= 0:
+            sockets.set_abort_on_close(self.client)

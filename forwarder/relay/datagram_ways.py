@@ -1,0 +1,292 @@
+"""One way of a flow: what arrives on ``src`` leaves on the other side. Four kinds of it.
+
+============  =====================================  ======================================
+              to datagrams                           to a stream
+============  =====================================  ======================================
+datagrams     :class:`DatagramWay`                   :class:`DatagramToStream`
+a stream      :class:`StreamToDatagram`              (a session's, see ``direction``)
+============  =====================================  ======================================
+
+What the other side does not take waits in ``pending``, and nothing more is read meanwhile: the
+kernel's queue of ``src`` fills, and of datagrams that come then the kernel drops the newest. Opens
+and closes nothing; the flow does.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+from forwarder.net.datagrams import MAX_DATAGRAM, SLOTS, Destination
+from forwarder.relay import framing
+from forwarder.relay.poller import BROKEN, READABLE, WRITABLE
+
+if TYPE_CHECKING:
+    import socket
+
+    from forwarder.config.model import Framing
+    from forwarder.relay.flow import Flow
+    from forwarder.relay.relay import Relay
+
+# Receives in a row before others get their turn: 256 datagrams, some 300 KB.
+BATCHES_PER_TURN: Final = 4
+# Of datagrams that come through a listener while the way is blocked; beyond it they are dropped.
+MAX_PENDING: Final = 256
+# The same for bytes that wait for a stream. Arbitrary; some four times what one read takes.
+MAX_PENDING_BYTES: Final = 256 * 1024
+# Reads of a stream in a row.
+_READS_PER_TURN: Final = 16
+
+
+class Way:
+    """One way of a flow. ``moved`` counts bytes of payload, ``src`` is None while there is none.
+
+    ``reverse`` is set by the flow before anything is registered.
+    """
+
+    __slots__ = ("flow", "is_queued", "moved", "relay", "reverse", "src")
+
+    reverse: Way
+
+    def __init__(self, relay: Relay, flow: Flow) -> None:
+        self.relay = relay
+        self.flow = flow
+        self.src: socket.SocketType | None = None
+        self.moved = 0
+        self.is_queued = False
+
+    def on_events(self, mask: int) -> None:
+        """Handle events of ``src``: it feeds this way and is fed by the reverse one."""
+        self.flow.touch()
+        if mask & WRITABLE:
+            self.reverse.resume()
+        if mask & READABLE and self.src is not None:
+            self.pump(mask)
+
+    def pump(self, mask: int) -> None:
+        """Move what ``src`` has, within the budget. ``mask``: the events seen."""
+        raise NotImplementedError
+
+    def resume(self) -> None:
+        """Send what is pending, and go on reading when all of it is gone."""
+        raise NotImplementedError
+
+    @property
+    def holds_data(self) -> bool:
+        """Whether something was read that the other side has not taken yet."""
+        raise NotImplementedError
+
+    def yield_turn(self) -> None:
+        """Let the others go on, then continue here."""
+        if not self.is_queued:
+            self.is_queued = True
+            self.relay.poller.call_again(self)
+
+    def on_turn(self) -> None:
+        """Go on after :meth:`yield_turn`."""
+        self.is_queued = False
+        if self.src is not None:
+            self.pump(READABLE)
+
+    def on_bug(self) -> None:
+        """End the flow whose event handler failed."""
+        self.flow.on_bug()
+
+
+class _FromDatagrams(Way):
+    """Ways whose ``src`` is a connected UDP socket, or that are fed by a listener."""
+
+    __slots__ = ()
+
+    def pump(self, mask: int) -> None:  # noqa: ARG002 - errors are told by the receive itself
+        """Move what ``src`` has: a batch at a time."""
+        src = self.src
+        if src is None or self.holds_data:
+            return
+        batch = self.relay.batch
+        fd = src.fileno()
+        for _ in range(BATCHES_PER_TURN):
+            count = batch.receive(fd)
+            if count and not self.deliver(0, count):
+                return
+            if count < SLOTS:
+                return
+        self.yield_turn()
+
+    def deliver(self, first: int, last: int) -> bool:
+        """Send slots of the worker's batch on; False if nothing more should be read now."""
+        raise NotImplementedError
+
+
+class DatagramWay(_FromDatagrams):
+    """Datagrams to datagrams. ``to.fd`` is -1 until there is somewhere to send to."""
+
+    __slots__ = ("pending", "to")
+
+    def __init__(self, relay: Relay, flow: Flow) -> None:
+        super().__init__(relay, flow)
+        self.to = Destination()
+        self.pending: deque[bytes] | None = None
+
+    def deliver(self, first: int, last: int) -> bool:
+        """Send slots on, or keep copies while the way is blocked."""
+        batch = self.relay.batch
+        self.moved += batch.total(first, last)
+        if self.pending is None and self.to.fd >= 0:
+            taken = batch.send(self.to, first, last)
+            if taken == last:
+                return True
+            first = taken
+        if self.pending is None:
+            self.pending = deque()
+            self.flow.on_blocked(self)
+        found = batch.datagrams(first, last)
+        room = MAX_PENDING - len(self.pending)
+        self.pending += found[:room]
+        self.relay.datagrams_dropped += len(found[room:])
+        return False
+
+    def resume(self) -> None:
+        """Send what is pending, and go on reading when all of it is gone."""
+        pending = self.pending
+        if pending is None or self.to.fd < 0:
+            return
+        batch = self.relay.batch
+        while pending:
+            if not batch.send_copy(self.to, pending[0]):
+                return
+            pending.popleft()
+        self.pending = None
+        if self.src is not None:
+            self.pump(READABLE)
+
+    @property
+    def holds_data(self) -> bool:
+        """Whether datagrams wait."""
+        return self.pending is not None
+
+
+class DatagramToStream(_FromDatagrams):
+    """Datagrams to a stream: their bytes one after the other, framed or not."""
+
+    __slots__ = ("_dst", "_framing", "_pending")
+
+    def __init__(self, relay: Relay, flow: Flow, how: Framing) -> None:
+        super().__init__(relay, flow)
+        self._framing = how
+        self._dst: socket.SocketType | None = None
+        self._pending = bytearray()
+
+    def open(self, dst: socket.SocketType) -> None:
+        """Send to ``dst`` from now on, what is pending first."""
+        self._dst = dst
+        self.resume()
+
+    def deliver(self, first: int, last: int) -> bool:
+        """Send slots on, or keep them while the way is blocked; what is too much is dropped."""
+        batch = self.relay.batch
+        for content in batch.datagrams(first, last):
+            self.moved += len(content)
+            if len(self._pending) + len(content) > MAX_PENDING_BYTES:
+                self.relay.datagrams_dropped += 1
+            else:
+                self._pending += framing.encode(self._framing, content)
+        self._send()
+        return not self._pending
+
+    def resume(self) -> None:
+        """Send what is pending, and go on reading when all of it is gone."""
+        if self._pending and self._send() and self.src is not None:
+            self.pump(READABLE)
+
+    def _send(self) -> bool:
+        """Send as much as goes; True if nothing is left."""
+        if self._dst is None or not self._pending:
+            return not self._pending
+        try:
+            sent = self._dst.send(self._pending)
+        except BlockingIOError:
+            return False
+        except OSError as err:
+            self._pending.clear()
+            self.flow.on_stream_broken(err.strerror or "reset")
+            return False
+        del self._pending[:sent]
+        return not self._pending
+
+    @property
+    def holds_data(self) -> bool:
+        """Whether bytes wait."""
+        return bool(self._pending)
+
+
+class StreamToDatagram(Way):
+    """A stream to datagrams: each read is one, or each frame."""
+
+    __slots__ = ("_decoder", "_pending", "is_ended", "to")
+
+    def __init__(self, relay: Relay, flow: Flow, how: Framing) -> None:
+        super().__init__(relay, flow)
+        self.to = Destination()
+        self.is_ended = False
+        self._decoder = framing.decoder(how)
+        self._pending: deque[bytes] = deque()
+
+    def pump(self, mask: int) -> None:
+        """Read until dry, each time sending what is complete."""
+        src = self.src
+        if self.is_ended and mask & BROKEN:
+            self.flow.on_stream_broken("reset")
+        if src is None or self._pending or self.is_ended:
+            return
+        view = self.relay.bulk_view[:MAX_DATAGRAM]
+        for _ in range(_READS_PER_TURN):
+            try:
+                count = src.recv_into(view)
+            except BlockingIOError:
+                return
+            except OSError as err:
+                self.flow.on_stream_broken(err.strerror or "reset")
+                return
+            if not count:
+                self._end()
+                return
+            self.moved += count
+            self._pending.extend(self._decoder.feed(view[:count]))
+            if not self._send():
+                return
+        self.yield_turn()
+
+    def resume(self) -> None:
+        """Send what is pending, and go on reading when all of it is gone."""
+        if not self._pending or not self._send():
+            return
+        if self.is_ended:
+            self.flow.on_stream_ended()
+        elif self.src is not None:
+            self.pump(READABLE)
+
+    def _end(self) -> None:
+        """The stream has ended; a frame that was cut off goes with it."""
+        self.is_ended = True
+        if self._decoder.is_inside_frame:
+            self.relay.datagrams_dropped += 1
+        if not self._pending:
+            self.flow.on_stream_ended()
+
+    def _send(self) -> bool:
+        """Send as much as goes; True if nothing is left."""
+        if self.to.fd < 0:
+            return not self._pending
+        batch = self.relay.batch
+        while self._pending:
+            if not batch.send_copy(self.to, self._pending[0]):
+                self.flow.on_blocked(self)
+                return False
+            self._pending.popleft()
+        return True
+
+    @property
+    def holds_data(self) -> bool:
+        """Whether datagrams wait."""
+        return bool(self._pending)

@@ -1,0 +1,205 @@
+"""Receiving from UDP clients that have no socket of their own, above all from new ones.
+
+Does not bind and does not own the socket: the worker does. ``udp_flow`` says when a flow settles.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import select
+from typing import TYPE_CHECKING, Final
+
+from forwarder.access import Decision
+from forwarder.config.model import Protocol
+from forwarder.errors import CloseReason, Phase, Who
+from forwarder.net import peers, udp
+from forwarder.net.datagrams import SLOTS
+from forwarder.relay.poller import READABLE, WRITABLE
+from forwarder.relay.udp_flow import UdpFlow, UdpToTcpFlow
+
+if TYPE_CHECKING:
+    import socket
+
+    from forwarder.access import AccessList
+    from forwarder.relay.datagram_ways import Way
+    from forwarder.relay.relay import Relay
+    from forwarder.upstream.pool import Pool
+
+log = logging.getLogger(__name__)
+
+# Receives per event. The poll is level-triggered, so the rest is reported by the next one.
+_BATCHES: Final = 4
+# Receives after the listener was told to stop: what is queued is somebody's question.
+_LAST_BATCHES: Final = 16
+
+
+class UdpListener:
+    """Hands the clients of one UDP socket to flows. Never dies of an error."""
+
+    __slots__ = (
+        "_blocked",
+        "_flows",
+        "_relay",
+        "_ripe",
+        "_settled",
+        "_settles",
+        "access",
+        "pool",
+        "sock",
+    )
+
+    def __init__(
+        self,
+        relay: Relay,
+        sock: socket.socket,
+        pool: Pool,
+        access: AccessList,
+    ) -> None:
+        """``sock`` is bound, non-blocking. Who is allowed by ``access`` gets a flow to ``pool``."""
+        self.sock = sock
+        self.pool = pool
+        self.access = access
+        self._relay = relay
+        self._flows: dict[bytes, UdpFlow] = {}
+        self._settled = 0
+        self._settles = True
+        self._ripe: list[UdpFlow] = []  # to settle when the batch at hand is dealt with
+        self._blocked: list[Way] = []
+
+    def start(self) -> None:
+        """Begin to receive."""
+        self._relay.poller.register(self.sock.fileno(), self, select.EPOLLIN)
+
+    def stop(self) -> None:
+        """Take what is queued, then no more; flows settle now, or end. The socket stays open."""
+        self._receive(self.sock.fileno(), _LAST_BATCHES)
+        self._relay.poller.unregister(self.sock.fileno())
+        for flow in tuple(self._flows.values()):
+            if not flow.is_settled and not self._settle(flow):
+                flow.close(CloseReason(Who.US, Phase.DRAIN, "its listener has gone"))
+
+    def on_events(self, mask: int) -> None:
+        """Receive what is there, within the budget; let flows send that had to wait."""
+        if mask & WRITABLE and self._blocked:
+            blocked, self._blocked = self._blocked, []
+            self._relay.poller.modify(self.sock.fileno(), select.EPOLLIN)
+            for way in blocked:
+                way.resume()
+        if mask & READABLE:
+            self._receive(self.sock.fileno(), _BATCHES)
+
+    def on_bug(self) -> None:
+        """Receiving failed in a way nobody thought of; the next event tries again."""
+
+    def resume_when_writable(self, way: Way) -> None:
+        """Call ``way.resume`` when the listener's socket takes more."""
+        if not self._blocked:
+            self._relay.poller.modify(self.sock.fileno(), select.EPOLLIN | select.EPOLLOUT)
+        self._blocked.append(way)
+
+    def forget(self, flow: UdpFlow) -> None:
+        """A flow of ours has ended."""
+        if self._flows.get(flow.peer) is flow:
+            del self._flows[flow.peer]
+        if flow.is_settled:
+            self._settled -= 1
+
+    def _receive(self, fd: int, batches: int) -> None:
+        """Receive and hand out, then settle what has become ripe by it."""
+        batch = self._relay.batch
+        for _ in range(batches):
+            count = batch.receive_from(fd)
+            self._hand_out(count)
+            if count < SLOTS:
+                break
+        # Settling receives, too, and may make others ripe.
+        while self._ripe:
+            self._settle(self._ripe.pop())
+
+    def _hand_out(self, count: int) -> None:
+        """Give each run of datagrams of one client to its flow."""
+        batch = self._relay.batch
+        first = 0
+        peer = batch.peer(0) if count else b""
+        while first < count:
+            last = first + 1
+            next_peer = peer
+            while last < count:
+                next_peer = batch.peer(last)
+                if next_peer != peer:
+                    break
+                last += 1
+            self._take(peer, first, last)
+            first, peer = last, next_peer
+
+    def _take(self, peer: bytes, first: int, last: int) -> None:
+        flow = self._flows.get(peer)
+        if flow is None:
+            flow = self._open(peer)
+            if flow is None:
+                self._relay.datagrams_dropped += last - first
+                return
+            is_ripe = last - first > 1
+        else:
+            flow.touch()
+            is_ripe = True
+        flow.c2u.deliver(first, last)
+        if is_ripe and self._settles and not flow.is_settled:
+            self._ripe.append(flow)
+
+    def _open(self, peer: bytes) -> UdpFlow | None:
+        """Begin a flow; None if the client may not have one."""
+        address = peers.address_of(peer)
+        if not self.access.is_empty and self.access.decide(address[0]) is not Decision.ALLOWED:
+            return None
+        relay = self._relay
+        relay.make_room_for_flow(self.pool)
+        is_bridge = self.pool.rule.protocol is Protocol.UDP_TO_TCP
+        flow = (UdpToTcpFlow if is_bridge else UdpFlow)(relay, self, peer, address)
+        self._flows[peer] = flow
+        relay.begin(flow)
+        return flow
+
+    def _settle(self, flow: UdpFlow) -> bool:
+        """Give a flow a socket of its own, if it may have one and there is one."""
+        if flow.is_settled or self._flows.get(flow.peer) is not flow:
+            return flow.is_settled
+        if not self._settles or self._settled >= self._relay.settled_limit:
+            return False
+        try:
+            sock = udp.flow_socket(self.sock, flow.peer)
+        except OSError as err:
+            self._on_unsettled(err)
+            return False
+        self._settled += 1
+        self._read_dry(sock)
+        if self._flows.get(flow.peer) is not flow:  # it has ended by what was read
+            sock.close()
+            self._settled -= 1
+            return False
+        flow.settle(sock)
+        return True
+
+    def _read_dry(self, sock: socket.SocketType) -> None:
+        """Hand out what the new socket was given before it was connected, perhaps of others."""
+        while (count := self._relay.batch.receive_from(sock.fileno())) > 0:
+            self._hand_out(count)
+            if count < SLOTS:
+                return
+
+    def _on_unsettled(self, err: OSError) -> None:
+        """Go on without; for want of rights there is no point in trying again.
+
+        EADDRINUSE: the listener is of another user, or was bound without SO_REUSEPORT.
+        """
+        if self._settles and err.errno in (errno.EACCES, errno.EPERM, errno.EADDRINUSE):
+            self._settles = False
+            log.warning(
+                "udp.unsettled rule=%s: flows cannot have sockets of their own: %s; they are "
+                "served, but begin anew when the number of workers changes; hint: a port from "
+                "net.ipv4.ip_unprivileged_port_start on, or CAP_NET_BIND_SERVICE for the workers",
+                self.pool.rule.name,
+                os.strerror(err.errno),
+            )
