@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum, IntEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -97,25 +97,64 @@ class Who(Enum):
 
 
 class Phase(Enum):
-    """What a session was doing when it ended."""
+    """What a session was doing when it ended, or what it was that ended it."""
 
+    ACCEPT = "accept"
+    ACCESS = "access"
+    LIMIT = "limit"
     CONNECT = "connect"
     DATA = "data"
     HALF_CLOSE = "half-close"
     IDLE = "idle"
     DRAIN = "drain"
-    LIMIT = "limit"
+    SHUTDOWN = "shutdown"
+    KILL = "kill"
     ERROR = "error"
 
 
-@dataclass(frozen=True, slots=True)
-class CloseReason:
-    """Why a session ended: who ended it, and in which phase."""
+# Every way a session can end, by its code: the one table of them. docs/operations.md explains each.
+REASONS: Final = (
+    "client/data",
+    "upstream/data",
+    "client/data/reset",
+    "upstream/data/reset",
+    "client/half-close/reset",
+    "upstream/half-close/reset",
+    "us/half-close",
+    "us/idle",
+    "client/connect/reset",
+    "upstream/connect",
+    "us/connect",
+    "us/accept",
+    "us/access",
+    "us/limit",
+    "us/drain",
+    "us/shutdown",
+    "us/kill",
+    "us/error",
+)
+_INDEX: Final = {code: index for index, code in enumerate(REASONS)}
 
-    who: Who
-    phase: Phase
-    detail: str = ""
+
+class CloseReason:
+    """Why a session ended: who ended it, in which phase, and whether one side was cut off.
+
+    ``code`` is one of REASONS, ``index`` its place there; ``detail`` says more, for people.
+    """
+
+    __slots__ = ("code", "detail", "index", "is_reset", "phase", "who")
+
+    def __init__(self, who: Who, phase: Phase, detail: str = "", *, is_reset: bool = False) -> None:
+        """Raises KeyError for a way that is not in the table."""
+        self.who = who
+        self.phase = phase
+        self.detail = detail
+        self.is_reset = is_reset
+        self.code = f"{who.value}/{phase.value}" + ("/reset" if is_reset else "")
+        self.index = _INDEX[self.code]
 
     def __str__(self) -> str:
-        text = f"{self.who.value}/{self.phase.value}"
-        return f"{text} ({self.detail})" if self.detail else text
+        return f"{self.code} ({self.detail})" if self.detail else self.code
+
+
+NOT_ALLOWED: Final = CloseReason(Who.US, Phase.ACCESS)

@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING, Final
 
 from forwarder import messages, supervision, worker
 from forwarder.heartbeat import Heartbeats
+from forwarder.ledger import Ledger
 from forwarder.net import pipes
 from forwarder.net.channel import Channel, ChannelClosed
 from forwarder.slot import Slot, WorkerProcess, WorkerState, fork_worker
-from forwarder.stats import Tally
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from forwarder.board import Board
     from forwarder.config.model import Config
     from forwarder.listeners import BindAddress, ListenerTable
     from forwarder.privileges import Identity
@@ -37,6 +38,7 @@ RETRY_S: Final = 1.0
 class Serving:
     """What all workers together shall serve. ``binds``: where each rule listens, by its name.
 
+    ``counted_as`` names the rule as which each one is counted, where that is not its own name.
     ``revision`` grows with every change, ``generation`` with every accepted reload.
     """
 
@@ -44,6 +46,12 @@ class Serving:
     generation: int
     config: Config
     binds: dict[str, tuple[BindAddress, ...]]
+    counted_as: dict[str, str]
+
+    def counted_names(self) -> list[str]:
+        """Under which name each rule is counted, in their order."""
+        alias = self.counted_as
+        return [alias.get(rule.name, rule.name) for rule in self.config.rules]
 
 
 class Fleet:
@@ -61,7 +69,7 @@ class Fleet:
         """
         self.serving: Serving
         self.identity: Identity | None = None  # whom the workers run as, if not us
-        self.tally = Tally()
+        self.ledger = Ledger()
         self._table = table
         self._selector = selector
         self._release_master = release_master
@@ -100,7 +108,7 @@ class Fleet:
                 "state": process.state.value,
                 "generation": process.generation,
                 "uptime_s": round(now - process.started_at, 1),
-                **self.tally.worker(process.pid),
+                **self.ledger.worker(process.board),
             }
             for process in self.processes()
         ]
@@ -193,8 +201,9 @@ class Fleet:
     def _start(self, slot: Slot, now: float) -> None:
         cell = self._heartbeats.new_cell(now)
         try:
+            board = self.ledger.open()
             process = fork_worker(
-                slot.index, now, lambda channel: self._become(slot, cell, channel)
+                slot.index, board, now, lambda channel: self._become(slot, cell, board, channel)
             )
         except OSError as err:
             delay = slot.backoff.on_death(now, now)
@@ -209,7 +218,7 @@ class Fleet:
         slot.process = process
         self._selector.register(process.channel, selectors.EVENT_READ, process)
 
-    def _become(self, slot: Slot, cell: int, channel: Channel) -> None:
+    def _become(self, slot: Slot, cell: int, board: Board, channel: Channel) -> None:
         """In the forked child: give up everything of the master, then be a worker."""
         self._release_master()
         worker.run_and_exit(
@@ -218,6 +227,7 @@ class Fleet:
                 cell=cell,
                 channel=channel,
                 heartbeats=self._heartbeats,
+                board=board,
                 relay=self.serving.config.settings.relay,
                 identity=self.identity,
             )
@@ -248,7 +258,7 @@ class Fleet:
     def _on_death(self, process: WorkerProcess, code: int) -> None:
         self.hear(process)  # its last words
         self._hang_up(process)
-        self.tally.on_exit(process.pid)
+        self.ledger.close(process.board)
         if process in self._retiring:
             self._retiring.remove(process)
             return
@@ -301,8 +311,6 @@ class Fleet:
                 log.info("worker.ready slot=%d pid=%d", process.slot, process.pid)
         elif message["op"] == messages.Op.LEAVING:
             self._on_leaving(process)
-        elif message["op"] == messages.Op.STATS:
-            self.tally.hear(process.pid, message)
 
     def _watch(self, process: WorkerProcess) -> None:
         """Ask for writability exactly while something waits for the worker."""
@@ -349,6 +357,7 @@ class Fleet:
                     generation=self.serving.generation,
                     config=self.serving.config,
                     routes=routes,
+                    rows=tuple(map(self.ledger.row, self.serving.counted_names())),
                     workers=len(self._slots),
                     pipe_budget_pages=pipes.budget_pages(len(self._slots)),
                 ),

@@ -342,8 +342,6 @@ class Master:
     def status(self) -> dict[str, object]:
         """Describe the instance: what it serves and what it has done."""
         now = time.monotonic()
-        rules = self._service.config.rules
-        counters = self._fleet.tally.rules(rule.name for rule in rules)
         return {
             "version": __version__,
             "pid": os.getpid(),
@@ -352,9 +350,9 @@ class Master:
             "generation": self._service.generation,
             "uptime_s": round(now - self._started_at, 1),
             "control": self._requests.path,
-            "totals": self._fleet.tally.totals(),
+            "totals": self._fleet.ledger.totals(),
             "workers": self._fleet.describe(now),
-            "rules": self._service.describe_rules(counters),
+            "rules": self._service.describe_rules(self._fleet.ledger.rule),
         }
 
     def resize(self, size: int) -> str:
@@ -448,8 +446,9 @@ class Master:
             self._reject((str(err),))
             return
         self._requests.on_accepted(self._report, self._service.generation)
-        self._fleet.tally.forget_rules(rule.name for rule in candidate.config.rules)
         self._fleet.serving = self._service.serving()
+        # Those that go now are served for a moment yet; the next reload forgets them.
+        self._fleet.ledger.forget(self._fleet.serving.counted_names())
         self._fleet.resize(size)
 
     # -- upgrade

@@ -1,7 +1,7 @@
 """What the master and its workers say to each other.
 
 Master to worker: SOCKETS (listening sockets, by id), APPLY (which of them serve which rule, from
-now on), DRAIN, STOP. Worker to master: APPLIED, LEAVING, STATS. A worker that starts, one that gets
+now on), DRAIN, STOP. Worker to master: APPLIED, LEAVING. A worker that starts, one that gets
 a new configuration and one that takes over another's sockets do the same: apply an assignment.
 
 The assignment travels pickled, from the master to its own forked child, never the other way: a
@@ -33,7 +33,6 @@ class Op(StrEnum):
     STOP = "stop"
     APPLIED = "applied"
     LEAVING = "leaving"
-    STATS = "stats"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +40,7 @@ class Assignment:
     """What a worker shall do: accept on these sockets for these rules, and on no others.
 
     ``routes`` maps the id of a listening socket to an index into ``config.rules``.
+    ``rows`` are those of the board in which the rules are counted, in the order of the rules.
     ``workers`` is how many there are, ``pipe_budget_pages`` this one's share of the kernel's pipe
     memory.
     ``serial`` grows with every assignment of a master; the worker acknowledges it.
@@ -50,6 +50,7 @@ class Assignment:
     generation: int
     config: Config
     routes: Mapping[int, int]
+    rows: tuple[int, ...]
     workers: int
     pipe_budget_pages: int
 

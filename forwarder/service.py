@@ -114,17 +114,20 @@ class Service:
     def serving(self) -> Serving:
         """What the workers shall serve now: the configuration, and what is being closed."""
         binds = dict(self._binds)
+        counted_as: dict[str, str] = {}
         rules = list(self.config.rules)
         for address, (rule, _) in self._closing.items():
             name = f"{rule.name} at {address.target}, closing"
             rules.append(dataclasses.replace(rule, name=name))
             binds[name] = (address,)
+            counted_as[name] = rule.name
         self._revision += 1
         return Serving(
             revision=self._revision,
             generation=self.generation,
             config=dataclasses.replace(self.config, rules=tuple(rules)),
             binds=binds,
+            counted_as=counted_as,
         )
 
     def deadlines(self) -> list[float]:
@@ -144,13 +147,15 @@ class Service:
         self.table.close(self._dropped)
         self._dropped.clear()
 
-    def describe_rules(self, counters: Mapping[str, dict[str, int]]) -> list[dict[str, object]]:
-        """All rules with where they listen and their counters; as in the status."""
+    def describe_rules(
+        self, counters: Callable[[str], Mapping[str, object]]
+    ) -> list[dict[str, object]]:
+        """All rules with where they listen, and their counters by name; as in the status."""
         return [
             describe_rule(
                 rule,
                 [str(address.target) for address in self._binds[rule.name]],
-                counters[rule.name],
+                counters(rule.name),
             )
             for rule in self.config.rules
         ]

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import signal
     from collections.abc import Callable
 
+    from forwarder.board import Board
+
 
 class WorkerState(Enum):
     """STARTING until the first assignment is acknowledged; the last three until it is gone."""
@@ -31,9 +33,10 @@ class WorkerState(Enum):
 class WorkerProcess:
     """A forked worker. Owns the master's end of the channel; the master reaps the process."""
 
-    def __init__(self, slot: int, pid: int, channel: Channel, now: float) -> None:
+    def __init__(self, slot: int, pid: int, board: Board, channel: Channel, now: float) -> None:
         self.slot = slot
         self.pid = pid
+        self.board = board
         self.channel = channel
         self.started_at = now
         self.state = WorkerState.STARTING
@@ -60,7 +63,9 @@ class Slot:
         self.process: WorkerProcess | None = None
 
 
-def fork_worker(slot: int, now: float, child: Callable[[Channel], None]) -> WorkerProcess:
+def fork_worker(
+    slot: int, board: Board, now: float, child: Callable[[Channel], None]
+) -> WorkerProcess:
     """Fork; ``child`` runs the worker in the new process and must not return.
 
     Raises OSError (EAGAIN, ENOMEM) with nothing left behind.
@@ -79,4 +84,4 @@ def fork_worker(slot: int, now: float, child: Callable[[Channel], None]) -> Work
         finally:
             os._exit(70)
     theirs.close()
-    return WorkerProcess(slot, pid, ours, now)
+    return WorkerProcess(slot, pid, board, ours, now)

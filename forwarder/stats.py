@@ -1,19 +1,52 @@
-"""What workers count, and the master's sums of it. Pure: plain numbers in, plain numbers out.
+"""What is counted, where each number stands, and sums over the workers. Pure.
 
-A worker reports over its channel what has changed, once per beat: its own counters as they stand,
-and of each rule how much was added since its last report. The master keeps the sums, so what a
-worker has reported outlives it.
+A worker counts in rows of WORDS unsigned 64-bit numbers, of which it is the only writer; anybody
+may read them at any time. There is one row per rule, and one for the worker itself. The rows are in
+memory that the master owns (see ``board``), so what was counted outlives a worker.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+from forwarder.errors import REASONS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
-# Of one worker. ``sessions`` are open now; all others only grow.
+Row: TypeAlias = "memoryview[int]"
+
+# Of one rule in one worker. SESSIONS are open now, LIVE_* are their bytes at the last beat; all
+# others only grow. BYTES_* are of sessions that have ended.
+(
+    SESSIONS,
+    SESSIONS_TOTAL,
+    CONNECTS_FAILED,
+    BYTES_C2U,
+    BYTES_U2C,
+    LIVE_C2U,
+    LIVE_U2C,
+    BYTES_SPLICED,
+    DATAGRAMS_DROPPED,
+) = range(9)
+# How long connecting took: below 1 ms, below 2, 4, 8 ... ms, and longer.
+CONNECT_MS: Final = DATAGRAMS_DROPPED + 1
+CONNECT_BUCKETS: Final = 16
+# How often sessions ended for each reason, in the order of ``errors.REASONS``.
+ENDS: Final = CONNECT_MS + CONNECT_BUCKETS
+WORDS: Final = 64
+assert ENDS + len(REASONS) <= WORDS  # noqa: S101 - a row has room for all reasons
+
+
+def new_row() -> Row:
+    """A row that nobody else reads."""
+    return memoryview(bytearray(8 * WORDS)).cast("Q")
+
+
+_NOW: Final = (SESSIONS, LIVE_C2U, LIVE_U2C)  # what ends with the worker
+
+# Of one worker, in its own row, written at each beat. ``sessions`` are open now and ``pipes_made``,
+# ``pipes_idle`` and ``pipe_pages`` exist now; all others only grow.
 COUNTERS: Final = (
     "sessions",
     "sessions_total",
@@ -25,122 +58,115 @@ COUNTERS: Final = (
     "datagrams_dropped",
     "icmp_errors",
     "flows_evicted",
+    "accept_pauses",
+    "pipes_made",
+    "pipes_idle",
+    "pipe_pages",
 )
-# So many rules go into one report: with the longest names (100 characters, each up to 12 bytes as
-# JSON) it stays below what the channel takes.
-RULES_PER_REPORT: Final = 24
+_STATES: Final = frozenset({"sessions", "pipes_made", "pipes_idle", "pipe_pages"})
 
 
-@dataclass(slots=True)
-class RuleCounts:
-    """Of one rule in one worker. ``opened`` and ``failed`` count from the last report on."""
-
-    sessions: int = 0
-    opened: int = 0
-    failed: int = 0
-    reported: int = 0  # the sessions of the last report
-
-    @property
-    def has_news(self) -> bool:
-        """Whether there is something to report."""
-        return bool(self.opened or self.failed or self.sessions != self.reported)
+def connect_bucket(seconds: float) -> int:
+    """Where in a row a connect of this duration is counted."""
+    return CONNECT_MS + min(int(seconds * 1000).bit_length(), CONNECT_BUCKETS - 1)
 
 
-def take_report(rules: Mapping[str, RuleCounts]) -> list[list[object]]:
-    """News of at most RULES_PER_REPORT rules, which then are none any more."""
-    news: list[list[object]] = []
-    for name, counts in rules.items():
-        if counts.has_news:
-            news.append([name, counts.sessions, counts.opened, counts.failed])
-            counts.reported = counts.sessions
-            counts.opened = counts.failed = 0
-            if len(news) == RULES_PER_REPORT:
-                break
-    return news
+def connect_label(bucket: int) -> str:
+    """What the nth bucket holds, in milliseconds."""
+    return f"<{1 << bucket}" if bucket < CONNECT_BUCKETS - 1 else f">={1 << (bucket - 1)}"
 
 
-@dataclass(slots=True)
-class _Worker:
-    counters: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTERS, 0))
-    sessions: dict[str, int] = field(default_factory=dict)  # by rule; never 0
+def describe_rule(row: Sequence[int]) -> dict[str, object]:
+    """The counters of a rule, as in the status. Of ends and connect times only those that occur."""
+    return {
+        "sessions": row[SESSIONS],
+        "sessions_total": row[SESSIONS_TOTAL],
+        "connects_failed": row[CONNECTS_FAILED],
+        "bytes_c2u": row[BYTES_C2U] + row[LIVE_C2U],
+        "bytes_u2c": row[BYTES_U2C] + row[LIVE_U2C],
+        "bytes_spliced": row[BYTES_SPLICED],
+        "datagrams_dropped": row[DATAGRAMS_DROPPED],
+        "connect_ms": {
+            connect_label(bucket): row[CONNECT_MS + bucket]
+            for bucket in range(CONNECT_BUCKETS)
+            if row[CONNECT_MS + bucket]
+        },
+        "ends": {
+            code: row[ENDS + index] for index, code in enumerate(REASONS) if row[ENDS + index]
+        },
+    }
 
 
-@dataclass(slots=True)
-class _Rule:
-    opened: int = 0
-    failed: int = 0
+def describe_worker(row: Sequence[int]) -> dict[str, int]:
+    """The counters of a worker, as in the status."""
+    return dict(zip(COUNTERS, row, strict=False))
+
+
+class Rows:
+    """Which rule is counted in which row, for as long as it is served or has sessions.
+
+    The last row is for all rules that come when there is none left; the first is the worker's own.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._rows: dict[str, int] = {}
+        self._free: list[int] = []
+        self._next = 1
+
+    def of(self, name: str) -> int:
+        """The row of a rule, which gets one if it has none."""
+        row = self._rows.get(name)
+        if row is None:
+            if self._free:
+                row = self._free.pop()
+            elif self._next < self._size - 1:
+                row = self._next
+                self._next += 1
+            else:
+                row = self._size - 1
+            self._rows[name] = row
+        return row
+
+    def used(self) -> Iterable[int]:
+        """All rows in use, but the worker's own."""
+        return set(self._rows.values())
+
+    def forgettable(self, known: Iterable[str]) -> dict[str, int]:
+        """Rows of rules that are not ``known`` any more."""
+        names = self._rows.keys() - set(known)
+        return {name: self._rows[name] for name in names if self._rows[name] != self._size - 1}
+
+    def forget(self, name: str) -> None:
+        """Give the row of a rule to the next one that comes; it must be zero everywhere."""
+        self._free.append(self._rows.pop(name))
 
 
 class Tally:
-    """The sums over all workers, those that are gone included."""
+    """Sums of rows: of workers that live, and of those that are gone."""
 
     def __init__(self) -> None:
-        self._workers: dict[int, _Worker] = {}
-        self._rules: dict[str, _Rule] = {}
-        self._gone = dict.fromkeys(COUNTERS, 0)
+        self._gone: dict[int, list[int]] = {}
 
-    def hear(self, pid: int, message: Mapping[str, object]) -> None:
-        """Take a worker's report. What is not a number of ours is left out."""
-        worker = self._workers.setdefault(pid, _Worker())
-        counters = message.get("counters")
-        if isinstance(counters, dict):
-            for name in COUNTERS:
-                value = counters.get(name)
-                if isinstance(value, int):
-                    worker.counters[name] = value
-        news = message.get("rules")
-        for item in news if isinstance(news, list) else ():
-            match item:
-                case [str(name), int(sessions), int(opened), int(failed)]:
-                    self._add(worker, name, sessions, (opened, failed))
-
-    def _add(self, worker: _Worker, name: str, sessions: int, added: tuple[int, int]) -> None:
-        rule = self._rules.setdefault(name, _Rule())
-        rule.opened += added[0]
-        rule.failed += added[1]
-        if sessions:
-            worker.sessions[name] = sessions
-        else:
-            worker.sessions.pop(name, None)
-
-    def on_exit(self, pid: int) -> None:
+    def on_exit(self, rows: Mapping[int, Sequence[int]]) -> None:
         """A worker is gone, and its sessions with it; what it had done stays."""
-        worker = self._workers.pop(pid, None)
-        if worker is not None:
-            for name, value in worker.counters.items():
-                if name != "sessions":
-                    self._gone[name] += value
+        for number, row in rows.items():
+            states = _NOW if number else [COUNTERS.index(name) for name in _STATES]
+            kept = [0 if index in states else value for index, value in enumerate(row)]
+            if any(kept):
+                self._gone[number] = _add(self._gone.get(number, [0] * WORDS), kept)
 
-    def forget_rules(self, known: Iterable[str]) -> None:
-        """Drop the sums of rules that are neither known nor in use any more."""
-        used = {name for worker in self._workers.values() for name in worker.sessions}
-        for name in self._rules.keys() - used - set(known):
-            del self._rules[name]
-
-    def worker(self, pid: int) -> dict[str, int]:
-        """The counters of one worker that lives."""
-        return dict(self._workers.get(pid, _Worker()).counters)
-
-    def totals(self) -> dict[str, int]:
-        """The counters of all workers since the start."""
-        found = dict(self._gone)
-        for worker in self._workers.values():
-            for name, value in worker.counters.items():
-                found[name] += value
+    def total(self, number: int, living: Iterable[Sequence[int]]) -> list[int]:
+        """One row over all workers since the start; ``living`` are those of workers that live."""
+        found = list(self._gone.get(number, [0] * WORDS))
+        for row in living:
+            found = _add(found, row)
         return found
 
-    def rules(self, names: Iterable[str]) -> dict[str, dict[str, int]]:
-        """Counters of the named rules, over all workers."""
-        found = {}
-        for name in names:
-            rule = self._rules.get(name, _Rule())
-            found[name] = {
-                "sessions": 0,
-                "sessions_total": rule.opened,
-                "connects_failed": rule.failed,
-            }
-        for worker in self._workers.values():
-            for name, sessions in worker.sessions.items():
-                if name in found:
-                    found[name]["sessions"] += sessions
-        return found
+    def forget(self, number: int) -> None:
+        """A row begins anew."""
+        self._gone.pop(number, None)
+
+
+def _add(one: Sequence[int], other: Sequence[int]) -> list[int]:
+    return [a + b for a, b in zip(one, other, strict=True)]

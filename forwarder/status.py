@@ -15,7 +15,7 @@ _RULE_COLUMNS = ("rule", "listens on", "upstreams", "sessions", "total", "failed
 
 
 def describe_rule(
-    rule: Rule, addresses: Sequence[str], counters: Mapping[str, int]
+    rule: Rule, addresses: Sequence[str], counters: Mapping[str, object]
 ) -> dict[str, object]:
     """One rule, as in the JSON of the status."""
     return {

@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Final
@@ -29,13 +30,13 @@ from forwarder.net.channel import Channel, ChannelClosed, Received
 from forwarder.relay.listener import Listener
 from forwarder.relay.relay import Relay
 from forwarder.relay.udp_listener import UdpListener
-from forwarder.stats import RuleCounts, take_report
 from forwarder.upstream.pool import Pool
 from forwarder.upstream.resolver import Resolver
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from forwarder.board import Board
     from forwarder.config.model import RelayMode, Rule
     from forwarder.heartbeat import Heartbeats
     from forwarder.messages import Assignment
@@ -84,6 +85,7 @@ class WorkerSpec:
     cell: int  # of the heartbeats
     channel: Channel
     heartbeats: Heartbeats
+    board: Board
     relay: RelayMode
     identity: Identity | None
 
@@ -129,8 +131,7 @@ class Worker:
         self._listeners: dict[int, Listener | UdpListener] = {}
         self._sockets: dict[int, socket.socket] = {}
         self._unreceived: list[int] = []  # ids of sockets for which there was no descriptor
-        self._counts: dict[str, RuleCounts] = {}  # by rule, while it is served or has sessions
-        self._reported: dict[str, int] = {}
+        self._board = spec.board
         self._done: asyncio.Future[WorkerExit] = loop.create_future()
         self._is_draining = False
         self._door: OrphanDoor | None = None
@@ -219,26 +220,10 @@ class Worker:
 
     def _beat(self) -> None:
         self._heartbeats.beat(self._cell, time.monotonic())
-        self._report()
-        self._loop.call_later(BEAT_S, self._beat)
-
-    def _report(self) -> None:
-        """Tell the master what has been counted since the last report, if anything has."""
-        try:
+        self._relay.count(self._board.row(0))
+        with suppress(ChannelClosed):
             self._channel.flush()
-            counters = self._relay.counters()
-            while not self._channel.has_outbox:
-                news = take_report(self._counts)
-                if not news and counters == self._reported:
-                    break
-                self._channel.send({"op": Op.STATS, "counters": counters, "rules": news})
-                self._reported = counters
-        except ChannelClosed:
-            return  # nobody counts any more
-        if len(self._counts) > len(self._pools):
-            for name, counts in tuple(self._counts.items()):
-                if name not in self._pools and not counts.sessions and not counts.has_news:
-                    del self._counts[name]
+        self._loop.call_later(BEAT_S, self._beat)
 
     # -- acting
 
@@ -253,7 +238,10 @@ class Worker:
         everyone = assignment.config.access
         before = set(self._pools.values())
         accesses = [AccessList.compile(everyone, rule.access) for rule in rules]
-        self._pools = {rule.name: self._pool(rule) for rule in rules}
+        self._pools = {
+            rule.name: self._pool(rule, row)
+            for rule, row in zip(rules, assignment.rows, strict=True)
+        }
         for socket_id, index in assignment.routes.items():
             if socket_id not in self._sockets:
                 continue  # for want of descriptors: see _acknowledge
@@ -302,14 +290,12 @@ class Worker:
             abort = self._relay.abort_sessions
             self._loop.call_later(limit_s, lambda: abort("drain_timeout", doomed))
 
-    def _pool(self, rule: Rule) -> Pool:
+    def _pool(self, rule: Rule, row: int) -> Pool:
         """The pool of an unchanged rule goes on, with its turn and its names; others are new."""
         known = self._pools.get(rule.name)
-        if known is not None and known.rule == rule:
+        if known is not None and known.rule == rule and known.row == row:
             return known
-        pool = Pool(rule, self._resolver)
-        pool.counts = self._counts.setdefault(rule.name, pool.counts)
-        return pool
+        return Pool(rule, self._resolver, row, self._board.row(row))
 
     def drain(self) -> None:
         """Accept no more, and leave when the last session has ended."""
@@ -345,7 +331,7 @@ class Worker:
 
     def _finish(self) -> None:
         if not self._done.done():
-            self._report()
+            self._relay.count(self._board.row(0))
             self._done.set_result(WorkerExit.STOPPED)
 
 

@@ -72,7 +72,7 @@ class Bridge(Flow):
 
     def on_stream_broken(self, why: str) -> None:
         """The client has reset the connection."""
-        self.abort(CloseReason(Who.CLIENT, Phase.DATA, why))
+        self.abort(CloseReason(Who.CLIENT, Phase.DATA, why, is_reset=True))
 
     def close(self, reason: CloseReason) -> None:
         """End; bytes that the client has not taken yet are lost, so it is reset then."""

@@ -47,6 +47,7 @@ class Way:
     __slots__ = ("flow", "is_queued", "moved", "relay", "reverse", "src")
 
     reverse: Way
+    spliced = 0  # datagrams pass through the process
 
     def __init__(self, relay: Relay, flow: Flow) -> None:
         self.relay = relay

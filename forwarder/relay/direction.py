@@ -70,6 +70,8 @@ class Direction:
     src: socket.SocketType
     dst: socket.SocketType
     reverse: Direction
+    spliced: int = 0
+    """How many of the bytes moved never entered the process."""
 
     def __init__(self, relay: Relay, session: Session) -> None:
         self.relay = relay

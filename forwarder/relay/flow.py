@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 from forwarder.errors import CloseReason, Phase, Who
 from forwarder.net import sockets
 from forwarder.relay.wheel import TICK_S
+from forwarder.stats import SESSIONS, connect_bucket
 
 if TYPE_CHECKING:
     import socket
@@ -60,7 +61,9 @@ class Flow:
         "c2u",
         "client",
         "client_address",
+        "connected_at",
         "deadline",
+        "id",
         "pool",
         "relay",
         "started_at",
@@ -76,12 +79,14 @@ class Flow:
 
     def __init__(self, relay: Relay, pool: Pool, client_address: SockAddr) -> None:
         self.relay = relay
+        self.id = relay.total
         self.pool = pool
         self.client_address = client_address
         self.client: socket.SocketType | None = None
         self.upstream: socket.SocketType | None = None
         self.state = _RESOLVING
         self.started_at = self.active_at = relay.poller.now
+        self.connected_at = 0.0  # 0: not yet
         self.tick = -1
         self.deadline = 0.0  # before OPEN
         self.targets: tuple[Target, ...] = ()
@@ -143,13 +148,14 @@ class Flow:
     def on_open(self) -> None:
         """Both sides are there."""
         self.state = _OPEN
-        self.active_at = self.relay.poller.now
+        self.active_at = self.connected_at = self.relay.poller.now
+        self.pool.counts[connect_bucket(self.connected_at - self.started_at)] += 1
         self.arm(self.silence_limit_s)
 
-    def fail(self, why: str) -> None:
+    def fail(self, why: str, who: Who = Who.UPSTREAM) -> None:
         """No upstream could be opened."""
         self.relay.note_connect_failed(self, why)
-        self.abort(CloseReason(Who.UPSTREAM, Phase.CONNECT, why))
+        self.abort(CloseReason(who, Phase.CONNECT, why))
 
     def limit_attempt(self) -> None:
         """Bound the look-up or the attempt that begins now."""
@@ -203,7 +209,7 @@ class Flow:
 
     def on_attempt_timeout(self) -> None:
         """The look-up of a name has taken too long, or no descriptor was to be had."""
-        self.fail("no descriptor or no name server answered in time")
+        self.fail("no descriptor or no name server answered in time", Who.US)
 
     def arm(self, limit_s: float) -> None:
         """Have :meth:`on_timer` called within ``limit_s``; 0 is never."""
@@ -226,13 +232,10 @@ class Flow:
             return
         self.state = _CLOSED
         relay = self.relay
-        if relay.logs_sessions:
-            relay.log_session(self, reason)
+        relay.on_end(self, reason)
         relay.wheel.discard(self)
         relay.sessions.discard(self)
-        relay.bytes_c2u += self.c2u.moved
-        relay.bytes_u2c += self.u2c.moved
-        self.pool.counts.sessions -= 1
+        self.pool.counts[SESSIONS] -= 1
         self.c2u.src = self.u2c.src = None
         for sock in (self.client, self.upstream):
             if sock is not None:

@@ -10,7 +10,9 @@ import select
 from typing import TYPE_CHECKING, Final
 
 from forwarder.access import Decision
+from forwarder.errors import NOT_ALLOWED
 from forwarder.net import sockets
+from forwarder.stats import ENDS
 
 if TYPE_CHECKING:
     import socket
@@ -105,6 +107,7 @@ class Listener:
             if self.access.is_empty or self.access.decide(address[0]) is Decision.ALLOWED:
                 relay.open_session(self.pool, client, address)
             else:
+                self.pool.counts[ENDS + NOT_ALLOWED.index] += 1
                 client.close()
 
     def on_bug(self) -> None:
@@ -124,6 +127,7 @@ class Listener:
                 "accept.paused rule=%s: %s; clients wait in the queue", self.pool.rule.name, why
             )
         self._pauses += 1
+        self._relay.accept_pauses += 1
         self._is_paused = True
         self._relay.poller.unregister(self.sock.fileno())
         self._loop.call_later(PAUSE_S, self._resume)

@@ -24,6 +24,17 @@ from forwarder.relay.session import Session
 from forwarder.relay.splice import HAS_SPLICE, SpliceDirection
 from forwarder.relay.udp_flow import UdpFlow
 from forwarder.relay.wheel import TICK_S, Wheel
+from forwarder.stats import (
+    BYTES_C2U,
+    BYTES_SPLICED,
+    BYTES_U2C,
+    CONNECTS_FAILED,
+    ENDS,
+    LIVE_C2U,
+    LIVE_U2C,
+    SESSIONS,
+    SESSIONS_TOTAL,
+)
 
 if TYPE_CHECKING:
     import socket
@@ -32,6 +43,7 @@ if TYPE_CHECKING:
 
     from forwarder.net.sockets import SockAddr, Target
     from forwarder.relay.flow import Flow
+    from forwarder.stats import Row
     from forwarder.upstream.pool import Pool
 
 log = logging.getLogger(__name__)
@@ -49,10 +61,9 @@ _TCP: Final = Protocol.TCP
 
 
 class Relay:
-    """The relay of one worker. ``failed`` counts sessions that found no upstream.
+    """The relay of one worker. ``total`` counts sessions, ``failed`` those without an upstream.
 
     ``sessions`` are those with TCP on both sides and flows, which have UDP on one or both.
-    ``bytes_c2u`` and ``bytes_u2c`` are of sessions that have ended.
     ``workers`` is how many relays there are, which share what is limited per rule.
 
     ``small_view``, ``bulk_view`` and ``batch`` are scratch space, used within one call and never
@@ -82,9 +93,9 @@ class Relay:
         self._flow_tables: dict[Pool, FlowTable] = {}
         self.total = 0
         self.failed = 0
-        self.bytes_c2u = 0
-        self.bytes_u2c = 0
-        self.bytes_spliced = 0
+        self.accept_pauses = 0
+        self._bytes_c2u = self._bytes_u2c = self._bytes_spliced = 0  # of sessions that have ended
+        self._live: dict[int, Row] = {}  # rows that have bytes of open sessions in them
         self._loop = loop
         self._is_ticking = False
         self._is_closed = False
@@ -106,32 +117,66 @@ class Relay:
         """Count a session that was made just now, and start it."""
         self.total += 1
         counts = session.pool.counts
-        counts.opened += 1
-        counts.sessions += 1
+        counts[SESSIONS_TOTAL] += 1
+        counts[SESSIONS] += 1
         try:
             session.start()
         except Exception:  # as in Poller: a bug must cost one session, not the worker
             log.exception("relay.bug while connecting rule=%s", session.pool.rule.name)
             session.on_bug()
 
-    def counters(self) -> dict[str, int]:
-        """What was done so far, by the names of ``stats.COUNTERS``. Walks over all sessions."""
-        bytes_c2u, bytes_u2c = self.bytes_c2u, self.bytes_u2c
+    def count(self, row: Row) -> None:
+        """Write what open sessions have moved so far into the rows of their rules, and our own row.
+
+        Walks over all sessions: for a beat, not for an event.
+        """
+        sums: dict[int, tuple[Row, list[int]]] = {}
         for session in self.sessions:
-            bytes_c2u += session.c2u.moved
-            bytes_u2c += session.u2c.moved
-        return {
-            "sessions": len(self.sessions),
-            "sessions_total": self.total,
-            "connects_failed": self.failed,
-            "bytes_c2u": bytes_c2u,
-            "bytes_u2c": bytes_u2c,
-            "bytes_spliced": self.bytes_spliced,
-            "pipes_refused": self.pipes.statistics().refused,
-            "datagrams_dropped": self.datagrams_dropped + self.batch.dropped,
-            "icmp_errors": self.batch.errors,
-            "flows_evicted": self.flows_evicted,
-        }
+            pool = session.pool
+            found = sums.get(pool.row)
+            if found is None:
+                found = sums[pool.row] = (pool.counts, [0, 0])
+            found[1][0] += session.c2u.moved
+            found[1][1] += session.u2c.moved
+        for counts, moved in sums.values():
+            counts[LIVE_C2U], counts[LIVE_U2C] = moved
+        for number in self._live.keys() - sums.keys():
+            self._live[number][LIVE_C2U] = self._live[number][LIVE_U2C] = 0
+        self._live = {number: counts for number, (counts, _) in sums.items()}
+        pipes = self.pipes.statistics()
+        counters = (
+            len(self.sessions),
+            self.total,
+            self.failed,
+            self._bytes_c2u + sum(moved[0] for _, moved in sums.values()),
+            self._bytes_u2c + sum(moved[1] for _, moved in sums.values()),
+            self._bytes_spliced,
+            pipes.refused,
+            self.datagrams_dropped + self.batch.dropped,
+            self.batch.errors,
+            self.flows_evicted,
+            self.accept_pauses,
+            pipes.made,
+            pipes.idle,
+            pipes.pages,
+        )
+        for index, value in enumerate(counters):
+            row[index] = value
+
+    def on_end(self, session: Session | Flow, reason: CloseReason) -> None:
+        """Count the end of a session, once, and log it if that is wanted."""
+        c2u, u2c, counts = session.c2u, session.u2c, session.pool.counts
+        counts[ENDS + reason.index] += 1
+        counts[BYTES_C2U] += c2u.moved
+        counts[BYTES_U2C] += u2c.moved
+        spliced = c2u.spliced + u2c.spliced
+        counts[BYTES_SPLICED] += spliced
+        self._bytes_c2u += c2u.moved
+        self._bytes_u2c += u2c.moved
+        self._bytes_spliced += spliced
+        if self.logs_sessions:
+            self._log_session(session, reason)
+        c2u.moved = u2c.moved = 0  # counted; it may still be here for a while
 
     def abort_sessions(self, why: str, sessions: Iterable[Session | Flow] | None = None) -> None:
         """End sessions by RST, all or some; one that has ended is passed over."""
@@ -145,8 +190,7 @@ class Relay:
             if isinstance(session, UdpFlow):
                 session.end_if_silent_for(limit_s)
 
-    def log_session(self, session: Session | Flow, reason: CloseReason) -> None:
-        """Log the end of a session; asked for only if ``logs_sessions``."""
+    def _log_session(self, session: Session | Flow, reason: CloseReason) -> None:
         target = session.targets[session.attempt] if session.attempt >= 0 else "-"
         log.debug(
             "session.closed rule=%s client=%s:%d upstream=%s end=%s c2u=%d u2c=%d total_s=%.3f",
@@ -163,7 +207,7 @@ class Relay:
     def note_connect_failed(self, session: Session | Flow, why: str) -> None:
         """Count a session that found no upstream; log it, repeats only every WARN_INTERVAL_S."""
         self.failed += 1
-        session.pool.counts.failed += 1
+        session.pool.counts[CONNECTS_FAILED] += 1
         session.pool.on_failure()
         rule = session.pool.rule.name
         upstream = f" to {session.targets[session.attempt]}" if session.attempt >= 0 else ""

@@ -34,6 +34,7 @@ from forwarder.errors import CloseReason, Phase, Who
 from forwarder.net import sockets
 from forwarder.relay.poller import BROKEN, READABLE, WRITABLE
 from forwarder.relay.wheel import TICK_S
+from forwarder.stats import SESSIONS, connect_bucket
 
 if TYPE_CHECKING:
     from forwarder.net.sockets import Target
@@ -82,7 +83,9 @@ class Session:
         "c2u",
         "client",
         "client_address",
+        "connected_at",
         "deadline",
+        "id",
         "is_reset",
         "pool",
         "relay",
@@ -100,6 +103,7 @@ class Session:
         self, relay: Relay, pool: Pool, client: socket.SocketType, client_address: sockets.SockAddr
     ) -> None:
         self.relay = relay
+        self.id = relay.total
         self.pool = pool
         self.client = client
         self.client_address = client_address
@@ -107,6 +111,7 @@ class Session:
         self.survivor: socket.SocketType | None = None  # ABORTING: the side that still receives
         self.state = _RESOLVING
         self.started_at = self.active_at = relay.poller.now
+        self.connected_at = 0.0  # 0: not yet
         self.tick = -1
         self.deadline = 0.0  # of RESOLVING, of one attempt of CONNECTING, of ABORTING
         self.targets: tuple[Target, ...] = ()
@@ -190,7 +195,8 @@ class Session:
 
     def _on_connected(self, upstream: socket.SocketType, mask: int) -> None:
         self.state = _RELAYING
-        self.active_at = self.relay.poller.now
+        self.active_at = self.connected_at = self.relay.poller.now
+        self.pool.counts[connect_bucket(self.connected_at - self.started_at)] += 1
         self.relay.poller.hand_over(upstream.fileno(), self.u2c)
         self._arm(self.pool.rule.idle_timeout_s)
         self.u2c.is_blocked = False
@@ -209,10 +215,10 @@ class Session:
             self.relay.poller.release(self.upstream)
         self._connect_next(error)
 
-    def _fail(self, why: str) -> None:
+    def _fail(self, why: str, who: Who = Who.UPSTREAM) -> None:
         """No upstream: the client is reset, as it would be by the closed port itself."""
         self.relay.note_connect_failed(self, why)
-        self.abort(CloseReason(Who.UPSTREAM, Phase.CONNECT, why))
+        self.abort(CloseReason(who, Phase.CONNECT, why))
 
     def _who(self, direction: Direction) -> Who:
         return Who.CLIENT if direction is self.c2u else Who.UPSTREAM
@@ -256,7 +262,7 @@ class Session:
     def on_broken_while_blocked(self, direction: Direction) -> None:
         """The source of ``direction`` is gone while nothing may be read from it."""
         if self.state is _CONNECTING:
-            self.abort(CloseReason(Who.CLIENT, Phase.CONNECT, "reset"))
+            self.abort(CloseReason(Who.CLIENT, Phase.CONNECT, is_reset=True))
         elif self.state in (_RELAYING, _HALF_CLOSED):
             if direction.is_done:
                 self._abort_after_delivery(direction, "reset")
@@ -290,7 +296,7 @@ class Session:
                     return 0.0
                 return self.deadline
             if is_waiting:
-                self._fail("no descriptor or no name server answered in time")
+                self._fail("no descriptor or no name server answered in time", Who.US)
             else:
                 self._give_up_attempt(errno.ETIMEDOUT)
         return 0.0
@@ -345,7 +351,7 @@ class Session:
             return
         phase = Phase.HALF_CLOSE if self.state is _HALF_CLOSED else Phase.DATA
         survivor = direction.dst
-        self._end(CloseReason(self._who(direction), phase, detail))
+        self._end(CloseReason(self._who(direction), phase, detail, is_reset=True))
         sockets.set_abort_on_close(survivor)
         if not sockets.unsent_bytes(survivor):
             self._finish()
@@ -359,10 +365,11 @@ class Session:
 
     def _end(self, reason: CloseReason) -> None:
         """Stop both directions and report the end, once."""
+        if self.state is _ABORTING:
+            return  # reported when the abort began
         self.c2u.stop()
         self.u2c.stop()
-        if self.relay.logs_sessions:
-            self.relay.log_session(self, reason)
+        self.relay.on_end(self, reason)
 
     def _finish(self) -> None:
         """Give everything back. After this batch nothing refers to the session any more."""
@@ -370,9 +377,7 @@ class Session:
         relay = self.relay
         relay.wheel.discard(self)
         relay.sessions.discard(self)
-        relay.bytes_c2u += self.c2u.moved
-        relay.bytes_u2c += self.u2c.moved
-        self.pool.counts.sessions -= 1
+        self.pool.counts[SESSIONS] -= 1
         relay.poller.release(self.client)
         if self.upstream is not None:
             relay.poller.release(self.upstream)

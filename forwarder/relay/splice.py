@@ -44,13 +44,14 @@ class SpliceDirection(Direction):
     ``pipe`` is None unless ``dst`` was full; then ``in_pipe`` bytes wait in it.
     """
 
-    __slots__ = ("in_pipe", "pipe")
+    __slots__ = ("in_pipe", "pipe", "spliced")
 
     in_pipe: int  # set with ``pipe``
 
     def __init__(self, relay: Relay, session: Session) -> None:
         super().__init__(relay, session)
         self.pipe: Pipe | None = None
+        self.spliced = 0
 
     def pump_bulk(self, mask: int) -> None:
         """Move bulk from socket to socket until dry, full, or the budget is used up."""
@@ -58,7 +59,7 @@ class SpliceDirection(Direction):
         if pipe is None:
             super().pump_bulk(mask)
         else:
-            self.relay.bytes_spliced += self._splice(pipe, mask)
+            self.spliced += self._splice(pipe, mask)
 
     def _splice(self, pipe: Pipe, mask: int) -> int:
         """Move bulk through ``pipe``, which is given back or kept. Returns the bytes moved."""

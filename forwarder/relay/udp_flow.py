@@ -164,7 +164,7 @@ class UdpToTcpFlow(UdpFlow):
 
     def on_stream_broken(self, why: str) -> None:
         """The upstream has reset the connection."""
-        self.close(CloseReason(Who.UPSTREAM, Phase.DATA, why))
+        self.close(CloseReason(Who.UPSTREAM, Phase.DATA, why, is_reset=True))
 
     def close(self, reason: CloseReason) -> None:
         """End the connection by FIN, or by RST if the upstream lacks a part of what was sent."""

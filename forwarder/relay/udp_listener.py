@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Final
 
 from forwarder.access import Decision
 from forwarder.config.model import Protocol
-from forwarder.errors import CloseReason, Phase, Who
+from forwarder.errors import NOT_ALLOWED, CloseReason, Phase, Who
 from forwarder.net import peers, udp
 from forwarder.net.datagrams import SLOTS
 from forwarder.relay.poller import READABLE, WRITABLE
 from forwarder.relay.udp_flow import UdpFlow, UdpToTcpFlow
+from forwarder.stats import DATAGRAMS_DROPPED, ENDS
 
 if TYPE_CHECKING:
     import socket
@@ -140,6 +141,7 @@ class UdpListener:
             flow = self._open(peer)
             if flow is None:
                 self._relay.datagrams_dropped += last - first
+                self.pool.counts[DATAGRAMS_DROPPED] += last - first
                 return
             is_ripe = last - first > 1
         else:
@@ -153,6 +155,7 @@ class UdpListener:
         """Begin a flow; None if the client may not have one."""
         address = peers.address_of(peer)
         if not self.access.is_empty and self.access.decide(address[0]) is not Decision.ALLOWED:
+            self.pool.counts[ENDS + NOT_ALLOWED.index] += 1
             return None
         relay = self._relay
         relay.make_room_for_flow(self.pool)

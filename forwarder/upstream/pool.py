@@ -9,13 +9,13 @@ import socket
 from typing import TYPE_CHECKING
 
 from forwarder.net.sockets import Target
-from forwarder.stats import RuleCounts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from forwarder.config.model import Rule
     from forwarder.net.sockets import SockAddr
+    from forwarder.stats import Row
     from forwarder.upstream.resolver import Resolver
 
 
@@ -31,9 +31,11 @@ def literal_target(host: str, port: int) -> Target:
 class Pool:
     """Where the sessions of a rule go. Each new session starts at the next upstream in turn."""
 
-    def __init__(self, rule: Rule, resolver: Resolver) -> None:
+    def __init__(self, rule: Rule, resolver: Resolver, row: int, counts: Row) -> None:
+        """``counts`` is the row of the rule, shared with its earlier pools; ``row`` its number."""
         self.rule = rule
-        self.counts = RuleCounts()  # the worker's, shared with the rule's earlier pools
+        self.row = row
+        self.counts = counts
         self._resolver = resolver
         self._turn = 0
         self._source = literal_target(rule.source, 0) if rule.source else None

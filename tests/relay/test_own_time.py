@@ -17,7 +17,7 @@ from forwarder.errors import Place
 from forwarder.net.sockets import Target
 from forwarder.relay.relay import Relay
 from forwarder.relay.wheel import BUCKETS, TICK_S
-from forwarder.stats import RuleCounts
+from forwarder.stats import new_row
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
@@ -72,7 +72,7 @@ class StubPool:
             connect_timeout_s=connect_timeout_s,
             place=Place("test"),
         )
-        self.counts = RuleCounts()
+        self.row, self.counts = 1, new_row()
         self._targets = targets
         self.waiting: list[Callable[[tuple[Target, ...]], None]] = []
 

@@ -27,6 +27,8 @@ RANK = {
     "privileges": 4,
     "signals": 4,
     "heartbeat": 4,
+    "board": 4,
+    "ledger": 5,
     "pidfile": 4,
     "control_path": 4,
     "messages": 5,

@@ -1,88 +1,102 @@
-"""Sums of what workers report."""
+"""Rows, the sums of them, and the status as text."""
 
 from __future__ import annotations
 
-import json
-
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forwarder.net.channel import MAX_MESSAGE_BYTES
-from forwarder.stats import COUNTERS, RULES_PER_REPORT, RuleCounts, Tally, take_report
+from forwarder.errors import REASONS, CloseReason, Phase, Who
+from forwarder.ledger import Ledger
+from forwarder.stats import (
+    BYTES_C2U,
+    CONNECT_BUCKETS,
+    CONNECT_MS,
+    ENDS,
+    LIVE_C2U,
+    SESSIONS,
+    SESSIONS_TOTAL,
+    WORDS,
+    Rows,
+    connect_bucket,
+    connect_label,
+)
 from forwarder.status import as_bytes, as_duration, as_text
 
 
-def counters(**values: int) -> dict[str, int]:
-    return {**dict.fromkeys(COUNTERS, 0), **values}
-
-
-def test_a_report_has_only_what_changed_and_only_once() -> None:
-    rules = {"a": RuleCounts(sessions=1, opened=2, failed=1), "b": RuleCounts()}
-    assert take_report(rules) == [["a", 1, 2, 1]]
-    assert take_report(rules) == []
-    rules["a"].sessions = 0
-    assert take_report(rules) == [["a", 0, 0, 0]]
-
-
-def test_a_report_fits_into_a_message_whatever_the_names() -> None:
-    huge = 2**63
-    rules = {
-        chr(0x1F600 + i) * 100: RuleCounts(sessions=huge, opened=huge, failed=huge)
-        for i in range(RULES_PER_REPORT + 1)
-    }
-    message = {
-        "op": "stats",
-        "counters": dict.fromkeys(COUNTERS, huge),
-        "rules": take_report(rules),
-    }
-    assert len(json.dumps(message).encode()) <= MAX_MESSAGE_BYTES
-    assert len(take_report(rules)) == 1
-
-
-@given(
-    st.lists(
-        st.tuples(
-            st.sampled_from([1, 2, 3]), st.sampled_from("ab"), st.integers(0, 5), st.booleans()
-        )
-    )
-)
-def test_totals_never_shrink_and_dead_workers_have_no_sessions(
-    steps: list[tuple[int, str, int, bool]],
+@given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 2), st.booleans())))
+def test_what_was_counted_outlives_workers_and_what_was_open_does_not(
+    steps: list[tuple[str, int, bool]],
 ) -> None:
-    tally, opened = Tally(), {"a": 0, "b": 0}
-    open_now: dict[tuple[int, str], int] = {}
-    for pid, name, sessions, dies in steps:
-        tally.hear(pid, {"counters": counters(), "rules": [[name, sessions, 3, 0]]})
-        opened[name] += 3
-        open_now[pid, name] = sessions
+    """Workers count sessions and die; a plain model knows what must be told."""
+    ledger = Ledger()
+    boards = [ledger.open() for _ in range(3)]
+    total = dict.fromkeys("ab", 0)
+    is_open: dict[tuple[str, int], int] = {}
+    for name, worker, dies in steps:
+        row = boards[worker].row(ledger.row(name))
+        row[SESSIONS_TOTAL] += 1
+        row[SESSIONS] += 1
+        total[name] += 1
+        is_open[name, worker] = is_open.get((name, worker), 0) + 1
         if dies:
-            tally.on_exit(pid)
-            open_now = {key: value for key, value in open_now.items() if key[0] != pid}
-    for name, found in tally.rules("ab").items():
-        assert found["sessions_total"] == opened[name]
-        assert found["sessions"] == sum(v for key, v in open_now.items() if key[1] == name)
+            ledger.close(boards[worker])
+            boards[worker] = ledger.open()
+            is_open = {key: count for key, count in is_open.items() if key[1] != worker}
+    for name in "ab":
+        found = ledger.rule(name)
+        assert found["sessions_total"] == total[name]
+        assert found["sessions"] == sum(n for key, n in is_open.items() if key[0] == name)
 
 
-def test_a_worker_that_is_gone_still_counts() -> None:
-    tally = Tally()
-    tally.hear(1, {"counters": counters(sessions=2, bytes_c2u=10)})
-    tally.hear(2, {"counters": counters(sessions=1, bytes_c2u=5)})
-    tally.on_exit(1)
-    assert tally.totals() == counters(sessions=1, bytes_c2u=15)
-
-
-def test_nonsense_is_left_out() -> None:
-    tally = Tally()
-    tally.hear(1, {"counters": {"sessions": "many"}, "rules": [["a"], 7, ["a", "b", "c", "d"]]})
-    tally.hear(1, {"counters": 1, "rules": None})
-    assert tally.totals() == counters()
+def test_bytes_of_open_sessions_are_told_and_end_with_their_worker() -> None:
+    ledger = Ledger()
+    board = ledger.open()
+    row = board.row(ledger.row("a"))
+    row[BYTES_C2U], row[LIVE_C2U] = 5, 7
+    assert ledger.rule("a")["bytes_c2u"] == 12
+    ledger.close(board)
+    assert ledger.rule("a")["bytes_c2u"] == 5
 
 
 def test_rules_that_are_gone_are_forgotten_when_their_sessions_have_ended() -> None:
-    tally = Tally()
-    tally.hear(1, {"rules": [["a", 1, 1, 0], ["b", 0, 1, 0]]})
-    tally.forget_rules([])
-    assert [found["sessions_total"] for found in tally.rules("ab").values()] == [1, 0]
+    ledger = Ledger()
+    board = ledger.open()
+    number = ledger.row("a")
+    board.row(number)[SESSIONS] = 1
+    board.row(number)[SESSIONS_TOTAL] = 1
+    ledger.forget(["b"])
+    assert ledger.row("a") == number
+    board.row(number)[SESSIONS] = 0
+    ledger.forget(["b"])
+    assert ledger.row("c") == number
+    assert ledger.rule("c")["sessions_total"] == 0
+
+
+def test_rules_beyond_the_last_row_share_it() -> None:
+    rows = Rows(4)
+    assert [rows.of(name) for name in "abcdab"] == [1, 2, 3, 3, 1, 2]
+    assert rows.forgettable("d").keys() == {"a", "b"}
+
+
+@given(st.floats(0, 1e6))
+def test_every_connect_time_has_the_bucket_that_its_label_says(seconds: float) -> None:
+    bucket = connect_bucket(seconds) - CONNECT_MS
+    label = connect_label(bucket)
+    if label.startswith("<"):
+        assert int(seconds * 1000) < int(label[1:])
+        assert bucket == 0 or int(seconds * 1000) >= int(label[1:]) // 2
+    else:
+        assert int(seconds * 1000) >= int(label[2:])
+        assert bucket == CONNECT_BUCKETS - 1
+
+
+def test_every_reason_has_a_place_of_its_own_in_a_row() -> None:
+    assert len(set(REASONS)) == len(REASONS)
+    assert ENDS + len(REASONS) <= WORDS
+    assert REASONS[CloseReason(Who.US, Phase.IDLE).index] == "us/idle"
+    with pytest.raises(KeyError):
+        CloseReason(Who.CLIENT, Phase.SHUTDOWN)
 
 
 def test_durations_and_sizes_for_people() -> None:

@@ -124,7 +124,7 @@ def test_the_news_of_a_death_may_come_after_the_death() -> None:
     fleet = Fleet(ListenerTable(), selector, lambda: None)
     fleet.resize(1)
     ours, theirs = channel_pair()
-    process = WorkerProcess(0, 2**22 + 1, ours, 0.0)
+    process = WorkerProcess(0, 2**22 + 1, fleet.ledger.open(), ours, 0.0)
     try:
         (slot,) = fleet._slots
         slot.process = process

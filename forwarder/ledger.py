@@ -1,0 +1,68 @@
+"""What all workers have counted: their boards, which row is whose, and what dead ones have left.
+
+The master's. Reads the boards; writes to them only where no worker does any more.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from forwarder.board import ROWS, Board
+from forwarder.stats import SESSIONS, WORDS, Rows, Tally, describe_rule, describe_worker
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+_ZEROS: Final = memoryview(bytes(8 * WORDS)).cast("Q")
+
+
+class Ledger:
+    """Counters of this instance since its start."""
+
+    def __init__(self) -> None:
+        self._rows = Rows(ROWS)
+        self._tally = Tally()
+        self._boards: list[Board] = []
+
+    def open(self) -> Board:
+        """A board for a worker that is about to be forked."""
+        board = Board()
+        self._boards.append(board)
+        return board
+
+    def close(self, board: Board) -> None:
+        """A worker is gone: keep what it has counted."""
+        if board in self._boards:
+            self._boards.remove(board)
+            numbers = [0, *self._rows.used()]
+            self._tally.on_exit({number: board.row(number) for number in numbers})
+
+    def row(self, rule: str) -> int:
+        """The row in which all workers count a rule."""
+        return self._rows.of(rule)
+
+    def forget(self, known: Iterable[str]) -> None:
+        """Drop the counters of rules that are not ``known`` any more and have no session left."""
+        for name, number in self._rows.forgettable(known).items():
+            rows = [board.row(number) for board in self._boards]
+            if any(row[SESSIONS] for row in rows):
+                continue
+            for row in rows:
+                row[:] = _ZEROS
+            self._tally.forget(number)
+            self._rows.forget(name)
+
+    def worker(self, board: Board) -> dict[str, int]:
+        """The counters of one worker that lives."""
+        return describe_worker(board.row(0))
+
+    def totals(self) -> dict[str, int]:
+        """The counters of all workers."""
+        return describe_worker(self._sum(0))
+
+    def rule(self, name: str) -> dict[str, object]:
+        """The counters of a rule over all workers."""
+        return describe_rule(self._sum(self._rows.of(name)))
+
+    def _sum(self, number: int) -> list[int]:
+        return self._tally.total(number, (board.row(number) for board in self._boards))
