@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from forwarder.addr import is_ip
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     # For the types only: at run time the configuration imports this module.
     from forwarder.config.model import AccessRule
@@ -225,6 +225,15 @@ class _Matcher:
                 return True
         wildcards = self._wildcards
         return wildcards is not None and any(wildcards.match(text) for text in client.texts)
+
+
+def pattern_matcher(text: str) -> Callable[[str], bool]:
+    """A function that says whether a client, by its numeric address, matches one pattern.
+
+    Raises PatternError.
+    """
+    matcher = _Matcher([text])
+    return lambda host: matcher.matches(_Client.of(host))
 
 
 @lru_cache(maxsize=256)

@@ -1,4 +1,4 @@
-"""Commands that talk to a running instance: reload, status, stop, upgrade, workers.
+"""Commands that talk to a running instance: reload, status, sessions, kill, stop and so on.
 
 Ask over the control socket and print the answer. Not the service: see ``control``.
 """
@@ -111,6 +111,50 @@ def status_command(control: str | None, *, as_json: bool) -> None:
         click.echo(line)
 
 
+def _choice_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that say which sessions are meant."""
+    for option in (
+        click.option("--rule", metavar="NAME", help="Those of one rule."),
+        click.option("--client", metavar="PATTERN", help="An address, a network, or with * and ?."),
+    ):
+        command = option(command)
+    return command
+
+
+@click.command("sessions")
+@control_option
+@_choice_options
+@click.option("--limit", type=click.IntRange(1, 10_000), default=1000, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="One line of JSON for each session.")
+def sessions_command(
+    control: str | None, rule: str | None, client: str | None, limit: int, *, as_json: bool
+) -> None:
+    """List open sessions, with what they have moved and how long they have been silent."""
+    asked: dict[str, object] = {"op": "sessions", "rule": rule, "client": client, "limit": limit}
+    answer = _ask(control, asked, _STATUS_TIMEOUT_S)
+    sessions = answer.get("sessions")
+    found = sessions if isinstance(sessions, list) else []
+    for line in map(json.dumps, found) if as_json else status.sessions_as_text(found):
+        click.echo(line)
+    if answer.get("is_cut"):
+        click.echo(f"only {limit} are shown; --limit shows more", err=True)
+
+
+@click.command("kill")
+@control_option
+@_choice_options
+@click.argument("ids", metavar="[ID]...", nargs=-1)
+def kill_command(
+    control: str | None, rule: str | None, client: str | None, ids: tuple[str, ...]
+) -> None:
+    """End open sessions by a reset: by ID, of a rule, of a client. With several, all must hold."""
+    if not ids and rule is None and client is None:
+        raise click.UsageError("give IDs (see `forwarder sessions`), --rule or --client")
+    asked: dict[str, object] = {"op": "kill", "rule": rule, "client": client}
+    answer = _ask(control, {**asked, "ids": list(ids) or None}, _STATUS_TIMEOUT_S)
+    click.echo(f"{answer.get('killed')} ended")
+
+
 @click.command("upgrade")
 @control_option
 def upgrade_command(control: str | None) -> None:
@@ -137,7 +181,9 @@ def workers_command(control: str | None, count: str) -> None:
 
 
 COMMANDS: Final = (
+    kill_command,
     reload_command,
+    sessions_command,
     status_command,
     stop_command,
     upgrade_command,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from forwarder import messages, supervision, worker
+from forwarder.asking import Questions
 from forwarder.heartbeat import Heartbeats
 from forwarder.ledger import Ledger
 from forwarder.net import pipes
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from forwarder.board import Board
     from forwarder.config.model import Config
     from forwarder.listeners import BindAddress, ListenerTable
+    from forwarder.net.channel import Received
     from forwarder.privileges import Identity
 
 log = logging.getLogger(__name__)
@@ -70,6 +72,7 @@ class Fleet:
         self.serving: Serving
         self.identity: Identity | None = None  # whom the workers run as, if not us
         self.ledger = Ledger()
+        self.questions = Questions()
         self._table = table
         self._selector = selector
         self._release_master = release_master
@@ -143,6 +146,7 @@ class Fleet:
             if slot.process is None and now >= slot.backoff.not_before:
                 self._start(slot, now)
         self._check_all_alive(now)
+        self.ledger.sample(now)
         self._assign()
         if self._retiring and self.is_settled:
             for process in self._retiring:
@@ -167,12 +171,30 @@ class Fleet:
             return
         self._watch(process)
 
+    def ask(
+        self,
+        op: messages.Op,
+        choice: dict[str, object],
+        callback: Callable[[list[object]], None],
+    ) -> None:
+        """Ask all workers about some of their sessions; ``callback`` gets the answers, once."""
+        asked = self.processes()
+        now = time.monotonic()
+        number = self.questions.begin((process.pid for process in asked), now, callback)
+        for process in asked:
+            try:
+                process.channel.send({"op": op, "number": number, **choice})
+                self._watch(process)
+            except ChannelClosed:
+                continue  # it has died; SIGCHLD follows
+        self.questions.expire(now)  # if there was nobody to ask
+
     def hear(self, process: WorkerProcess) -> None:
         """Take in what a worker says, and send what waited for it."""
         try:
             process.channel.flush()
             for received in process.channel.receive():
-                self._handle(process, received.message)
+                self._handle(process, received)
         except ChannelClosed:
             self._hang_up(process)  # its death is reported by SIGCHLD
             return
@@ -259,6 +281,7 @@ class Fleet:
         self.hear(process)  # its last words
         self._hang_up(process)
         self.ledger.close(process.board)
+        self.questions.on_exit(process.pid)
         if process in self._retiring:
             self._retiring.remove(process)
             return
@@ -293,7 +316,8 @@ class Fleet:
 
     # -- messages
 
-    def _handle(self, process: WorkerProcess, message: dict[str, object]) -> None:
+    def _handle(self, process: WorkerProcess, received: Received) -> None:
+        message = received.message
         if message["op"] == messages.Op.APPLIED:
             serial = message["serial"]
             process.applied_serial = serial if isinstance(serial, int) else 0
@@ -311,6 +335,9 @@ class Fleet:
                 log.info("worker.ready slot=%d pid=%d", process.slot, process.pid)
         elif message["op"] == messages.Op.LEAVING:
             self._on_leaving(process)
+        elif message["op"] == messages.Op.ANSWER:
+            answer = messages.read_answer(received)
+            self.questions.on_answer(message.get("number"), process.pid, answer)
 
     def _watch(self, process: WorkerProcess) -> None:
         """Ask for writability exactly while something waits for the worker."""

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 
 _ZEROS: Final = memoryview(bytes(8 * WORDS)).cast("Q")
 
+# How far apart samples are at least. The workers write their totals once a second.
+SAMPLE_S: Final = 2.0
+_RATES: Final = ("sessions_total", "bytes_c2u", "bytes_u2c")
+
 
 class Ledger:
     """Counters of this instance since its start."""
@@ -23,6 +27,22 @@ class Ledger:
         self._rows = Rows(ROWS)
         self._tally = Tally()
         self._boards: list[Board] = []
+        self._samples: list[tuple[float, dict[str, int]]] = []  # the older first, at most two
+
+    def sample(self, now: float) -> None:
+        """Remember the totals now and then, for :meth:`rates`."""
+        if not self._samples or now - self._samples[-1][0] >= SAMPLE_S:
+            self._samples = [*self._samples[-1:], (now, self.totals())]
+
+    def rates(self, now: float) -> dict[str, float]:
+        """Per second, over the last few seconds: new sessions, bytes each way."""
+        totals = self.totals()
+        then, before = self._samples[0] if self._samples else (now, totals)
+        seconds = now - then
+        return {
+            f"{key}_per_s": round((totals[key] - before[key]) / seconds, 1) if seconds > 0 else 0.0
+            for key in _RATES
+        }
 
     def open(self) -> Board:
         """A board for a worker that is about to be forked."""

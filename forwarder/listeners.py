@@ -218,6 +218,18 @@ class ListenerTable:
         made = len(slotted.sockets)
         return {slotted.ids[i]: slotted.sockets[i].fileno() for i in slots if i < made}
 
+    def queue(self, addresses: Iterable[BindAddress]) -> dict[str, int]:
+        """What waits in the queues of some addresses: the fields of ``sockets.Queue``, in sums."""
+        waiting = limit = dropped = 0
+        for address in addresses:
+            slotted = self._by_address.get(address)
+            for sock in slotted.sockets if slotted else ():
+                queue = sockets.queue_of(sock)
+                waiting += queue.waiting
+                limit += queue.limit
+                dropped += queue.dropped
+        return {"waiting": waiting, "limit": limit, "dropped": dropped}
+
     def refuse_handshakes(self, address: BindAddress) -> None:
         """Let no new handshake begin on an address; what is queued or under way can be accepted."""
         for sock in () if address.is_udp else self._by_address[address].sockets:

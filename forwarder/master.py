@@ -229,6 +229,7 @@ class Master:
             return
         elif time.monotonic() >= self._deadline:
             self._on_deadline()
+        self._fleet.questions.expire(time.monotonic())
         self._requests.turn()
         for key, _ in self._selector.select(self._patience()):
             if isinstance(key.data, WorkerProcess):
@@ -245,6 +246,7 @@ class Master:
         else:
             deadlines = [self._deadline]
         deadlines += [self._requests.deadline, self._watchdog.deadline]
+        deadlines += [self._fleet.questions.deadline]
         deadlines += [self._successor.deadline if self._successor is not None else None]
         known = [deadline for deadline in deadlines if deadline is not None]
         first = min(known, default=math.inf)
@@ -351,9 +353,22 @@ class Master:
             "uptime_s": round(now - self._started_at, 1),
             "control": self._requests.path,
             "totals": self._fleet.ledger.totals(),
+            "rates": self._fleet.ledger.rates(now),
             "workers": self._fleet.describe(now),
             "rules": self._service.describe_rules(self._fleet.ledger.rule),
         }
+
+    def list_sessions(
+        self, choice: dict[str, object], callback: Callable[[list[object]], None]
+    ) -> None:
+        """Ask the workers for some of their sessions."""
+        self._fleet.ask(Op.LIST, choice, callback)
+
+    def kill_sessions(
+        self, choice: dict[str, object], callback: Callable[[list[object]], None]
+    ) -> None:
+        """Have the workers end some of their sessions."""
+        self._fleet.ask(Op.KILL, choice, callback)
 
     def resize(self, size: int) -> str:
         """Begin to have ``size`` workers. Returns why not, or ""."""

@@ -1,8 +1,9 @@
 """What the master and its workers say to each other.
 
 Master to worker: SOCKETS (listening sockets, by id), APPLY (which of them serve which rule, from
-now on), DRAIN, STOP. Worker to master: APPLIED, LEAVING. A worker that starts, one that gets
-a new configuration and one that takes over another's sockets do the same: apply an assignment.
+now on), DRAIN, STOP, LIST and KILL (some of its sessions). Worker to master: APPLIED, LEAVING, and
+ANSWER to LIST or KILL. A worker that starts, one that gets a new configuration and one that takes
+over another's sockets do the same: apply an assignment.
 
 The assignment travels pickled, from the master to its own forked child, never the other way: a
 worker may run with fewer rights than the master and must not be able to make it run anything.
@@ -10,10 +11,11 @@ worker may run with fewer rights than the master and must not be able to make it
 
 from __future__ import annotations
 
+import json
 import pickle
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from forwarder.net.channel import MAX_FDS, from_memory_file, to_memory_file
 
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
 
     from forwarder.config.model import Config
     from forwarder.net.channel import Channel, Received
+
+# Some 300 bytes for each of the sessions that are listed at most.
+MAX_ANSWER_BYTES: Final = 16 * 1024 * 1024
 
 
 class Op(StrEnum):
@@ -33,6 +38,9 @@ class Op(StrEnum):
     STOP = "stop"
     APPLIED = "applied"
     LEAVING = "leaving"
+    LIST = "list"
+    KILL = "kill"
+    ANSWER = "answer"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,3 +83,16 @@ def read_assignment(received: Received) -> Assignment:
     if not isinstance(assignment, Assignment):
         raise TypeError("not an assignment")
     return assignment
+
+
+def send_answer(channel: Channel, number: object, answer: object) -> None:
+    """Answer a question of the master, at whatever length."""
+    content = to_memory_file(json.dumps(answer).encode())
+    channel.send({"op": Op.ANSWER, "number": number}, [content], gives=True)
+
+
+def read_answer(received: Received) -> object:
+    """The answer in an ANSWER message. Raises ValueError for what no worker of ours says."""
+    (fd,) = received.fds
+    content = from_memory_file(fd, MAX_ANSWER_BYTES)
+    return json.loads(content)

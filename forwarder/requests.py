@@ -12,17 +12,20 @@ import re
 from typing import TYPE_CHECKING, Final, Protocol
 
 from forwarder import control_path
+from forwarder.access import parse_pattern
 from forwarder.control import ControlServer, refusal
 
 if TYPE_CHECKING:
     import selectors
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from forwarder.control import Message, Reply
 
 log = logging.getLogger(__name__)
 
-OPERATIONS: Final = ("reload", "status", "stop", "upgrade", "workers")
+OPERATIONS: Final = ("kill", "reload", "sessions", "status", "stop", "upgrade", "workers")
+# Sessions in one answer, whatever a client asks for.
+MAX_LISTED: Final = 10_000
 _STOPPING: Final = "the forwarder is stopping"
 _COUNT: Final = re.compile(r"[+-]?[0-9]{1,4}")
 
@@ -32,6 +35,12 @@ class Instance(Protocol):
 
     def status(self) -> Message:
         """Describe the instance."""
+
+    def list_sessions(self, choice: Message, callback: Callable[[list[object]], None]) -> None:
+        """Ask the workers for some of their sessions; called back with a list of each."""
+
+    def kill_sessions(self, choice: Message, callback: Callable[[list[object]], None]) -> None:
+        """Have the workers end some of their sessions; called back with a count of each."""
 
     def reload(self) -> str:
         """Begin a reload. Returns why not, or ""."""
@@ -55,6 +64,32 @@ def new_size(text: str, size: int) -> int | None:
     if not text.isascii() or not _COUNT.fullmatch(text):
         return None
     return size + int(text) if text[0] in "+-" else int(text)
+
+
+def read_choice(message: Message) -> tuple[Message, int]:
+    """Which sessions a client asks for (ids, rule, client), and how many. Raises ValueError."""
+    ids, rule, client = (message.get(key) for key in ("ids", "rule", "client"))
+    limit = message.get("limit", MAX_LISTED)
+    if ids is not None and not (isinstance(ids, list) and all(isinstance(i, str) for i in ids)):
+        raise ValueError("ids is a list of texts, as `forwarder sessions` shows them")
+    if not (rule is None or isinstance(rule, str)):
+        raise ValueError("rule is the name of a rule, a text")
+    if not (client is None or isinstance(client, str)):
+        raise ValueError("client is an address, a network or a text with * and ?")
+    if isinstance(client, str):
+        parse_pattern(client)  # its error is a ValueError that says what is wrong
+    if not isinstance(limit, int) or isinstance(limit, bool) or not 1 <= limit <= MAX_LISTED:
+        raise ValueError(f"limit is a number from 1 to {MAX_LISTED}")
+    return {"ids": ids, "rule": rule, "client": client}, limit
+
+
+def _listing(found: list[object], limit: int) -> Message:
+    sessions = [one for part in found if isinstance(part, list) for one in part]
+    return {"ok": True, "sessions": sessions[:limit], "is_cut": len(sessions) > limit}
+
+
+def _numbers(found: list[object]) -> list[int]:
+    return [one for one in found if isinstance(one, int)]
 
 
 class Requests:
@@ -127,6 +162,8 @@ class Requests:
             if problem:
                 self._asked.remove(reply)
                 reply(refusal(problem))
+        elif op in {"sessions", "kill"}:
+            self._choose(message, reply)
         elif op == "workers":
             self._resize(message.get("count"), reply)
         elif op == "upgrade":
@@ -136,6 +173,26 @@ class Requests:
             self._instance.stop()
         else:
             reply(refusal(f"unknown operation; there are {', '.join(OPERATIONS)}"))
+
+    def _choose(self, message: Message, reply: Reply) -> None:
+        """Begin to list or to end the sessions that a message describes."""
+        try:
+            choice, limit = read_choice(message)
+        except ValueError as err:
+            reply(refusal(str(err)))
+            return
+        if message["op"] == "sessions":
+            # One more than wanted tells whether that was all.
+            self._instance.list_sessions(
+                {**choice, "limit": limit + 1}, lambda found: reply(_listing(found, limit))
+            )
+        elif any(choice[key] is not None for key in ("ids", "rule", "client")):
+            self._instance.kill_sessions(
+                choice,
+                lambda found: reply({"ok": True, "killed": sum(_numbers(found))}),
+            )
+        else:
+            reply(refusal("kill wants ids, a rule or a client: it does not end all sessions"))
 
     def _upgrade(self, reply: Reply) -> None:
         self._upgrading.append(reply)

@@ -156,6 +156,7 @@ class Service:
                 rule,
                 [str(address.target) for address in self._binds[rule.name]],
                 counters(rule.name),
+                self.table.queue(self._binds[rule.name]),
             )
             for rule in self.config.rules
         ]

@@ -11,11 +11,15 @@ if TYPE_CHECKING:
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _WORKER_COLUMNS = ("slot", "pid", "state", "generation", "uptime", "sessions", "total", "bytes")
-_RULE_COLUMNS = ("rule", "listens on", "upstreams", "sessions", "total", "failed")
+_RULE_COLUMNS = ("rule", "listens on", "upstreams", "sessions", "total", "failed", "queued")
+_SESSION_COLUMNS = ("id", "rule", "client", "upstream", "state", "to", "from", "age", "silent")
 
 
 def describe_rule(
-    rule: Rule, addresses: Sequence[str], counters: Mapping[str, object]
+    rule: Rule,
+    addresses: Sequence[str],
+    counters: Mapping[str, object],
+    queue: Mapping[str, int],
 ) -> dict[str, object]:
     """One rule, as in the JSON of the status."""
     return {
@@ -25,12 +29,13 @@ def describe_rule(
         "addresses": list(addresses),
         "upstreams": [str(upstream) for upstream in rule.upstreams],
         **counters,
+        "queue": dict(queue),
     }
 
 
 def as_text(status: Mapping[str, object]) -> list[str]:
     """The status as lines for people."""
-    totals = _table(status.get("totals"))
+    totals, rates = _table(status.get("totals")), _table(status.get("rates"))
     lines = [
         f"forwarder {status.get('version')}, pid {status.get('pid')}, {status.get('state')}, "
         f"generation {status.get('generation')}, up {as_duration(_number(status.get('uptime_s')))}",
@@ -38,11 +43,29 @@ def as_text(status: Mapping[str, object]) -> list[str]:
         f"{_count(totals, 'connects_failed')} without an upstream; "
         f"{as_bytes(_count(totals, 'bytes_c2u'))} to upstreams, "
         f"{as_bytes(_count(totals, 'bytes_u2c'))} to clients",
+        f"now {_number(rates.get('sessions_total_per_s')):.1f} new sessions/s, "
+        f"{as_bytes(_count(rates, 'bytes_c2u_per_s'))}/s to upstreams, "
+        f"{as_bytes(_count(rates, 'bytes_u2c_per_s'))}/s to clients",
         "",
     ]
     workers = [_worker_row(_table(worker)) for worker in _list(status.get("workers"))]
     rules = [_rule_row(_table(rule)) for rule in _list(status.get("rules"))]
     return [*lines, *_columns(_WORKER_COLUMNS, workers), "", *_columns(_RULE_COLUMNS, rules)]
+
+
+def sessions_as_text(sessions: Sequence[object]) -> list[str]:
+    """Sessions as lines for people."""
+    rows = [
+        [
+            *(str(session.get(key)) for key in ("id", "rule", "client", "upstream", "state")),
+            as_bytes(_count(session, "bytes_c2u")),
+            as_bytes(_count(session, "bytes_u2c")),
+            as_duration(_number(session.get("age_s"))),
+            as_duration(_number(session.get("idle_s"))),
+        ]
+        for session in map(_table, sessions)
+    ]
+    return _columns(_SESSION_COLUMNS, rows)
 
 
 def as_duration(seconds: float) -> str:
@@ -84,6 +107,7 @@ def _rule_row(rule: Mapping[str, object]) -> list[str]:
         " ".join(map(str, _list(rule.get("addresses")))),
         " ".join(map(str, _list(rule.get("upstreams")))),
         *(str(_count(rule, key)) for key in ("sessions", "sessions_total", "connects_failed")),
+        str(_count(_table(rule.get("queue")), "waiting")),
     ]
 
 

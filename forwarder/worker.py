@@ -16,6 +16,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
+from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 import setproctitle
@@ -23,10 +24,12 @@ import uvloop
 
 from forwarder import privileges
 from forwarder.access import AccessList
+from forwarder.errors import Phase
 from forwarder.heartbeat import BEAT_S
 from forwarder.inherit import OrphanDoor
-from forwarder.messages import Op, read_assignment
+from forwarder.messages import Op, read_assignment, send_answer
 from forwarder.net.channel import Channel, ChannelClosed, Received
+from forwarder.relay import listing
 from forwarder.relay.listener import Listener
 from forwarder.relay.relay import Relay
 from forwarder.relay.udp_listener import UdpListener
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
     from forwarder.config.model import RelayMode, Rule
     from forwarder.heartbeat import Heartbeats
     from forwarder.messages import Assignment
+    from forwarder.net.channel import Message
     from forwarder.privileges import Identity
     from forwarder.relay.flow import Flow
     from forwarder.relay.session import Session
@@ -147,7 +151,7 @@ class Worker:
         """Give back everything. Sessions that are left are reset."""
         self._loop.remove_reader(self._channel.fileno())
         self._stop_listening()
-        self._relay.abort_sessions("worker stopped")
+        self._relay.abort_sessions(Phase.SHUTDOWN, "worker stopped")
         self._resolver.close()
         self._relay.close()
         self._channel.close()
@@ -169,16 +173,7 @@ class Worker:
     def _handle(self, received: Received) -> None:
         op = received.message["op"]
         if op == Op.SOCKETS:
-            ids = received.message["ids"]
-            assert isinstance(ids, list)  # noqa: S101 - our own master says so
-            if received.is_truncated:
-                # Keeping the part that came would leave none for sessions and further messages.
-                self._unreceived += ids
-                for fd in received.fds:
-                    os.close(fd)
-                return
-            for socket_id, fd in zip(ids, received.fds, strict=True):
-                self._sockets[socket_id] = socket.socket(fileno=fd)
+            self._take_sockets(received)
         elif op == Op.APPLY:
             if received.is_truncated:
                 self._acknowledge(0)
@@ -191,6 +186,37 @@ class Worker:
             self._end_sessions_after(received.message["limit_s"], self._relay.sessions)
         elif op == Op.STOP:
             self._finish()
+        elif op in (Op.LIST, Op.KILL):
+            self._answer(received.message)
+
+    def _take_sockets(self, received: Received) -> None:
+        """Own listening sockets, for assignments to come."""
+        ids = received.message["ids"]
+        assert isinstance(ids, list)  # noqa: S101 - our own master says so
+        if received.is_truncated:
+            # Keeping the part that came would leave none for sessions and further messages.
+            self._unreceived += ids
+            for fd in received.fds:
+                os.close(fd)
+            return
+        for socket_id, fd in zip(ids, received.fds, strict=True):
+            self._sockets[socket_id] = socket.socket(fileno=fd)
+
+    def _answer(self, question: Message) -> None:
+        """List or end some sessions."""
+        now = self._loop.time()
+        chosen = listing.Choice.read(question).of(self._relay.sessions)
+        answer: object
+        if question["op"] == Op.LIST:
+            limit = question["limit"]
+            assert isinstance(limit, int)  # noqa: S101 - our own master says so
+            answer = [listing.describe(session, now) for session in islice(chosen, limit)]
+        else:
+            doomed = tuple(chosen)
+            self._relay.abort_sessions(Phase.KILL, "killed", doomed)
+            answer = len(doomed)
+        with suppress(ChannelClosed):
+            send_answer(self._channel, question["number"], answer)
 
     def _say(self, op: Op, **fields: object) -> None:
         try:
@@ -288,7 +314,7 @@ class Worker:
         doomed = tuple(sessions)
         if isinstance(limit_s, int | float) and limit_s and doomed:
             abort = self._relay.abort_sessions
-            self._loop.call_later(limit_s, lambda: abort("drain_timeout", doomed))
+            self._loop.call_later(limit_s, lambda: abort(Phase.DRAIN, "drain_timeout", doomed))
 
     def _pool(self, rule: Rule, row: int) -> Pool:
         """The pool of an unchanged rule goes on, with its turn and its names; others are new."""

@@ -152,8 +152,10 @@ def to_memory_file(content: bytes) -> int:
     return fd
 
 
-def from_memory_file(fd: int) -> bytes:
-    """Content of a memory file. Closes the descriptor."""
+def from_memory_file(fd: int, limit: int = -1) -> bytes:
+    """Content of a memory file. Closes the descriptor. Raises ValueError beyond ``limit`` bytes."""
     with open(fd, "rb") as file:
+        if 0 <= limit < os.fstat(fd).st_size:
+            raise ValueError("more than a worker may say")
         file.seek(0)
         return file.read()

@@ -27,6 +27,7 @@ _LINGER_ABORT: Final = struct.pack("ii", 1, 0)
 # 4-tuple, so that one source address can hold more than 28,000 connections.
 _IP_BIND_ADDRESS_NO_PORT: Final = 24
 _TCP_INFO: Final = getattr(socket, "TCP_INFO", 0)
+_SO_MEMINFO: Final = 55  # asm-generic/socket.h; nine numbers, linux/sock_diag.h
 _CLOSED: Final = 7  # TCP_CLOSE, linux/tcp.h; the first byte of struct tcp_info is the state
 
 _SO_ATTACH_FILTER: Final = 26  # asm-generic/socket.h; Python has no names for them
@@ -156,6 +157,32 @@ def upstream_socket(target: Target, source: SockAddr | None) -> socket.SocketTyp
         sock.close()
         raise
     return sock
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """What waits at a listening socket: clients of TCP; of UDP the memory of datagrams, in bytes.
+
+    ``dropped`` are those that came when ``limit`` was reached, since the socket was made.
+    """
+
+    waiting: int
+    limit: int
+    dropped: int
+
+
+def queue_of(sock: socket.socket) -> Queue:
+    """Look at the queue of a listening socket; zeros where the kernel does not tell."""
+    try:
+        memory = struct.unpack("9I", sock.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, 36))
+        if sock.type == socket.SOCK_DGRAM:
+            return Queue(memory[0], memory[1], memory[8])
+        info = sock.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, 32)
+        # Of a listener, tcpi_unacked is the length of its queue and tcpi_sacked the limit, tcp(7).
+        waiting, limit = struct.unpack_from("2I", info, 24)
+        return Queue(waiting, limit, memory[8])
+    except (OSError, struct.error):
+        return Queue(0, 0, 0)
 
 
 def drop_syn(sock: socket.socket) -> None:

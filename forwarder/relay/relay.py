@@ -178,10 +178,12 @@ class Relay:
             self._log_session(session, reason)
         c2u.moved = u2c.moved = 0  # counted; it may still be here for a while
 
-    def abort_sessions(self, why: str, sessions: Iterable[Session | Flow] | None = None) -> None:
+    def abort_sessions(
+        self, phase: Phase, why: str, sessions: Iterable[Session | Flow] | None = None
+    ) -> None:
         """End sessions by RST, all or some; one that has ended is passed over."""
         for session in tuple(self.sessions if sessions is None else sessions):
-            session.abort(CloseReason(Who.US, Phase.DRAIN, why))
+            session.abort(CloseReason(Who.US, phase, why))
 
     def end_silent_flows(self, limit_s: float) -> None:
         """End the flows of UDP clients in which nothing has moved for ``limit_s``."""

@@ -13,7 +13,7 @@ from support.ends import connect, receive_to_reset
 
 from forwarder.addr import Address
 from forwarder.config.model import RelayMode, Rule
-from forwarder.errors import Place
+from forwarder.errors import Phase, Place
 from forwarder.net.sockets import Target
 from forwarder.relay.relay import Relay
 from forwarder.relay.wheel import BUCKETS, TICK_S
@@ -114,7 +114,7 @@ class Bench:
 def bench() -> Iterator[Bench]:
     bench = Bench()
     yield bench
-    bench.relay.abort_sessions("the test is over")
+    bench.relay.abort_sessions(Phase.SHUTDOWN, "the test is over")
     bench.loop.pass_time(0)
     bench.relay.close()
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from forwarder.asking import ANSWER_WITHIN_S, Questions
 from forwarder.control import (
     IDLE_S,
     MAX_ANSWER_BYTES,
@@ -21,7 +22,7 @@ from forwarder.control_path import ControlListener
 from forwarder.requests import Requests, new_size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from forwarder.control import Message, Reply
@@ -38,6 +39,14 @@ class Instance:
 
     def reload(self) -> str:
         return self.problem
+
+    def list_sessions(self, choice: Message, callback: Callable[[list[object]], None]) -> None:
+        self.choice = choice
+        callback([[1, 2], [3], "no list"])
+
+    def kill_sessions(self, choice: Message, callback: Callable[[list[object]], None]) -> None:
+        self.choice = choice
+        callback([2, 1, None])
 
     def resize(self, size: int) -> str:
         self.size = size
@@ -236,3 +245,62 @@ def test_an_upgrade_that_cannot_begin_is_refused_at_once() -> None:
     instance.problem = "no"
     Requests(instance).handle({"op": "upgrade"}, answers.append)
     assert answers == [{"ok": False, "error": "no"}]
+
+
+def answer_to(message: Message, instance: Instance | None = None) -> Message:
+    answers: list[Message] = []
+    Requests(instance or Instance()).handle(message, answers.append)
+    (answer,) = answers
+    return answer
+
+
+def test_a_listing_says_whether_there_is_more() -> None:
+    instance = Instance()
+    cut = answer_to({"op": "sessions", "limit": 2, "rule": "a"}, instance)
+    assert cut == {"ok": True, "sessions": [1, 2], "is_cut": True}
+    assert instance.choice == {"ids": None, "rule": "a", "client": None, "limit": 3}
+    assert answer_to({"op": "sessions", "limit": 3})["is_cut"] is False
+
+
+def test_killing_says_how_many_and_wants_to_know_which() -> None:
+    assert answer_to({"op": "kill", "client": "10.0.0.0/8"}) == {"ok": True, "killed": 3}
+    assert answer_to({"op": "kill"})["ok"] is False
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"ids": "1.2"},
+        {"ids": [1]},
+        {"rule": 7},
+        {"client": 7},
+        {"client": "10.0.0.0/33"},
+        {"limit": 0},
+        {"limit": True},
+        {"limit": 10_001},
+    ],
+)
+def test_a_choice_that_makes_no_sense_is_refused(wrong: Message) -> None:
+    for op in ("sessions", "kill"):
+        assert answer_to({"op": op, **wrong})["ok"] is False
+
+
+def test_a_question_is_answered_when_all_have_spoken_died_or_time_is_up() -> None:
+    questions = Questions()
+    heard: list[list[object]] = []
+    first = questions.begin([1, 2, 3], 0.0, heard.append)
+    questions.on_answer(first, 1, "a")
+    questions.on_answer(first, 1, "twice")
+    questions.on_answer(first, 9, "a stranger")
+    questions.on_answer("nonsense", 2, "b")
+    questions.on_exit(2)
+    assert heard == []
+    questions.on_answer(first, 3, "c")
+    assert heard == [["a", "c"]]
+    questions.begin([1], 5.0, heard.append)
+    assert questions.deadline == 5.0 + ANSWER_WITHIN_S
+    questions.expire(5.0 + ANSWER_WITHIN_S)
+    questions.begin([], 0.0, heard.append)
+    questions.expire(0.0)
+    assert heard[1:] == [[], []]
+    assert questions.deadline is None

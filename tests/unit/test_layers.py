@@ -18,6 +18,7 @@ RANK = {
     "addr": 0,
     "config.model": 1,
     "supervision": 1,
+    "asking": 1,
     "stats": 1,
     "access": 2,
     "status": 2,

@@ -1,0 +1,70 @@
+"""Which sessions are open, for people: choosing some of them and describing each."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from forwarder.access import pattern_matcher
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from forwarder.relay.flow import Flow
+    from forwarder.relay.session import Session
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """Sessions of which each condition holds that is not None.
+
+    ``ids`` are those of :func:`identify`, ``client`` is an access pattern, ``rule`` a name.
+    """
+
+    ids: frozenset[str] | None = None
+    rule: str | None = None
+    client: str | None = None
+
+    @classmethod
+    def read(cls, message: Mapping[str, object]) -> Choice:
+        """The choice in a message of the master, which has checked it."""
+        ids, rule, client = (message.get(key) for key in ("ids", "rule", "client"))
+        return cls(
+            ids=frozenset(map(str, ids)) if isinstance(ids, list) else None,
+            rule=rule if isinstance(rule, str) else None,
+            client=client if isinstance(client, str) else None,
+        )
+
+    def of(self, sessions: Iterable[Session | Flow]) -> Iterator[Session | Flow]:
+        """Those that are chosen. Raises PatternError for a pattern that is none."""
+        is_client = pattern_matcher(self.client) if self.client is not None else None
+        for session in sessions:
+            if self.ids is not None and identify(session) not in self.ids:
+                continue
+            if self.rule is not None and session.pool.rule.name != self.rule:
+                continue
+            if is_client is None or is_client(session.client_address[0]):
+                yield session
+
+
+def identify(session: Session | Flow) -> str:
+    """What a session is called: unique on this machine while its worker lives."""
+    return f"{os.getpid()}.{session.id}"
+
+
+def describe(session: Session | Flow, now: float) -> dict[str, object]:
+    """One session, as in the answer to ``forwarder sessions``."""
+    host, port = session.client_address[:2]
+    target = session.targets[session.attempt] if session.attempt >= 0 else None
+    return {
+        "id": identify(session),
+        "rule": session.pool.rule.name,
+        "client": f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
+        "upstream": str(target) if target else None,
+        "state": session.state.value,
+        "bytes_c2u": session.c2u.moved,
+        "bytes_u2c": session.u2c.moved,
+        "age_s": round(now - session.started_at, 1),
+        "idle_s": round(now - session.active_at, 1),
+    }
