@@ -25,16 +25,15 @@ from forwarder import __version__, inherit, notify, upgrade
 from forwarder.config.model import STOP_TIMEOUT_S
 from forwarder.errors import ExitCode, StartupError
 from forwarder.fleet import Fleet
+from forwarder.handover import UNDER_WAY, Handover
 from forwarder.heartbeat import MAX_SLOTS
 from forwarder.messages import Op
-from forwarder.pidfile import PidFile
 from forwarder.privileges import identity_of, keep_capabilities_of_a_master
 from forwarder.reload import Candidate, Loading, Rejected
 from forwarder.requests import Requests
 from forwarder.service import Service
 from forwarder.signals import SignalQueue
 from forwarder.slot import WorkerProcess
-from forwarder.upgrade import Successor
 
 if TYPE_CHECKING:
     import socket
@@ -44,7 +43,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_UPGRADING: Final = "an upgrade is under way; ask the new one when it serves"
 KILL_AFTER_S: Final = 2.0  # a worker that was told to stop and does not leave is killed
 
 _SIGNALS: Final = (
@@ -94,16 +92,14 @@ class Master:
         self._state = State.BOOTING
         self._deadline = 0.0
         self._is_announced = False
-        self._has_heir = False  # after an upgrade
         self._service = Service(spec.config)
         self._selector = selectors.DefaultSelector()
         self._fleet = Fleet(self._service.table, self._selector, self._release_in_child)
         self._signals: SignalQueue | None = None
-        self._pid_file: PidFile | None = None
         self._loading: Loading | None = None
         self._is_reload_wanted = False
-        self._successor: Successor | None = None
         self._requests = Requests(self)
+        self._handover = Handover(self, self._selector, self._requests)
         self._started_at = time.monotonic()
         self._watchdog = notify.Watchdog(os.environ, os.getpid(), self._started_at)
         self._report: str | None = None  # of a reload that not all workers have acknowledged yet
@@ -122,8 +118,7 @@ class Master:
         finally:
             self._close()
             self._requests.remove_file()
-            if self._pid_file is not None:
-                self._pid_file.remove()
+            self._handover.remove_pid_file()
         return ExitCode.OK
 
     # -- start and end
@@ -131,8 +126,7 @@ class Master:
     def _boot(self) -> None:
         _raise_descriptor_limit()
         config = self._service.config
-        if config.settings.pid_file is not None:
-            self._pid_file = PidFile(config.settings.pid_file)
+        self._handover.lock(config.settings.pid_file)
         self._fleet.identity = identity_of(config.settings.user, config.settings.group)
         self._signals = SignalQueue(_SIGNALS)
         self._selector.register(self._signals.fileno(), selectors.EVENT_READ, self._hear_signals)
@@ -171,17 +165,14 @@ class Master:
             self._loading.close()
         if self._signals is not None:
             self._signals.close()
-        if self._successor is not None:
-            self._successor.close()
+        self._handover.close()
         self._requests.close()
         self._selector.close()
 
     def _release_in_child(self) -> None:
         self._fleet.hang_up()
         self._close()
-        upgrade.release_predecessor()
-        if self._pid_file is not None:
-            self._pid_file.close_in_child()
+        self._handover.close_in_child()
 
     def _stop(self, *, is_fast: bool) -> None:
         """Begin to stop, or hurry a stop that has begun."""
@@ -195,10 +186,9 @@ class Master:
             return
         workers = self._fleet.processes()
         log.info("master.stopping how=%s workers=%d", op, len(workers))
-        if not self._has_heir:
+        if not self._handover.has_heir:
             notify.notify("STOPPING=1")
-        if self._successor is not None:
-            self._successor.give_up(time.monotonic())
+        self._handover.give_up()
         self._requests.on_stopping()
         if self._loading is not None:
             self._loading.cancel()
@@ -216,12 +206,11 @@ class Master:
         """Act, then wait and hear."""
         if self._watchdog.turn(time.monotonic()):
             notify.notify("WATCHDOG=1")
-        if self._successor is not None and time.monotonic() >= self._successor.deadline:
-            self._successor.give_up(time.monotonic())
+        self._handover.turn(time.monotonic())
         if self._state is State.RUNNING:
             self._fleet.supervise()
             self._settle()
-        elif not self._fleet.processes() and self._successor is None:
+        elif not self._fleet.processes() and not self._handover.is_under_way:
             self._state = State.STOPPED
             self._requests.on_stopped()
             return
@@ -242,8 +231,7 @@ class Master:
             deadlines += [self._loading.deadline if self._loading is not None else None]
         else:
             deadlines = [self._deadline]
-        deadlines += [self._requests.deadline, self._watchdog.deadline]
-        deadlines += [self._successor.deadline if self._successor is not None else None]
+        deadlines += [self._requests.deadline, self._watchdog.deadline, self._handover.deadline]
         known = [deadline for deadline in deadlines if deadline is not None]
         first = min(known, default=math.inf)
         return None if first == math.inf else max(0.0, first - time.monotonic())
@@ -253,7 +241,7 @@ class Master:
             if number is signal.SIGCHLD:
                 self._reap()
             elif number is signal.SIGHUP:
-                self._is_reload_wanted = self._successor is not None
+                self._handover.note_reload()
                 self.reload()
             elif number is signal.SIGUSR1:
                 log.info("master: SIGUSR1: there is no log file to reopen")
@@ -285,8 +273,7 @@ class Master:
                 if pid == 0:
                     return
                 self._fleet.on_exit(pid, status)
-                if self._successor is not None and pid == self._successor.pid:
-                    self._on_failed_upgrade(self._successor, upgrade.describe_end(status))
+                self._handover.on_exit(pid, status)
 
     def _settle(self) -> None:
         """See what has become true since the last turn: time is over, or all have acknowledged."""
@@ -317,8 +304,7 @@ class Master:
             if upgrade.has_predecessor():
                 # Only now, since a successor that fails must not take them.
                 self._open_control()
-                if self._pid_file is not None:
-                    self._pid_file.claim()
+                self._handover.claim()
             notify.notify(
                 f"MAINPID={os.getpid()}",
                 "READY=1",
@@ -361,9 +347,9 @@ class Master:
             problem = f"{size} workers are not possible; 1 to {MAX_SLOTS} are"
             log.warning("master: %s", problem)
             return problem
-        if self._successor is not None:
-            log.warning("master: %s", _UPGRADING)
-            return _UPGRADING
+        if self._handover.is_under_way:
+            log.warning("master: %s", UNDER_WAY)
+            return UNDER_WAY
         try:
             self._service.grow(size)
         except StartupError as err:
@@ -372,6 +358,32 @@ class Master:
         self._fleet.resize(size)
         self._is_announced = False
         return ""
+
+    def upgrade(self) -> str:
+        """Begin an upgrade, unless one is under way. Returns why not, or ""."""
+        return self._handover.begin()
+
+    # -- what a handover asks, see handover.Incumbent
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it serves and is not about to stop."""
+        return self._state is State.RUNNING
+
+    @property
+    def is_reloading(self) -> bool:
+        """Whether a configuration is being read."""
+        return self._loading is not None
+
+    def listening_descriptors(self) -> list[int]:
+        """Every listening socket, in the order of the slots."""
+        return self._service.table.all_descriptors()
+
+    def leave(self) -> None:
+        """A successor serves: let our sessions end."""
+        self._stop(is_fast=False)
+        if self._service.config.settings.drain_timeout_s is None:
+            self._deadline = math.inf  # nobody waits for this process; a signal hurries it
 
     # -- reload
 
@@ -386,8 +398,8 @@ class Master:
             return "the forwarder is stopping"
         if load is None:
             problem = "nothing to reload, the rules came from the command line"
-        elif self._successor is not None:
-            problem = _UPGRADING
+        elif self._handover.is_under_way:
+            problem = UNDER_WAY
         if problem:
             log.warning("master: %s", problem)
         elif self._loading is not None:
@@ -449,84 +461,6 @@ class Master:
         self._fleet.tally.forget_rules(rule.name for rule in candidate.config.rules)
         self._fleet.serving = self._service.serving()
         self._fleet.resize(size)
-
-    # -- upgrade
-
-    def upgrade(self) -> str:
-        """Start the installed code beside this one; when it serves, let our sessions end.
-
-        Does nothing more if that is under way. Returns why not, or "".
-        """
-        problem = ""
-        if self._successor is not None:
-            return ""
-        if self._state is not State.RUNNING:
-            problem = "the forwarder is stopping"
-        elif self._loading is not None:
-            problem = "a reload is under way; try again when it is over"
-        elif os.getpid() == 1:
-            problem = "not possible as process 1 of a container: start a new container"
-        else:
-            try:
-                self._begin_upgrade()
-            except OSError as err:
-                problem = f"cannot execute the new code: {err}"
-        if problem:
-            log.error("upgrade: %s", problem)
-        return problem
-
-    def _begin_upgrade(self) -> None:
-        sockets = self._service.table.all_descriptors()
-        path = self._requests.path
-        self._successor = Successor(sockets, self._pid_file, path, time.monotonic())
-        self._selector.register(self._successor, selectors.EVENT_READ, self._hear_successor)
-        log.info("upgrade: started pid=%d", self._successor.pid)
-
-    def _hear_successor(self) -> None:
-        successor = self._successor
-        is_ready = successor.is_ready() if successor is not None else None
-        if successor is None or is_ready is None:
-            return
-        self._selector.unregister(successor)
-        if is_ready and self._state is State.RUNNING:
-            self._on_upgraded(successor)
-        # Else it is ending, or was told to: SIGCHLD follows and says how.
-
-    def _on_upgraded(self, successor: Successor) -> None:
-        self._close_successor(successor)
-        self._has_heir = True
-        log.info("upgrade: pid=%d serves; letting our sessions end", successor.pid)
-        # It has said so itself, but a service manager may believe the process it knows only.
-        notify.notify(f"MAINPID={successor.pid}")
-        self._requests.on_upgraded(f"pid {successor.pid} serves, the old one drains", is_done=True)
-        if self._pid_file is not None:
-            self._pid_file.leave_to(successor.pid)
-            self._pid_file = None
-        if self._is_reload_wanted:  # it may have read the configuration before it was changed
-            os.kill(successor.pid, signal.SIGHUP)
-        self._stop(is_fast=False)
-        if self._service.config.settings.drain_timeout_s is None:
-            self._deadline = math.inf  # nobody waits for this process; a signal hurries it
-
-    def _on_failed_upgrade(self, successor: Successor, how: str) -> None:
-        """It has ended; we have reaped it."""
-        self._close_successor(successor)
-        problem = f"pid {successor.pid} did not come to serve ({how}); this one goes on"
-        if self._pid_file is not None:
-            self._pid_file.claim()
-        if self._state is not State.RUNNING:
-            return
-        log.error("upgrade: %s", problem)
-        self._requests.on_upgraded(problem, is_done=False)
-        if self._is_reload_wanted:
-            self._is_reload_wanted = False
-            self.reload()
-
-    def _close_successor(self, successor: Successor) -> None:
-        with suppress(KeyError):  # it has said its last word
-            self._selector.unregister(successor)
-        successor.close()
-        self._successor = None
 
 
 def _raise_descriptor_limit() -> None:

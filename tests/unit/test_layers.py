@@ -39,6 +39,7 @@ RANK = {
     "reload": 6,
     "requests": 6,
     "upgrade": 6,
+    "handover": 7,
     "worker": 7,
     "fleet": 8,
     "service": 9,
