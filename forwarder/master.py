@@ -29,7 +29,7 @@ from forwarder.handover import UNDER_WAY, Handover
 from forwarder.heartbeat import MAX_SLOTS
 from forwarder.messages import Op
 from forwarder.privileges import identity_of, keep_capabilities_of_a_master
-from forwarder.reload import Candidate, Loading, Rejected
+from forwarder.reloading import Reloading
 from forwarder.requests import Requests
 from forwarder.service import Service
 from forwarder.signals import SignalQueue
@@ -37,9 +37,10 @@ from forwarder.slot import WorkerProcess
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
     from forwarder.config.model import Config
+    from forwarder.reload import Candidate
 
 log = logging.getLogger(__name__)
 
@@ -96,10 +97,11 @@ class Master:
         self._selector = selectors.DefaultSelector()
         self._fleet = Fleet(self._service.table, self._selector, self._release_in_child)
         self._signals: SignalQueue | None = None
-        self._loading: Loading | None = None
-        self._is_reload_wanted = False
         self._requests = Requests(self)
         self._handover = Handover(self, self._selector, self._requests)
+        self._reloading = Reloading(
+            self, spec.load, self._selector, self._requests, self._release_in_child
+        )
         self._started_at = time.monotonic()
         self._watchdog = notify.Watchdog(os.environ, os.getpid(), self._started_at)
         self._report: str | None = None  # of a reload that not all workers have acknowledged yet
@@ -161,8 +163,7 @@ class Master:
     def _close(self) -> None:
         """Give up what the master owns, but the pid file; a forked child does the same."""
         self._service.table.close()
-        if self._loading is not None:
-            self._loading.close()
+        self._reloading.close()
         if self._signals is not None:
             self._signals.close()
         self._handover.close()
@@ -190,9 +191,7 @@ class Master:
             notify.notify("STOPPING=1")
         self._handover.give_up()
         self._requests.on_stopping()
-        if self._loading is not None:
-            self._loading.cancel()
-            self._end_loading(Rejected(("the forwarder is stopping",)))
+        self._reloading.cancel()
         self._deadline = time.monotonic() + patience
         # Ours are the last copies once the workers, which serve what is queued first, have let go:
         # who comes now is refused at once instead of waiting in a queue that nobody serves.
@@ -226,9 +225,8 @@ class Master:
     def _patience(self) -> float | None:
         """Seconds until something has to be done without being asked; None for never."""
         if self._state is State.RUNNING:
-            deadlines = [self._fleet.next_deadline()]
+            deadlines = [self._fleet.next_deadline(), self._reloading.deadline]
             deadlines += self._service.deadlines()
-            deadlines += [self._loading.deadline if self._loading is not None else None]
         else:
             deadlines = [self._deadline]
         deadlines += [self._requests.deadline, self._watchdog.deadline, self._handover.deadline]
@@ -278,9 +276,7 @@ class Master:
     def _settle(self) -> None:
         """See what has become true since the last turn: time is over, or all have acknowledged."""
         now = time.monotonic()
-        if self._loading is not None and now >= self._loading.deadline:
-            self._loading.cancel()
-            self._end_loading(Rejected(("reading the configuration took too long",)))
+        self._reloading.turn(now)
         if self._service.expire(now):
             self._fleet.serving = self._service.serving()
             self._fleet.supervise()
@@ -359,6 +355,10 @@ class Master:
         self._is_announced = False
         return ""
 
+    def reload(self) -> str:
+        """Begin a reload, or have one follow that under way. Returns why not, or ""."""
+        return self._reloading.begin()
+
     def upgrade(self) -> str:
         """Begin an upgrade, unless one is under way. Returns why not, or ""."""
         return self._handover.begin()
@@ -373,7 +373,7 @@ class Master:
     @property
     def is_reloading(self) -> bool:
         """Whether a configuration is being read."""
-        return self._loading is not None
+        return self._reloading.is_under_way
 
     def listening_descriptors(self) -> list[int]:
         """Every listening socket, in the order of the slots."""
@@ -385,78 +385,25 @@ class Master:
         if self._service.config.settings.drain_timeout_s is None:
             self._deadline = math.inf  # nobody waits for this process; a signal hurries it
 
-    # -- reload
+    # -- what a reload asks, see reloading.Reloadable
 
-    def reload(self) -> str:
-        """Begin to read the configuration anew; one reload at a time, a further one follows it.
+    @property
+    def is_upgrading(self) -> bool:
+        """Whether a successor is about to take over."""
+        return self._handover.is_under_way
 
-        Returns why not, or "".
-        """
-        load = self._spec.load
-        problem = ""
-        if self._state is not State.RUNNING:
-            return "the forwarder is stopping"
-        if load is None:
-            problem = "nothing to reload, the rules came from the command line"
-        elif self._handover.is_under_way:
-            problem = UNDER_WAY
-        if problem:
-            log.warning("master: %s", problem)
-        elif self._loading is not None:
-            self._is_reload_wanted = True
-        elif load is not None:
-            self._begin_loading(load)
-        return problem
+    @property
+    def generation(self) -> int:
+        """What is in force."""
+        return self._service.generation
 
-    def _begin_loading(self, load: Callable[[], Config]) -> None:
-        self._requests.on_loading()
-        now = time.monotonic()
-        # systemd waits for ever for a reload that names no time (sd_notify(3), MONOTONIC_USEC).
-        notify.notify("RELOADING=1", f"MONOTONIC_USEC={int(now * 1e6)}")
-        try:
-            self._loading = Loading(load, self._release_in_child, now)
-        except OSError as err:
-            self._reject((f"cannot start a process to read the configuration: {err.strerror}",))
-            return
-        self._selector.register(self._loading, selectors.EVENT_READ, self._hear_loading)
-
-    def _hear_loading(self) -> None:
-        found = self._loading.result() if self._loading is not None else None
-        if found is not None:
-            self._end_loading(found)
-
-    def _end_loading(self, found: Candidate | Rejected) -> None:
-        if self._loading is not None:
-            self._selector.unregister(self._loading)
-            self._loading.close()
-            self._loading = None
-        if isinstance(found, Rejected):
-            self._reject(found.problems)
-        elif self._state is State.RUNNING:  # told to stop meanwhile: nothing to begin
-            self._begin_generation(found)
-        if self._is_reload_wanted:
-            self._is_reload_wanted = False
-            self.reload()
-
-    def _reject(self, problems: Iterable[str]) -> None:
-        """Keep everything as it is, and say why."""
-        for problem in problems:
-            log.error("reload.rejected %s", problem)
-        log.error("master: generation %d stays in force", self._service.generation)
-        self._requests.on_rejected(problems)
-        notify.notify("READY=1", "STATUS=reload rejected, see the log")
-
-    def _begin_generation(self, candidate: Candidate) -> None:
-        """Put it in force and tell the workers, or refuse it whole."""
+    def begin_generation(self, candidate: Candidate) -> None:
+        """Put it in force and tell the workers. Raises StartupError; then nothing has changed."""
         # A size that was set by signal stays, unless the configuration itself asks for another.
         wanted = candidate.config.settings.workers
         is_resized = wanted != self._service.config.settings.workers
         size = wanted if is_resized else self._fleet.size
-        try:
-            self._report = self._service.begin(candidate, size)
-        except StartupError as err:
-            self._reject((str(err),))
-            return
+        self._report = self._service.begin(candidate, size)
         self._requests.on_accepted(self._report, self._service.generation)
         self._fleet.tally.forget_rules(rule.name for rule in candidate.config.rules)
         self._fleet.serving = self._service.serving()

@@ -41,6 +41,7 @@ RANK = {
     "upgrade": 6,
     "handover": 7,
     "worker": 7,
+    "reloading": 8,
     "fleet": 8,
     "service": 9,
     "master": 10,
