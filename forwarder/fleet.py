@@ -110,8 +110,11 @@ class Fleet:
         if not self._slots:
             return None
         waiting = [slot.backoff.not_before for slot in self._slots if slot.process is None]
-        look = time.monotonic() + self.serving.config.settings.hang_timeout_s / 4
-        return min([*waiting, look])
+        return min([*waiting, self.next_look()])
+
+    def next_look(self) -> float:
+        """When :meth:`end_hung` is to be called again at the latest."""
+        return time.monotonic() + self.serving.config.settings.hang_timeout_s / 4
 
     # -- what it does
 
@@ -134,7 +137,7 @@ class Fleet:
         for slot in self._slots:
             if slot.process is None and now >= slot.backoff.not_before:
                 self._start(slot, now)
-        self._check_all_alive(now)
+        self.end_hung(now)
         self._assign()
         if self._retiring and self.is_settled:
             for process in self._retiring:
@@ -146,6 +149,7 @@ class Fleet:
         if process.state is state:
             return
         process.state = state
+        process.is_leaving = True
         # The master bounds its own stop; that of one worker nobody else would.
         is_alone = process in self._retiring and op is messages.Op.DRAIN
         limit_s = self.serving.config.settings.drain_timeout_s if is_alone else None
@@ -154,6 +158,17 @@ class Fleet:
         except ChannelClosed:
             return
         self._watch(process)
+
+    def end_hung(self, now: float) -> None:
+        """Kill workers that give no sign of life, those that are leaving, too."""
+        limit_s = self.serving.config.settings.hang_timeout_s
+        if now - self._checked_at > limit_s / 2:
+            # We were stopped ourselves, and so were the workers (a paused container, a suspended
+            # machine): nobody could give a sign of life.
+            self._awake_since = now
+        self._checked_at = now
+        for process in self.processes():
+            self._check_alive(process, now, limit_s)
 
     def hear(self, process: WorkerProcess) -> None:
         """Take in what a worker says, and send what waited for it."""
@@ -219,21 +234,11 @@ class Fleet:
             )
         )
 
-    def _check_all_alive(self, now: float) -> None:
-        limit_s = self.serving.config.settings.hang_timeout_s
-        if now - self._checked_at > limit_s / 2:
-            # We were stopped ourselves, and so were the workers (a paused container, a suspended
-            # machine): nobody could give a sign of life.
-            self._awake_since = now
-        self._checked_at = now
-        for process in self.processes():
-            self._check_alive(process, now, limit_s)
-
     def _check_alive(self, process: WorkerProcess, now: float, limit_s: float) -> None:
         silent_s = now - max(self._heartbeats.last(process.cell), self._awake_since)
         if silent_s > limit_s and process.state is not WorkerState.HUNG:
             log.error(
-                "worker.hung slot=%d pid=%d: no sign of life for %.0f s; replacing it",
+                "worker.hung slot=%d pid=%d: no sign of life for %.0f s; killing it",
                 process.slot,
                 process.pid,
                 silent_s,
@@ -250,7 +255,7 @@ class Fleet:
             return
         slot = self._slots[process.slot]
         slot.process = None
-        if process.state in (WorkerState.DRAINING, WorkerState.STOPPING):
+        if process.is_leaving:
             return
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
         delay = slot.backoff.on_death(process.started_at, time.monotonic())
@@ -265,7 +270,8 @@ class Fleet:
 
     def _on_leaving(self, process: WorkerProcess) -> None:
         """A worker drains, perhaps because somebody sent it a SIGTERM: its slot is free now."""
-        if process.state not in (WorkerState.DRAINING, WorkerState.STOPPING):
+        if not process.is_leaving:
+            process.is_leaving = True
             log.warning("worker.leaving slot=%d pid=%d: not asked to", process.slot, process.pid)
             process.state = WorkerState.DRAINING
             if process not in self._retiring:

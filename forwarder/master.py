@@ -213,8 +213,10 @@ class Master:
             self._state = State.STOPPED
             self._requests.on_stopped()
             return
-        elif time.monotonic() >= self._deadline:
-            self._on_deadline()
+        else:
+            self._fleet.end_hung(time.monotonic())
+            if time.monotonic() >= self._deadline:
+                self._on_deadline()
         self._requests.turn()
         for key, _ in self._selector.select(self._patience()):
             if isinstance(key.data, WorkerProcess):
@@ -228,7 +230,7 @@ class Master:
             deadlines = [self._fleet.next_deadline(), self._reloading.deadline]
             deadlines += self._service.deadlines()
         else:
-            deadlines = [self._deadline]
+            deadlines = [self._deadline, self._fleet.next_look()]
         deadlines += [self._requests.deadline, self._watchdog.deadline, self._handover.deadline]
         known = [deadline for deadline in deadlines if deadline is not None]
         first = min(known, default=math.inf)
