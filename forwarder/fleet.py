@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# When a worker that had no descriptors left for its sockets is told again what to serve.
+# When a worker is told again what to serve, after it or we had no descriptors left for that.
 RETRY_S: Final = 1.0
 
 
@@ -344,6 +344,7 @@ class Fleet:
         new = {i: fd for i, fd in descriptors.items() if i not in process.known_sockets}
         try:
             messages.send_sockets(process.channel, new)
+            process.known_sockets |= new.keys()
             messages.send_assignment(
                 process.channel,
                 messages.Assignment(
@@ -356,6 +357,11 @@ class Fleet:
             )
         except ChannelClosed:
             return  # it has died; SIGCHLD follows
+        except OSError as err:  # EMFILE: an assignment travels in a file
+            log.error("worker.untold slot=%d pid=%d: %s", process.slot, process.pid, err.strerror)
+            process.sent_serial = self._serial  # nothing is settled until it has acknowledged that
+            process.deaf_until = time.monotonic() + RETRY_S
+            return
         process.told = wanted
         process.known_sockets = set(routes)
         process.sent_serial = self._serial
