@@ -170,6 +170,12 @@ class Fleet:
         for process in self.processes():
             self._check_alive(process, now, limit_s)
 
+    def kill(self, why: str) -> None:
+        """Kill all that are left."""
+        for process in self.processes():
+            log.error("master: worker %d pid=%d %s", process.slot, process.pid, why)
+            process.signal(signal.SIGKILL)
+
     def hear(self, process: WorkerProcess) -> None:
         """Take in what a worker says, and send what waited for it."""
         try:

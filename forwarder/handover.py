@@ -14,11 +14,15 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, Protocol
 
-from forwarder import notify, upgrade
+from forwarder import inherit, notify, upgrade
 from forwarder.pidfile import PidFile
 from forwarder.upgrade import Successor
 
 if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+
+    from forwarder.privileges import Identity
     from forwarder.requests import Requests
 
 log = logging.getLogger(__name__)
@@ -192,3 +196,14 @@ class Handover:
             self._selector.unregister(successor)
         successor.close()
         self._successor = None
+
+
+def inherited_sockets(
+    identity: Identity | None, is_wanted: Callable[[socket.socket], bool]
+) -> list[socket.socket]:
+    """Listening sockets that somebody hands to us: see ``inherit``. Workers run as ``identity``."""
+    given = inherit.from_environment()
+    if not upgrade.has_predecessor():
+        uid = os.geteuid() if identity is None else identity.uid
+        given += inherit.from_orphans(uid, is_wanted)
+    return given

@@ -10,25 +10,29 @@ import gc
 import logging
 import math
 import os
-import resource
 import selectors
 import signal
 import time
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import setproctitle
 
-from forwarder import __version__, inherit, notify, upgrade
+from forwarder import __version__, notify, upgrade
 from forwarder.config.model import STOP_TIMEOUT_S
 from forwarder.errors import ExitCode, StartupError
 from forwarder.fleet import Fleet
-from forwarder.handover import UNDER_WAY, Handover
+from forwarder.handover import UNDER_WAY, Handover, inherited_sockets
 from forwarder.heartbeat import MAX_SLOTS
 from forwarder.messages import Op
-from forwarder.privileges import identity_of, keep_capabilities_of_a_master
+from forwarder.privileges import (
+    identity_of,
+    keep_capabilities_of_a_master,
+    raise_descriptor_limit,
+)
 from forwarder.reloading import Reloading
 from forwarder.requests import Requests
 from forwarder.service import Service
@@ -36,7 +40,6 @@ from forwarder.signals import SignalQueue
 from forwarder.slot import WorkerProcess
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Callable
 
     from forwarder.config.model import Config
@@ -45,6 +48,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 KILL_AFTER_S: Final = 2.0  # a worker that was told to stop and does not leave is killed
+# After what failed: if it goes on failing, the log must not fill up with it. Arbitrary.
+BUG_PAUSE_S: Final = 0.5
 
 _SIGNALS: Final = (
     signal.SIGTERM,
@@ -100,7 +105,12 @@ class Master:
         self._requests = Requests(self)
         self._handover = Handover(self, self._selector, self._requests)
         self._reloading = Reloading(
-            self, spec.load, self._selector, self._requests, self._release_in_child
+            self,
+            self._handover,
+            spec.load,
+            self._selector,
+            self._requests,
+            self._release_in_child,
         )
         self._started_at = time.monotonic()
         self._watchdog = notify.Watchdog(os.environ, os.getpid(), self._started_at)
@@ -111,11 +121,10 @@ class Master:
         try:
             self._boot()
             while self._state is not State.STOPPED:
-                self._turn()
+                _survive(self._turn)
         except StartupError:
             # There are workers if we are a successor that cannot take over: none shall be left.
-            for process in self._fleet.processes():
-                process.signal(signal.SIGKILL)
+            self._fleet.kill("is not to serve, killing it")
             raise
         finally:
             self._close()
@@ -126,13 +135,13 @@ class Master:
     # -- start and end
 
     def _boot(self) -> None:
-        _raise_descriptor_limit()
+        raise_descriptor_limit()
         config = self._service.config
         self._handover.lock(config.settings.pid_file)
         self._fleet.identity = identity_of(config.settings.user, config.settings.group)
         self._signals = SignalQueue(_SIGNALS)
         self._selector.register(self._signals.fileno(), selectors.EVENT_READ, self._hear_signals)
-        self._service.open(self._inherited)
+        self._service.open(partial(inherited_sockets, self._fleet.identity))
         if not upgrade.has_predecessor():
             self._open_control()
         self._fleet.serving = self._service.serving()
@@ -144,15 +153,6 @@ class Master:
         if self._fleet.identity is not None:
             keep_capabilities_of_a_master()
         self._state = State.RUNNING
-
-    def _inherited(self, is_wanted: Callable[[socket.socket], bool]) -> list[socket.socket]:
-        """Listening sockets that somebody hands to us: see ``inherit``."""
-        given = inherit.from_environment()
-        if not upgrade.has_predecessor():
-            identity = self._fleet.identity
-            uid = os.geteuid() if identity is None else identity.uid
-            given += inherit.from_orphans(uid, is_wanted)
-        return given
 
     def _open_control(self) -> None:
         if self._spec.has_control:
@@ -238,21 +238,24 @@ class Master:
 
     def _hear_signals(self) -> None:
         for number in self._signals.take() if self._signals is not None else ():
-            if number is signal.SIGCHLD:
-                self._reap()
-            elif number is signal.SIGHUP:
-                self._handover.note_reload()
-                self.reload()
-            elif number is signal.SIGUSR1:
-                log.info("master: SIGUSR1: there is no log file to reopen")
-            elif number is signal.SIGUSR2:
-                self.upgrade()
-            elif number is signal.SIGTTIN:
-                self.resize(self._fleet.size + 1)
-            elif number is signal.SIGTTOU:
-                self.resize(self._fleet.size - 1)
-            else:
-                self._stop(is_fast=number is not signal.SIGTERM)
+            _survive(partial(self._on_signal, number))
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        if number is signal.SIGCHLD:
+            self._reap()
+        elif number is signal.SIGHUP:
+            self._handover.note_reload()
+            self.reload()
+        elif number is signal.SIGUSR1:
+            log.info("master: SIGUSR1: there is no log file to reopen")
+        elif number is signal.SIGUSR2:
+            self.upgrade()
+        elif number is signal.SIGTTIN:
+            self.resize(self._fleet.size + 1)
+        elif number is signal.SIGTTOU:
+            self.resize(self._fleet.size - 1)
+        else:
+            self._stop(is_fast=number is not signal.SIGTERM)
 
     def _on_deadline(self) -> None:
         if self._state is State.DRAINING:
@@ -260,11 +263,7 @@ class Master:
             self._stop(is_fast=True)
             return
         self._deadline = time.monotonic() + KILL_AFTER_S
-        for process in self._fleet.processes():
-            log.error(
-                "master: worker %d pid=%d does not stop, killing it", process.slot, process.pid
-            )
-            process.signal(signal.SIGKILL)
+        self._fleet.kill("does not stop, killing it")
 
     def _reap(self) -> None:
         with suppress(ChildProcessError):  # no child is left
@@ -390,11 +389,6 @@ class Master:
     # -- what a reload asks, see reloading.Reloadable
 
     @property
-    def is_upgrading(self) -> bool:
-        """Whether a successor is about to take over."""
-        return self._handover.is_under_way
-
-    @property
     def generation(self) -> int:
         """What is in force."""
         return self._service.generation
@@ -412,8 +406,12 @@ class Master:
         self._fleet.resize(size)
 
 
-def _raise_descriptor_limit() -> None:
-    """Use all descriptors we may have; the soft limit is 1,024 on many systems, for select()."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(ValueError, OSError):  # macOS refuses "unlimited"; the soft limit then stays
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+def _survive(act: Callable[[], None]) -> None:
+    """Do something; a bug in it costs what it was about, not the instance."""
+    try:
+        act()
+    except StartupError:  # a successor that cannot take over
+        raise
+    except Exception:
+        log.exception("master.bug: going on; please report it")
+        time.sleep(BUG_PAUSE_S)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from forwarder import notify
 from forwarder.errors import StartupError
-from forwarder.handover import UNDER_WAY
+from forwarder.handover import UNDER_WAY, Handover
 from forwarder.reload import Candidate, Loading, Rejected
 
 if TYPE_CHECKING:
@@ -32,10 +32,6 @@ class Reloadable(Protocol):
         """Whether it serves and is not about to stop."""
 
     @property
-    def is_upgrading(self) -> bool:
-        """Whether a successor is about to take over."""
-
-    @property
     def generation(self) -> int:
         """What is in force."""
 
@@ -49,6 +45,7 @@ class Reloading:
     def __init__(
         self,
         master: Reloadable,
+        handover: Handover,
         load: Callable[[], Config] | None,
         selector: selectors.BaseSelector,
         requests: Requests,
@@ -59,6 +56,7 @@ class Reloading:
         ``release`` is called in that child: it gives up what the master owns.
         """
         self._master = master
+        self._handover = handover
         self._load = load
         self._selector = selector
         self._requests = requests
@@ -86,7 +84,7 @@ class Reloading:
             return "the forwarder is stopping"
         if self._load is None:
             problem = "nothing to reload, the rules came from the command line"
-        elif self._master.is_upgrading:
+        elif self._handover.is_under_way:
             problem = UNDER_WAY
         if problem:
             log.warning("master: %s", problem)
