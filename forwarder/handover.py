@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final, Protocol
 
 from forwarder import inherit, notify, upgrade
+from forwarder.errors import StartupError
 from forwarder.pidfile import PidFile
 from forwarder.upgrade import Successor
 
@@ -73,7 +74,7 @@ class Handover:
             self._pid_file = PidFile(pid_file)
 
     def claim(self) -> None:
-        """Write our pid into the pid file in place of that of our predecessor."""
+        """Write our pid into the pid file, in place of another's. Raises StartupError."""
         if self._pid_file is not None:
             self._pid_file.claim()
 
@@ -181,8 +182,10 @@ class Handover:
     def _on_failed(self, successor: Successor, how: str) -> None:
         self._close_successor(successor)
         problem = f"pid {successor.pid} did not come to serve ({how}); this one goes on"
-        if self._pid_file is not None:
-            self._pid_file.claim()
+        try:
+            self.claim()
+        except StartupError as err:
+            log.error("upgrade: %s", err)
         if not self._master.is_running:
             return
         log.error("upgrade: %s", problem)

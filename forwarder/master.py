@@ -300,8 +300,8 @@ class Master:
             )
             if upgrade.has_predecessor():
                 # Only now, since a successor that fails must not take them.
-                self._open_control()
                 self._handover.claim()
+                self._open_control()
             notify.notify(
                 f"MAINPID={os.getpid()}",
                 "READY=1",
