@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# When a worker that had no descriptors left for its sockets is told again what to serve.
+# When a worker is told again what to serve, after it or we had no descriptors left for that.
 RETRY_S: Final = 1.0
 
 
@@ -121,8 +121,11 @@ class Fleet:
         if not self._slots:
             return None
         waiting = [slot.backoff.not_before for slot in self._slots if slot.process is None]
-        look = time.monotonic() + self.serving.config.settings.hang_timeout_s / 4
-        return min([*waiting, look])
+        return min([*waiting, self.next_look()])
+
+    def next_look(self) -> float:
+        """When :meth:`end_hung` is to be called again at the latest."""
+        return time.monotonic() + self.serving.config.settings.hang_timeout_s / 4
 
     # -- what it does
 
@@ -145,7 +148,7 @@ class Fleet:
         for slot in self._slots:
             if slot.process is None and now >= slot.backoff.not_before:
                 self._start(slot, now)
-        self._check_all_alive(now)
+        self.end_hung(now)
         self.ledger.sample(now)
         self._assign()
         if self._retiring and self.is_settled:
@@ -162,6 +165,7 @@ class Fleet:
         if process.state is state:
             return
         process.state = state
+        process.is_leaving = True
         # The master bounds its own stop; that of one worker nobody else would.
         is_alone = process in self._retiring and op is messages.Op.DRAIN
         limit_s = self.serving.config.settings.drain_timeout_s if is_alone else None
@@ -188,6 +192,23 @@ class Fleet:
             except ChannelClosed:
                 continue  # it has died; SIGCHLD follows
         self.questions.expire(now)  # if there was nobody to ask
+
+    def end_hung(self, now: float) -> None:
+        """Kill workers that give no sign of life, those that are leaving, too."""
+        limit_s = self.serving.config.settings.hang_timeout_s
+        if now - self._checked_at > limit_s / 2:
+            # We were stopped ourselves, and so were the workers (a paused container, a suspended
+            # machine): nobody could give a sign of life.
+            self._awake_since = now
+        self._checked_at = now
+        for process in self.processes():
+            self._check_alive(process, now, limit_s)
+
+    def kill(self, why: str) -> None:
+        """Kill all that are left."""
+        for process in self.processes():
+            log.error("master: worker %d pid=%d %s", process.slot, process.pid, why)
+            process.signal(signal.SIGKILL)
 
     def hear(self, process: WorkerProcess) -> None:
         """Take in what a worker says, and send what waited for it."""
@@ -255,21 +276,11 @@ class Fleet:
             )
         )
 
-    def _check_all_alive(self, now: float) -> None:
-        limit_s = self.serving.config.settings.hang_timeout_s
-        if now - self._checked_at > limit_s / 2:
-            # We were stopped ourselves, and so were the workers (a paused container, a suspended
-            # machine): nobody could give a sign of life.
-            self._awake_since = now
-        self._checked_at = now
-        for process in self.processes():
-            self._check_alive(process, now, limit_s)
-
     def _check_alive(self, process: WorkerProcess, now: float, limit_s: float) -> None:
         silent_s = now - max(self._heartbeats.last(process.cell), self._awake_since)
         if silent_s > limit_s and process.state is not WorkerState.HUNG:
             log.error(
-                "worker.hung slot=%d pid=%d: no sign of life for %.0f s; replacing it",
+                "worker.hung slot=%d pid=%d: no sign of life for %.0f s; killing it",
                 process.slot,
                 process.pid,
                 silent_s,
@@ -287,7 +298,7 @@ class Fleet:
             return
         slot = self._slots[process.slot]
         slot.process = None
-        if process.state in (WorkerState.DRAINING, WorkerState.STOPPING):
+        if process.is_leaving:
             return
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
         delay = slot.backoff.on_death(process.started_at, time.monotonic())
@@ -302,7 +313,8 @@ class Fleet:
 
     def _on_leaving(self, process: WorkerProcess) -> None:
         """A worker drains, perhaps because somebody sent it a SIGTERM: its slot is free now."""
-        if process.state not in (WorkerState.DRAINING, WorkerState.STOPPING):
+        if not process.is_leaving:
+            process.is_leaving = True
             log.warning("worker.leaving slot=%d pid=%d: not asked to", process.slot, process.pid)
             process.state = WorkerState.DRAINING
             if process not in self._retiring:
@@ -377,6 +389,7 @@ class Fleet:
         new = {i: fd for i, fd in descriptors.items() if i not in process.known_sockets}
         try:
             messages.send_sockets(process.channel, new)
+            process.known_sockets |= new.keys()
             messages.send_assignment(
                 process.channel,
                 messages.Assignment(
@@ -391,6 +404,11 @@ class Fleet:
             )
         except ChannelClosed:
             return  # it has died; SIGCHLD follows
+        except OSError as err:  # EMFILE: an assignment travels in a file
+            log.error("worker.untold slot=%d pid=%d: %s", process.slot, process.pid, err.strerror)
+            process.sent_serial = self._serial  # nothing is settled until it has acknowledged that
+            process.deaf_until = time.monotonic() + RETRY_S
+            return
         process.told = wanted
         process.known_sockets = set(routes)
         process.sent_serial = self._serial

@@ -33,11 +33,7 @@ class PidFile:
             if not is_inherited:
                 self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as err:
-            denied = isinstance(err, PermissionError)
-            raise StartupError(
-                f"pid file {path}: {err.strerror}; hint: its directory must exist and be writable",
-                ExitCode.NO_PERMISSION if denied else ExitCode.UNAVAILABLE,
-            ) from err
+            raise self._error(err) from err
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as err:
@@ -48,13 +44,25 @@ class PidFile:
                 "hint: stop that one, or use another pid file"
             ) from err
         if not is_inherited:
-            os.ftruncate(self._fd, 0)
-            self.claim()
+            try:
+                os.ftruncate(self._fd, 0)
+                self.claim()
+            except BaseException:
+                with suppress(OSError):
+                    self._path.unlink()  # an empty one says nothing
+                os.close(self._fd)
+                raise
 
     def claim(self) -> None:
-        """Write our pid over that of another; who reads it meanwhile finds one or the other."""
-        size = os.fstat(self._fd).st_size
-        os.pwrite(self._fd, str(os.getpid()).ljust(size - 1).encode() + b"\n", 0)
+        """Write our pid over that of another; who reads it meanwhile finds one or the other.
+
+        Raises StartupError when that is not possible: a full disk.
+        """
+        try:
+            size = os.fstat(self._fd).st_size
+            os.pwrite(self._fd, str(os.getpid()).ljust(size - 1).encode() + b"\n", 0)
+        except OSError as err:
+            raise self._error(err) from err
 
     def fileno(self) -> int:
         """The descriptor that holds the lock; whoever inherits it shares the lock."""
@@ -77,6 +85,14 @@ class PidFile:
             if self._named() == os.getpid():
                 self._path.unlink()
         os.close(self._fd)
+
+    def _error(self, err: OSError) -> StartupError:
+        denied = isinstance(err, PermissionError)
+        return StartupError(
+            f"pid file {self._path}: {err.strerror}; hint: its directory must exist and be "
+            "writable, with a little space left",
+            ExitCode.NO_PERMISSION if denied else ExitCode.UNAVAILABLE,
+        )
 
     def _named(self) -> int:
         text = os.pread(self._fd, _MOST_BYTES, 0).strip()

@@ -10,7 +10,9 @@ import ctypes
 import grp
 import os
 import pwd
+import resource
 import struct
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -37,6 +39,13 @@ class Identity:
 
     uid: int
     gid: int
+
+
+def raise_descriptor_limit() -> None:
+    """Use all descriptors we may have; the soft limit is 1,024 on many systems, for select()."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # macOS refuses "unlimited"; the soft limit then stays
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def identity_of(user: str | None, group: str | None) -> Identity | None:

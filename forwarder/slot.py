@@ -40,6 +40,7 @@ class WorkerProcess:
         self.channel = channel
         self.started_at = now
         self.state = WorkerState.STARTING
+        self.is_leaving = False  # it was told to, or says so: its end is no death
         self.cell = 0  # of the heartbeats
         self.sent_serial = 0
         self.applied_serial = 0

@@ -342,7 +342,8 @@ class Session:
         for sock in (self.client, self.upstream):
             if sock is not None and sock.fileno() >= 0:
                 sockets.set_abort_on_close(sock)
-        self._end(reason)
+        if self.state is not _ABORTING:  # then its end has been reported
+            self._end(reason)
         self._finish()
 
     def _abort_after_delivery(self, direction: Direction, detail: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import signal
 import time
 from contextlib import ExitStack, suppress
@@ -244,6 +245,32 @@ def test_a_resize_that_cannot_be_done_leaves_no_socket_unserved(site: Site) -> N
         assert any("cannot have" in line for line in it.forwarder.lines)
         assert len({listeners(address) for address in (site.address, *others)}) == 1
         site.assert_every_socket_is_served()
+
+
+@pytest.mark.parametrize("number", [FEWER, MORE, signal.SIGHUP, signal.SIGUSR2, signal.SIGCHLD])
+def test_a_master_without_any_descriptor_left_goes_on(site: Site, number: signal.Signals) -> None:
+    """It has not one to hand for the next file, socket, pipe or message.
+
+    Result: what it is told is refused or put off; when there are some again, all is well.
+    """
+    it = site.start(3)
+    master, before = it.forwarder.pid, resource.prlimit(it.forwarder.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(master, resource.RLIMIT_NOFILE, (3, before[1]))
+    if number is signal.SIGCHLD:
+        os.kill(it.forwarder.workers()[0], signal.SIGKILL)
+    else:
+        it.forwarder.signal(number)
+    it.forwarder.wait_logged("ERROR.*Too many open files")
+    resource.prlimit(master, resource.RLIMIT_NOFILE, before)
+    size = 2 if number is FEWER else 3
+    eventually(
+        lambda: len(it.forwarder.workers()) == size,
+        lambda: f"{len(it.forwarder.workers())} workers: {it.forwarder.lines[-20:]}",
+    )
+    assert "=1 rules" in it.reload_as_it_is()
+    site.assert_every_socket_is_served()
+    assert it.forwarder.pid == master
+    assert it.forwarder.stop() == 0
 
 
 # -- killed workers

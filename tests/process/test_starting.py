@@ -151,6 +151,20 @@ def with_pid_file(path: Path, pid_file: Path, address: tuple[str, int]) -> Path:
     return write_rules(path, ("only", where, ("127.0.0.1", 1)), more=f'pid_file = "{pid_file}"')
 
 
+def test_a_pid_file_on_a_full_disk_is_a_reason_not_to_start(
+    tmp_path: Path, address: tuple[str, int]
+) -> None:
+    """Result: status 69, the file named; it is not left empty, and the port is free."""
+    pid_file = tmp_path / "some.pid"
+    path = with_pid_file(tmp_path / "forwarder.toml", pid_file, address)
+    done = run_command("-c", str(path), prefix=["prlimit", "--fsize=0:0"])
+    assert done.returncode == 69, done.stderr
+    assert f"pid file {pid_file}: File too large; hint: " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not pid_file.exists()
+    assert listeners(address) == 0
+
+
 def test_a_pid_file_holds_one_instance_and_goes_with_it(
     launch: Launch, tmp_path: Path, address: tuple[str, int]
 ) -> None:

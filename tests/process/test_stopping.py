@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import socket
+import struct
+import termios
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pytest
-from support.ends import carry, receive_to_end, receive_to_reset
+from support.ends import accept, carry, connect, receive_to_end, receive_to_reset, reset
 from support.processes import listeners, members, state
 from support.waiting import eventually
 
@@ -29,6 +32,11 @@ def stop_process(pid: int) -> None:
     """Suspend a process, and wait until it is."""
     os.kill(pid, signal.SIGSTOP)
     eventually(lambda: state(pid) == "T")
+
+
+def unread(sock: socket.socket) -> int:
+    """Bytes that a socket has received and nobody has read."""
+    return int(struct.unpack("i", fcntl.ioctl(sock, termios.FIONREAD, bytes(4)))[0])
 
 
 @pytest.mark.parametrize("number", [TERM, INT, signal.SIGQUIT], ids=lambda n: n.name)
@@ -254,3 +262,20 @@ def test_a_suspended_orphan_goes_when_it_wakes(serve: Serve, launch: Launch) -> 
         os.kill(worker, signal.SIGCONT)
     eventually(lambda: not members(old.pid), "the orphan stays", within_s=90)
     old.wait()
+
+
+def test_a_session_that_is_stopped_amid_its_last_bytes_is_logged_once(serve: Serve) -> None:
+    """Its upstream has reset it; what that had sent waits for a client that does not read.
+
+    Result: its end was told when the reset came, and is not told again by the stop.
+    """
+    service = serve("--verbose")
+    with connect(service.address, receive_buffer=4096) as client:
+        peer = accept(service.upstream)
+        peer.sendall(b"x" * 30_000)
+        eventually(lambda: unread(client) > 0)
+        reset(peer)
+        service.forwarder.wait_logged("session.closed")
+        assert service.stop(INT) == 0
+        assert receive_to_reset(client)
+    assert sum("session.closed" in line for line in service.forwarder.lines) == 1

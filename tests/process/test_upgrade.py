@@ -18,7 +18,7 @@ from support.configured import IS_SOAK, many_rules, rule
 from support.ends import Link, accept, carry, connect, listen, receive_to_end
 from support.forwarder import reserve_port
 from support.load import Load
-from support.processes import listeners, members, run_command, state
+from support.processes import listeners, members, owner, run_command, state
 from support.waiting import PATIENCE_S, eventually
 
 if TYPE_CHECKING:
@@ -48,17 +48,18 @@ class Site:
         self.upstream = stack.enter_context(listen())
         self.forwarder: Forwarder
 
-    def text(self, workers: int = 2, more: str = "") -> str:
-        """The configuration; ``more`` comes after the rule."""
+    def text(self, workers: int = 2, more: str = "", head: str = "") -> str:
+        """The configuration; ``head`` comes before the rule, ``more`` after it."""
         return (
-            f'workers = {workers}\npid_file = "{self.pid_file}"\ncontrol = "{self.control}"\n'
+            head
+            + f'workers = {workers}\npid_file = "{self.pid_file}"\ncontrol = "{self.control}"\n'
             + rule(self.address, self.upstream.getsockname())
             + more
         )
 
-    def start(self, workers: int = 2) -> int:
+    def start(self, workers: int = 2, head: str = "") -> int:
         """Start it; returns the pid of the master."""
-        self.config.write_text(self.text(workers))
+        self.config.write_text(self.text(workers, head=head))
         self.forwarder = self._launch("-c", str(self.config))
         return self.forwarder.pid
 
@@ -242,6 +243,21 @@ def test_a_changed_configuration_is_in_force_after_it(site: Site) -> None:
         site.upgrade()
         eventually(lambda: listeners(added) == 0)
         site.assert_serves()
+    site.stop()
+
+
+def test_a_worker_that_hangs_while_the_old_one_drains_is_ended(site: Site) -> None:
+    """Nothing bounds how long it drains. Result: it does not stay for ever."""
+    old = site.start(head='hang_timeout = "3s"\n')
+    link = site.link()
+    worker = owner(procfs.children(old), link.client)
+    new = site.upgrade()
+    eventually(lambda: set(procfs.children(old)) == {worker, new}, "the other one stays")
+    os.kill(worker, signal.SIGSTOP)
+    site.wait_logged(rf"worker.hung .*pid={worker}")
+    site.wait_gone(old)
+    assert site.master() == new
+    site.assert_serves()
     site.stop()
 
 

@@ -11,13 +11,17 @@ from typing import TYPE_CHECKING
 
 import pytest
 from support import procfs
-from support.ends import accept, carry, connect
+from support.ends import accept, carry, connect, listen
+from support.forwarder import reserve_port
 from support.processes import listeners, members, owner, queued, state, title
 from support.waiting import eventually
+
+from process.conftest import as_pairs
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from conftest import StartForwarder
     from support.ends import Link
 
     from process.conftest import Launch, Serve, Service
@@ -261,3 +265,33 @@ def test_a_worker_short_of_descriptors_survives_the_death_of_another(
             carry(client, far, b"there")
     assert poor in forwarder.workers()
     eventually(lambda: procfs.socket_count(poor) <= before, within_s=20)
+
+
+PLANTED = """
+from forwarder import service
+def grow(self, slots):
+    raise RuntimeError("planted")
+service.Service.grow = grow
+"""
+
+
+@pytest.mark.expects_log("master.bug", "Traceback", "worker.died")
+def test_a_bug_in_the_master_does_not_end_it(
+    start_forwarder: StartForwarder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It fails when it is told to have more workers. Result: it serves on, and can be stopped."""
+    (tmp_path / "sitecustomize.py").write_text(PLANTED)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with reserve_port() as holder, listen() as upstream:
+        address = holder.getsockname()
+        forwarder = start_forwarder(*as_pairs(address, upstream), "--workers", "1")
+        workers = forwarder.workers()
+        for _ in range(2):
+            forwarder.signal(signal.SIGTTIN)
+        forwarder.wait_logged("master.bug")
+        with connect(address) as client, accept(upstream) as peer:
+            carry(client, peer, b"x" * 1000)
+        os.kill(workers[0], signal.SIGKILL)
+        eventually(lambda: forwarder.workers() not in ([], workers))
+        with connect(address) as client, accept(upstream) as peer:
+            carry(client, peer, b"x" * 1000)

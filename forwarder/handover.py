@@ -1,0 +1,212 @@
+"""From one master to the next: starting a successor, leaving the place to it, and taking it.
+
+The pid file and the control socket's path are the place; they stay with the old one until the new
+one serves. Serves nobody itself and stops nothing; the master does.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import selectors
+import signal
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final, Protocol
+
+from forwarder import inherit, notify, upgrade
+from forwarder.errors import StartupError
+from forwarder.pidfile import PidFile
+from forwarder.upgrade import Successor
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+
+    from forwarder.privileges import Identity
+    from forwarder.requests import Requests
+
+log = logging.getLogger(__name__)
+
+UNDER_WAY: Final = "an upgrade is under way; ask the new one when it serves"
+
+
+class Incumbent(Protocol):
+    """The master, as far as a handover asks something of it."""
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it serves and is not about to stop."""
+
+    @property
+    def is_reloading(self) -> bool:
+        """Whether a configuration is being read."""
+
+    def listening_descriptors(self) -> list[int]:
+        """Every listening socket, in the order of the slots."""
+
+    def reload(self) -> str:
+        """Begin a reload. Returns why not, or ""."""
+
+    def leave(self) -> None:
+        """The successor serves: let our sessions end."""
+
+
+class Handover:
+    """The pid file of this master and, during an upgrade, its successor. Owns both."""
+
+    def __init__(
+        self, master: Incumbent, selector: selectors.BaseSelector, requests: Requests
+    ) -> None:
+        self.has_heir = False  # after an upgrade
+        self._master = master
+        self._selector = selector
+        self._requests = requests
+        self._pid_file: PidFile | None = None
+        self._successor: Successor | None = None
+        self._is_reload_wanted = False
+
+    # -- our own place
+
+    def lock(self, pid_file: str | None) -> None:
+        """Lock the pid file, if there shall be one. Raises StartupError."""
+        if pid_file is not None:
+            self._pid_file = PidFile(pid_file)
+
+    def claim(self) -> None:
+        """Write our pid into the pid file, in place of another's. Raises StartupError."""
+        if self._pid_file is not None:
+            self._pid_file.claim()
+
+    def close(self) -> None:
+        """Stop listening to the successor; the pid file stays."""
+        if self._successor is not None:
+            self._successor.close()
+
+    def close_in_child(self) -> None:
+        """In a forked child: give up what it inherited, without a word to anybody."""
+        upgrade.release_predecessor()
+        if self._pid_file is not None:
+            self._pid_file.close_in_child()
+
+    def remove_pid_file(self) -> None:
+        """Remove the pid file, if it is still ours."""
+        if self._pid_file is not None:
+            self._pid_file.remove()
+
+    # -- a successor
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether there is a successor that does not serve yet."""
+        return self._successor is not None
+
+    @property
+    def deadline(self) -> float | None:
+        """When :meth:`turn` has something to do without an event; None for never."""
+        return None if self._successor is None else self._successor.deadline
+
+    def begin(self) -> str:
+        """Start the installed code beside this one, if that is not under way already.
+
+        Returns why not, or "".
+        """
+        problem = ""
+        if self._successor is not None:
+            return ""
+        if not self._master.is_running:
+            problem = "the forwarder is stopping"
+        elif self._master.is_reloading:
+            problem = "a reload is under way; try again when it is over"
+        elif os.getpid() == 1:
+            problem = "not possible as process 1 of a container: start a new container"
+        else:
+            try:
+                self._start()
+            except OSError as err:
+                problem = f"cannot execute the new code: {err}"
+        if problem:
+            log.error("upgrade: %s", problem)
+        return problem
+
+    def turn(self, now: float) -> None:
+        """Give up a successor that has had its time."""
+        if self._successor is not None and now >= self._successor.deadline:
+            self._successor.give_up(now)
+
+    def give_up(self) -> None:
+        """Tell the successor to end, if there is one."""
+        if self._successor is not None:
+            self._successor.give_up(time.monotonic())
+
+    def note_reload(self) -> None:
+        """A reload is asked for: one that comes during an upgrade is for the one that stays."""
+        self._is_reload_wanted = self._successor is not None
+
+    def on_exit(self, pid: int, status: int) -> None:
+        """Note that a child has ended; we have reaped it."""
+        if self._successor is not None and pid == self._successor.pid:
+            self._on_failed(self._successor, upgrade.describe_end(status))
+
+    def _start(self) -> None:
+        sockets = self._master.listening_descriptors()
+        path = self._requests.path
+        self._successor = Successor(sockets, self._pid_file, path, time.monotonic())
+        self._selector.register(self._successor, selectors.EVENT_READ, self._hear)
+        log.info("upgrade: started pid=%d", self._successor.pid)
+
+    def _hear(self) -> None:
+        successor = self._successor
+        is_ready = successor.is_ready() if successor is not None else None
+        if successor is None or is_ready is None:
+            return
+        self._selector.unregister(successor)
+        if is_ready and self._master.is_running:
+            self._on_ready(successor)
+        # Else it is ending, or was told to: SIGCHLD follows and says how.
+
+    def _on_ready(self, successor: Successor) -> None:
+        self._close_successor(successor)
+        self.has_heir = True
+        log.info("upgrade: pid=%d serves; letting our sessions end", successor.pid)
+        # It has said so itself, but a service manager may believe the process it knows only.
+        notify.notify(f"MAINPID={successor.pid}")
+        self._requests.on_upgraded(f"pid {successor.pid} serves, the old one drains", is_done=True)
+        if self._pid_file is not None:
+            self._pid_file.leave_to(successor.pid)
+            self._pid_file = None
+        if self._is_reload_wanted:  # it may have read the configuration before it was changed
+            os.kill(successor.pid, signal.SIGHUP)
+        self._master.leave()
+
+    def _on_failed(self, successor: Successor, how: str) -> None:
+        self._close_successor(successor)
+        problem = f"pid {successor.pid} did not come to serve ({how}); this one goes on"
+        try:
+            self.claim()
+        except StartupError as err:
+            log.error("upgrade: %s", err)
+        if not self._master.is_running:
+            return
+        log.error("upgrade: %s", problem)
+        self._requests.on_upgraded(problem, is_done=False)
+        if self._is_reload_wanted:
+            self._is_reload_wanted = False
+            self._master.reload()
+
+    def _close_successor(self, successor: Successor) -> None:
+        with suppress(KeyError):  # it has said its last word
+            self._selector.unregister(successor)
+        successor.close()
+        self._successor = None
+
+
+def inherited_sockets(
+    identity: Identity | None, is_wanted: Callable[[socket.socket], bool]
+) -> list[socket.socket]:
+    """Listening sockets that somebody hands to us: see ``inherit``. Workers run as ``identity``."""
+    given = inherit.from_environment()
+    if not upgrade.has_predecessor():
+        uid = os.geteuid() if identity is None else identity.uid
+        given += inherit.from_orphans(uid, is_wanted)
+    return given

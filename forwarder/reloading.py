@@ -1,0 +1,156 @@
+"""One reload at a time: having the configuration read, and what becomes of what was found.
+
+Reads nothing itself, see ``reload``, and applies nothing; the master does.
+"""
+
+from __future__ import annotations
+
+import logging
+import selectors
+import time
+from typing import TYPE_CHECKING, Protocol
+
+from forwarder import notify
+from forwarder.errors import StartupError
+from forwarder.handover import UNDER_WAY, Handover
+from forwarder.reload import Candidate, Loading, Rejected
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from forwarder.config.model import Config
+    from forwarder.requests import Requests
+
+log = logging.getLogger(__name__)
+
+
+class Reloadable(Protocol):
+    """The master, as far as a reload asks something of it."""
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it serves and is not about to stop."""
+
+    @property
+    def generation(self) -> int:
+        """What is in force."""
+
+    def begin_generation(self, candidate: Candidate) -> None:
+        """Put it in force. Raises StartupError if that is not possible; then nothing changes."""
+
+
+class Reloading:
+    """The reload under way, if there is one, and whether another one has to follow."""
+
+    def __init__(
+        self,
+        master: Reloadable,
+        handover: Handover,
+        load: Callable[[], Config] | None,
+        selector: selectors.BaseSelector,
+        requests: Requests,
+        release: Callable[[], None],
+    ) -> None:
+        """``load`` reads the configuration in a forked child; None if there is nothing to read.
+
+        ``release`` is called in that child: it gives up what the master owns.
+        """
+        self._master = master
+        self._handover = handover
+        self._load = load
+        self._selector = selector
+        self._requests = requests
+        self._release = release
+        self._loading: Loading | None = None
+        self._is_wanted_again = False
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether a configuration is being read."""
+        return self._loading is not None
+
+    @property
+    def deadline(self) -> float | None:
+        """When :meth:`turn` has something to do without an event; None for never."""
+        return None if self._loading is None else self._loading.deadline
+
+    def begin(self) -> str:
+        """Begin to read the configuration anew; if that is under way, do it again afterwards.
+
+        Returns why not, or "".
+        """
+        problem = ""
+        if not self._master.is_running:
+            return "the forwarder is stopping"
+        if self._load is None:
+            problem = "nothing to reload, the rules came from the command line"
+        elif self._handover.is_under_way:
+            problem = UNDER_WAY
+        if problem:
+            log.warning("master: %s", problem)
+        elif self._loading is not None:
+            self._is_wanted_again = True
+        elif self._load is not None:
+            self._start(self._load)
+        return problem
+
+    def turn(self, now: float) -> None:
+        """Give up a configuration that takes too long to read."""
+        if self._loading is not None and now >= self._loading.deadline:
+            self._loading.cancel()
+            self._end(Rejected(("reading the configuration took too long",)))
+
+    def cancel(self) -> None:
+        """The master is stopping: give up what is being read."""
+        if self._loading is not None:
+            self._loading.cancel()
+            self._end(Rejected(("the forwarder is stopping",)))
+
+    def close(self) -> None:
+        """Close the pipe, in a forked child too."""
+        if self._loading is not None:
+            self._loading.close()
+
+    def _start(self, load: Callable[[], Config]) -> None:
+        self._requests.on_loading()
+        now = time.monotonic()
+        # systemd waits for ever for a reload that names no time (sd_notify(3), MONOTONIC_USEC).
+        notify.notify("RELOADING=1", f"MONOTONIC_USEC={int(now * 1e6)}")
+        try:
+            self._loading = Loading(load, self._release, now)
+        except OSError as err:
+            self._reject((f"cannot start a process to read the configuration: {err.strerror}",))
+            return
+        self._selector.register(self._loading, selectors.EVENT_READ, self._hear)
+
+    def _hear(self) -> None:
+        found = self._loading.result() if self._loading is not None else None
+        if found is not None:
+            self._end(found)
+
+    def _end(self, found: Candidate | Rejected) -> None:
+        if self._loading is not None:
+            self._selector.unregister(self._loading)
+            self._loading.close()
+            self._loading = None
+        if isinstance(found, Rejected):
+            self._reject(found.problems)
+        elif self._master.is_running:  # told to stop meanwhile: nothing to begin
+            self._begin(found)
+        if self._is_wanted_again:
+            self._is_wanted_again = False
+            self.begin()
+
+    def _begin(self, candidate: Candidate) -> None:
+        try:
+            self._master.begin_generation(candidate)
+        except StartupError as err:
+            self._reject((str(err),))
+
+    def _reject(self, problems: Iterable[str]) -> None:
+        """Keep everything as it is, and say why."""
+        for problem in problems:
+            log.error("reload.rejected %s", problem)
+        log.error("master: generation %d stays in force", self._master.generation)
+        self._requests.on_rejected(problems)
+        notify.notify("READY=1", "STATUS=reload rejected, see the log")
