@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from forwarder.config.model import Config
-    from forwarder.listeners import BindAddress, ListenerTable
+    from forwarder.listeners import ListenerTable
+    from forwarder.net.addresses import BindAddress
     from forwarder.privileges import Identity
 
 log = logging.getLogger(__name__)

@@ -26,6 +26,7 @@ from forwarder.config.model import STOP_TIMEOUT_S
 from forwarder.errors import ExitCode, StartupError
 from forwarder.fleet import Fleet
 from forwarder.heartbeat import MAX_SLOTS
+from forwarder.latebind import LateBinds
 from forwarder.messages import Op
 from forwarder.pidfile import PidFile
 from forwarder.privileges import identity_of, keep_capabilities_of_a_master
@@ -98,6 +99,13 @@ class Master:
         self._service = Service(spec.config)
         self._selector = selectors.DefaultSelector()
         self._fleet = Fleet(self._service.table, self._selector, self._release_in_child)
+        self._late = LateBinds(
+            self._service,
+            self._selector,
+            self._release_in_child,
+            slots=lambda: self._fleet.size,
+            on_bound=self._serve_anew,
+        )
         self._signals: SignalQueue | None = None
         self._pid_file: PidFile | None = None
         self._loading: Loading | None = None
@@ -121,6 +129,7 @@ class Master:
             raise
         finally:
             self._close()
+            self._service.table.remove_files()
             self._requests.remove_file()
             if self._pid_file is not None:
                 self._pid_file.remove()
@@ -166,7 +175,8 @@ class Master:
 
     def _close(self) -> None:
         """Give up what the master owns, but the pid file; a forked child does the same."""
-        self._service.table.close()
+        self._service.table.release()
+        self._late.close()
         if self._loading is not None:
             self._loading.close()
         if self._signals is not None:
@@ -203,6 +213,7 @@ class Master:
         if self._loading is not None:
             self._loading.cancel()
             self._end_loading(Rejected(("the forwarder is stopping",)))
+        self._late.cancel()
         self._deadline = time.monotonic() + patience
         # Ours are the last copies once the workers, which serve what is queued first, have let go:
         # who comes now is refused at once instead of waiting in a queue that nobody serves.
@@ -240,6 +251,7 @@ class Master:
             deadlines = [self._fleet.next_deadline()]
             deadlines += self._service.deadlines()
             deadlines += [self._loading.deadline if self._loading is not None else None]
+            deadlines += [self._late.deadline if self._may_bind_late else None]
         else:
             deadlines = [self._deadline]
         deadlines += [self._requests.deadline, self._watchdog.deadline]
@@ -294,9 +306,10 @@ class Master:
         if self._loading is not None and now >= self._loading.deadline:
             self._loading.cancel()
             self._end_loading(Rejected(("reading the configuration took too long",)))
+        if self._may_bind_late:
+            self._late.turn(now)
         if self._service.expire(now):
-            self._fleet.serving = self._service.serving()
-            self._fleet.supervise()
+            self._serve_anew()
         if not self._fleet.is_settled:
             return
         self._service.close_dropped()
@@ -319,12 +332,23 @@ class Master:
                 self._open_control()
                 if self._pid_file is not None:
                     self._pid_file.claim()
+            self._service.own()
             notify.notify(
                 f"MAINPID={os.getpid()}",
                 "READY=1",
                 f"STATUS={len(self._service.config.rules)} rules",
             )
             upgrade.tell_predecessor()
+
+    @property
+    def _may_bind_late(self) -> bool:
+        """A reload tries all rules itself, and a successor must not meet us where it tries."""
+        return self._loading is None and self._successor is None
+
+    def _serve_anew(self) -> None:
+        """Tell the workers what the service has come to serve."""
+        self._fleet.serving = self._service.serving()
+        self._fleet.supervise()
 
     # -- what clients of the control socket may ask, see requests.Instance
 
@@ -352,7 +376,7 @@ class Master:
             "control": self._requests.path,
             "totals": self._fleet.tally.totals(),
             "workers": self._fleet.describe(now),
-            "rules": self._service.describe_rules(counters),
+            "rules": self._service.describe_rules(counters, now),
         }
 
     def resize(self, size: int) -> str:
@@ -441,6 +465,7 @@ class Master:
         is_resized = wanted != self._service.config.settings.workers
         size = wanted if is_resized else self._fleet.size
         try:
+            self._late.cancel()  # this tries them all
             self._report = self._service.begin(candidate, size)
         except StartupError as err:
             self._reject((str(err),))
@@ -476,7 +501,8 @@ class Master:
         return problem
 
     def _begin_upgrade(self) -> None:
-        sockets = self._service.table.all_descriptors()
+        self._late.cancel()
+        sockets = self._service.table.all_sockets()
         path = self._requests.path
         self._successor = Successor(sockets, self._pid_file, path, time.monotonic())
         self._selector.register(self._successor, selectors.EVENT_READ, self._hear_successor)
@@ -495,6 +521,7 @@ class Master:
     def _on_upgraded(self, successor: Successor) -> None:
         self._close_successor(successor)
         self._has_heir = True
+        self._service.table.disown()
         log.info("upgrade: pid=%d serves; letting our sessions end", successor.pid)
         # It has said so itself, but a service manager may believe the process it knows only.
         notify.notify(f"MAINPID={successor.pid}")

@@ -22,23 +22,25 @@ import uvloop
 
 from forwarder import privileges
 from forwarder.access import AccessList
+from forwarder.addr import UnixAddress
 from forwarder.heartbeat import BEAT_S
 from forwarder.inherit import OrphanDoor
 from forwarder.messages import Op, read_assignment
 from forwarder.net.channel import Channel, ChannelClosed, Received
-from forwarder.relay.listener import Listener
+from forwarder.relay.listener import listener_class
 from forwarder.relay.relay import Relay
 from forwarder.stats import RuleCounts, take_report
 from forwarder.upstream.pool import Pool
 from forwarder.upstream.resolver import Resolver
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
-    from forwarder.config.model import RelayMode, Rule
+    from forwarder.config.model import AccessRule, RelayMode, Rule
     from forwarder.heartbeat import Heartbeats
     from forwarder.messages import Assignment
     from forwarder.privileges import Identity
+    from forwarder.relay.listener import Listener
     from forwarder.relay.session import Session
 
 log = logging.getLogger(__name__)
@@ -246,7 +248,7 @@ class Worker:
         rules = assignment.config.rules
         everyone = assignment.config.access
         before = set(self._pools.values())
-        accesses = [AccessList.compile(everyone, rule.access) for rule in rules]
+        accesses = [_access(everyone, rule) for rule in rules]
         self._pools = {rule.name: self._pool(rule) for rule in rules}
         for socket_id, index in assignment.routes.items():
             if socket_id not in self._sockets:
@@ -255,20 +257,25 @@ class Worker:
             pool = self._pools[rule.name]
             access = accesses[index]
             listener = self._listeners.get(socket_id)
+            kind = listener_class(rule)
+            if listener is not None and type(listener) is not kind:
+                listener.stop()
+                listener = None
             if listener is None:
                 sock = self._sockets[socket_id]
-                listener = Listener(self._loop, self._relay, sock, pool, access)
+                listener = kind(self._loop, self._relay, sock, pool, access)
                 self._listeners[socket_id] = listener
                 listener.start()
             else:
-                listener.pool = pool
+                if listener.pool.origin is not pool:
+                    listener.pool = pool
                 listener.access = access
         for socket_id in self._sockets.keys() - assignment.routes.keys():
             self._release(socket_id)
         gone = before.difference(self._pools.values())
         self._end_sessions_after(
             assignment.config.settings.drain_timeout_s,
-            [session for session in self._relay.sessions if session.pool in gone],
+            [session for session in self._relay.sessions if session.pool.origin in gone],
         )
         self._acknowledge(assignment.serial)
 
@@ -329,6 +336,13 @@ class Worker:
         if not self._done.done():
             self._report()
             self._done.set_result(WorkerExit.STOPPED)
+
+
+def _access(everyone: Sequence[AccessRule], rule: Rule) -> AccessList:
+    """Who may use a rule. Clients of a unix socket have no address to judge them by."""
+    if isinstance(rule.listen, UnixAddress):
+        return AccessList(())
+    return AccessList.compile(everyone, rule.access)
 
 
 def run_and_exit(spec: WorkerSpec) -> None:

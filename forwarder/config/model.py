@@ -10,7 +10,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from forwarder.addr import Address
+    from forwarder.addr import Endpoint
     from forwarder.errors import Place
 
 # One table of defaults; the dialects, the command line and the documentation refer to it.
@@ -58,6 +58,16 @@ class Framing(Enum):
 
     RAW = "raw"
     LENGTH = "length"
+
+
+class BindPolicy(Enum):
+    """What becomes of a rule whose address cannot be had.
+
+    ``require``: nothing starts, or a reload is refused. ``retry``: the others start without it.
+    """
+
+    REQUIRE = "require"
+    RETRY = "retry"
 
 
 class RelayMode(Enum):
@@ -113,8 +123,8 @@ class Rule:
     """
 
     name: str
-    listen: Address
-    upstreams: tuple[Address, ...]
+    listen: Endpoint
+    upstreams: tuple[Endpoint, ...]
     protocol: Protocol = Protocol.TCP
     source: str | None = None
     access: tuple[AccessRule, ...] = ()

@@ -11,6 +11,7 @@ import fcntl
 import os
 import socket
 import stat
+import struct
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,6 +22,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _LOCK_TIMEOUT_S: Final = 2.0
+
+_NETLINK_SOCK_DIAG: Final = 4
+_SOCK_DIAG_BY_FAMILY: Final = 20
+_NLM_F_REQUEST: Final = 1
+_ALL_STATES: Final = 0xFFFFFFFF
+_UDIAG_SHOW_VFS: Final = 2
+_UNIX_DIAG_VFS: Final = 1
+_NO_COOKIE: Final = 0xFFFFFFFF
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +48,12 @@ class SocketFile:
         except OSError:
             return False
         return (status.st_dev, status.st_ino) == (self.device, self.inode)
+
+    def set_mode(self, mode: int) -> None:
+        """Give the file these permissions, if it is still ours."""
+        if self.is_there:
+            with suppress(OSError):  # it went away just now
+                Path(self.path).chmod(mode)
 
     def remove(self) -> None:
         """Remove the file, unless somebody has put another one in its place."""
@@ -76,6 +91,52 @@ def listen_at(
         sock.close()
         raise
     return sock, SocketFile(str(path), status.st_dev, status.st_ino)
+
+
+def file_of(sock: socket.socket) -> SocketFile | None:
+    """The file of a listening socket that somebody else has bound; None if it is not there.
+
+    Where the kernel does not tell (sock_diag(7)), the file at its path is taken for it.
+    """
+    path = sock.getsockname()
+    try:
+        status = Path(path).lstat()
+    except OSError:
+        return None
+    found = SocketFile(path, status.st_dev, status.st_ino)
+    known = _bound_file(sock)
+    # The kernel tells 32 bits of the inode.
+    is_same = known is None or known == (status.st_dev, status.st_ino & 0xFFFFFFFF)
+    return found if is_same and stat.S_ISSOCK(status.st_mode) else None
+
+
+def _bound_file(sock: socket.socket) -> tuple[int, int] | None:
+    """Device and inode of the file that a unix socket was bound to; None if that is not told.
+
+    A netlink message to the kernel and its answer: linux/netlink.h, sock_diag.h, unix_diag.h.
+    """
+    inode = os.fstat(sock.fileno()).st_ino
+    request = struct.pack(
+        "=IHHIIBBHIIIII",
+        *(40, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 0, 0),
+        *(socket.AF_UNIX, 0, 0, _ALL_STATES, inode, _UDIAG_SHOW_VFS, _NO_COOKIE, _NO_COOKIE),
+    )
+    try:
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as netlink:
+            netlink.settimeout(1.0)
+            netlink.send(request)
+            answer = netlink.recv(4096)
+        _, kind = struct.unpack_from("=IH", answer)
+        at = 32  # behind the headers
+        while kind == _SOCK_DIAG_BY_FAMILY and at + 12 <= len(answer):
+            length, attribute = struct.unpack_from("=HH", answer, at)
+            if attribute == _UNIX_DIAG_VFS:
+                number, device = struct.unpack_from("=II", answer, at + 4)
+                return os.makedev(device >> 20, device & 0xFFFFF), number
+            at += max(length + 3 & ~3, 4)
+    except (AttributeError, OSError, struct.error):
+        return None  # another system, or a kernel without the module
+    return None
 
 
 def _clear(path: Path, *, replaces_live: bool) -> None:

@@ -10,6 +10,7 @@ import select
 from typing import TYPE_CHECKING, Final
 
 from forwarder.access import Decision
+from forwarder.addr import Address
 from forwarder.net import sockets
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
 
     from forwarder.access import AccessList
+    from forwarder.config.model import Rule
     from forwarder.relay.relay import Relay
     from forwarder.upstream.pool import Pool
 
@@ -138,3 +140,38 @@ class Listener:
             self._pauses += 1
             self._is_paused = True
             self._loop.call_later(PAUSE_S, self._resume)
+
+
+class RangeListener(Listener):
+    """A listener on one port of a range, whose upstreams may be ranges, too.
+
+    ``pool`` is that of the whole rule until the first client comes: most ports of a long range may
+    never see one, and a pool for each would cost more than the sockets.
+    """
+
+    __slots__ = ("_own",)
+
+    def __init__(
+        self,
+        loop: AbstractEventLoop,
+        relay: Relay,
+        sock: socket.socket,
+        pool: Pool,
+        access: AccessList,
+    ) -> None:
+        super().__init__(loop, relay, sock, pool, access)
+        self._own: Pool | None = None
+
+    def on_events(self, mask: int) -> None:
+        """Accept what is queued, at most ACCEPT_BATCH."""
+        if self.pool is not self._own:
+            listen = self.pool.rule.listen
+            first = listen.port if isinstance(listen, Address) else 0
+            self.pool = self._own = self.pool.at(sockets.bound_to(self.sock).port - first)
+        super().on_events(mask)
+
+
+def listener_class(rule: Rule) -> type[Listener]:
+    """What accepts the clients of a rule."""
+    is_range = isinstance(rule.listen, Address) and rule.listen.ports > 1
+    return RangeListener if is_range else Listener

@@ -18,6 +18,7 @@ from forwarder.relay.direction import BULK_BYTES, SMALL_BYTES, Direction
 from forwarder.relay.poller import Poller
 from forwarder.relay.session import Session
 from forwarder.relay.splice import HAS_SPLICE, SpliceDirection
+from forwarder.relay.unix import UnixDirection, UnixSpliceDirection
 from forwarder.relay.wheel import TICK_S, Wheel
 
 if TYPE_CHECKING:
@@ -53,8 +54,10 @@ class Relay:
         self.sessions: set[Session] = set()
         self.pipes = PipePool(pipe_budget_pages)
         self.make_direction: Callable[[Relay, Session], Direction] = Direction
+        self.make_unix_direction: Callable[[Relay, Session], Direction] = UnixDirection
         if HAS_SPLICE and mode is not RelayMode.COPY:
             self.make_direction = SpliceDirection
+            self.make_unix_direction = UnixSpliceDirection
         bulk = bytearray(BULK_BYTES)
         self.bulk_view = memoryview(bulk)
         self.small_view = self.bulk_view[:SMALL_BYTES]
@@ -110,10 +113,9 @@ class Relay:
         """Log the end of a session; asked for only if ``logs_sessions``."""
         target = session.targets[session.attempt] if session.attempt >= 0 else "-"
         log.debug(
-            "session.closed rule=%s client=%s:%d upstream=%s end=%s c2u=%d u2c=%d total_s=%.3f",
+            "session.closed rule=%s client=%s upstream=%s end=%s c2u=%d u2c=%d total_s=%.3f",
             session.pool.rule.name,
-            session.client_address[0],
-            session.client_address[1],
+            sockets.client_text(session.client_address),
             target,
             reason,
             session.c2u.moved,

@@ -18,6 +18,7 @@ RANK = {
     "addr": 0,
     "config.model": 1,
     "supervision": 1,
+    "retries": 1,
     "stats": 1,
     "access": 2,
     "status": 2,
@@ -38,6 +39,7 @@ RANK = {
     "relay": 6,
     "reload": 6,
     "upgrade": 6,
+    "latebind": 7,
     "requests": 7,
     "worker": 7,
     "fleet": 8,
@@ -49,7 +51,16 @@ RANK = {
     "cli": 12,
     "__main__": 13,
 }
-PURE = {"errors", "access", "config.model", "stats", "status", "supervision", "relay.wheel"}
+PURE = {
+    "errors",
+    "access",
+    "config.model",
+    "stats",
+    "status",
+    "supervision",
+    "relay.wheel",
+    "retries",
+}
 IMPURE_IMPORTS = {"socket", "asyncio", "time", "logging", "os", "select", "signal", "subprocess"}
 
 
