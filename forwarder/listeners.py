@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import socket
 import time
+from array import array
 from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -41,6 +43,7 @@ DIRECTORY_LOCK_S: Final = 0.1
 class Slotted:
     """The sockets of one address, by slot; each has an id that never names another socket."""
 
+    address: BindAddress
     sockets: list[socket.socket]
     ids: list[int]
 
@@ -83,9 +86,15 @@ class ListenerTable:
         self._ports: Counter[tuple[bool, int]] = Counter()  # how many addresses have that port
         self._owned: dict[BindAddress, SocketFile | None] = {}  # of unix sockets
         self._borrowed: dict[BindAddress, SocketFile | None] = {}
+        self._fds = array("i")  # of all sockets, for release_in_child
 
     def __contains__(self, address: BindAddress) -> bool:
         return address in self._by_address
+
+    def known(self, address: BindAddress) -> BindAddress:
+        """The table's own copy of an address, so that a reload does not keep a second one."""
+        slotted = self._by_address.get(address)
+        return address if slotted is None else slotted.address
 
     def inherit(self, given: Iterable[socket.socket]) -> None:
         """Own listening sockets that somebody else has bound; :meth:`add` uses those that fit."""
@@ -147,6 +156,7 @@ class ListenerTable:
             for slotted in reversed(grown):  # nobody would serve these
                 slotted.ids.pop()
                 slotted.sockets.pop().close()
+                self._fds.pop()
             raise
 
     def descriptors(self, address: BindAddress, slots: Iterable[int]) -> dict[int, int]:
@@ -188,6 +198,7 @@ class ListenerTable:
 
     def close(self, addresses: Iterable[BindAddress] | None = None) -> None:
         """Close the sockets of some addresses, or of all, and give the addresses up."""
+        closed: set[int] = set()
         for address in list(self._by_address if addresses is None else addresses):
             slotted = self._by_address.pop(address, None)
             if address in self._owned:
@@ -202,13 +213,24 @@ class ListenerTable:
             if slotted and slotted.sockets:
                 self._ports[_port_of(address)] -= 1
             for sock in slotted.sockets if slotted else ():
+                closed.add(sock.fileno())
                 sock.close()
+        if closed:
+            self._fds = array("i", (fd for fd in self._fds if fd not in closed))
 
     def release(self) -> None:
-        """Close our copies of all sockets and nothing more: others serve them."""
-        for slotted in self._by_address.values():
-            for sock in slotted.sockets:
-                sock.close()
+        """Close our copies of all sockets and nothing more: others may serve them."""
+        for sock in self.all_sockets():
+            sock.close()
+        self._by_address.clear()
+
+    def release_in_child(self) -> None:
+        """The same in a forked process, by number, for whom the table is of no use any more.
+
+        To touch ten thousand socket objects would copy every page of memory they are on.
+        """
+        for fd in self._fds:
+            os.close(fd)
 
     def remove_files(self) -> None:
         """Remove the files of unix sockets that are still ours."""
@@ -217,7 +239,7 @@ class ListenerTable:
                 file.remove()
 
     def _open(self, address: BindAddress, rule: Rule, slots: int) -> None:
-        slotted = self._by_address[address] = Slotted([], [])
+        slotted = self._by_address[address] = Slotted(address, [], [])
         for sock in self._reachable(address, self._inherited.pop(address, [])):
             sockets.prepare_listener(sock)
             self._put(address, sock, slotted)
@@ -281,6 +303,7 @@ class ListenerTable:
         if not slotted.sockets:
             self._ports[_port_of(address)] += 1
         slotted.sockets.append(sock)
+        self._fds.append(sock.fileno())
         slotted.ids.append(next(self._ids))
 
 

@@ -128,8 +128,9 @@ class Master:
                 process.signal(signal.SIGKILL)
             raise
         finally:
-            self._close()
+            self._service.table.release()
             self._service.table.remove_files()
+            self._close()
             self._requests.remove_file()
             if self._pid_file is not None:
                 self._pid_file.remove()
@@ -174,8 +175,7 @@ class Master:
             self._requests.open(self._selector, path, replaces=replaces)
 
     def _close(self) -> None:
-        """Give up what the master owns, but the pid file; a forked child does the same."""
-        self._service.table.release()
+        """Give up what the master owns, but sockets and pid file; a forked child does the same."""
         self._late.close()
         if self._loading is not None:
             self._loading.close()
@@ -187,6 +187,7 @@ class Master:
         self._selector.close()
 
     def _release_in_child(self) -> None:
+        self._service.table.release_in_child()
         self._fleet.hang_up()
         self._close()
         upgrade.release_predecessor()

@@ -122,7 +122,9 @@ class Service:
     def _put_in_force(self, candidate: Candidate, slots: int) -> None:
         self.config = candidate.config
         self._binds = {
-            rule.name: () if rule.retries_bind else candidate.binds[rule.name]
+            rule.name: ()
+            if rule.retries_bind
+            else tuple(map(self.table.known, candidate.binds[rule.name]))
             for rule in candidate.config.rules
         }
         self._add_or_wait(candidate, slots)
@@ -195,7 +197,7 @@ class Service:
             if why:
                 self._wait(rule, why)
                 continue
-            self._binds[rule.name] = addresses
+            self._binds[rule.name] = tuple(map(self.table.known, addresses))
             if failures := self.retries.on_success(rule.name):
                 log.info("bind.done rule=%s listens, at attempt %d", rule.name, failures + 1)
 
