@@ -1,6 +1,6 @@
-"""The address a rule names: a host (literal or name) and a port. Parsing and formatting only.
+"""The address a rule names: a host (literal or name) and ports, or a unix socket.
 
-Does not resolve names and knows no sockets.
+Parsing and formatting only: does not resolve names and knows no sockets.
 """
 
 from __future__ import annotations
@@ -25,8 +25,18 @@ _IPV4 = re.compile(rf"{_OCTET}\.{_OCTET}\.{_OCTET}\.{_OCTET}")
 # that would make an address ambiguous in a log line or a configuration.
 _SCOPE = re.compile(r"[A-Za-z0-9_.@+=~-]{1,15}")
 
-ADDRESS_FORMS = "HOST:PORT, IPv4:PORT, [IPv6]:PORT or *:PORT"
-UPSTREAM_FORMS = "HOST:PORT, IPv4:PORT or [IPv6]:PORT"
+_UNIX = "unix:"
+# What sun_path takes, less the NUL at the end of a path or at the beginning of a name (unix(7)).
+MAX_UNIX_BYTES = 107
+
+ADDRESS_FORMS = (
+    "HOST:PORT, IPv4:PORT, [IPv6]:PORT or *:PORT, with FIRST-LAST for a range of ports, "
+    "unix:/PATH or unix:@NAME"
+)
+UPSTREAM_FORMS = (
+    "HOST:PORT, IPv4:PORT or [IPv6]:PORT, with FIRST-LAST for a range of ports, "
+    "unix:/PATH or unix:@NAME"
+)
 
 
 class AddressError(ValueError):
@@ -48,13 +58,17 @@ class Address:
 
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
-        last = f"-{self.port + self.ports - 1}" if self.ports > 1 else ""
-        return f"{host}:{self.port}{last}"
+        return f"{host}:{format_ports(self.port, self.ports)}"
 
     @property
     def is_literal(self) -> bool:
         """Whether the host is an IP address and needs no resolver."""
         return is_ip(self.host)
+
+    @property
+    def last_port(self) -> int:
+        """The last port of the range, or the only one."""
+        return self.port + self.ports - 1
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -131,18 +145,65 @@ def parse_port(text: str, *, lowest: int = 1) -> int:
     return int(text)
 
 
+def format_ports(first: int, count: int) -> str:
+    """Ports as they are written: ``80`` or ``8000-8999``."""
+    return str(first) if count == 1 else f"{first}-{first + count - 1}"
+
+
+def parse_ports(text: str) -> tuple[int, int]:
+    """Read ``PORT`` or ``FIRST-LAST``; return the first and how many there are.
+
+    Raises AddressError.
+    """
+    first_text, dash, last_text = text.partition("-")
+    first = parse_port(first_text)
+    if not dash:
+        return first, 1
+    last = parse_port(last_text)
+    if last < first:
+        raise AddressError(f"the range {text} ends before it begins")
+    return first, last - first + 1
+
+
 def parse_address(text: str) -> Address:
-    """Read one of ``ADDRESS_FORMS``; a bare ``:PORT`` means ``*:PORT``. Raises AddressError."""
-    host, colon, port = text.rpartition(":")
+    """Read a host and its ports; a bare ``:PORT`` means ``*:PORT``. Raises AddressError."""
+    host, colon, ports = text.rpartition(":")
     if not colon:
         raise AddressError(f"{text!r} has no port")
     if ":" in host and not (host.startswith("[") and host.endswith("]")):
         raise AddressError(f"{text!r}: an IPv6 address needs brackets before its port")
-    return Address(parse_host(host or "*"), parse_port(port))
+    return Address(parse_host(host or "*"), *parse_ports(ports))
 
 
-def parse_upstream(text: str) -> Address:
-    """Like parse_address for an address to connect to, which cannot be ``*``."""
+def parse_unix(path: str) -> UnixAddress:
+    """Check the path of a unix socket, or its ``@NAME``. Raises AddressError."""
+    if not path.isprintable():  # which the bytes of a command line that are not UTF-8 are not
+        raise AddressError(f"{path!r} has characters that no path should have")
+    if len(path.encode()) - path.startswith("@") > MAX_UNIX_BYTES:
+        raise AddressError(
+            f"the path {path[:40]!r}... has more than the {MAX_UNIX_BYTES} bytes that a unix socket"
+            " may have"
+        )
+    if path.startswith("@"):
+        if path == "@":
+            raise AddressError("'unix:@' has no name")
+    elif not path.startswith("/"):
+        raise AddressError(f"'unix:{path}' is neither an absolute path nor an @NAME")
+    elif path.endswith(("/", "/.", "/..")):
+        raise AddressError(f"'unix:{path}' names a directory")
+    return UnixAddress(path)
+
+
+def parse_listen(text: str) -> Endpoint:
+    """Read one of ``ADDRESS_FORMS``. Raises AddressError."""
+    # A host may be called unix, too: then a port follows.
+    if text.startswith(_UNIX) and not text[len(_UNIX) :][:1].isdigit():
+        return parse_unix(text.removeprefix(_UNIX))
+    return parse_address(text)
+
+
+def parse_upstream(text: str) -> Endpoint:
+    """Read one of ``UPSTREAM_FORMS``: as to listen, but not ``*``. Raises AddressError."""
     if text.startswith(("*", ":")):
         raise AddressError(f"{text!r} does not say which host to connect to")
-    return parse_address(text)
+    return parse_listen(text)

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Final, NoReturn
 import click
 
 from forwarder import __version__, cli_control, config, demo, master, unbuilt
-from forwarder.config.model import Config, Dialect, RelayMode
+from forwarder.addr import UnixAddress
+from forwarder.config.model import MAX_FLOWS, Config, Dialect, Framing, RelayMode, Rule
 from forwarder.errors import ConfigError, ExitCode, ForwarderError
 from forwarder.relay.splice import HAS_SPLICE
 
@@ -95,6 +96,7 @@ def cli() -> None:
     metavar="SECONDS",
     help="Limit for sessions that have to end; 0 = none.  [default: 30 at a stop, else none]",
 )
+@click.option("--keep-going", is_flag=True, help="Start without rules whose address is missing.")
 @click.option("-f", "--foreground", is_flag=True, help="Accepted for rinetd users; always so.")
 @click.option("-v", "--verbose", is_flag=True, help="Log every session as it ends.")
 def run(  # noqa: PLR0913 - one parameter per option is click's way
@@ -108,6 +110,7 @@ def run(  # noqa: PLR0913 - one parameter per option is click's way
     user: str | None,
     group: str | None,
     drain_timeout: float | None,
+    keep_going: bool,  # noqa: FBT001
     foreground: bool,  # noqa: ARG001, FBT001
     verbose: bool,  # noqa: FBT001
 ) -> None:
@@ -133,7 +136,10 @@ def run(  # noqa: PLR0913 - one parameter per option is click's way
         settings = dataclasses.replace(settings, workers=settings.workers or usable_cpus())
         unbuilt.warn(loaded.config)
         _refuse_missing_splice(settings.relay)
-        return dataclasses.replace(loaded.config, settings=settings)
+        rules = loaded.config.rules
+        if keep_going:
+            rules = tuple(dataclasses.replace(rule, retries_bind=True) for rule in rules)
+        return dataclasses.replace(loaded.config, settings=settings, rules=rules)
 
     spec = master.MasterSpec(
         config=load(),
@@ -187,11 +193,26 @@ def describe(loaded: Config, title: str) -> list[str]:
     ]
     lines += [f"global {rule.verdict.value} {rule.pattern}" for rule in loaded.access]
     for rule in loaded.rules:
-        upstreams = ", ".join(map(str, rule.upstreams))
-        source = f", from {rule.source}" if rule.source else ""
-        lines.append(f"{rule.name}: {rule.protocol.value} {rule.listen} -> {upstreams}{source}")
+        lines.append(f"{rule.name}: {_describe_rule(rule)}")
         lines += [f"{rule.name}: {entry.verdict.value} {entry.pattern}" for entry in rule.access]
     return lines
+
+
+def _describe_rule(rule: Rule) -> str:
+    """Where a rule listens and leads, and what is not as usual."""
+    upstreams = ", ".join(map(str, rule.upstreams))
+    text = f"{rule.protocol.value} {rule.listen} -> {upstreams}"
+    if rule.source:
+        text += f", from {rule.source}"
+    if isinstance(rule.listen, UnixAddress) and rule.listen.path.startswith("/"):
+        text += f", mode {rule.unix_mode:04o}"
+    if rule.max_flows != MAX_FLOWS:
+        text += f", at most {rule.max_flows} flows"
+    if rule.framing is not Framing.RAW:
+        text += f", framing {rule.framing.value}"
+    if rule.retries_bind:
+        text += ", may wait for its address"
+    return text
 
 
 def _load(

@@ -1,4 +1,4 @@
-"""Where the control socket is: its default place, making it, and whether somebody has it.
+"""Where the control socket is: its default place, and making it there.
 
 Speaks no protocol.
 """
@@ -6,26 +6,18 @@ Speaks no protocol.
 from __future__ import annotations
 
 import errno
-import fcntl
 import logging
 import os
-import socket
-import stat
-import time
-from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from forwarder.errors import ExitCode, StartupError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from forwarder.net.unixfile import listen_at
 
 log = logging.getLogger(__name__)
 
 NAME: Final = "control.sock"
 _SYSTEM_DIRECTORY: Final = Path("/run/forwarder")
-_LOCK_TIMEOUT_S: Final = 2.0
 _BACKLOG: Final = 1024  # so that a crowd is told that it is one
 
 
@@ -58,30 +50,13 @@ class ControlListener:
         Raises OSError; EADDRINUSE when another instance listens there.
         """
         self.path = str(path)
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            self.sock.setblocking(False)
-            with _locked(path.parent):
-                _clear(path, replaces_live=replaces_live)
-                mask = os.umask(0o177)  # no moment in which others could connect
-                try:
-                    self.sock.bind(self.path)
-                finally:
-                    os.umask(mask)
-                self.sock.listen(_BACKLOG)
-                status = path.lstat()
-        except BaseException:
-            self.sock.close()
-            raise
-        self._identity = (status.st_dev, status.st_ino)
+        self.sock, self._file = listen_at(
+            path, mode=0o600, backlog=_BACKLOG, replaces_live=replaces_live
+        )
 
     def remove_file(self) -> None:
         """Remove the file, unless somebody has put another one in its place."""
-        path = Path(self.path)
-        with suppress(OSError):  # a directory that was taken away is no reason to fail
-            status = path.lstat()
-            if (status.st_dev, status.st_ino) == self._identity:
-                path.unlink()
+        self._file.remove()
 
 
 def listen(explicit: str | None, *, replaces: str | None = None) -> ControlListener | None:
@@ -117,47 +92,6 @@ def _listen_at_default(path: Path, *, replaces_live: bool) -> ControlListener:
     listener = ControlListener(other)
     log.info("control: another instance has %s; this one's is %s", path, other)
     return listener
-
-
-def _clear(path: Path, *, replaces_live: bool) -> None:
-    """Remove a socket that nobody serves. Raises OSError when there is anything else."""
-    try:
-        is_socket = stat.S_ISSOCK(path.lstat().st_mode)
-    except FileNotFoundError:
-        return
-    if not is_socket:
-        raise OSError(errno.EEXIST, "exists and is not a socket")
-    if replaces_live or not is_served(path):
-        with suppress(FileNotFoundError):
-            path.unlink()
-        return
-    raise OSError(errno.EADDRINUSE, "another instance listens there")
-
-
-def is_served(path: Path) -> bool:
-    """Whether somebody listens at a socket."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)  # a full queue is a sign of life, too
-        return probe.connect_ex(str(path)) not in (errno.ECONNREFUSED, errno.ENOENT)
-
-
-@contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Let one instance at a time look and bind: a socket that is not listening yet looks stale.
-
-    Anybody may lock a directory, so this waits a while only.
-    """
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        until = time.monotonic() + _LOCK_TIMEOUT_S
-        while time.monotonic() < until:
-            with suppress(BlockingIOError):
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            time.sleep(0.01)
-        yield
-    finally:
-        os.close(fd)
 
 
 def _reason(err: OSError) -> str:

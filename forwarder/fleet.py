@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
     from forwarder.board import Board
     from forwarder.config.model import Config
-    from forwarder.listeners import BindAddress, ListenerTable
+    from forwarder.listeners import ListenerTable
+    from forwarder.net.addresses import BindAddress
     from forwarder.net.channel import Received
     from forwarder.privileges import Identity
 

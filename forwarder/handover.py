@@ -42,8 +42,8 @@ class Incumbent(Protocol):
     def is_reloading(self) -> bool:
         """Whether a configuration is being read."""
 
-    def listening_descriptors(self) -> list[int]:
-        """Every listening socket, in the order of the slots."""
+    def listening_sockets(self) -> list[socket.socket]:
+        """Every listening socket, in the order of the slots; the last look at them."""
 
     def reload(self) -> str:
         """Begin a reload. Returns why not, or ""."""
@@ -149,7 +149,7 @@ class Handover:
             self._on_failed(self._successor, upgrade.describe_end(status))
 
     def _start(self) -> None:
-        sockets = self._master.listening_descriptors()
+        sockets = self._master.listening_sockets()
         path = self._requests.path
         self._successor = Successor(sockets, self._pid_file, path, time.monotonic())
         self._selector.register(self._successor, selectors.EVENT_READ, self._hear)

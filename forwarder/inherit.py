@@ -24,18 +24,21 @@ from typing import TYPE_CHECKING, Final
 
 from forwarder.net import proc
 from forwarder.net.channel import MAX_FDS, Channel, ChannelClosed, channel_kind
+from forwarder.net.sockets import LentSocket
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Container, Iterable
 
 log = logging.getLogger(__name__)
 
 FDS_VARIABLE: Final = "FORWARDER_FDS"
+LENT_VARIABLE: Final = "FORWARDER_LENT_FDS"  # those of them that are a service manager's
 _FIRST_LISTEN_FD: Final = 3  # SD_LISTEN_FDS_START
 _DOOR_PREFIX: Final = "forwarder-orphan"
 _DOOR_TIMEOUT_S: Final = 2.0  # an orphan that does not answer by then keeps its sockets
 _TAKEN: Final = b'{"op": "taken"}'
+_FAMILIES: Final = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
 _TABLES: Final = tuple(Path("/proc/net", name) for name in ("tcp", "tcp6", "udp", "udp6"))
 # TCP_LISTEN, and TCP_CLOSE, which is the state of UDP sockets that are not connected.
 _LISTENING: Final = frozenset({"0A", "07"})
@@ -47,12 +50,35 @@ def from_environment() -> list[socket.socket]:
 
     A number that is no open descriptor is reported and passed over.
     """
-    numbers = [int(text) for text in os.environ.pop(FDS_VARIABLE, "").split(",") if text]
+    numbers = numbers_in(os.environ.pop(FDS_VARIABLE, ""))
+    lent = set(numbers_in(os.environ.pop(LENT_VARIABLE, "")))
     count = os.environ.pop("LISTEN_FDS", "")
     if os.environ.pop("LISTEN_PID", "") == str(os.getpid()) and count.isdigit():
-        numbers += range(_FIRST_LISTEN_FD, _FIRST_LISTEN_FD + int(count))
+        given = range(_FIRST_LISTEN_FD, _FIRST_LISTEN_FD + int(count))
+        numbers += given
+        lent.update(given)
     os.environ.pop("LISTEN_FDNAMES", None)
-    return list(_sockets(numbers))
+    return list(_sockets(numbers, lent))
+
+
+def numbers_as_text(numbers: Iterable[int]) -> str:
+    """Numbers in their order, runs of them as ``3-1000``: one variable takes 128 KiB at most."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(f"{first}-{last}" for first, last in runs)
+
+
+def numbers_in(text: str) -> list[int]:
+    """The numbers that :func:`numbers_as_text` has written."""
+    found: list[int] = []
+    for run in filter(None, text.split(",")):
+        first, _, last = run.partition("-")
+        found += range(int(first), int(last or first) + 1)
+    return found
 
 
 def from_orphans(uid: int, is_wanted: Callable[[socket.socket], bool]) -> list[socket.socket]:
@@ -186,7 +212,7 @@ def _end_deaf(uid: int, ours: list[socket.socket]) -> None:
     They share our addresses and keep sockets of their own, whose clients would hang.
     """
     known = {os.fstat(sock.fileno()).st_ino for sock in ours}
-    addresses = {(sock.type, proc.encode(sock)) for sock in ours}
+    addresses = {(sock.type, proc.encode(sock)) for sock in ours if sock.family != socket.AF_UNIX}
     foreign = {
         f"socket:[{fields[9]}]"
         for table in _TABLES
@@ -215,19 +241,20 @@ def _is_trusted(peer: socket.socket, trusted: int) -> bool:
     return uid in (0, trusted)
 
 
-def _sockets(numbers: Iterable[int]) -> Iterable[socket.socket]:
+def _sockets(numbers: Iterable[int], lent: Container[int] = frozenset()) -> Iterable[socket.socket]:
     for number in numbers:
         try:
-            sock = socket.socket(fileno=number)
+            sock = (LentSocket if number in lent else socket.socket)(fileno=number)
             is_listening = _is_listening(sock)
         except OSError as err:
             log.warning("inherit: descriptor %d is no socket: %s", number, err.strerror)
             continue
-        if is_listening and sock.family in (socket.AF_INET, socket.AF_INET6):
+        is_stream = sock.type == socket.SOCK_STREAM and sock.family in _FAMILIES
+        if is_listening and is_stream:
             os.set_inheritable(number, False)
             yield sock
         else:
-            log.warning("inherit: descriptor %d is no listening TCP or UDP socket", number)
+            log.warning("inherit: descriptor %d is no listening TCP, UDP or unix socket", number)
             sock.close()
 
 

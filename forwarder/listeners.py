@@ -7,48 +7,36 @@ Accepts nothing.
 
 from __future__ import annotations
 
-import errno
 import itertools
 import logging
 import os
 import socket
 import time
-from contextlib import contextmanager
+from array import array
+from collections import Counter
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from forwarder.errors import ConfigError, ExitCode, Issue, StartupError
 from forwarder.net import sockets, udp
-from forwarder.net.sockets import Target
+from forwarder.net.addresses import address_of, bind_error
+from forwarder.net.sockets import LentSocket
+from forwarder.net.unixfile import SocketFile, file_of, listen_at
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Mapping
 
-    from forwarder.config.model import Config, Rule
+    from forwarder.config.model import Rule
+    from forwarder.net.addresses import BindAddress
 
 
 log = logging.getLogger(__name__)
 
 # Ten thousand sockets are bound in well under a second.
 START_LOCK_S: Final = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class BindAddress:
-    """Where a listener is bound. ``v6only`` matters for the IPv6 wildcard."""
-
-    target: Target
-    v6only: bool = False
-    is_udp: bool = False
-
-
-def address_of(sock: socket.socket) -> BindAddress:
-    """Where a listening socket is bound."""
-    return BindAddress(
-        Target(sock.family, sock.getsockname()),
-        v6only=sockets.is_v6only(sock),
-        is_udp=sock.type == socket.SOCK_DGRAM,
-    )
+# For the lock of a directory, held for microseconds; a reload must not wait for it. Arbitrary.
+DIRECTORY_LOCK_S: Final = 0.1
 
 
 @dataclass(slots=True)
@@ -58,102 +46,60 @@ class Slotted:
     ``is_single``: only the first slot has one, and no other can be made.
     """
 
+    address: BindAddress
     sockets: list[socket.socket]
     ids: list[int]
     is_single: bool = False
 
 
-def bind_addresses(config: Config) -> dict[str, tuple[BindAddress, ...]]:
-    """The addresses each rule listens on, by rule name. A host name may stand for several.
-
-    The IPv6 wildcard accepts IPv4 too, unless another rule has the IPv4 wildcard of that port.
-    Blocks while names are resolved. Raises StartupError naming the rule and its place, and
-    ConfigError when two rules turn out to listen on one address.
-    """
-    issues: list[Issue] = []
-    first: dict[BindAddress, Rule] = {}
-    ipv4_wildcards = {
-        (rule.protocol.listens_on_udp, rule.listen.port)
-        for rule in config.rules
-        if rule.listen.host == "0.0.0.0"
-    }
-    found: dict[str, tuple[BindAddress, ...]] = {}
-    for rule in config.rules:
-        is_udp = rule.protocol.listens_on_udp
-        v6only = rule.listen.host != "::" or (is_udp, rule.listen.port) in ipv4_wildcards
-        found[rule.name] = tuple(
-            BindAddress(target, v6only=v6only and target.family == socket.AF_INET6, is_udp=is_udp)
-            for target in _resolve_listen(rule)
-        )
-        for address in found[rule.name]:
-            other = first.setdefault(address, rule)
-            if other is not rule:
-                issues.append(
-                    Issue(
-                        rule.place,
-                        f"rule {rule.name!r} listens on {address.target}, as rule "
-                        f"{other.name!r} at {other.place} does by another name",
-                        hint="one of the two would never see a client; remove it",
-                    )
-                )
-    if issues:
-        raise ConfigError(issues)
-    return found
-
-
-def _resolve_listen(rule: Rule) -> list[Target]:
-    try:
-        answers = socket.getaddrinfo(
-            rule.listen.host,
-            rule.listen.port,
-            type=socket.SOCK_DGRAM if rule.protocol.listens_on_udp else socket.SOCK_STREAM,
-            flags=socket.AI_PASSIVE,
-        )
-    except OSError as err:
-        raise StartupError(
-            f"{rule.place}: rule {rule.name!r} cannot listen on {rule.listen}: {err.strerror}; "
-            "hint: use an address of this host"
-        ) from err
-    targets = [Target(family, sockaddr) for family, _, _, _, sockaddr in answers]  # type: ignore[arg-type]  # IP only
-    return list(dict.fromkeys(targets))
-
-
 @contextmanager
-def start_lock() -> Generator[None]:
+def start_lock(patience_s: float = START_LOCK_S) -> Generator[bool]:
     """Let one instance at a time probe and bind, so that two that start together see each other.
 
     The lock is an abstract unix socket of this network namespace (unix(7)): the kernel frees it
-    with the process. Blocks up to START_LOCK_S; who holds it longer is ignored, with a warning.
+    with the process. Blocks up to ``patience_s``; gives whether it is ours. Who holds it longer is
+    ignored at a start, with a warning.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as lock:
-        until = time.monotonic() + START_LOCK_S
-        while True:
+        until = time.monotonic() + patience_s
+        is_ours = False
+        while not is_ours:
             try:
                 lock.bind("\0forwarder-start")
+                is_ours = True
             except OSError:
-                if time.monotonic() < until:
-                    time.sleep(0.01)
-                    continue
-                log.warning("start: another process holds the start lock; going on without it")
-            break
-        yield
+                if time.monotonic() >= until:
+                    break
+                time.sleep(0.01)
+        if not is_ours and patience_s:
+            log.warning("start: another process holds the start lock; going on without it")
+        yield is_ours
 
 
 class ListenerTable:
-    """All listening sockets of this instance, by address and slot. Owns them."""
+    """All listening sockets of this instance, by address and slot. Owns them.
+
+    Of a unix socket it owns the address, too: a file that nobody serves any more is removed, and
+    who connects to a name is refused. What was inherited stays the giver's until :meth:`own`.
+    """
 
     def __init__(self) -> None:
         self.owner: tuple[int, int] | None = None  # user and group of the workers, if not ours
         self._by_address: dict[BindAddress, Slotted] = {}
         self._inherited: dict[BindAddress, list[socket.socket]] = {}
         self._ids = itertools.count(1)
+        self._ports: Counter[tuple[bool, int]] = Counter()  # how many addresses have that port
+        self._owned: dict[BindAddress, SocketFile | None] = {}  # of unix sockets
+        self._borrowed: dict[BindAddress, SocketFile | None] = {}
+        self._fds = array("i")  # of all sockets, for release_in_child
 
     def __contains__(self, address: BindAddress) -> bool:
         return address in self._by_address
 
-    def addresses(self) -> Iterable[BindAddress]:
-        """All addresses that have sockets."""
-        return self._by_address.keys()
+    def known(self, address: BindAddress) -> BindAddress:
+        """The table's own copy of an address, so that a reload does not keep a second one."""
+        slotted = self._by_address.get(address)
+        return address if slotted is None else slotted.address
 
     def inherit(self, given: Iterable[socket.socket]) -> None:
         """Own listening sockets that somebody else has bound; :meth:`add` uses those that fit."""
@@ -172,9 +118,17 @@ class ListenerTable:
         """The number of slots of the address that has most."""
         return max((len(slotted.sockets) for slotted in self._by_address.values()), default=0)
 
-    def all_descriptors(self) -> list[int]:
+    def count(self, wanted: Iterable[BindAddress], slots: int) -> int:
+        """How many sockets there will be when ``wanted`` has ``slots`` sockets each."""
+        total = sum(len(slotted.sockets) for slotted in self._by_address.values())
+        for address in wanted:
+            slotted = self._by_address.get(address)
+            total += max(slots - len(slotted.sockets), 0) if slotted else slots
+        return total
+
+    def all_sockets(self) -> list[socket.socket]:
         """Every socket, in the order in which an heir would put them into slots again."""
-        return [sock.fileno() for slotted in self._by_address.values() for sock in slotted.sockets]
+        return [sock for slotted in self._by_address.values() for sock in slotted.sockets]
 
     def add(self, wanted: Mapping[BindAddress, Rule], slots: int) -> None:
         """Make ``slots`` sockets for each address that has none yet: all of them, or nothing.
@@ -207,6 +161,7 @@ class ListenerTable:
             for slotted in reversed(grown):  # nobody would serve these
                 slotted.ids.pop()
                 slotted.sockets.pop().close()
+                self._fds.pop()
             raise
 
     def descriptors(self, address: BindAddress, slots: Iterable[int]) -> dict[int, int]:
@@ -231,37 +186,92 @@ class ListenerTable:
         return {"waiting": waiting, "limit": limit, "dropped": dropped}
 
     def refuse_handshakes(self, address: BindAddress) -> None:
-        """Let no new handshake begin on an address; what is queued or under way can be accepted."""
-        for sock in () if address.is_udp else self._by_address[address].sockets:
+        """Let no new handshake begin on an address; what is queued or under way can be accepted.
+
+        A unix socket has none: who connects is queued at once, and served until it is closed. Nor
+        has UDP.
+        """
+        for sock in self._by_address[address].sockets if address.has_handshakes else ():
             sockets.drop_syn(sock)
 
     def accept_handshakes(self, address: BindAddress) -> None:
         """Undo :meth:`refuse_handshakes`; harmless where that was not done."""
-        for sock in () if address.is_udp else self._by_address[address].sockets:
+        for sock in self._by_address[address].sockets if address.has_handshakes else ():
             sockets.pass_syn(sock)
 
+    def own(self, rules: Mapping[BindAddress, Rule]) -> None:
+        """Nobody else serves our unix sockets, or will go on to: their addresses are ours alone.
+
+        Gives their files the permissions of their rules.
+        """
+        self._owned |= self._borrowed
+        self._borrowed.clear()
+        for address, file in self._owned.items():
+            if file is not None and address in rules:
+                file.set_mode(rules[address].unix_mode)
+
+    def disown(self) -> None:
+        """Somebody else serves our unix sockets from now on: leave their addresses alone."""
+        self._owned.clear()
+
     def close(self, addresses: Iterable[BindAddress] | None = None) -> None:
-        """Close the sockets of some addresses, or of all."""
+        """Close the sockets of some addresses, or of all, and give the addresses up."""
+        closed: set[int] = set()
         for address in list(self._by_address if addresses is None else addresses):
             slotted = self._by_address.pop(address, None)
+            if address in self._owned:
+                file = self._owned.pop(address)
+                if file is not None:
+                    file.remove()
+                if slotted and slotted.sockets:
+                    # Who is queued can be accepted, by the workers; who comes now is refused.
+                    with suppress(OSError):
+                        slotted.sockets[0].shutdown(socket.SHUT_RD)
+            self._borrowed.pop(address, None)
+            if slotted and slotted.sockets:
+                self._ports[_port_of(address)] -= 1
             for sock in slotted.sockets if slotted else ():
+                closed.add(sock.fileno())
                 sock.close()
+        if closed:
+            self._fds = array("i", (fd for fd in self._fds if fd not in closed))
+
+    def release(self) -> None:
+        """Close our copies of all sockets and nothing more: others may serve them."""
+        for sock in self.all_sockets():
+            sock.close()
+        self._by_address.clear()
+
+    def release_in_child(self) -> None:
+        """The same in a forked process, by number, for whom the table is of no use any more.
+
+        To touch ten thousand socket objects would copy every page of memory they are on.
+        """
+        for fd in self._fds:
+            os.close(fd)
+
+    def remove_files(self) -> None:
+        """Remove the files of unix sockets that are still ours."""
+        for file in self._owned.values():
+            if file is not None:
+                file.remove()
 
     def _open(self, address: BindAddress, rule: Rule, slots: int) -> None:
-        slotted = self._by_address[address] = Slotted([], [])
-        if address in self._inherited:
-            for sock in self._inherited.pop(address):
-                self._prepare(sock, address)
-                self._put(sock, slotted)
+        slotted = self._by_address[address] = Slotted(address, [], [])
+        for sock in self._reachable(address, self._inherited.pop(address, [])):
+            self._prepare(sock, address)
+            self._put(address, sock, slotted)
+        if slotted.sockets:
             # A service manager may have bound it without ReusePort=. Of such a UDP socket only one
             # worker can receive, or the datagrams of a client would go to several.
             slotted.is_single = address.is_udp and not _is_shareable(slotted.sockets[0])
-        elif not self._is_own_port(address):
+        elif not (address.target.is_unix or self._ports[_port_of(address)] > 0):
+            # A port that we listen on at another address would make a probe meet ourselves.
             probe = udp.probe_bind if address.is_udp else sockets.probe_bind
             try:
                 probe(address.target, v6only=address.v6only)
             except OSError as err:
-                raise _bind_error(address, rule, err) from err
+                raise bind_error(address, rule, err) from err
         while len(slotted.sockets) < slots and not slotted.is_single:
             self._open_one(address, rule, slotted)
 
@@ -274,13 +284,22 @@ class ListenerTable:
         if self.owner is not None:
             os.fchown(sock.fileno(), *self.owner)
 
-    def _is_own_port(self, address: BindAddress) -> bool:
-        """Whether we listen on the port at another address: then a probe would meet ourselves."""
-        port = address.target.sockaddr[1]
-        return any(
-            other.target.sockaddr[1] == port and other.is_udp is address.is_udp and slotted.sockets
-            for other, slotted in self._by_address.items()
-        )
+    def _reachable(self, address: BindAddress, given: list[socket.socket]) -> list[socket.socket]:
+        """Those of the inherited sockets that clients can reach; the others are closed.
+
+        A unix socket whose file was removed, perhaps with its directory, is of no use.
+        """
+        if not address.target.is_unix or any(isinstance(sock, LentSocket) for sock in given):
+            return given  # a service manager removes the file of its socket itself
+        found = []
+        for sock in given:
+            file = None if address.target.is_abstract else file_of(sock)
+            if file or address.target.is_abstract:
+                self._borrowed[address] = file
+                found.append(sock)
+            else:
+                sock.close()
+        return found
 
     def _open_one(self, address: BindAddress, rule: Rule, slotted: Slotted) -> None:
         first = slotted.sockets[0] if slotted.sockets else None
@@ -288,17 +307,37 @@ class ListenerTable:
             if address.is_udp:
                 sock = udp.listen_udp(address.target, v6only=address.v6only, owner=self.owner)
             elif first and not _is_shareable(first):
-                # A service manager bound it without ReusePort=: no second one can be bound beside
-                # it, so all slots share this one and its queue.
+                # A service manager bound it without ReusePort=, or it is a unix socket, which
+                # knows nothing of it: no second one can be bound beside it, so all slots share
+                # this one and its queue.
                 sock = first.dup()
+            elif address.target.is_unix:
+                sock = self._listen_unix(address, rule)
             else:
                 sock = sockets.listen_tcp(address.target, v6only=address.v6only)
         except OSError as err:
-            raise _bind_error(address, rule, err) from err
-        self._put(sock, slotted)
+            raise bind_error(address, rule, err) from err
+        self._put(address, sock, slotted)
 
-    def _put(self, sock: socket.socket, slotted: Slotted) -> None:
+    def _listen_unix(self, address: BindAddress, rule: Rule) -> socket.socket:
+        path = address.target.sockaddr
+        if address.target.is_abstract or not isinstance(path, str):
+            sock, file = sockets.listen_abstract(address.target), None
+        else:
+            sock, file = listen_at(
+                Path(path),
+                mode=rule.unix_mode,
+                backlog=sockets.BACKLOG,
+                lock_timeout_s=DIRECTORY_LOCK_S,
+            )
+        self._owned[address] = file
+        return sock
+
+    def _put(self, address: BindAddress, sock: socket.socket, slotted: Slotted) -> None:
+        if not slotted.sockets:
+            self._ports[_port_of(address)] += 1
         slotted.sockets.append(sock)
+        self._fds.append(sock.fileno())
         slotted.ids.append(next(self._ids))
 
 
@@ -307,21 +346,5 @@ def _is_shareable(sock: socket.socket) -> bool:
     return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT))
 
 
-_HINTS = {
-    errno.EADDRINUSE: "another program, or another forwarder, listens there: `ss -lntup` shows it",
-    errno.EADDRNOTAVAIL: "this host has no such address: `ip address` lists those it has",
-    errno.EACCES: "ports below net.ipv4.ip_unprivileged_port_start (1024) need root "
-    "or CAP_NET_BIND_SERVICE",
-    errno.EMFILE: "raise the limit of open files (LimitNOFILE=, ulimit -n)",
-}
-
-
-def _bind_error(address: BindAddress, rule: Rule, err: OSError) -> StartupError:
-    number = err.errno or 0
-    no_permission = number in (errno.EACCES, errno.EPERM)
-    hint = _HINTS.get(number)
-    return StartupError(
-        f"{rule.place}: rule {rule.name!r} cannot listen on {address.target}: "
-        f"{os.strerror(number)}" + (f"; hint: {hint}" if hint else ""),
-        ExitCode.NO_PERMISSION if no_permission else ExitCode.UNAVAILABLE,
-    )
+def _port_of(address: BindAddress) -> tuple[bool, int]:
+    return address.is_udp, address.target.port

@@ -27,6 +27,7 @@ from forwarder.errors import ExitCode, StartupError
 from forwarder.fleet import Fleet
 from forwarder.handover import UNDER_WAY, Handover, inherited_sockets
 from forwarder.heartbeat import MAX_SLOTS
+from forwarder.latebind import LateBinds
 from forwarder.messages import Op
 from forwarder.privileges import (
     identity_of,
@@ -40,6 +41,7 @@ from forwarder.signals import SignalQueue
 from forwarder.slot import WorkerProcess
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable
 
     from forwarder.config.model import Config
@@ -101,6 +103,13 @@ class Master:
         self._service = Service(spec.config)
         self._selector = selectors.DefaultSelector()
         self._fleet = Fleet(self._service.table, self._selector, self._release_in_child)
+        self._late = LateBinds(
+            self._service,
+            self._selector,
+            self._release_in_child,
+            slots=lambda: self._fleet.size,
+            on_bound=self._serve_anew,
+        )
         self._signals: SignalQueue | None = None
         self._requests = Requests(self)
         self._handover = Handover(self, self._selector, self._requests)
@@ -127,6 +136,8 @@ class Master:
             self._fleet.kill("is not to serve, killing it")
             raise
         finally:
+            self._service.table.release()
+            self._service.table.remove_files()
             self._close()
             self._requests.remove_file()
             self._handover.remove_pid_file()
@@ -163,8 +174,8 @@ class Master:
             self._requests.open(self._selector, path, replaces=replaces)
 
     def _close(self) -> None:
-        """Give up what the master owns, but the pid file; a forked child does the same."""
-        self._service.table.close()
+        """Give up what the master owns, but sockets and pid file; a forked child does the same."""
+        self._late.close()
         self._reloading.close()
         if self._signals is not None:
             self._signals.close()
@@ -173,6 +184,7 @@ class Master:
         self._selector.close()
 
     def _release_in_child(self) -> None:
+        self._service.table.release_in_child()
         self._fleet.hang_up()
         self._close()
         self._handover.close_in_child()
@@ -194,6 +206,7 @@ class Master:
         self._handover.give_up()
         self._requests.on_stopping()
         self._reloading.cancel()
+        self._late.cancel()
         self._deadline = time.monotonic() + patience
         # Ours are the last copies once the workers, which serve what is queued first, have let go:
         # who comes now is refused at once instead of waiting in a queue that nobody serves.
@@ -232,6 +245,7 @@ class Master:
         if self._state is State.RUNNING:
             deadlines = [self._fleet.next_deadline(), self._reloading.deadline]
             deadlines += self._service.deadlines()
+            deadlines += [self._late.deadline if self._may_bind_late else None]
         else:
             deadlines = [self._deadline, self._fleet.next_look()]
         deadlines += [self._requests.deadline, self._watchdog.deadline, self._handover.deadline]
@@ -282,9 +296,10 @@ class Master:
         """See what has become true since the last turn: time is over, or all have acknowledged."""
         now = time.monotonic()
         self._reloading.turn(now)
+        if self._may_bind_late:
+            self._late.turn(now)
         if self._service.expire(now):
-            self._fleet.serving = self._service.serving()
-            self._fleet.supervise()
+            self._serve_anew()
         if not self._fleet.is_settled:
             return
         self._service.close_dropped()
@@ -306,12 +321,23 @@ class Master:
                 # Only now, since a successor that fails must not take them.
                 self._handover.claim()
                 self._open_control()
+            self._service.own()
             notify.notify(
                 f"MAINPID={os.getpid()}",
                 "READY=1",
                 f"STATUS={len(self._service.config.rules)} rules",
             )
             upgrade.tell_predecessor()
+
+    @property
+    def _may_bind_late(self) -> bool:
+        """A reload tries all rules itself, and a successor must not meet us where it tries."""
+        return not self._reloading.is_under_way and not self._handover.is_under_way
+
+    def _serve_anew(self) -> None:
+        """Tell the workers what the service has come to serve."""
+        self._fleet.serving = self._service.serving()
+        self._fleet.supervise()
 
     # -- what clients of the control socket may ask, see requests.Instance
 
@@ -338,7 +364,7 @@ class Master:
             "totals": self._fleet.ledger.totals(),
             "rates": self._fleet.ledger.rates(now),
             "workers": self._fleet.describe(now),
-            "rules": self._service.describe_rules(self._fleet.ledger.rule),
+            "rules": self._service.describe_rules(self._fleet.ledger.rule, now),
         }
 
     def list_sessions(
@@ -391,12 +417,14 @@ class Master:
         """Whether a configuration is being read."""
         return self._reloading.is_under_way
 
-    def listening_descriptors(self) -> list[int]:
-        """Every listening socket, in the order of the slots."""
-        return self._service.table.all_descriptors()
+    def listening_sockets(self) -> list[socket.socket]:
+        """Every listening socket, in the order of the slots; the last look at them."""
+        self._late.cancel()
+        return self._service.table.all_sockets()
 
     def leave(self) -> None:
         """A successor serves: let our sessions end."""
+        self._service.table.disown()
         self._stop(is_fast=False)
         if self._service.config.settings.drain_timeout_s is None:
             self._deadline = math.inf  # nobody waits for this process; a signal hurries it
@@ -414,6 +442,7 @@ class Master:
         wanted = candidate.config.settings.workers
         is_resized = wanted != self._service.config.settings.workers
         size = wanted if is_resized else self._fleet.size
+        self._late.cancel()  # this tries them all
         self._report = self._service.begin(candidate, size)
         self._requests.on_accepted(self._report, self._service.generation)
         self._fleet.serving = self._service.serving()

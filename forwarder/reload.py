@@ -10,18 +10,18 @@ import os
 import pickle
 import signal
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from forwarder.errors import ForwarderError
-from forwarder.listeners import bind_addresses
+from forwarder.net.addresses import bind_addresses
 from forwarder.upstream.names import unresolved_names
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from forwarder.config.model import Config
-    from forwarder.listeners import BindAddress
+    from forwarder.net.addresses import BindAddress
 
 # A configuration that takes longer (a dead name server, a dead network file system) is given up.
 LOAD_TIMEOUT_S: Final = 60.0
@@ -29,10 +29,14 @@ LOAD_TIMEOUT_S: Final = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A configuration that can be applied, with the addresses its rules listen on."""
+    """A configuration that can be applied, with the addresses its rules listen on.
+
+    ``unresolved``: why rules that may wait for their address have none now, by name.
+    """
 
     config: Config
     binds: dict[str, tuple[BindAddress, ...]]
+    unresolved: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +49,17 @@ class Rejected:
 class Loading:
     """A child process that reads the configuration. Owns the read end of its pipe."""
 
-    def __init__(self, load: Callable[[], Config], release: Callable[[], None], now: float) -> None:
+    def __init__(
+        self,
+        load: Callable[[], Config],
+        release: Callable[[], None],
+        now: float,
+        *,
+        names_only: bool = False,
+    ) -> None:
         """Fork. In the child ``release`` gives up what the master owns, then ``load`` is called.
 
+        ``names_only``: the configuration is in force, only where it listens has to be looked up.
         Raises OSError.
         """
         self.deadline = now + LOAD_TIMEOUT_S
@@ -63,7 +75,7 @@ class Loading:
             try:
                 os.close(self._read_fd)  # else it would wait for itself to read, once we are gone
                 release()
-                _write_all(write_fd, pickle.dumps(_load(load)))
+                _write_all(write_fd, pickle.dumps(_load(load, names_only=names_only)))
             finally:
                 os._exit(0)
         os.close(write_fd)
@@ -100,17 +112,23 @@ class Loading:
         os.close(self._read_fd)
 
 
-def _load(load: Callable[[], Config]) -> Candidate | Rejected:
+def _load(load: Callable[[], Config], *, names_only: bool = False) -> Candidate | Rejected:
     try:
         config = load()
-        unresolved = unresolved_names(config)
+        unresolved = [] if names_only else unresolved_names(config)
         if unresolved:
             return Rejected(tuple(map(str, unresolved)))
-        return Candidate(config, bind_addresses(config))
+        return look_up(config)
     except ForwarderError as err:
         return Rejected(tuple(str(err).splitlines()))
     except Exception as err:  # noqa: BLE001 - a bug in reading must not pass for a dead child
         return Rejected((f"internal error: {err!r}",))
+
+
+def look_up(config: Config) -> Candidate:
+    """Resolve where the rules of a configuration listen. Raises ForwarderError."""
+    unresolved: dict[str, str] = {}
+    return Candidate(config, bind_addresses(config, unresolved), unresolved)
 
 
 def _write_all(fd: int, content: bytes) -> None:

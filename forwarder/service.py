@@ -15,10 +15,14 @@ import resource
 import time
 from typing import TYPE_CHECKING, Final
 
+from forwarder.addr import UnixAddress
 from forwarder.config.plan import diff
 from forwarder.errors import StartupError
 from forwarder.fleet import Serving
-from forwarder.listeners import ListenerTable, address_of, bind_addresses, start_lock
+from forwarder.listeners import ListenerTable, start_lock
+from forwarder.net.addresses import BindError, address_of
+from forwarder.reload import Candidate, Rejected, look_up
+from forwarder.retries import Retries
 from forwarder.status import describe_rule
 from forwarder.upstream.names import unresolved_names
 
@@ -27,8 +31,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from forwarder.config.model import Config, Rule
-    from forwarder.listeners import BindAddress
-    from forwarder.reload import Candidate
+    from forwarder.net.addresses import BindAddress
+    from forwarder.net.sockets import Target
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +53,7 @@ class Service:
         self.config = config
         self.generation = 1
         self.table = ListenerTable()
+        self.retries = Retries()
         self._binds: dict[str, tuple[BindAddress, ...]] = {}
         self._revision = 0
         self._closing: dict[BindAddress, tuple[Rule, float]] = {}
@@ -59,24 +64,30 @@ class Service:
     ) -> None:
         """Make or take over the sockets of the first configuration: all, or none.
 
-        ``inherited`` gives sockets that exist already; it is told which are wanted. Blocks while
-        names are resolved. Raises StartupError.
+        Rules that may wait for their address do. ``inherited`` gives sockets that exist already; it
+        is told which are wanted. Blocks while names are resolved. Raises StartupError.
         """
-        self._binds = bind_addresses(self.config)
+        candidate = look_up(self.config)
         for issue in unresolved_names(self.config):
             # No reason to refuse the other rules; the workers ask again when a client comes.
             log.warning("%s", issue)
-        wanted = self._rules_by_address()
-        _check_descriptors(len(wanted), self.config.settings.workers)
+        wanted = _by_address(self.config, candidate.binds)
+        slots = self.config.settings.workers
+        _check_descriptors(len(wanted) * slots, f"{len(wanted)} addresses for {slots} workers")
         self.table.inherit(inherited(lambda sock: address_of(sock) in wanted))
         with start_lock():
-            self.table.add(wanted, self.config.settings.workers)
+            self.table.add(_required(candidate), slots)
+            self._put_in_force(candidate, slots)
         for address in self.table.close_unclaimed():
             log.warning("master: no rule listens on %s, inherited; closed", address.target)
 
     def grow(self, slots: int) -> None:
         """Have sockets for ``slots`` workers. Raises StartupError; what was made is kept unused."""
-        self.table.grow(self._rules_by_address(), slots)
+        wanted = self._rules_by_address()
+        _check_descriptors(
+            self.table.count(wanted, slots), f"{len(wanted)} addresses for {slots} workers"
+        )
+        self.table.grow(wanted, slots)
 
     def begin(self, candidate: Candidate, slots: int) -> str:
         """Put a candidate in force for ``slots`` workers. Returns what it changes, for people.
@@ -85,41 +96,131 @@ class Service:
         """
         old, new = self.config, candidate.config
         before = self._rules_by_address()
-        wanted = _by_address(new, candidate.binds)
-        added = [address for address in wanted if address not in self.table]
+        required, every = _required(candidate), _by_address(new, candidate.binds)
+        needed = self.table.count(every, slots)
+        _check_descriptors(needed, f"{len(every)} addresses for {slots} workers")
+        added = [address for address in required if address not in self.table]
         try:
-            self.table.add(wanted, slots)
-            self.table.grow(wanted, slots)
+            self.table.add(required, slots)
+            kept = {address: rule for address, rule in every.items() if address in self.table}
+            self.table.grow(kept, slots)
         except BaseException:
             self.table.close(added)
             raise
         self.generation += 1
-        self.config, self._binds = new, candidate.binds
-        for address in wanted:
-            self.table.accept_handshakes(address)  # it may have been about to be closed
-            self._closing.pop(address, None)
-            self._dropped.discard(address)
-        until = time.monotonic() + CLOSE_GRACE_S
-        ports = {address.target.sockaddr[1] for address in wanted}
-        for address in before.keys() - wanted.keys():
-            # A port that is still served, by a wildcard or a single address, must not lose SYNs.
-            if address.target.sockaddr[1] not in ports:
-                self.table.refuse_handshakes(address)
-            self._closing[address] = (before[address], until)
+        listens = {rule.name: rule.listen for rule in old.rules}
+        self.retries.keep([r.name for r in new.rules if listens.get(r.name) == r.listen])
+        self._put_in_force(candidate, slots)
+        wanted = self._rules_by_address()
+        self._begin_closing(before, wanted)
+        self.table.own(wanted)
         for setting in _FIXED_SETTINGS:
             if getattr(old.settings, setting) != getattr(new.settings, setting):
                 log.warning("reload: a change of %s takes effect at the next start", setting)
         return f"{diff(old, new)}, generation {self.generation}"
+
+    def _put_in_force(self, candidate: Candidate, slots: int) -> None:
+        self.config = candidate.config
+        self._binds = {
+            rule.name: ()
+            if rule.retries_bind
+            else tuple(map(self.table.known, candidate.binds[rule.name]))
+            for rule in candidate.config.rules
+        }
+        self._add_or_wait(candidate, slots)
+        for address in self._rules_by_address():
+            self._reopen(address)
+
+    def _reopen(self, address: BindAddress) -> None:
+        """An address that was about to be closed, if it was, stays."""
+        self.table.accept_handshakes(address)
+        self._closing.pop(address, None)
+        self._dropped.discard(address)
+
+    def _begin_closing(
+        self, before: Mapping[BindAddress, Rule], wanted: Mapping[BindAddress, Rule]
+    ) -> None:
+        until = time.monotonic() + CLOSE_GRACE_S
+        ports = {(address.is_udp, address.target.port) for address in wanted}
+        for address in before.keys() - wanted.keys():
+            # A port that is still served, by a wildcard or a single address, must not lose SYNs.
+            if (address.is_udp, address.target.port) not in ports:
+                self.table.refuse_handshakes(address)
+            self._closing[address] = (before[address], until)
+
+    def own(self) -> None:
+        """Nobody else serves what we have inherited, or will go on to."""
+        self.table.own(self._rules_by_address())
+
+    # -- rules that wait for their address
+
+    def due(self, now: float) -> Config:
+        """The configuration in force, with no other rules than those to try again now."""
+        names = self.retries.due(now)
+        rules = tuple(rule for rule in self.config.rules if rule.name in names)
+        return dataclasses.replace(self.config, rules=rules)
+
+    def bind_late(self, found: Candidate | Rejected, tried: Config, slots: int) -> bool:
+        """Bind what could not be had before, as far as that is possible now. True if something was.
+
+        ``found`` is where the rules of ``tried`` listen.
+        """
+        if isinstance(found, Rejected):
+            why = "; ".join(found.problems)
+            found = Candidate(tried, {}, {rule.name: why for rule in tried.rules})
+        waiting = len(self.retries)
+        with start_lock(patience_s=0.0) as is_alone:
+            if is_alone:
+                self._add_or_wait(found, slots)
+            else:  # our probe could meet theirs
+                for rule in tried.rules:
+                    self._wait(rule, "another instance is starting")
+        for rule in tried.rules:
+            for address in self._binds[rule.name]:
+                self._reopen(address)
+        return len(self.retries) < waiting
+
+    def _add_or_wait(self, candidate: Candidate, slots: int) -> None:
+        """Bind the rules of a candidate that may wait for their address, each of them or none."""
+        taken = self._rules_by_address()
+        for rule in candidate.config.rules:
+            if not rule.retries_bind:
+                continue
+            addresses = candidate.binds.get(rule.name, ())
+            why = candidate.unresolved.get(rule.name, "")
+            try:
+                if not why:
+                    _check_taken(rule, addresses, taken)
+                    self.table.add(dict.fromkeys(addresses, rule), slots)
+            except StartupError as err:
+                why = err.why if isinstance(err, BindError) else str(err)
+            if why:
+                self._wait(rule, why)
+                continue
+            self._binds[rule.name] = tuple(map(self.table.known, addresses))
+            if failures := self.retries.on_success(rule.name):
+                log.info("bind.done rule=%s listens, at attempt %d", rule.name, failures + 1)
+
+    def _wait(self, rule: Rule, why: str) -> None:
+        self._binds[rule.name] = ()
+        if self.retries.on_failure(rule.name, why, time.monotonic()):
+            log.warning("bind.waiting rule=%s %s; it is tried again", rule.name, why)
+
+    # -- what the workers are told
 
     def serving(self) -> Serving:
         """What the workers shall serve now: the configuration, and what is being closed."""
         binds = dict(self._binds)
         counted_as: dict[str, str] = {}
         rules = list(self.config.rules)
+        closing: dict[int, list[BindAddress]] = {}
         for address, (rule, _) in self._closing.items():
-            name = f"{rule.name} at {address.target}, closing"
+            closing.setdefault(id(rule), []).append(address)
+        for addresses in closing.values():
+            rule, _ = self._closing[addresses[0]]
+            name = f"{rule.name} at {addresses[0].target}, closing"
             rules.append(dataclasses.replace(rule, name=name))
-            binds[name] = (address,)
+            binds[name] = tuple(addresses)
             counted_as[name] = rule.name
         self._revision += 1
         return Serving(
@@ -139,7 +240,10 @@ class Service:
         over = [address for address, (_, until) in self._closing.items() if now >= until]
         for address in over:
             del self._closing[address]
-        self._dropped.update(over)
+        # All slots share a unix socket. Ours is not needed for what is queued: that is accepted by
+        # the first worker that hears of it, and who comes from now on is refused.
+        self.table.close(address for address in over if address.target.is_unix)
+        self._dropped.update(address for address in over if not address.target.is_unix)
         return bool(over)
 
     def close_dropped(self) -> None:
@@ -148,15 +252,16 @@ class Service:
         self._dropped.clear()
 
     def describe_rules(
-        self, counters: Callable[[str], Mapping[str, object]]
+        self, counters: Callable[[str], Mapping[str, object]], now: float
     ) -> list[dict[str, object]]:
         """All rules with where they listen, and their counters by name; as in the status."""
         return [
             describe_rule(
                 rule,
-                [str(address.target) for address in self._binds[rule.name]],
-                counters(rule.name),
-                self.table.queue(self._binds[rule.name]),
+                [str(target) for target in _first_ports(rule, self._binds[rule.name])],
+                {**counters(rule.name), "queue": self.table.queue(self._binds[rule.name])},
+                self.retries.get(rule.name),
+                now,
             )
             for rule in self.config.rules
         ]
@@ -165,14 +270,14 @@ class Service:
         return _by_address(self.config, self._binds)
 
 
-def _check_descriptors(addresses: int, workers: int) -> None:
-    """Refuse a start that could never serve, before anything is bound."""
+def _check_descriptors(listening: int, what: str) -> None:
+    """Refuse what could never serve, before anything is bound."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     # The master has all sockets. A worker that adopts those of all others has them all, too.
-    needed = addresses * workers + RESERVED_DESCRIPTORS
+    needed = listening + RESERVED_DESCRIPTORS
     if limit != resource.RLIM_INFINITY and limit < needed:
         raise StartupError(
-            f"{addresses} addresses for {workers} workers need at least {needed} file descriptors "
+            f"{what} need at least {needed} file descriptors "
             f"and 2 for each session, the limit is {limit}; "
             "hint: raise the limit of open files (LimitNOFILE=, ulimit -n), or have fewer workers"
         )
@@ -182,3 +287,28 @@ def _by_address(
     config: Config, binds: Mapping[str, tuple[BindAddress, ...]]
 ) -> dict[BindAddress, Rule]:
     return {address: rule for rule in config.rules for address in binds[rule.name]}
+
+
+def _required(candidate: Candidate) -> dict[BindAddress, Rule]:
+    """The addresses without which nothing shall start."""
+    every = _by_address(candidate.config, candidate.binds)
+    return {address: rule for address, rule in every.items() if not rule.retries_bind}
+
+
+def _check_taken(
+    rule: Rule, addresses: Iterable[BindAddress], taken: Mapping[BindAddress, Rule]
+) -> None:
+    """A name may have come to mean what another rule listens on. Raises BindError."""
+    for address in addresses:
+        if address in taken:
+            why = f"cannot listen on {address.target}, as rule {taken[address].name!r} does"
+            raise BindError(rule, why, "remove one of the two rules")
+
+
+def _first_ports(rule: Rule, addresses: Iterable[BindAddress]) -> list[Target | str]:
+    """Where a rule listens, for people: a range of ports once for each address of its host."""
+    listen = rule.listen
+    if isinstance(listen, UnixAddress) or listen.ports == 1:
+        return [address.target for address in addresses]
+    first = [address.target for address in addresses if address.target.port == listen.port]
+    return [f"{target}-{listen.last_port}" for target in first]

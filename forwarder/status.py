@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from forwarder.config.model import Rule
+    from forwarder.retries import Waiting
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _WORKER_COLUMNS = ("slot", "pid", "state", "generation", "uptime", "sessions", "total", "bytes")
@@ -19,17 +20,26 @@ def describe_rule(
     rule: Rule,
     addresses: Sequence[str],
     counters: Mapping[str, object],
-    queue: Mapping[str, int],
+    waiting: Waiting | None,
+    now: float,
 ) -> dict[str, object]:
-    """One rule, as in the JSON of the status."""
+    """One rule, as in the JSON of the status; ``waiting`` if it has no address yet."""
+    state: dict[str, object] = {"state": "listening"}
+    if waiting is not None:
+        state = {
+            "state": "waiting",
+            "why": waiting.why,
+            "attempts": waiting.failures,
+            "retry_in_s": round(max(0.0, waiting.not_before - now), 1),
+        }
     return {
         "name": rule.name,
         "protocol": rule.protocol.value,
         "listen": str(rule.listen),
+        **state,
         "addresses": list(addresses),
         "upstreams": [str(upstream) for upstream in rule.upstreams],
         **counters,
-        "queue": dict(queue),
     }
 
 
@@ -102,9 +112,12 @@ def _worker_row(worker: Mapping[str, object]) -> list[str]:
 
 
 def _rule_row(rule: Mapping[str, object]) -> list[str]:
+    listens = " ".join(map(str, _list(rule.get("addresses"))))
+    if rule.get("state") == "waiting":
+        listens = f"{rule.get('why')}; next attempt in {_number(rule.get('retry_in_s')):.0f} s"
     return [
         str(rule.get("name")),
-        " ".join(map(str, _list(rule.get("addresses")))),
+        listens,
         " ".join(map(str, _list(rule.get("upstreams")))),
         *(str(_count(rule, key)) for key in ("sessions", "sessions_total", "connects_failed")),
         str(_count(_table(rule.get("queue")), "waiting")),

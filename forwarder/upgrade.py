@@ -13,10 +13,12 @@ import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
-from forwarder.inherit import FDS_VARIABLE
+from forwarder.inherit import FDS_VARIABLE, LENT_VARIABLE, numbers_as_text
+from forwarder.net.sockets import LentSocket
 from forwarder.pidfile import FD_VARIABLE
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Sequence
 
     from forwarder.pidfile import PidFile
@@ -36,7 +38,7 @@ class Successor:
 
     def __init__(
         self,
-        listeners: Sequence[int],
+        listeners: Sequence[socket.socket],
         pid_file: PidFile | None,
         control: str | None,
         now: float,
@@ -49,13 +51,17 @@ class Successor:
         self.deadline = now + UPGRADE_TIMEOUT_S
         self._signals = list(_GIVING_UP)
         self._read_fd, write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        numbers = [sock.fileno() for sock in listeners]
         environment = {
             **os.environ,
-            FDS_VARIABLE: ",".join(map(str, listeners)),
+            FDS_VARIABLE: numbers_as_text(numbers),
+            LENT_VARIABLE: numbers_as_text(
+                sock.fileno() for sock in listeners if isinstance(sock, LentSocket)
+            ),
             READY_VARIABLE: str(write_fd),
             _CONTROL_VARIABLE: control or "",
         }
-        kept = [*listeners, write_fd]
+        kept = [*numbers, write_fd]
         if pid_file is not None:
             environment[FD_VARIABLE] = str(pid_file.fileno())
             kept.append(pid_file.fileno())

@@ -24,28 +24,29 @@ import uvloop
 
 from forwarder import privileges
 from forwarder.access import AccessList
+from forwarder.addr import UnixAddress
 from forwarder.errors import Phase
 from forwarder.heartbeat import BEAT_S
 from forwarder.inherit import OrphanDoor
 from forwarder.messages import Op, read_assignment, send_answer
 from forwarder.net.channel import Channel, ChannelClosed, Received
 from forwarder.relay import listing
-from forwarder.relay.listener import Listener
+from forwarder.relay.listener import listener_class
 from forwarder.relay.relay import Relay
-from forwarder.relay.udp_listener import UdpListener
 from forwarder.upstream.pool import Pool
 from forwarder.upstream.resolver import Resolver
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from forwarder.board import Board
-    from forwarder.config.model import RelayMode, Rule
+    from forwarder.config.model import AccessRule, RelayMode, Rule
     from forwarder.heartbeat import Heartbeats
     from forwarder.messages import Assignment
     from forwarder.net.channel import Message
     from forwarder.privileges import Identity
     from forwarder.relay.flow import Flow
+    from forwarder.relay.listener import AnyListener
     from forwarder.relay.session import Session
 
 log = logging.getLogger(__name__)
@@ -132,7 +133,7 @@ class Worker:
         self._relay = Relay(loop, spec.relay)
         self._resolver = Resolver(loop)
         self._pools: dict[str, Pool] = {}
-        self._listeners: dict[int, Listener | UdpListener] = {}
+        self._listeners: dict[int, AnyListener] = {}
         self._sockets: dict[int, socket.socket] = {}
         self._unreceived: list[int] = []  # ids of sockets for which there was no descriptor
         self._board = spec.board
@@ -263,7 +264,7 @@ class Worker:
         rules = assignment.config.rules
         everyone = assignment.config.access
         before = set(self._pools.values())
-        accesses = [AccessList.compile(everyone, rule.access) for rule in rules]
+        accesses = [_access(everyone, rule) for rule in rules]
         self._pools = {
             rule.name: self._pool(rule, row)
             for rule, row in zip(rules, assignment.rows, strict=True)
@@ -275,28 +276,26 @@ class Worker:
             pool = self._pools[rule.name]
             access = accesses[index]
             listener = self._listeners.get(socket_id)
+            kind = listener_class(rule)
+            if listener is not None and type(listener) is not kind:
+                listener.stop()
+                listener = None
             if listener is None:
-                listener = self._listener(self._sockets[socket_id], pool, access)
+                listener = kind(self._loop, self._relay, self._sockets[socket_id], pool, access)
                 self._listeners[socket_id] = listener
                 listener.start()
             else:
-                listener.pool = pool
+                if listener.pool.origin is not pool:
+                    listener.pool = pool
                 listener.access = access
         for socket_id in self._sockets.keys() - assignment.routes.keys():
             self._release(socket_id)
         gone = before.difference(self._pools.values())
         self._end_sessions_after(
             assignment.config.settings.drain_timeout_s,
-            [session for session in self._relay.sessions if session.pool in gone],
+            [session for session in self._relay.sessions if session.pool.origin in gone],
         )
         self._acknowledge(assignment.serial)
-
-    def _listener(
-        self, sock: socket.socket, pool: Pool, access: AccessList
-    ) -> Listener | UdpListener:
-        if sock.type == socket.SOCK_DGRAM:
-            return UdpListener(self._relay, sock, pool, access)
-        return Listener(self._loop, self._relay, sock, pool, access)
 
     def _acknowledge(self, serial: int) -> None:
         """Say what is in force, and which sockets did not arrive; the master sends those again."""
@@ -359,6 +358,13 @@ class Worker:
         if not self._done.done():
             self._relay.count(self._board.row(0))
             self._done.set_result(WorkerExit.STOPPED)
+
+
+def _access(everyone: Sequence[AccessRule], rule: Rule) -> AccessList:
+    """Who may use a rule. Clients of a unix socket have no address to judge them by."""
+    if isinstance(rule.listen, UnixAddress):
+        return AccessList(())
+    return AccessList.compile(everyone, rule.access)
 
 
 def run_and_exit(spec: WorkerSpec) -> None:

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING
 from forwarder.addr import (
     ADDRESS_FORMS,
     UPSTREAM_FORMS,
-    Address,
     AddressError,
-    parse_address,
+    parse_listen,
     parse_upstream,
 )
 from forwarder.config import rinetd_conf, toml_conf
@@ -28,6 +27,8 @@ from forwarder.errors import ConfigError, Issue, Place
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
+
+    from forwarder.addr import Endpoint
 
 # Several hundred thousand rules fit; it is there for the device or log file given by mistake.
 MAX_FILE_BYTES = 64 * 1024 * 1024
@@ -91,9 +92,9 @@ def from_pairs(listens: Sequence[str], remotes: Sequence[str]) -> Loaded:
     return Loaded(config, issues.finish())
 
 
-def _address(text: str, place: Place, issues: Issues, *, is_upstream: bool) -> Address | None:
+def _address(text: str, place: Place, issues: Issues, *, is_upstream: bool) -> Endpoint | None:
     try:
-        return parse_upstream(text) if is_upstream else parse_address(text)
+        return parse_upstream(text) if is_upstream else parse_listen(text)
     except AddressError as error:
         allowed = UPSTREAM_FORMS if is_upstream else ADDRESS_FORMS
         issues.error(place, str(error), allowed=allowed)

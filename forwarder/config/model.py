@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from forwarder.addr import UnixAddress
+
 if TYPE_CHECKING:
-    from forwarder.addr import Address
+    from forwarder.addr import Endpoint
     from forwarder.errors import Place
 
 # One table of defaults; the dialects, the command line and the documentation refer to it.
@@ -58,6 +60,16 @@ class Framing(Enum):
 
     RAW = "raw"
     LENGTH = "length"
+
+
+class BindPolicy(Enum):
+    """What becomes of a rule whose address cannot be had.
+
+    ``require``: nothing starts, or a reload is refused. ``retry``: the others start without it.
+    """
+
+    REQUIRE = "require"
+    RETRY = "retry"
 
 
 class RelayMode(Enum):
@@ -113,8 +125,8 @@ class Rule:
     """
 
     name: str
-    listen: Address
-    upstreams: tuple[Address, ...]
+    listen: Endpoint
+    upstreams: tuple[Endpoint, ...]
     protocol: Protocol = Protocol.TCP
     source: str | None = None
     access: tuple[AccessRule, ...] = ()
@@ -127,6 +139,11 @@ class Rule:
     unix_mode: int = UNIX_MODE
     retries_bind: bool = False
     place: Place = field(compare=False)
+
+    @property
+    def first_port(self) -> int:
+        """The first port it listens on; 0 for a unix socket."""
+        return 0 if isinstance(self.listen, UnixAddress) else self.listen.port
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

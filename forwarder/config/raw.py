@@ -14,13 +14,15 @@ from forwarder.config.model import (
     HALF_CLOSE_TIMEOUT_S,
     IDLE_TIMEOUT_S,
     AccessRule,
+    BindPolicy,
+    Framing,
     Protocol,
     Settings,
 )
 from forwarder.errors import ConfigError, Issue, Place
 
 if TYPE_CHECKING:
-    from forwarder.addr import Address
+    from forwarder.addr import Endpoint
 
 T = TypeVar("T")
 
@@ -41,8 +43,8 @@ class RawRule:
     """One rule as written. ``access`` grows while the lines behind a rinetd rule are read."""
 
     place: Place
-    listen: Placed[Address]
-    upstreams: tuple[Placed[Address], ...]
+    listen: Placed[Endpoint]
+    upstreams: tuple[Placed[Endpoint], ...]
     protocol: Protocol = Protocol.TCP
     name: Placed[str] | None = None
     source: Placed[str] | None = None
@@ -50,12 +52,16 @@ class RawRule:
     connect_timeout_s: float | None = None
     half_close_timeout_s: float | None = None
     idle_timeout_s: float | None = None
+    max_flows: Placed[int] | None = None
+    framing: Placed[Framing] | None = None
+    unix_mode: Placed[int] | None = None
+    bind: BindPolicy | None = None
     access: list[AccessRule] = field(default_factory=list)
 
 
 @dataclass(slots=True, kw_only=True)
 class RawConfig:
-    """A file as written; the timeouts are the defaults of its rules.
+    """A file as written; the timeouts and ``bind`` are the defaults of its rules.
 
     ``rules_seen`` counts the rules begun, those with errors included: a file whose only rule is
     broken does not lack one. ``dropped_access`` holds the access rules of broken rules: they are
@@ -70,6 +76,7 @@ class RawConfig:
     connect_timeout_s: float = CONNECT_TIMEOUT_S
     half_close_timeout_s: float = HALF_CLOSE_TIMEOUT_S
     idle_timeout_s: float = IDLE_TIMEOUT_S
+    bind: BindPolicy = BindPolicy.REQUIRE
 
 
 class Issues:

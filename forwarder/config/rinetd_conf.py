@@ -32,6 +32,7 @@ _RULE = re.compile(
     r"([^ \t]+)[ \t]+([^ \t]+)[ \t]+([^ \t]+)[ \t]+([^ \t\[]+)[ \t]*(\[.*)?", re.DOTALL
 )
 _PORT = re.compile(r"([0-9]+|[A-Za-z_][A-Za-z0-9_-]*)(?:/(tcp|udp))?")
+_RANGE = re.compile(r"[0-9]+-[0-9]")
 _PATTERN_LINE = re.compile(r"[ \t]+([^ \t#]+)[ \t]*(?:#.*)?", re.DOTALL)
 _FILE_LINE = re.compile(r'[ \t]+("[^"]+"|[^ \t"#][^ \t]*)[ \t]*(?:#.*)?', re.DOTALL)
 _BARE_LINE = re.compile(r"[ \t]*(?:#.*)?", re.DOTALL)
@@ -197,7 +198,8 @@ class _Reader:
             else:
                 what = f"{text!r}: the last part of a name may not begin with a digit"
         allowed = "IPv4, 0 (every IPv4 address), IPv6, [IPv6] or a host name"
-        self._issues.error(self._place(offset), what, allowed=allowed)
+        hint = "the TOML format has unix sockets" if text.startswith("unix:") else ""
+        self._issues.error(self._place(offset), what, allowed=allowed, hint=hint)
         return None
 
     def _port(self, text: str, offset: int) -> tuple[int, str] | None:
@@ -217,6 +219,8 @@ class _Reader:
             else:
                 what = f"{text!r} is out of range"
         hint = "only /tcp and /udp may follow a port" if "/" in text and match is None else ""
+        if _RANGE.match(text):
+            hint = "the TOML format has ranges of ports"
         self._issues.error(
             self._place(offset),
             what,

@@ -10,18 +10,11 @@ import re
 import tomllib
 from dataclasses import replace
 
-from forwarder.addr import (
-    ADDRESS_FORMS,
-    UPSTREAM_FORMS,
-    Address,
-    AddressError,
-    parse_address,
-    parse_host,
-    parse_upstream,
-)
 from forwarder.config.model import (
     HANG_TIMEOUT_S,
     AccessRule,
+    BindPolicy,
+    Framing,
     LogFormat,
     Protocol,
     RelayMode,
@@ -29,16 +22,20 @@ from forwarder.config.model import (
     Verdict,
 )
 from forwarder.config.raw import Issues, Placed, RawConfig, RawRule
+from forwarder.config.toml_addresses import read_host, read_listen, read_upstreams
 from forwarder.config.toml_places import Places
-from forwarder.config.toml_table import Table, describe
+from forwarder.config.toml_table import Table
 from forwarder.errors import Place
 
 # Arbitrary; catches a port or a pid written in the wrong place before it becomes processes.
 MAX_WORKERS = 1024
 # A worker gives a sign of life every second.
 MIN_HANG_TIMEOUT_S = 3.0
+# Each flow has one or two descriptors, of which Linux gives a process at most 2^20 unless told to.
+MOST_FLOWS = 1 << 20
 
 TOP_KEYS = (
+    "bind",
     "connect_timeout",
     "control",
     "drain_timeout",
@@ -56,14 +53,18 @@ TOP_KEYS = (
     "workers",
 )
 RULE_KEYS = (
+    "bind",
     "bind_address",
     "bind_port",
     "connect_address",
     "connect_port",
     "connect_timeout",
+    "framing",
     "half_close_timeout",
     "idle_timeout",
     "listen",
+    "max_flows",
+    "mode",
     "name",
     "protocol",
     "rules",
@@ -74,6 +75,7 @@ RULE_KEYS = (
 ACCESS_KEYS = ("type", "pattern")
 
 _POSITION = re.compile(r" \(at (?:line ([0-9]+), column ([0-9]+)|end of document)\)$")
+_MODE = re.compile(r"0?[0-7]{3}")
 _EXAMPLE = '[[forwarding_rules]] with listen = "0.0.0.0:8080" and upstream = "10.0.0.1:80"'
 _SYNTAX_HINTS = {
     "Cannot overwrite a value": "a key or table is written twice",
@@ -100,6 +102,7 @@ def parse(text: str, source: str, issues: Issues) -> RawConfig:
         duration = top.duration(key)
         if duration is not None:
             setattr(raw, f"{key}_s", duration.value)
+    raw.bind = top.choice("bind", BindPolicy) or raw.bind
     rules = top.get("forwarding_rules")
     if rules is None:
         issues.error(
@@ -193,12 +196,16 @@ def _access(table: Table, key: str) -> list[AccessRule]:
 
 def _rule(table: Table, raw: RawConfig) -> RawRule | None:
     """Read one rule; None when it has no usable listen address or upstream."""
-    listen = _listen(table)
-    upstreams = _upstreams(table)
+    listen = read_listen(table)
+    upstreams = read_upstreams(table)
     protocol = table.choice("protocol", Protocol) or Protocol.TCP
+    framing = table.choice("framing", Framing)
+    bind = table.choice("bind", BindPolicy)
     name = table.text("name")
-    source = _host(table, "source_address")
+    source = read_host(table, "source_address")
     udp_timeout_s = table.duration("timeout")
+    max_flows = table.number("max_flows", 1, MOST_FLOWS)
+    unix_mode = _mode(table)
     durations = {
         f"{key}_s": duration.value
         for key in ("connect_timeout", "half_close_timeout", "idle_timeout")
@@ -216,95 +223,22 @@ def _rule(table: Table, raw: RawConfig) -> RawRule | None:
         name=name,
         source=source,
         udp_timeout_s=udp_timeout_s,
+        max_flows=max_flows,
+        framing=Placed(framing, table.place("framing")) if framing else None,
+        unix_mode=unix_mode,
+        bind=bind,
         access=access,
         **durations,
     )
 
 
-def _listen(table: Table) -> Placed[Address] | None:
-    if not _is_one_way(table, "listen", "bind_address", "bind_port"):
+def _mode(table: Table) -> Placed[int] | None:
+    """Read permissions, which are a text: TOML does not tell whether a number was octal."""
+    value = table.get("mode")
+    if value is None:
         return None
-    if "listen" not in table:
-        return _host_and_port(table, "bind_address", "bind_port")
-    text = table.text("listen", ADDRESS_FORMS)
-    return _address(table, text, is_upstream=False) if text else None
-
-
-def _upstreams(table: Table) -> tuple[Placed[Address], ...]:
-    if not _is_one_way(table, "upstream", "connect_address", "connect_port"):
-        return ()
-    if "upstream" not in table:
-        single = _host_and_port(table, "connect_address", "connect_port")
-        return (single,) if single else ()
-    value = table.get("upstream")
-    if not isinstance(value, list):
-        text = table.text("upstream", f"{UPSTREAM_FORMS}, or a list of them")
-        texts = [text] if text else []
-    elif not value:
-        table.issues.error(table.place("upstream"), "upstream is empty", allowed="one or more")
-        return ()
-    else:
-        texts = []
-        for index, item in enumerate(value):
-            place = table.place("upstream", index)
-            if isinstance(item, str):
-                texts.append(Placed(item, place))
-            else:
-                what = f"element {index + 1} of upstream is {describe(item)}"
-                table.issues.error(place, what, allowed='a text such as "10.0.0.1:80"')
-    addresses = [_address(table, text, is_upstream=True) for text in texts]
-    return tuple(address for address in addresses if address)
-
-
-def _is_one_way(table: Table, joint: str, host: str, port: str) -> bool:
-    """Check that an address is written in exactly one of the two ways, and completely."""
-    both = f"either {joint}, or {host} and {port}"
-    split = [key for key in (host, port) if key in table]
-    if joint in table:
-        if split:
-            what = f"{joint} and {split[0]} are both given"
-            table.issues.error(table.place(split[0]), what, allowed=both, hint=f"keep {joint}")
-        return not split
-    if len(split) == 2:
-        return True
-    if split:
-        missing = port if split == [host] else host
-        what = f"{split[0]} is given without {missing}"
-        table.issues.error(table.place(split[0]), what, allowed=both, hint=f"add {missing}")
-    else:
-        table.issues.error(table.place(), f"the rule has no {joint} address", allowed=both)
-    return False
-
-
-def _address(table: Table, text: Placed[str], *, is_upstream: bool) -> Placed[Address] | None:
-    try:
-        address = parse_upstream(text.value) if is_upstream else parse_address(text.value)
-    except AddressError as error:
-        allowed = UPSTREAM_FORMS if is_upstream else ADDRESS_FORMS
-        table.issues.error(text.place, str(error), allowed=allowed)
-        return None
-    return Placed(address, text.place)
-
-
-def _host_and_port(table: Table, host_key: str, port_key: str) -> Placed[Address] | None:
-    host = _host(table, host_key)
-    port = table.port(port_key)
-    if host is None or port is None:
-        return None
-    return Placed(Address(host.value, port.value), host.place)
-
-
-def _host(table: Table, key: str) -> Placed[str] | None:
-    allowed = "an IPv4 or IPv6 address or a host name, without a port"
-    text = table.text(key, allowed)
-    if text is None:
-        return None
-    if text.value == "*" and key != "bind_address":
-        what = f"{key} is '*', which can only be listened on"
-        table.issues.error(text.place, what, allowed=allowed)
-        return None
-    try:
-        return Placed(parse_host(text.value), text.place)
-    except AddressError as error:
-        table.issues.error(text.place, f"{key}: {error}", allowed=allowed)
+    if isinstance(value, str) and _MODE.fullmatch(value):
+        return Placed(int(value, 8), table.place("mode"))
+    hint = "write it in quotes" if isinstance(value, int) else ""
+    table.bad("mode", 'permissions as octal digits, "0000" to "0777", such as "0660"', hint)
     return None

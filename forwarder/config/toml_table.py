@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from enum import Enum
 from typing import TYPE_CHECKING, TypeVar
 
-from forwarder.addr import MAX_PORT
+from forwarder.addr import MAX_PORT, AddressError, parse_ports
 from forwarder.config.durations import DURATION_FORMS, parse_duration
 from forwarder.config.raw import Issues, Placed
 
@@ -105,15 +105,34 @@ class Table:
             return Placed(value, self.place(key))
         return None
 
-    def port(self, key: str) -> Placed[int] | None:
-        """Read a port number."""
+    def ports(self, key: str) -> Placed[tuple[int, int]] | None:
+        """Read a port number, or a range of them as a text: the first, and how many."""
         value = self._data.get(key)
         if value is None:
             return None
+        place = self.place(key)
         if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_PORT:
+            return Placed((value, 1), place)
+        allowed = f'a number from 1 to {MAX_PORT}, or a range such as "8000-8999"'
+        if isinstance(value, str) and "-" in value:
+            try:
+                return Placed(parse_ports(value), place)
+            except AddressError as error:
+                self.issues.error(place, f"{key}: {error}", allowed=allowed)
+            return None
+        hint = "write the number without quotes" if isinstance(value, str) else ""
+        self.bad(key, allowed, hint)
+        return None
+
+    def number(self, key: str, least: int, most: int) -> Placed[int] | None:
+        """Read a whole number within bounds."""
+        value = self._data.get(key)
+        if value is None:
+            return None
+        if isinstance(value, int) and not isinstance(value, bool) and least <= value <= most:
             return Placed(value, self.place(key))
         hint = "write the number without quotes" if isinstance(value, str) else ""
-        self.bad(key, f"a number from 1 to {MAX_PORT}", hint)
+        self.bad(key, f"a whole number from {least} to {most}", hint)
         return None
 
     def duration(self, key: str) -> Placed[float] | None:

@@ -12,7 +12,7 @@ import struct
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from forwarder.net.sockets import SockAddr
+    from forwarder.net.sockets import IpSockAddr
 
 _FAMILY: Final = struct.Struct("=H")
 _IPV4: Final = struct.Struct("=H2s4s8x")
@@ -20,7 +20,7 @@ _IPV6: Final = struct.Struct("=H2s4x16sI")  # flow information plays no part
 SOCKADDR_BYTES: Final = {int(socket.AF_INET): _IPV4.size, int(socket.AF_INET6): _IPV6.size}
 
 
-def pack(family: int, address: SockAddr, local: bytes = b"") -> bytes:
+def pack(family: int, address: IpSockAddr, local: bytes = b"") -> bytes:
     """The peer of a socket address with a numeric host; ``local`` is our packed address or none."""
     host, port = address[0], address[1]
     packed = socket.inet_pton(family, host.partition("%")[0])
@@ -36,7 +36,7 @@ def split(peer: bytes) -> tuple[bytes, bytes]:
     return peer[:size], peer[size:]
 
 
-def address_of(peer: bytes) -> SockAddr:
+def address_of(peer: bytes) -> IpSockAddr:
     """The client's address as Python's sockets want it."""
     family = _FAMILY.unpack_from(peer)[0]
     if family == socket.AF_INET:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import array
 import errno
 import fcntl
+import os
 import socket
 import struct
 import sys
@@ -17,7 +18,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
-SockAddr: TypeAlias = tuple[str, int] | tuple[str, int, int, int]
+IpSockAddr: TypeAlias = tuple[str, int] | tuple[str, int, int, int]
+SockAddr: TypeAlias = IpSockAddr | str
+"""An IPv4 or IPv6 address with its port; a unix path, or a NUL and an abstract name (unix(7))."""
+
+NUL: Final = "\0"
 
 BACKLOG: Final = 4096  # the kernel caps it at net.core.somaxconn, whose default is 4096
 
@@ -70,8 +75,48 @@ class Target:
     sockaddr: SockAddr
 
     def __str__(self) -> str:
+        if isinstance(self.sockaddr, str):
+            return f"unix:{self.sockaddr.replace(NUL, '@', 1)}"
         host, port = self.sockaddr[0], self.sockaddr[1]
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+    @property
+    def port(self) -> int:
+        """The port; 0 for a unix socket."""
+        return 0 if isinstance(self.sockaddr, str) else self.sockaddr[1]
+
+    @property
+    def is_unix(self) -> bool:
+        """Whether it is a unix socket."""
+        return self.family == socket.AF_UNIX
+
+    @property
+    def is_abstract(self) -> bool:
+        """Whether it is a unix socket without a file."""
+        return isinstance(self.sockaddr, str) and self.sockaddr.startswith(NUL)
+
+
+class LentSocket(socket.socket):
+    """A listening socket whose address is somebody else's to remove: a service manager's."""
+
+
+def unix_target(path: str) -> Target:
+    """The socket address of a path, or of an ``@name`` in the abstract namespace."""
+    return Target(socket.AF_UNIX, NUL + path[1:] if path.startswith("@") else path)
+
+
+def with_port(address: SockAddr, port: int) -> SockAddr:
+    """An IP address with another port; a unix socket has none and stays as it is."""
+    if isinstance(address, str):
+        return address
+    return (address[0], port, *address[2:])
+
+
+def client_text(address: SockAddr) -> str:
+    """A client for people. One of a unix socket has no name, or one of its own choice."""
+    if isinstance(address, tuple):
+        return f"{address[0]}:{address[1]}"
+    return "unix"
 
 
 def listen_tcp(target: Target, *, v6only: bool) -> socket.socket:
@@ -95,9 +140,31 @@ def listen_tcp(target: Target, *, v6only: bool) -> socket.socket:
     return sock
 
 
+def listen_abstract(target: Target) -> socket.socket:
+    """Bind and listen on a name in the abstract namespace. The caller owns it. Raises OSError."""
+    sock = socket.socket(socket.AF_UNIX, _NONBLOCKING_STREAM)
+    try:
+        sock.setblocking(False)
+        sock.bind(target.sockaddr)
+        sock.listen(BACKLOG)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def bound_to(sock: socket.socket) -> Target:
+    """Where a socket is bound."""
+    address = sock.getsockname()
+    # Python gives abstract names as bytes.
+    return Target(sock.family, os.fsdecode(address) if isinstance(address, bytes) else address)
+
+
 def prepare_listener(sock: socket.socket) -> None:
     """Set what accepted sockets shall inherit, and non-blocking mode. Raises OSError."""
     sock.setblocking(False)
+    if sock.family == socket.AF_UNIX:
+        return
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -137,7 +204,7 @@ def accepted_socket(fd: int, family: int) -> socket.SocketType:
 
 
 def upstream_socket(target: Target, source: SockAddr | None) -> socket.SocketType:
-    """Make a non-blocking TCP socket for ``target``, bound to ``source`` if there is one.
+    """Make a non-blocking stream socket for ``target``, bound to ``source`` if there is one.
 
     The caller owns it. Raises OSError: EMFILE and the like, EADDRNOTAVAIL for a wrong source.
     """
@@ -145,6 +212,8 @@ def upstream_socket(target: Target, source: SockAddr | None) -> socket.SocketTyp
     try:
         if not sys.platform.startswith("linux"):
             sock.setblocking(False)
+        if target.family == socket.AF_UNIX:
+            return sock
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         # As on listeners. When the first urgent byte is noticed it may be passed already.
@@ -216,13 +285,15 @@ def set_abort_on_close(sock: socket.SocketType) -> None:
 def unsent_bytes(sock: socket.SocketType) -> int:
     """Bytes that a live peer has not acknowledged yet (SIOCOUTQ, tcp(7)); 0 if it cannot be told.
 
-    A socket that was reset keeps its count for ever, hence the look at its state (TCP_INFO).
+    A TCP socket that was reset keeps its count for ever, hence the look at its state (TCP_INFO). Of
+    a unix socket: memory of what the peer has not read, which is 0 once it has closed.
     """
     try:
         raw = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, b"\0\0\0\0")
         unsent = int(struct.unpack("i", raw)[0])
-        if unsent and _TCP_INFO and sock.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, 1)[0] == _CLOSED:
-            return 0
+        if unsent and _TCP_INFO and sock.family != socket.AF_UNIX:
+            state = sock.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, 1)[0]
+            return 0 if state == _CLOSED else unsent
     except OSError:
         return 0
     return unsent

@@ -22,7 +22,7 @@ from forwarder.net.proc import local_addresses
 from forwarder.net.sockets import is_v6only, set_v6only
 
 if TYPE_CHECKING:
-    from forwarder.net.sockets import SockAddr, Target
+    from forwarder.net.sockets import IpSockAddr, SockAddr, Target
 
 # Asked for on every socket; the kernel grants twice net.core.rmem_max (212,992 by default) at most.
 # A burst that comes while the worker is busy elsewhere waits there.
@@ -108,7 +108,7 @@ def flow_socket(listener: socket.socket, peer: bytes) -> socket.SocketType:
     """
     host, port = peers.local_host(peer) or listener.getsockname()[0], listener.getsockname()[1]
     client = peers.address_of(peer)
-    local: SockAddr = (host, port) if len(client) == 2 else (host, port, 0, client[3])
+    local: IpSockAddr = (host, port) if len(client) == 2 else (host, port, 0, client[3])
     sock = socket.SocketType(listener.family, _NONBLOCKING_DATAGRAM)
     try:
         sock.setblocking(False)

@@ -65,6 +65,11 @@ class Bridge(Flow):
         rule = self.pool.rule
         return rule.udp_timeout_s if self.c2u.is_ended else rule.idle_timeout_s
 
+    @property
+    def ends_by_silence(self) -> bool:
+        """Whether the client has ended, so that only answers are waited for."""
+        return self.c2u.is_ended
+
     def on_stream_ended(self) -> None:
         """The client has sent its FIN: wait for answers to what it has asked."""
         self.touch()

@@ -217,9 +217,15 @@ class Flow:
             self.relay.wheel.add(self, self.relay.poller.now + limit_s)
             self.relay.tick_soon()
 
+    @property
+    def ends_by_silence(self) -> bool:
+        """Whether there is no other way to see that it is over."""
+        return True
+
     def end_if_silent_for(self, limit_s: float) -> bool:
         """Whether nothing has moved for ``limit_s``; if so, it has ended."""
-        if self.state is _CLOSED or self.relay.poller.now - self.active_at < limit_s:
+        is_silent = self.relay.poller.now - self.active_at >= limit_s
+        if self.state is _CLOSED or not is_silent or not self.ends_by_silence:
             return False
         self.close(CloseReason(Who.US, Phase.DRAIN))
         return True

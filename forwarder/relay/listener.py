@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import logging
 import select
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from forwarder.access import Decision
+from forwarder.addr import Address
 from forwarder.errors import NOT_ALLOWED
 from forwarder.net import sockets
+from forwarder.relay.udp_listener import UdpListener
 from forwarder.stats import ENDS
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
 
     from forwarder.access import AccessList
+    from forwarder.config.model import Rule
     from forwarder.relay.relay import Relay
     from forwarder.upstream.pool import Pool
 
@@ -142,3 +145,42 @@ class Listener:
             self._pauses += 1
             self._is_paused = True
             self._loop.call_later(PAUSE_S, self._resume)
+
+
+class RangeListener(Listener):
+    """A listener on one port of a range, whose upstreams may be ranges, too.
+
+    ``pool`` is that of the whole rule until the first client comes: most ports of a long range may
+    never see one, and a pool for each would cost more than the sockets.
+    """
+
+    __slots__ = ("_own",)
+
+    def __init__(
+        self,
+        loop: AbstractEventLoop,
+        relay: Relay,
+        sock: socket.socket,
+        pool: Pool,
+        access: AccessList,
+    ) -> None:
+        super().__init__(loop, relay, sock, pool, access)
+        self._own: Pool | None = None
+
+    def on_events(self, mask: int) -> None:
+        """Accept what is queued, at most ACCEPT_BATCH."""
+        if self.pool is not self._own:
+            offset = sockets.bound_to(self.sock).port - self.pool.rule.first_port
+            self.pool = self._own = self.pool.at(offset)
+        super().on_events(mask)
+
+
+def listener_class(rule: Rule) -> type[Listener] | type[UdpListener]:
+    """What takes the clients of a rule."""
+    if rule.protocol.listens_on_udp:
+        return UdpListener
+    is_range = isinstance(rule.listen, Address) and rule.listen.ports > 1
+    return RangeListener if is_range else Listener
+
+
+AnyListener: TypeAlias = Listener | UdpListener

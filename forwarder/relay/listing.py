@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from forwarder.access import pattern_matcher
+from forwarder.net.sockets import client_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -55,12 +56,11 @@ def identify(session: Session | Flow) -> str:
 
 def describe(session: Session | Flow, now: float) -> dict[str, object]:
     """One session, as in the answer to ``forwarder sessions``."""
-    host, port = session.client_address[:2]
     target = session.targets[session.attempt] if session.attempt >= 0 else None
     return {
         "id": identify(session),
         "rule": session.pool.rule.name,
-        "client": f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
+        "client": client_text(session.client_address),
         "upstream": str(target) if target else None,
         "state": session.state.value,
         "bytes_c2u": session.c2u.moved,

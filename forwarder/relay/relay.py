@@ -18,11 +18,12 @@ from forwarder.net.pipes import PipePool
 from forwarder.net.plain_datagrams import PlainBatch
 from forwarder.relay.bridge import Bridge
 from forwarder.relay.direction import BULK_BYTES, SMALL_BYTES, Direction
+from forwarder.relay.flow import Flow
 from forwarder.relay.flow_table import FlowTable, share
 from forwarder.relay.poller import Poller
 from forwarder.relay.session import Session
 from forwarder.relay.splice import HAS_SPLICE, SpliceDirection
-from forwarder.relay.udp_flow import UdpFlow
+from forwarder.relay.unix import UnixDirection, UnixSpliceDirection
 from forwarder.relay.wheel import TICK_S, Wheel
 from forwarder.stats import (
     BYTES_C2U,
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from forwarder.net.sockets import SockAddr, Target
-    from forwarder.relay.flow import Flow
     from forwarder.stats import Row
     from forwarder.upstream.pool import Pool
 
@@ -79,8 +79,10 @@ class Relay:
         self.sessions: set[Session | Flow] = set()
         self.pipes = PipePool(pipe_budget_pages)
         self.make_direction: Callable[[Relay, Session], Direction] = Direction
+        self.make_unix_direction: Callable[[Relay, Session], Direction] = UnixDirection
         if HAS_SPLICE and mode is not RelayMode.COPY:
             self.make_direction = SpliceDirection
+            self.make_unix_direction = UnixSpliceDirection
         bulk = bytearray(BULK_BYTES)
         self.bulk_view = memoryview(bulk)
         self.small_view = self.bulk_view[:SMALL_BYTES]
@@ -186,19 +188,18 @@ class Relay:
             session.abort(CloseReason(Who.US, phase, why))
 
     def end_silent_flows(self, limit_s: float) -> None:
-        """End the flows of UDP clients in which nothing has moved for ``limit_s``."""
+        """End flows in which nothing has moved for ``limit_s``, if that is how they end."""
         self.poller.now = self._loop.time()
         for session in tuple(self.sessions):
-            if isinstance(session, UdpFlow):
+            if isinstance(session, Flow):
                 session.end_if_silent_for(limit_s)
 
     def _log_session(self, session: Session | Flow, reason: CloseReason) -> None:
         target = session.targets[session.attempt] if session.attempt >= 0 else "-"
         log.debug(
-            "session.closed rule=%s client=%s:%d upstream=%s end=%s c2u=%d u2c=%d total_s=%.3f",
+            "session.closed rule=%s client=%s upstream=%s end=%s c2u=%d u2c=%d total_s=%.3f",
             session.pool.rule.name,
-            session.client_address[0],
-            session.client_address[1],
+            sockets.client_text(session.client_address),
             target,
             reason,
             session.c2u.moved,

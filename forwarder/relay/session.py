@@ -16,8 +16,9 @@ Theory of operation
 * HALF_CLOSED: one side sent FIN, it was passed on after the last byte (RFC 9293 section 3.6), and
   the other direction lives on, bounded by ``half_close_timeout_s`` without a byte.
 * A reset of one side reaches the other as a reset, never as a clean FIN that would make a cut
-  stream look whole. But an RST overtakes what is still in our send queue: ABORTING waits until the
-  peer has acknowledged that, at most ``ABORT_GRACE_S``.
+  stream look whole; a unix socket has no reset, see ADR 0007. But an RST overtakes what is still
+  in our send queue: ABORTING waits until the peer has acknowledged that, at most
+  ``ABORT_GRACE_S``.
 """
 
 from __future__ import annotations
@@ -118,8 +119,9 @@ class Session:
         self.attempt = -1  # index of the target being tried, then of the one connected
         self.is_reset = False
         self.unsent = 0  # in our send queues when a timeout was last looked at
-        c2u = self.c2u = relay.make_direction(relay, self)
-        u2c = self.u2c = relay.make_direction(relay, self)
+        make = relay.make_unix_direction if pool.has_unix else relay.make_direction
+        c2u = self.c2u = make(relay, self)
+        u2c = self.u2c = make(relay, self)
         c2u.reverse = u2c
         u2c.reverse = c2u
         c2u.src = u2c.dst = client
@@ -165,6 +167,12 @@ class Session:
                 self._watch(upstream)
                 return
             upstream.close()
+            if error == errno.EAGAIN and target.family == socket.AF_UNIX:
+                # The queue of its listener is full. Nothing is under way that could tell when it
+                # is not, unlike with TCP: try again (connect(2)).
+                self.attempt -= 1
+                self._arm(TICK_S)
+                return
         self._fail(os.strerror(error))
 
     def _watch(self, upstream: socket.SocketType) -> None:
@@ -203,6 +211,10 @@ class Session:
         self.c2u.resume()
         if mask & READABLE and not self.u2c.is_blocked:
             self.u2c.pump(mask)
+
+    def _next_is_unix(self) -> bool:
+        targets = self.targets
+        return self.attempt + 1 < len(targets) and targets[self.attempt + 1].is_unix
 
     def _limit_attempt(self) -> None:
         """Give the attempt that begins now its time."""
@@ -295,7 +307,11 @@ class Session:
                     self._connect_next(0)
                     return 0.0
                 return self.deadline
-            if is_waiting:
+            if is_waiting and self.state is _CONNECTING and self._next_is_unix():
+                self.attempt += 1
+                self._limit_attempt()
+                self._connect_next(errno.ETIMEDOUT)
+            elif is_waiting:
                 self._fail("no descriptor or no name server answered in time", Who.US)
             else:
                 self._give_up_attempt(errno.ETIMEDOUT)
@@ -354,7 +370,8 @@ class Session:
         survivor = direction.dst
         self._end(CloseReason(self._who(direction), phase, detail, is_reset=True))
         sockets.set_abort_on_close(survivor)
-        if not sockets.unsent_bytes(survivor):
+        # The peer of a unix socket has all in its own queue, and no reset overtakes that.
+        if survivor.family == socket.AF_UNIX or not sockets.unsent_bytes(survivor):
             self._finish()
             return
         self.state = _ABORTING

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 from forwarder.access import Decision
 from forwarder.config.model import Protocol
 from forwarder.errors import NOT_ALLOWED, CloseReason, Phase, Who
-from forwarder.net import peers, udp
+from forwarder.net import peers, sockets, udp
 from forwarder.net.datagrams import SLOTS
 from forwarder.relay.poller import READABLE, WRITABLE
 from forwarder.relay.udp_flow import UdpFlow, UdpToTcpFlow
@@ -22,6 +22,7 @@ from forwarder.stats import DATAGRAMS_DROPPED, ENDS
 
 if TYPE_CHECKING:
     import socket
+    from asyncio import AbstractEventLoop
 
     from forwarder.access import AccessList
     from forwarder.relay.datagram_ways import Way
@@ -42,6 +43,7 @@ class UdpListener:
     __slots__ = (
         "_blocked",
         "_flows",
+        "_own",
         "_relay",
         "_ripe",
         "_settled",
@@ -53,16 +55,21 @@ class UdpListener:
 
     def __init__(
         self,
+        _loop: AbstractEventLoop,
         relay: Relay,
         sock: socket.socket,
         pool: Pool,
         access: AccessList,
     ) -> None:
-        """``sock`` is bound, non-blocking. Who is allowed by ``access`` gets a flow to ``pool``."""
+        """``sock`` is bound, non-blocking. Who is allowed by ``access`` gets a flow to ``pool``.
+
+        Of a rule with a range of ports, ``pool`` is that of the whole rule until a client comes.
+        """
         self.sock = sock
         self.pool = pool
         self.access = access
         self._relay = relay
+        self._own: Pool | None = None
         self._flows: dict[bytes, UdpFlow] = {}
         self._settled = 0
         self._settles = True
@@ -157,6 +164,9 @@ class UdpListener:
         if not self.access.is_empty and self.access.decide(address[0]) is not Decision.ALLOWED:
             self.pool.counts[ENDS + NOT_ALLOWED.index] += 1
             return None
+        if self.pool is not self._own:
+            offset = sockets.bound_to(self.sock).port - self.pool.rule.first_port
+            self.pool = self._own = self.pool.at(offset)
         relay = self._relay
         relay.make_room_for_flow(self.pool)
         is_bridge = self.pool.rule.protocol is Protocol.UDP_TO_TCP

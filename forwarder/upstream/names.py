@@ -8,6 +8,7 @@ from __future__ import annotations
 import socket
 from typing import TYPE_CHECKING
 
+from forwarder.addr import UnixAddress
 from forwarder.errors import Issue
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ def unresolved_names(config: Config) -> list[Issue]:
     issues = []
     for rule in config.rules:
         for upstream in rule.upstreams:
-            if upstream.is_literal:
+            if isinstance(upstream, UnixAddress) or upstream.is_literal:
                 continue
             if upstream.host not in answers:
                 answers[upstream.host] = _why_not(upstream.host)

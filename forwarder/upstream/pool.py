@@ -6,17 +6,22 @@ Asks the resolver for names; connects nothing.
 from __future__ import annotations
 
 import socket
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
-from forwarder.net.sockets import Target
+from forwarder.addr import UnixAddress
+from forwarder.net.sockets import Target, unix_target
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from forwarder.addr import Endpoint
     from forwarder.config.model import Rule
     from forwarder.net.sockets import SockAddr
     from forwarder.stats import Row
     from forwarder.upstream.resolver import Resolver
+
+# A name that has to be looked up, and the port to connect to.
+_Named: TypeAlias = tuple[str, int]
 
 
 def literal_target(host: str, port: int) -> Target:
@@ -29,32 +34,82 @@ def literal_target(host: str, port: int) -> Target:
 
 
 class Pool:
-    """Where the sessions of a rule go. Each new session starts at the next upstream in turn."""
+    """Where the sessions of a rule go. Each new session starts at the next upstream in turn.
 
-    def __init__(self, rule: Rule, resolver: Resolver, row: int, counts: Row) -> None:
-        """``counts`` is the row of the rule, shared with its earlier pools; ``row`` its number."""
+    ``counts`` is the row of the rule, shared with its earlier pools; ``row`` is its number.
+    ``origin`` is the pool of the whole rule, which this one is itself unless :meth:`at` has made
+    it. ``has_unix``: one end of the sessions is a unix socket, or may be.
+    """
+
+    __slots__ = (
+        "_fixed",
+        "_origin",
+        "_resolver",
+        "_source",
+        "_turn",
+        "_upstreams",
+        "counts",
+        "has_unix",
+        "row",
+        "rule",
+    )
+
+    def __init__(
+        self,
+        rule: Rule,
+        resolver: Resolver,
+        row: int,
+        counts: Row,
+        offset: int = 0,
+        origin: Pool | None = None,
+    ) -> None:
+        """The pool of a whole rule; the last two arguments are for :meth:`at`."""
         self.rule = rule
         self.row = row
         self.counts = counts
+        self.has_unix = any(isinstance(end, UnixAddress) for end in (rule.listen, *rule.upstreams))
+        self._origin = origin
         self._resolver = resolver
         self._turn = 0
         self._source = literal_target(rule.source, 0) if rule.source else None
+        upstreams = self._upstreams = tuple(_moved(up, offset) for up in rule.upstreams)
         self._fixed: tuple[tuple[Target, ...], ...] | None = None
-        if all(upstream.is_literal for upstream in rule.upstreams):
-            every = tuple(literal_target(up.host, up.port) for up in rule.upstreams)
+        every = tuple(upstream for upstream in upstreams if isinstance(upstream, Target))
+        if len(every) == len(upstreams):
             self._fixed = tuple(every[i:] + every[:i] for i in range(len(every)))
+
+    @property
+    def origin(self) -> Pool:
+        """The pool of the whole rule."""
+        return self._origin or self
+
+    def at(self, offset: int) -> Pool:
+        """The pool for sessions of the port that is ``offset`` behind the first one of the rule.
+
+        Upstreams that are ranges are moved by as much; self when that changes nothing. Made anew
+        each time; it has a turn of its own and the counts of the rule.
+        """
+        if not offset or all(
+            isinstance(upstream, UnixAddress) or upstream.ports == 1
+            for upstream in self.rule.upstreams
+        ):
+            return self
+        return Pool(self.rule, self._resolver, self.row, self.counts, offset, self.origin)
 
     def targets(self) -> tuple[Target, ...] | None:
         """Addresses to try, in order; None if a name has to be resolved first. Never blocks."""
         turn = self._turn
-        count = len(self.rule.upstreams)
+        count = len(self._upstreams)
         self._turn = turn + 1 if turn + 1 < count else 0
         if self._fixed is not None:
             return self._fixed[turn]
         found: list[Target] = []
         for i in range(count):
-            upstream = self.rule.upstreams[(turn + i) % count]
-            resolved = self._resolver.lookup(upstream.host, upstream.port)
+            upstream = self._upstreams[(turn + i) % count]
+            if isinstance(upstream, Target):
+                found.append(upstream)
+                continue
+            resolved = self._resolver.lookup(*upstream)
             if resolved is None:
                 return None
             found += resolved
@@ -62,10 +117,7 @@ class Pool:
 
     def wait_for_targets(self, callback: Callable[[tuple[Target, ...]], None]) -> None:
         """Call back with the addresses once all names are resolved, or with those that could be."""
-        self._resolver.when_resolved(
-            tuple((up.host, up.port) for up in self.rule.upstreams),
-            lambda: callback(self.targets() or ()),
-        )
+        self._resolver.when_resolved(self._names(), lambda: callback(self.targets() or ()))
 
     def source(self, family: int) -> SockAddr | None:
         """The local address for connections to ``family``, or None to leave it to the kernel."""
@@ -74,6 +126,17 @@ class Pool:
 
     def on_failure(self) -> None:
         """No address could be connected to: names may have moved, look them up again."""
-        if self._fixed is None:
-            for upstream in self.rule.upstreams:
-                self._resolver.refresh(upstream.host, upstream.port)
+        for host in self._names():
+            self._resolver.refresh(host)
+
+    def _names(self) -> list[str]:
+        return [up[0] for up in self._upstreams if not isinstance(up, Target)]
+
+
+def _moved(upstream: Endpoint, offset: int) -> Target | _Named:
+    if isinstance(upstream, UnixAddress):
+        return unix_target(upstream.path)
+    port = upstream.port + offset if upstream.ports > 1 else upstream.port
+    if upstream.is_literal:
+        return literal_target(upstream.host, port)
+    return upstream.host, port

@@ -11,11 +11,11 @@ import logging
 import socket
 from typing import TYPE_CHECKING, Final
 
-from forwarder.net.sockets import Target
+from forwarder.net.sockets import Target, with_port
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 log = logging.getLogger(__name__)
 
@@ -26,53 +26,62 @@ RETRY_S: Final = 1.0
 
 
 class _Name:
-    """What is known of one host and port."""
+    """What is known of one host. ``targets`` has what was asked for, by port."""
 
-    __slots__ = ("expires_at", "targets", "task")
+    __slots__ = ("addresses", "expires_at", "targets", "task")
 
     def __init__(self) -> None:
-        self.targets: tuple[Target, ...] = ()
+        self.addresses: tuple[Target, ...] = ()  # with port 0
+        self.targets: dict[int, tuple[Target, ...]] = {}
         self.expires_at = 0.0
         self.task: asyncio.Task[None] | None = None
 
+    def at(self, port: int) -> tuple[Target, ...]:
+        """The addresses with a port; made once, since sessions ask again and again."""
+        found = self.targets.get(port)
+        if found is None:
+            found = self.targets[port] = tuple(
+                Target(address.family, with_port(address.sockaddr, port))
+                for address in self.addresses
+            )
+        return found
+
 
 class Resolver:
-    """The names of one worker. Look-ups run in the loop's threads."""
+    """The names of one worker, each asked once whatever its ports. The loop's threads do that."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._names: dict[tuple[str, int], _Name] = {}
-        self._waiters: list[tuple[set[tuple[str, int]], Callable[[], None]]] = []
+        self._names: dict[str, _Name] = {}
+        self._waiters: list[tuple[set[str], Callable[[], None]]] = []
 
     def lookup(self, host: str, port: int) -> tuple[Target, ...] | None:
         """Known addresses, at once; empty if the name failed just now, None if never asked.
 
         A stale answer is given and refreshed in the background.
         """
-        name = self._names.get((host, port))
+        name = self._names.get(host)
         if name is None:
             return None
         if self._loop.time() >= name.expires_at:
-            self.refresh(host, port)
-            if not name.targets:
+            self.refresh(host)
+            if not name.addresses:
                 return None
-        return name.targets
+        return name.at(port)
 
-    def refresh(self, host: str, port: int) -> None:
+    def refresh(self, host: str) -> None:
         """Look a name up again, unless that is under way."""
-        name = self._names.setdefault((host, port), _Name())
+        name = self._names.setdefault(host, _Name())
         if name.task is None:
-            name.task = self._loop.create_task(self._resolve(host, port, name))
+            name.task = self._loop.create_task(self._resolve(host, name))
 
-    def when_resolved(
-        self, names: tuple[tuple[str, int], ...], callback: Callable[[], None]
-    ) -> None:
-        """Call back when no look-up of ``names`` is outstanding. Starts those that are missing."""
+    def when_resolved(self, hosts: Iterable[str], callback: Callable[[], None]) -> None:
+        """Call back when no look-up of ``hosts`` is outstanding. Starts those that are missing."""
         missing = set()
-        for host, port in names:
-            if self.lookup(host, port) is None:
-                self.refresh(host, port)
-                missing.add((host, port))
+        for host in hosts:
+            if self.lookup(host, 0) is None:
+                self.refresh(host)
+                missing.add(host)
         if missing:
             self._waiters.append((missing, callback))
         else:
@@ -85,27 +94,28 @@ class Resolver:
             if name.task is not None:
                 name.task.cancel()
 
-    async def _resolve(self, host: str, port: int, name: _Name) -> None:
+    async def _resolve(self, host: str, name: _Name) -> None:
         try:
-            found = await self._loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            found = await self._loop.getaddrinfo(host, None, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as err:  # UnicodeError: a name that IDNA cannot encode
             name.expires_at = self._loop.time() + RETRY_S
-            kept = "; the last known address stays in use" if name.targets else ""
+            kept = "; the last known address stays in use" if name.addresses else ""
             log.warning("resolve.failed host=%s: %s%s", host, err, kept)
         else:
-            name.targets = tuple(
+            name.addresses = tuple(
                 Target(family, sockaddr)  # type: ignore[arg-type]  # TCP gives IP addresses only
                 for family, _, _, _, sockaddr in found
             )
+            name.targets.clear()
             name.expires_at = self._loop.time() + NAME_TTL_S
         finally:
             name.task = None
-        self._wake(host, port)
+        self._wake(host)
 
-    def _wake(self, host: str, port: int) -> None:
+    def _wake(self, host: str) -> None:
         waiters, self._waiters = self._waiters, []
         for missing, callback in waiters:
-            missing.discard((host, port))
+            missing.discard(host)
             if missing:
                 self._waiters.append((missing, callback))
             else:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from forwarder.addr import Address
+from forwarder.addr import Address, UnixAddress
 from forwarder.config import load
 from forwarder.errors import ConfigError, Issue, Place
 
@@ -26,7 +26,7 @@ def plain(value: object) -> object:
     """Turn a part of the model into what JSON can say."""
     if isinstance(value, Enum):
         return value.value
-    if isinstance(value, Address):
+    if isinstance(value, Address | UnixAddress):
         return str(value)
     if isinstance(value, Place):
         return f"{value.line}:{value.column}"

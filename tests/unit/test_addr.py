@@ -9,13 +9,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forwarder.addr import (
+    MAX_UNIX_BYTES,
     Address,
     AddressError,
+    Endpoint,
+    UnixAddress,
     canonical_host,
+    format_ports,
     is_ip,
     parse_address,
     parse_host,
+    parse_listen,
     parse_port,
+    parse_ports,
     parse_upstream,
 )
 
@@ -27,22 +33,89 @@ SCOPED = st.builds(
     st.from_regex(r"[A-Za-z0-9_.-]{1,15}", fullmatch=True),
 )
 HOSTS = st.one_of(st.ip_addresses().map(str), SCOPED, NAMES)
-ADDRESSES = st.builds(Address, HOSTS, st.integers(1, 65535))
+RANGES = st.tuples(st.integers(1, 65535), st.integers(1, 65535)).map(
+    lambda ends: (min(ends), max(ends) - min(ends) + 1)
+)
+ADDRESSES = st.builds(lambda host, ports: Address(host, *ports), HOSTS, RANGES)
+PRINTABLE = st.text(max_size=120).filter(
+    lambda text: text.isprintable() and len(text.encode()) < MAX_UNIX_BYTES
+)
+UNIX = st.builds(
+    lambda kind, name: UnixAddress(f"{kind}{name}"), st.sampled_from("/@"), PRINTABLE
+).filter(lambda it: it.path != "@" and not f"{it.path}/".endswith(("//", "/./", "/../")))
+ENDPOINTS: st.SearchStrategy[Endpoint] = st.one_of(ADDRESSES, UNIX)
 
 
-@given(ADDRESSES)
-def test_writing_and_reading_an_address_gives_the_same(address: Address) -> None:
-    assert parse_address(str(address)) == address
+@given(ENDPOINTS)
+def test_writing_and_reading_an_address_gives_the_same(address: Endpoint) -> None:
+    assert parse_listen(str(address)) == address
     assert parse_upstream(str(address)) == address
 
 
-@given(st.text(alphabet="0123456789.:[]%*abcdefx-_/ \n\0é", max_size=60))
-def test_any_text_is_an_address_or_an_address_error(text: str) -> None:
+@given(st.text(alphabet="0123456789.:[]%*abcdefx-_/@ \n\0é\udce9", max_size=60))
+@pytest.mark.parametrize("prefix", ["", "unix:", "10.0.0.1:", "[::1]:80-"])
+def test_any_text_is_an_address_or_an_address_error(prefix: str, text: str) -> None:
     try:
-        address = parse_address(text)
+        address = parse_listen(prefix + text)
     except AddressError:
         return
-    assert parse_address(str(address)) == address
+    assert parse_listen(str(address)) == address
+
+
+@given(RANGES)
+def test_writing_and_reading_ports_gives_the_same(ports: tuple[int, int]) -> None:
+    first, count = ports
+    assert parse_ports(format_ports(first, count)) == ports
+    assert parse_ports(f"{first}-{first + count - 1}") == ports
+    assert Address("::", first, count).last_port == first + count - 1
+
+
+@given(st.integers(-2, 70000), st.integers(-2, 70000))
+def test_a_range_is_read_exactly_if_it_is_one(first: int, last: int) -> None:
+    if 1 <= first <= last <= 65535:
+        assert parse_ports(f"{first}-{last}") == (first, last - first + 1)
+    else:
+        with pytest.raises(AddressError):
+            parse_ports(f"{first}-{last}")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a:-", "'' is not a port"),
+        ("a:80-", "'' is not a port"),
+        ("a:-80", "'' is not a port"),
+        ("a:80-79", "ends before it begins"),
+        ("a:80-65536", "'65536' is not a port"),
+        ("a:0-80", "'0' is not a port"),
+        ("a:80-81-82", "'81-82' is not a port"),
+        ("a:80 -81", "'80 ' is not a port"),
+        ("[::1]80-81", "needs brackets before its port"),
+        ("::1:80-81", "needs brackets before its port"),
+        ("unix:", "neither an absolute path nor an @NAME"),
+        ("unix:a", "neither an absolute path nor an @NAME"),
+        ("unix:@", "has no name"),
+        ("unix:/", "names a directory"),
+        ("unix:/a/..", "names a directory"),
+        ("unix:/a\n", "no path should have"),
+        ("unix:/a\udce9", "no path should have"),
+        ("unix:/" + "a" * MAX_UNIX_BYTES, "has more than the 107 bytes"),
+        ("unix:/" + "é" * 54, "has more than the 107 bytes"),
+        ("unix:@" + "a" * (MAX_UNIX_BYTES + 1), "has more than the 107 bytes"),
+    ],
+)
+def test_what_is_no_range_and_no_unix_socket_says_why(text: str, said: str) -> None:
+    with pytest.raises(AddressError, match=said):
+        parse_listen(text)
+
+
+def test_the_longest_unix_sockets() -> None:
+    for text in ("/" + "a" * (MAX_UNIX_BYTES - 1), "@" + "a" * MAX_UNIX_BYTES):
+        assert parse_listen(f"unix:{text}") == UnixAddress(text)
+
+
+def test_a_host_may_be_called_unix() -> None:
+    assert parse_listen("unix:80-81") == Address("unix", 80, 2)
 
 
 @given(st.text(alphabet="0123456789.:abcdef", max_size=40))
@@ -68,6 +141,7 @@ def test_is_ip_agrees_with_the_standard_library(text: str) -> None:
 )
 def test_forms_of_an_address(text: str, host: str, port: int) -> None:
     assert parse_address(text) == Address(host, port)
+    assert parse_address(f"{text}-65535") == Address(host, port, 65536 - port)
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from forwarder.addr import Address
 from forwarder.config import Dialect, Loaded, from_pairs, load, loading, parse
 from forwarder.config.model import Protocol
 from forwarder.config.raw import MAX_ISSUES
+from forwarder.config.toml_conf import RULE_KEYS
 from forwarder.errors import ConfigError, Issue
 
 if TYPE_CHECKING:
@@ -33,6 +35,9 @@ RINETD_PIECES = st.sampled_from(
         "[::1]",
         "80",
         "53/udp",
+        "53/tcp",
+        "80-90",
+        "unix:/a",
         "http",
         "host.example",
         "[timeout=5, src=10.0.0.1]",
@@ -60,6 +65,14 @@ TOML_PIECES = st.sampled_from(
         "[[forwarding_rules.rules]]\n",
         'listen = "0.0.0.0:80"\n',
         'upstream = ["a:1", "b:2"]\n',
+        'listen = "[::1]:80-90"\n',
+        'listen = "unix:/run/a"\n',
+        'upstream = "unix:@b"\n',
+        'bind_port = "80-70"\n',
+        'mode = "0660"\n',
+        'framing = "length"\n',
+        'bind = "retry"\n',
+        "max_flows = 7\n",
         "bind_port = 80\n",
         'type = "deny"\n',
         'pattern = "10.*"\n',
@@ -282,3 +295,149 @@ def test_pairs_with_problems(listens: list[str], remotes: list[str], whats: list
     with pytest.raises(ConfigError) as caught:
         from_pairs(listens, remotes)
     assert [issue.what for issue in caught.value.issues] == whats
+
+
+TRANSPORTS = st.sampled_from(["", "/tcp", "/udp"])
+PROTOCOLS = {
+    (False, False): Protocol.TCP,
+    (True, True): Protocol.UDP,
+    (True, False): Protocol.UDP_TO_TCP,
+    (False, True): Protocol.TCP_TO_UDP,
+}
+
+
+@given(st.integers(1, 65535), TRANSPORTS, st.integers(1, 65535), TRANSPORTS)
+def test_suffixes_of_rinetd_say_the_protocol_of_their_side(
+    port: int, here: str, there_port: int, there: str
+) -> None:
+    """Nothing means TCP. Result: a warning exactly where one side alone says UDP."""
+    text = f"0.0.0.0 {port}{here} 10.0.0.1 {there_port}{there}\n"
+    loaded = parse(text, "file", Dialect.RINETD)
+    (rule,) = loaded.config.rules
+    sides = here == "/udp", there == "/udp"
+    assert rule.protocol is PROTOCOLS[sides]
+    assert (rule.listen, rule.upstreams) == (
+        Address("0.0.0.0", port),
+        (Address("10.0.0.1", there_port),),
+    )
+    assert len(loaded.warnings) == (sides[0] is not sides[1])
+    suffix = {False: "/tcp", True: "/udp"}
+    again = text.replace(f"{port}{here} ", f"{port}{suffix[sides[0]]} ", 1)
+    assert parse(again, "file", Dialect.RINETD).config == loaded.config
+
+
+VALUES_OF_RULES = st.one_of(
+    st.integers(-1, 70000).map(str),
+    st.sampled_from(
+        [
+            '"tcp"',
+            '"udp"',
+            '"udptotcp"',
+            '"raw"',
+            '"length"',
+            '"retry"',
+            '"require"',
+            '"0660"',
+            "true",
+            "[]",
+            '["unix:/a", "b:1-2", 7]',
+        ]
+    ),
+    st.text(alphabet="0123456789-:.[]*@/aunix", max_size=20).map(lambda text: f'"{text}"'),
+    st.text(alphabet="0123456789-", max_size=9).map(lambda text: f'"unix:/{text}"'),
+    st.text(alphabet="0123456789-", max_size=9).map(lambda text: f'"[::1]:{text}"'),
+)
+
+
+@given(
+    st.lists(
+        st.dictionaries(st.sampled_from(RULE_KEYS), VALUES_OF_RULES, max_size=8),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_every_problem_of_a_rule_has_a_line_and_a_column(rules: list[dict[str, str]]) -> None:
+    """Result: a place inside the rule, on the line of its header or of one of its keys."""
+    lines: list[str] = []
+    for rule in rules:
+        lines += ["[[forwarding_rules]]", *(f"{key} = {value}" for key, value in rule.items())]
+    issues: tuple[Issue, ...]
+    try:
+        issues = parse("\n".join(lines), "file", Dialect.TOML).warnings
+    except ConfigError as error:
+        issues = error.issues
+    for issue in issues:
+        assert 1 <= issue.place.line <= len(lines), issue
+        line = lines[issue.place.line - 1]
+        assert 1 <= issue.place.column <= len(line), issue
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["a", "b"]), st.integers(1, 60), st.integers(1, 20)), max_size=12
+    )
+)
+def test_rules_whose_ports_overlap_are_found(rules: list[tuple[str, int, int]]) -> None:
+    """Against the plain way, every rule with every other.
+
+    Result: only pairs that overlap are reported, and every rule that does is in one of them.
+    """
+    lines = []
+    for host, first, count in rules:
+        listen = f"{host}:{first}-{first + count - 1}"
+        lines += ["[[forwarding_rules]]", f'listen = "{listen}"', 'upstream = "c:1"']
+    pairs = [
+        (i, j)
+        for i, one in enumerate(rules)
+        for j, other in enumerate(rules[:i])
+        if one[0] == other[0] and one[1] < other[1] + other[2] and other[1] < one[1] + one[2]
+    ]
+    found = set()
+    try:
+        parse("\n".join(lines) or "\n", "file", Dialect.TOML)
+    except ConfigError as error:
+        for issue in error.issues:
+            if "rule at file:" in issue.what:
+                there = int(issue.what.split("file:")[1].split(":")[0])
+                found.add(((issue.place.line - 2) // 3, (there - 2) // 3))
+    assert found <= set(pairs)
+    assert {i for pair in found for i in pair} == {i for pair in pairs for i in pair}
+
+
+def test_ten_thousand_rules_are_compared_with_each_other_quickly() -> None:
+    """Ranges, too. Result: the one overlap is found, in far less than a comparison of all pairs."""
+    rule = '[[forwarding_rules]]\nlisten = "127.0.0.1:{}-{}"\nupstream = "10.0.0.1:1"\n'
+    text = "".join(rule.format(port, port + 2) for port in range(1000, 31_000, 3))
+    with pytest.raises(ConfigError) as caught:
+        parse(text + rule.format(5002, 5002), "file", Dialect.TOML)
+    (issue,) = caught.value.issues
+    assert issue.place.line == 30_002
+    assert "127.0.0.1:5002-5004" in issue.what or "127.0.0.1:5000-5002" in issue.what
+
+
+def test_bind_of_a_rule_wins_over_that_of_the_file() -> None:
+    def text(top: str, rule: str) -> str:
+        return f'{top}\n[[forwarding_rules]]\nlisten = "a:1"\nupstream = "b:1"\n{rule}\n'
+
+    retry, require = 'bind = "retry"', 'bind = "require"'
+    for top, rule, expected in [
+        ("", "", False),
+        (retry, "", True),
+        (retry, require, False),
+        (require, retry, True),
+    ]:
+        loaded = parse(text(top, rule), "file", Dialect.TOML)
+        assert loaded.config.rules[0].retries_bind is expected
+
+
+def test_pairs_may_be_ranges_and_unix_sockets() -> None:
+    loaded = from_pairs(
+        ["127.0.0.1:80-82", "unix:/run/a", "unix:@b"], ["a:180-182", "unix:@c", "b:1"]
+    )
+    assert [str(rule.listen) for rule in loaded.config.rules] == [
+        "127.0.0.1:80-82",
+        "unix:/run/a",
+        "unix:@b",
+    ]
+    with pytest.raises(ConfigError, match=r"2 ports and .* has 3"):
+        from_pairs(["127.0.0.1:80-82"], ["a:180-181"])

@@ -9,7 +9,7 @@ import pytest
 from forwarder.addr import Address
 from forwarder.config.model import Config, Rule
 from forwarder.errors import ConfigError, Issue, Place, StartupError
-from forwarder.listeners import BindAddress
+from forwarder.net.addresses import BindAddress
 from forwarder.net.sockets import Target
 from forwarder.reload import Candidate, Rejected, _load
 

@@ -1,0 +1,117 @@
+"""The addresses of one TOML rule: written in one of two ways, never in both.
+
+``listen`` or ``bind_address`` and ``bind_port``; ``upstream`` or ``connect_address`` and
+``connect_port``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from forwarder.addr import (
+    ADDRESS_FORMS,
+    UPSTREAM_FORMS,
+    Address,
+    AddressError,
+    parse_host,
+    parse_listen,
+    parse_upstream,
+)
+from forwarder.config.raw import Placed
+from forwarder.config.toml_table import describe
+
+if TYPE_CHECKING:
+    from forwarder.addr import Endpoint
+    from forwarder.config.toml_table import Table
+
+
+def read_listen(table: Table) -> Placed[Endpoint] | None:
+    """Where a rule listens; None when that is missing or wrong."""
+    if not _is_one_way(table, "listen", "bind_address", "bind_port"):
+        return None
+    if "listen" not in table:
+        return _host_and_port(table, "bind_address", "bind_port")
+    text = table.text("listen", ADDRESS_FORMS)
+    return _address(table, text, is_upstream=False) if text else None
+
+
+def read_upstreams(table: Table) -> tuple[Placed[Endpoint], ...]:
+    """Where a rule leads, as far as that is right."""
+    if not _is_one_way(table, "upstream", "connect_address", "connect_port"):
+        return ()
+    if "upstream" not in table:
+        single = _host_and_port(table, "connect_address", "connect_port")
+        return (single,) if single else ()
+    value = table.get("upstream")
+    if not isinstance(value, list):
+        text = table.text("upstream", f"{UPSTREAM_FORMS}, or a list of them")
+        texts = [text] if text else []
+    elif not value:
+        table.issues.error(table.place("upstream"), "upstream is empty", allowed="one or more")
+        return ()
+    else:
+        texts = []
+        for index, item in enumerate(value):
+            place = table.place("upstream", index)
+            if isinstance(item, str):
+                texts.append(Placed(item, place))
+            else:
+                what = f"element {index + 1} of upstream is {describe(item)}"
+                table.issues.error(place, what, allowed='a text such as "10.0.0.1:80"')
+    addresses = [_address(table, text, is_upstream=True) for text in texts]
+    return tuple(address for address in addresses if address)
+
+
+def _is_one_way(table: Table, joint: str, host: str, port: str) -> bool:
+    """Check that an address is written in exactly one of the two ways, and completely."""
+    both = f"either {joint}, or {host} and {port}"
+    split = [key for key in (host, port) if key in table]
+    if joint in table:
+        if split:
+            what = f"{joint} and {split[0]} are both given"
+            table.issues.error(table.place(split[0]), what, allowed=both, hint=f"keep {joint}")
+        return not split
+    if len(split) == 2:
+        return True
+    if split:
+        missing = port if split == [host] else host
+        what = f"{split[0]} is given without {missing}"
+        table.issues.error(table.place(split[0]), what, allowed=both, hint=f"add {missing}")
+    else:
+        table.issues.error(table.place(), f"the rule has no {joint} address", allowed=both)
+    return False
+
+
+def _address(table: Table, text: Placed[str], *, is_upstream: bool) -> Placed[Endpoint] | None:
+    try:
+        address = parse_upstream(text.value) if is_upstream else parse_listen(text.value)
+    except AddressError as error:
+        allowed = UPSTREAM_FORMS if is_upstream else ADDRESS_FORMS
+        table.issues.error(text.place, str(error), allowed=allowed)
+        return None
+    return Placed(address, text.place)
+
+
+def _host_and_port(table: Table, host_key: str, port_key: str) -> Placed[Endpoint] | None:
+    host = read_host(table, host_key)
+    ports = table.ports(port_key)
+    if host is None or ports is None:
+        return None
+    return Placed(Address(host.value, *ports.value), host.place)
+
+
+def read_host(table: Table, key: str) -> Placed[str] | None:
+    """A host without a port."""
+    allowed = "an IPv4 or IPv6 address or a host name, without a port"
+    text = table.text(key, allowed)
+    if text is None:
+        return None
+    if text.value == "*" and key != "bind_address":
+        what = f"{key} is '*', which can only be listened on"
+        table.issues.error(text.place, what, allowed=allowed)
+        return None
+    try:
+        return Placed(parse_host(text.value), text.place)
+    except AddressError as error:
+        table.issues.error(text.place, f"{key}: {error}", allowed=allowed)
+    return None

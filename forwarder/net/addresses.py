@@ -1,0 +1,164 @@
+"""Where rules listen, as the kernel wants it: names resolved, ranges of ports spelled out.
+
+Also what it means when such an address cannot be had. Binds nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from forwarder.addr import Address, UnixAddress
+from forwarder.errors import ConfigError, ExitCode, Issue, StartupError
+from forwarder.net import sockets
+from forwarder.net.sockets import Target
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from forwarder.config.model import Config, Rule
+
+
+@dataclass(frozen=True, slots=True)
+class BindAddress:
+    """Where a listener is bound. ``v6only`` matters for the IPv6 wildcard."""
+
+    target: Target
+    v6only: bool = False
+    is_udp: bool = False
+
+    @property
+    def has_handshakes(self) -> bool:
+        """Whether clients wait a while before they can be accepted."""
+        return not (self.is_udp or self.target.is_unix)
+
+
+def address_of(sock: socket.socket) -> BindAddress:
+    """Where a listening socket is bound."""
+    return BindAddress(
+        sockets.bound_to(sock),
+        v6only=sockets.is_v6only(sock),
+        is_udp=sock.type == socket.SOCK_DGRAM,
+    )
+
+
+class BindError(StartupError):
+    """An address cannot be had. ``why`` says it without the rule and its place."""
+
+    def __init__(self, rule: Rule, why: str, hint: str, *, is_denied: bool = False) -> None:
+        super().__init__(
+            f"{rule.place}: rule {rule.name!r} {why}" + (f"; hint: {hint}" if hint else ""),
+            ExitCode.NO_PERMISSION if is_denied else ExitCode.UNAVAILABLE,
+        )
+        self.why = why
+
+
+def bind_addresses(
+    config: Config, unresolved: dict[str, str] | None = None
+) -> dict[str, tuple[BindAddress, ...]]:
+    """The addresses each rule listens on, by rule name. A host name may stand for several.
+
+    A rule that may wait for its address, and whose name has none now, has none; ``unresolved`` is
+    told why, by rule. Blocks while names are resolved. Raises StartupError naming the rule and its
+    place, and ConfigError when two rules turn out to listen on one address.
+    """
+    issues: list[Issue] = []
+    first: dict[BindAddress, Rule] = {}
+    wildcards = _ipv4_wildcards(config)
+    found: dict[str, tuple[BindAddress, ...]] = {}
+    for rule in config.rules:
+        try:
+            found[rule.name] = tuple(_expand(rule, wildcards))
+        except BindError as err:
+            if unresolved is None or not rule.retries_bind:
+                raise
+            found[rule.name] = ()
+            unresolved[rule.name] = err.why
+        for address in found[rule.name]:
+            other = first.setdefault(address, rule)
+            if other is not rule:
+                issues.append(
+                    Issue(
+                        rule.place,
+                        f"rule {rule.name!r} listens on {address.target}, as rule "
+                        f"{other.name!r} at {other.place} does by another name",
+                        hint="one of the two would never see a client; remove it",
+                    )
+                )
+    if issues:
+        raise ConfigError(issues)
+    return found
+
+
+def _ipv4_wildcards(config: Config) -> set[tuple[bool, int]]:
+    """Ports of IPv4 wildcards; elsewhere the IPv6 wildcard takes IPv4 clients, too."""
+    return {
+        (rule.protocol.listens_on_udp, port)
+        for rule in config.rules
+        if isinstance(rule.listen, Address) and rule.listen.host == "0.0.0.0"
+        for port in range(rule.listen.port, rule.listen.last_port + 1)
+    }
+
+
+def _expand(rule: Rule, wildcards: set[tuple[bool, int]]) -> Iterator[BindAddress]:
+    """Every address of a rule: each of its ports on each address of its host."""
+    listen = rule.listen
+    if isinstance(listen, UnixAddress):
+        yield BindAddress(sockets.unix_target(listen.path))
+        return
+    is_udp = rule.protocol.listens_on_udp
+    targets = _resolve_listen(rule, listen)
+    for port in range(listen.port, listen.last_port + 1):
+        for target in targets:
+            yield BindAddress(
+                Target(target.family, sockets.with_port(target.sockaddr, port)),
+                v6only=target.family == socket.AF_INET6
+                and (listen.host != "::" or (is_udp, port) in wildcards),
+                is_udp=is_udp,
+            )
+
+
+def _resolve_listen(rule: Rule, listen: Address) -> list[Target]:
+    try:
+        answers = socket.getaddrinfo(
+            listen.host,
+            listen.port,
+            type=socket.SOCK_DGRAM if rule.protocol.listens_on_udp else socket.SOCK_STREAM,
+            flags=socket.AI_PASSIVE,
+        )
+    except (OSError, UnicodeError) as err:  # UnicodeError: a name that IDNA cannot encode
+        why = err.strerror if isinstance(err, OSError) else str(err)
+        raise BindError(
+            rule, f"cannot listen on {listen}: {why}", "use an address of this host"
+        ) from err
+    targets = [Target(family, sockaddr) for family, _, _, _, sockaddr in answers]  # type: ignore[arg-type]  # IP only
+    return list(dict.fromkeys(targets))
+
+
+_HINTS = {
+    errno.EADDRINUSE: "another program, or another forwarder, listens there: `ss -lntup` shows it",
+    errno.EADDRNOTAVAIL: "this host has no such address: `ip address` lists those it has",
+    errno.EACCES: "ports below net.ipv4.ip_unprivileged_port_start (1024) need root "
+    "or CAP_NET_BIND_SERVICE",
+    errno.EMFILE: "raise the limit of open files (LimitNOFILE=, ulimit -n)",
+}
+_UNIX_HINTS = {
+    errno.EADDRINUSE: "another program, or another forwarder, listens there: `ss -lxp` shows it",
+    errno.EEXIST: "there is a file that is no socket; remove it or use another path",
+    errno.EACCES: "this user must be able to write to the directory",
+    errno.ENOENT: "make its directory first",
+}
+
+
+def bind_error(address: BindAddress, rule: Rule, err: OSError) -> BindError:
+    number = err.errno or 0
+    hints = _HINTS | _UNIX_HINTS if address.target.is_unix else _HINTS
+    return BindError(
+        rule,
+        f"cannot listen on {address.target}: {os.strerror(number)}",
+        hints.get(number, ""),
+        is_denied=number in (errno.EACCES, errno.EPERM),
+    )

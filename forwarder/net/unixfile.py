@@ -1,0 +1,182 @@
+"""Unix sockets that listen at a path: the file is made, found again, and removed only if ours.
+
+A file that nobody serves, left by a crash, is replaced; one that somebody listens at never is,
+unless asked for. Accepts nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+import stat
+import struct
+import time
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_LOCK_TIMEOUT_S: Final = 2.0
+
+_NETLINK_SOCK_DIAG: Final = 4
+_SOCK_DIAG_BY_FAMILY: Final = 20
+_NLM_F_REQUEST: Final = 1
+_ALL_STATES: Final = 0xFFFFFFFF
+_UDIAG_SHOW_VFS: Final = 2
+_UNIX_DIAG_VFS: Final = 1
+_NO_COOKIE: Final = 0xFFFFFFFF
+
+
+@dataclass(frozen=True, slots=True)
+class SocketFile:
+    """The file of a socket that listens: where it is, and which one it is."""
+
+    path: str
+    device: int
+    inode: int
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the path still leads to this file and not to somebody else's."""
+        try:
+            status = Path(self.path).lstat()
+        except OSError:
+            return False
+        return (status.st_dev, status.st_ino) == (self.device, self.inode)
+
+    def set_mode(self, mode: int) -> None:
+        """Give the file these permissions, if it is still ours."""
+        if self.is_there:
+            with suppress(OSError):  # it went away just now
+                Path(self.path).chmod(mode)
+
+    def remove(self) -> None:
+        """Remove the file, unless somebody has put another one in its place."""
+        if self.is_there:
+            with suppress(OSError):  # a directory that was taken away is no reason to fail
+                Path(self.path).unlink()
+
+
+def listen_at(
+    path: Path,
+    *,
+    mode: int,
+    backlog: int,
+    replaces_live: bool = False,
+    lock_timeout_s: float = _LOCK_TIMEOUT_S,
+) -> tuple[socket.socket, SocketFile]:
+    """Listen at ``path``, whose directory exists, without blocking. A stale file is replaced.
+
+    ``mode``: permissions of the file. ``replaces_live``: take the place of whoever listens there.
+    The caller owns the socket and the file. Raises OSError; EADDRINUSE when somebody listens there.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        with _locked(path.parent, lock_timeout_s):
+            _clear(path, replaces_live=replaces_live)
+            mask = os.umask(0o777 & ~mode)  # no moment in which others could connect
+            try:
+                sock.bind(str(path))
+            finally:
+                os.umask(mask)
+            sock.listen(backlog)
+            status = path.lstat()
+    except BaseException:
+        sock.close()
+        raise
+    return sock, SocketFile(str(path), status.st_dev, status.st_ino)
+
+
+def file_of(sock: socket.socket) -> SocketFile | None:
+    """The file of a listening socket that somebody else has bound; None if it is not there.
+
+    Where the kernel does not tell (sock_diag(7)), the file at its path is taken for it.
+    """
+    path = sock.getsockname()
+    try:
+        status = Path(path).lstat()
+    except OSError:
+        return None
+    found = SocketFile(path, status.st_dev, status.st_ino)
+    known = _bound_file(sock)
+    # The kernel tells 32 bits of the inode.
+    is_same = known is None or known == (status.st_dev, status.st_ino & 0xFFFFFFFF)
+    return found if is_same and stat.S_ISSOCK(status.st_mode) else None
+
+
+def _bound_file(sock: socket.socket) -> tuple[int, int] | None:
+    """Device and inode of the file that a unix socket was bound to; None if that is not told.
+
+    A netlink message to the kernel and its answer: linux/netlink.h, sock_diag.h, unix_diag.h.
+    """
+    inode = os.fstat(sock.fileno()).st_ino
+    request = struct.pack(
+        "=IHHIIBBHIIIII",
+        *(40, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 0, 0),
+        *(socket.AF_UNIX, 0, 0, _ALL_STATES, inode, _UDIAG_SHOW_VFS, _NO_COOKIE, _NO_COOKIE),
+    )
+    try:
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as netlink:
+            netlink.settimeout(1.0)
+            netlink.send(request)
+            answer = netlink.recv(4096)
+        _, kind = struct.unpack_from("=IH", answer)
+        at = 32  # behind the headers
+        while kind == _SOCK_DIAG_BY_FAMILY and at + 12 <= len(answer):
+            length, attribute = struct.unpack_from("=HH", answer, at)
+            if attribute == _UNIX_DIAG_VFS:
+                number, device = struct.unpack_from("=II", answer, at + 4)
+                return os.makedev(device >> 20, device & 0xFFFFF), number
+            at += max(length + 3 & ~3, 4)
+    except (AttributeError, OSError, struct.error):
+        return None  # another system, or a kernel without the module
+    return None
+
+
+def _clear(path: Path, *, replaces_live: bool) -> None:
+    """Remove a socket that nobody serves. Raises OSError when there is anything else."""
+    try:
+        is_socket = stat.S_ISSOCK(path.lstat().st_mode)
+    except FileNotFoundError:
+        return
+    if not is_socket:
+        raise OSError(errno.EEXIST, "exists and is not a socket")
+    if replaces_live or not is_served(path):
+        with suppress(FileNotFoundError):
+            path.unlink()
+        return
+    raise OSError(errno.EADDRINUSE, "another instance listens there")
+
+
+def is_served(path: Path) -> bool:
+    """Whether somebody listens at a socket."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)  # a full queue is a sign of life, too
+        return probe.connect_ex(str(path)) not in (errno.ECONNREFUSED, errno.ENOENT)
+
+
+@contextmanager
+def _locked(directory: Path, timeout_s: float) -> Iterator[None]:
+    """Let one instance at a time look and bind: a socket that is not listening yet looks stale.
+
+    Anybody may lock a directory, so this waits a while only.
+    """
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        until = time.monotonic() + timeout_s
+        while True:
+            with suppress(BlockingIOError):
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            if time.monotonic() >= until:
+                break
+            time.sleep(0.01)
+        yield
+    finally:
+        os.close(fd)

@@ -1,0 +1,72 @@
+"""Rules whose address cannot be had yet: when it is tried again. Pure; ``now`` is passed in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+# Each failure doubles the wait, from the first to the longest. Arbitrary: a boot brings addresses
+# within seconds, a person within minutes.
+FIRST_DELAY_S: Final = 1.0
+LONGEST_DELAY_S: Final = 30.0
+
+
+@dataclass(slots=True)
+class Waiting:
+    """A rule that waits: why, how often it was tried, and when it is tried again."""
+
+    why: str
+    failures: int
+    not_before: float
+
+
+class Retries:
+    """All rules that wait for their address, by name."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, Waiting] = {}
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def get(self, name: str) -> Waiting | None:
+        """What is known of a rule that waits; None of another one."""
+        return self._waiting.get(name)
+
+    @property
+    def deadline(self) -> float | None:
+        """When the next rule is due; None for never."""
+        return min((one.not_before for one in self._waiting.values()), default=None)
+
+    def due(self, now: float) -> set[str]:
+        """Rules to try now. Those that would be due within a second come along."""
+        if self.deadline is None or now < self.deadline:
+            return set()
+        soon = now + FIRST_DELAY_S
+        return {name for name, one in self._waiting.items() if one.not_before <= soon}
+
+    def on_failure(self, name: str, why: str, now: float) -> bool:
+        """Note that a rule has to wait. Returns whether that is news."""
+        one = self._waiting.get(name)
+        is_news = one is None
+        if one is None:
+            one = self._waiting[name] = Waiting(why, 0, now)
+        one.why = why
+        # The exponent is bounded: a day of failures would overflow a float.
+        delay = min(FIRST_DELAY_S * 2 ** min(one.failures, 16), LONGEST_DELAY_S)
+        one.failures += 1
+        one.not_before = now + delay
+        return is_news
+
+    def on_success(self, name: str) -> int:
+        """Note that a rule has its address. Returns how often it had failed; 0 if it never has."""
+        one = self._waiting.pop(name, None)
+        return 0 if one is None else one.failures
+
+    def keep(self, names: Collection[str]) -> None:
+        """Forget all rules but these."""
+        for name in self._waiting.keys() - set(names):
+            del self._waiting[name]
