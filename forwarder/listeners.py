@@ -31,6 +31,9 @@ log = logging.getLogger(__name__)
 
 # Ten thousand sockets are bound in well under a second.
 START_LOCK_S: Final = 5.0
+# How long the sockets of a removed rule are still served after new handshakes are turned away:
+# time for those under way to finish, one retransmission included.
+CLOSE_GRACE_S: Final = 1.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,13 +145,23 @@ class ListenerTable:
         for sock in given:
             self._inherited.setdefault(address_of(sock), []).append(sock)
 
-    def close_unclaimed(self) -> list[BindAddress]:
-        """Close inherited sockets for which there was no rule. Returns their addresses."""
-        unclaimed = list(self._inherited)
-        for address in unclaimed:
-            for sock in self._inherited.pop(address):
+    def unclaimed(self) -> list[BindAddress]:
+        """Addresses of inherited sockets for which there is no rule."""
+        return list(self._inherited)
+
+    def close_unclaimed(self, *, refuse: bool) -> None:
+        """Close our copies of the sockets of :meth:`unclaimed`.
+
+        ``refuse``: who gave them to us will close them, too, so no new handshake may begin there.
+        But where the port is still served, at another address, no SYN may be lost.
+        """
+        ports = {address.target.sockaddr[1] for address in self._by_address}
+        for address, inherited in self._inherited.items():
+            for sock in inherited:
+                if refuse and address.target.sockaddr[1] not in ports:
+                    sockets.drop_syn(sock)
                 sock.close()
-        return unclaimed
+        self._inherited.clear()
 
     def most_slots(self) -> int:
         """The number of slots of the address that has most."""
@@ -212,6 +225,10 @@ class ListenerTable:
 
     def close(self, addresses: Iterable[BindAddress] | None = None) -> None:
         """Close the sockets of some addresses, or of all."""
+        if addresses is None:
+            for sock in itertools.chain(*self._inherited.values()):
+                sock.close()
+            self._inherited.clear()
         for address in list(self._by_address if addresses is None else addresses):
             slotted = self._by_address.pop(address, None)
             for sock in slotted.sockets if slotted else ():

@@ -18,7 +18,13 @@ from typing import TYPE_CHECKING, Final
 from forwarder.config.plan import diff
 from forwarder.errors import StartupError
 from forwarder.fleet import Serving
-from forwarder.listeners import ListenerTable, address_of, bind_addresses, start_lock
+from forwarder.listeners import (
+    CLOSE_GRACE_S,
+    ListenerTable,
+    address_of,
+    bind_addresses,
+    start_lock,
+)
 from forwarder.status import describe_rule
 from forwarder.upstream.names import unresolved_names
 
@@ -32,9 +38,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# How long the sockets of a removed rule are still served after new handshakes are turned away:
-# time for those under way to finish, one retransmission included.
-CLOSE_GRACE_S: Final = 1.5
 # What is read once, by a process that is not started again by a reload.
 # Of master and worker each, besides listening sockets: channels, epoll, loop, log, pipes, and room
 # for a few sessions. Arbitrary, above the 16 that an idle worker has.
@@ -71,7 +74,7 @@ class Service:
         self.table.inherit(inherited(lambda sock: address_of(sock) in wanted))
         with start_lock():
             self.table.add(wanted, self.config.settings.workers)
-        for address in self.table.close_unclaimed():
+        for address in self.table.unclaimed():
             log.warning("master: no rule listens on %s, inherited; closed", address.target)
 
     def grow(self, slots: int) -> None:
