@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from forwarder import inherit, notify, upgrade
 from forwarder.errors import StartupError
+from forwarder.listeners import CLOSE_GRACE_S
 from forwarder.pidfile import PidFile
 from forwarder.upgrade import Successor
 
@@ -58,13 +59,14 @@ class Handover:
     def __init__(
         self, master: Incumbent, selector: selectors.BaseSelector, requests: Requests
     ) -> None:
-        self.has_heir = False  # after an upgrade
+        self._heir: int | None = None  # the process that serves after an upgrade
         self._master = master
         self._selector = selector
         self._requests = requests
         self._pid_file: PidFile | None = None
         self._successor: Successor | None = None
         self._is_reload_wanted = False
+        self._leave_at: float | None = None
 
     # -- our own place
 
@@ -90,21 +92,26 @@ class Handover:
             self._pid_file.close_in_child()
 
     def remove_pid_file(self) -> None:
-        """Remove the pid file, if it is still ours."""
-        if self._pid_file is not None:
+        """Remove the pid file, if it is ours: not our predecessor's, not our successor's."""
+        if self._pid_file is not None and not upgrade.has_predecessor():
             self._pid_file.remove()
 
     # -- a successor
 
     @property
+    def has_heir(self) -> bool:
+        """Whether an upgrade has succeeded."""
+        return self._heir is not None
+
+    @property
     def is_under_way(self) -> bool:
-        """Whether there is a successor that does not serve yet."""
-        return self._successor is not None
+        """Whether there is a successor, and we are not leaving yet."""
+        return self._successor is not None or self._leave_at is not None
 
     @property
     def deadline(self) -> float | None:
         """When :meth:`turn` has something to do without an event; None for never."""
-        return None if self._successor is None else self._successor.deadline
+        return self._leave_at if self._successor is None else self._successor.deadline
 
     def begin(self) -> str:
         """Start the installed code beside this one, if that is not under way already.
@@ -112,7 +119,7 @@ class Handover:
         Returns why not, or "".
         """
         problem = ""
-        if self._successor is not None:
+        if self.is_under_way:
             return ""
         if not self._master.is_running:
             problem = "the forwarder is stopping"
@@ -130,18 +137,24 @@ class Handover:
         return problem
 
     def turn(self, now: float) -> None:
-        """Give up a successor that has had its time."""
+        """Give up a successor that has had its time; leave when we have had ours."""
+        if self._leave_at is not None and now >= self._leave_at:
+            self._leave_at = None
+            self._master.leave()
         if self._successor is not None and now >= self._successor.deadline:
             self._successor.give_up(now)
 
     def give_up(self) -> None:
-        """Tell the successor to end, if there is one."""
+        """The master is stopping: tell the successor to end, if there is one."""
+        self._leave_at = None
         if self._successor is not None:
             self._successor.give_up(time.monotonic())
 
     def note_reload(self) -> None:
         """A reload is asked for: one that comes during an upgrade is for the one that stays."""
         self._is_reload_wanted = self._successor is not None
+        if self._heir is not None:
+            self._ask_heir_to_reload()
 
     def on_exit(self, pid: int, status: int) -> None:
         """Note that a child has ended; we have reaped it."""
@@ -167,7 +180,6 @@ class Handover:
 
     def _on_ready(self, successor: Successor) -> None:
         self._close_successor(successor)
-        self.has_heir = True
         log.info("upgrade: pid=%d serves; letting our sessions end", successor.pid)
         # It has said so itself, but a service manager may believe the process it knows only.
         notify.notify(f"MAINPID={successor.pid}")
@@ -175,9 +187,14 @@ class Handover:
         if self._pid_file is not None:
             self._pid_file.leave_to(successor.pid)
             self._pid_file = None
+        self._heir = successor.pid
         if self._is_reload_wanted:  # it may have read the configuration before it was changed
-            os.kill(successor.pid, signal.SIGHUP)
-        self._master.leave()
+            self._ask_heir_to_reload()
+        self._leave_at = time.monotonic()
+        if successor.has_dropped_some:
+            # Handshakes under way at sockets that it does not serve are still ours to serve.
+            log.info("upgrade: a rule has gone; serving it for %.1f s more", CLOSE_GRACE_S)
+            self._leave_at += CLOSE_GRACE_S
 
     def _on_failed(self, successor: Successor, how: str) -> None:
         self._close_successor(successor)
@@ -193,6 +210,11 @@ class Handover:
         if self._is_reload_wanted:
             self._is_reload_wanted = False
             self._master.reload()
+
+    def _ask_heir_to_reload(self) -> None:
+        if self._heir is not None:
+            with suppress(ProcessLookupError):
+                os.kill(self._heir, signal.SIGHUP)
 
     def _close_successor(self, successor: Successor) -> None:
         with suppress(KeyError):  # it has said its last word

@@ -37,6 +37,9 @@ log = logging.getLogger(__name__)
 START_LOCK_S: Final = 5.0
 # For the lock of a directory, held for microseconds; a reload must not wait for it. Arbitrary.
 DIRECTORY_LOCK_S: Final = 0.1
+# How long the sockets of a removed rule are still served after new handshakes are turned away:
+# time for those under way to finish, one retransmission included.
+CLOSE_GRACE_S: Final = 1.5
 
 
 @dataclass(slots=True)
@@ -106,13 +109,26 @@ class ListenerTable:
         for sock in given:
             self._inherited.setdefault(address_of(sock), []).append(sock)
 
-    def close_unclaimed(self) -> list[BindAddress]:
-        """Close inherited sockets for which there was no rule. Returns their addresses."""
-        unclaimed = list(self._inherited)
-        for address in unclaimed:
-            for sock in self._inherited.pop(address):
-                sock.close()
-        return unclaimed
+    def unclaimed(self) -> list[BindAddress]:
+        """Addresses of inherited sockets for which there is no rule."""
+        return list(self._inherited)
+
+    def close_unclaimed(self, *, refuse: bool) -> None:
+        """Close our copies of the sockets of :meth:`unclaimed`.
+
+        ``refuse``: who gave them to us will close them, too, so no new handshake may begin there.
+        But where the port is still served, at another address, no SYN may be lost.
+        """
+        for address, inherited in self._inherited.items():
+            if refuse and address.has_handshakes and self._ports[_port_of(address)] <= 0:
+                for sock in inherited:
+                    sockets.drop_syn(sock)
+        self._close_inherited()
+
+    def _close_inherited(self) -> None:
+        for sock in itertools.chain(*self._inherited.values()):
+            sock.close()
+        self._inherited.clear()
 
     def most_slots(self) -> int:
         """The number of slots of the address that has most."""
@@ -216,6 +232,8 @@ class ListenerTable:
 
     def close(self, addresses: Iterable[BindAddress] | None = None) -> None:
         """Close the sockets of some addresses, or of all, and give the addresses up."""
+        if addresses is None:
+            self._close_inherited()
         closed: set[int] = set()
         for address in list(self._by_address if addresses is None else addresses):
             slotted = self._by_address.pop(address, None)
@@ -241,6 +259,7 @@ class ListenerTable:
         for sock in self.all_sockets():
             sock.close()
         self._by_address.clear()
+        self._close_inherited()
 
     def release_in_child(self) -> None:
         """The same in a forked process, by number, for whom the table is of no use any more.

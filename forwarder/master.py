@@ -317,17 +317,19 @@ class Master:
                 len(self._service.config.rules),
                 self._service.generation,
             )
+            has_dropped_some = bool(self._service.table.unclaimed())
             if upgrade.has_predecessor():
                 # Only now, since a successor that fails must not take them.
                 self._handover.claim()
                 self._open_control()
+            self._service.table.close_unclaimed(refuse=upgrade.has_predecessor())
             self._service.own()
             notify.notify(
                 f"MAINPID={os.getpid()}",
                 "READY=1",
                 f"STATUS={len(self._service.config.rules)} rules",
             )
-            upgrade.tell_predecessor()
+            upgrade.tell_predecessor(has_dropped_some=has_dropped_some)
 
     @property
     def _may_bind_late(self) -> bool:

@@ -19,7 +19,7 @@ from forwarder.addr import UnixAddress
 from forwarder.config.plan import diff
 from forwarder.errors import StartupError
 from forwarder.fleet import Serving
-from forwarder.listeners import ListenerTable, start_lock
+from forwarder.listeners import CLOSE_GRACE_S, ListenerTable, start_lock
 from forwarder.net.addresses import BindError, address_of
 from forwarder.reload import Candidate, Rejected, look_up
 from forwarder.retries import Retries
@@ -36,9 +36,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# How long the sockets of a removed rule are still served after new handshakes are turned away:
-# time for those under way to finish, one retransmission included.
-CLOSE_GRACE_S: Final = 1.5
 # What is read once, by a process that is not started again by a reload.
 # Of master and worker each, besides listening sockets: channels, epoll, loop, log, pipes, and room
 # for a few sessions. Arbitrary, above the 16 that an idle worker has.
@@ -78,7 +75,7 @@ class Service:
         with start_lock():
             self.table.add(_required(candidate), slots)
             self._put_in_force(candidate, slots)
-        for address in self.table.close_unclaimed():
+        for address in self.table.unclaimed():
             log.warning("master: no rule listens on %s, inherited; closed", address.target)
 
     def grow(self, slots: int) -> None:

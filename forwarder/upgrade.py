@@ -31,6 +31,7 @@ UPGRADE_TIMEOUT_S: Final = 60.0
 _GIVING_UP: Final = (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL)
 _GIVING_UP_S: Final = 3.0  # between two of them; a master kills its own workers after 2 s
 _READY: Final = b"R"
+_READY_WITHOUT_SOME: Final = b"r"  # for some of the sockets it has no rule
 
 
 class Successor:
@@ -49,6 +50,7 @@ class Successor:
         Raises OSError. Blocks until the new program is being executed.
         """
         self.deadline = now + UPGRADE_TIMEOUT_S
+        self.has_dropped_some = False  # it turns handshakes away at sockets that it does not serve
         self._signals = list(_GIVING_UP)
         self._read_fd, write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         numbers = [sock.fileno() for sock in listeners]
@@ -88,7 +90,8 @@ class Successor:
             said = os.read(self._read_fd, 1)
         except BlockingIOError:
             return None
-        return said == _READY
+        self.has_dropped_some = said == _READY_WITHOUT_SOME
+        return said in (_READY, _READY_WITHOUT_SOME)
 
     def give_up(self, now: float) -> None:
         """Tell it to end, with more emphasis each time; at ``deadline`` is the next time."""
@@ -103,12 +106,12 @@ class Successor:
         self._process.returncode = 0  # the master reaps it; subprocess must not warn or wait
 
 
-def tell_predecessor() -> None:
-    """Say that we serve, if we were started by an upgrade. Says it once."""
+def tell_predecessor(*, has_dropped_some: bool) -> None:
+    """Say that we serve, all that we have inherited or not, if an upgrade has started us; once."""
     text = os.environ.pop(READY_VARIABLE, "")
     if text.isdigit():
         with suppress(OSError):  # a predecessor that has died meanwhile needs no answer
-            os.write(int(text), _READY)
+            os.write(int(text), _READY_WITHOUT_SOME if has_dropped_some else _READY)
             os.close(int(text))
 
 

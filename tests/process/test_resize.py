@@ -375,6 +375,29 @@ def test_a_hung_worker_is_replaced_and_its_clients_are_served(site: Site) -> Non
         assert_alive(link)
 
 
+def test_sockets_of_a_hung_worker_are_served_before_it_is_replaced(site: Site) -> None:
+    """Its slot has had so many deaths that the next worker has to wait.
+
+    Result: the other worker has all who waited in its queue.
+    """
+    site._path.write_text('hang_timeout = "3s"\n' + site.text(2))
+    it = site.it = Configured(site._launch("-c", str(site._path)), site._path)
+    (kept,) = (pid for pid in it.forwarder.workers() if title(pid).endswith("1"))
+    for death in range(1, 7):
+        eventually(lambda: len(it.forwarder.workers()) == 2)
+        (pid,) = set(it.forwarder.workers()) - {kept}
+        it.forwarder.wait_logged(f"worker.ready slot=0 pid={pid}")
+        if death < 6:
+            os.kill(pid, signal.SIGKILL)
+            eventually(lambda: pid not in it.forwarder.workers())  # noqa: B023
+    suspend(pid)
+    clients = site.queue(40)
+    it.forwarder.wait_logged(f"worker.hung slot=0 pid={pid}")
+    site.assert_served(clients)
+    for client in clients:
+        assert owner([kept], client) == kept
+
+
 def test_a_worker_that_hangs_while_it_retires_is_ended(site: Site) -> None:
     """Its rule goes, too. Result: the process goes, the port is free and can be had again."""
     with ExitStack() as stack:

@@ -246,6 +246,50 @@ def test_a_changed_configuration_is_in_force_after_it(site: Site) -> None:
     site.stop()
 
 
+def test_a_rule_that_goes_with_an_upgrade_resets_nobody(site: Site) -> None:
+    """Clients connect to it all the time, as to one that stays.
+
+    Result: those whose handshake had begun are served; later ones are refused, not reset.
+    """
+    site.start(workers=3)
+    with ExitStack() as stack:
+        other_upstream = stack.enter_context(listen())
+        going = stack.enter_context(reserve_port()).getsockname()
+        more = rule(going, other_upstream.getsockname())
+        for number in range(1, TIMES + 1):
+            site.config.write_text(site.text(3, more))
+            site.upgrade()
+            with (
+                Load(site.address, site.upstream, rate=200, streams=3) as load,
+                Load(going, other_upstream, rate=600) as there,
+            ):
+                there.wait_served(100)
+                site.config.write_text(site.text(3))
+                site.upgrade()
+                load.wait_served(100)
+                eventually(lambda: listeners(going) == 0)
+                site.wait_logged("upgrade: a rule has gone; serving it", times=number)
+                accounts = load.stop(), there.stop()
+            assert accounts[0].dropped == 0, accounts[0].problems
+            assert accounts[1].dropped == accounts[1].refused, accounts[1].problems
+    site.stop()
+
+
+def test_hup_after_an_upgrade_reaches_the_one_that_serves(site: Site) -> None:
+    """Whoever sends it knows the old one only, which still has a session."""
+    old = site.start()
+    link = site.link()
+    new = site.upgrade()
+    site.forwarder.signal(signal.SIGHUP)
+    site.wait_logged(r"master\.reloaded .* generation 2")
+    assert site.status()["generation"] == 2
+    assert_alive(link)
+    link.close()
+    site.wait_gone(old)
+    assert site.master() == new
+    site.stop()
+
+
 def test_a_worker_that_hangs_while_the_old_one_drains_is_ended(site: Site) -> None:
     """Nothing bounds how long it drains. Result: it does not stay for ever."""
     old = site.start(head='hang_timeout = "3s"\n')
