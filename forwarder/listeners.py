@@ -136,7 +136,7 @@ class ListenerTable:
 
     def count(self, wanted: Iterable[BindAddress], slots: int) -> int:
         """How many sockets there will be when ``wanted`` has ``slots`` sockets each."""
-        total = sum(len(slotted.sockets) for slotted in self._by_address.values())
+        total = len(self._fds)
         for address in wanted:
             slotted = self._by_address.get(address)
             total += max(slots - len(slotted.sockets), 0) if slotted else slots

@@ -188,6 +188,8 @@ class Service:
             try:
                 if not why:
                     _check_taken(rule, addresses, taken)
+                    needed = self.table.count(addresses, slots)
+                    _check_descriptors(needed, f"{len(addresses)} addresses more")
                     self.table.add(dict.fromkeys(addresses, rule), slots)
             except StartupError as err:
                 why = err.why if isinstance(err, BindError) else str(err)

@@ -5,20 +5,21 @@ from __future__ import annotations
 import os
 import re
 import sys
+import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import pytest
 from support import procfs
-from support.ends import Link, accept, connect, listen
+from support.ends import Link, accept, connect, listen, listen_unix
 from support.forwarder import Forwarder, Leaks, reserve_port
 from support.waiting import eventually
 
 if TYPE_CHECKING:
     import socket
     from collections.abc import Generator, Iterator
-    from pathlib import Path
 
     from _pytest.reports import CollectReport, TestReport
 
@@ -146,7 +147,7 @@ class Tunnel:
     """
 
     forwarder: Forwarder
-    address: tuple[str, int]
+    address: tuple[str, int] | str
     listener: socket.socket
     leaks: Leaks
     links: list[Link] = field(default_factory=list)
@@ -220,19 +221,64 @@ def make_tunnel(start_forwarder: StartForwarder, tmp_path: Path) -> Iterator[Mak
 # -- one forwarder for all tests of a module, in every variant
 
 
-@pytest.fixture(
-    scope="module",
-    params=[(relay, workers) for relay in ("splice", "copy") for workers in (1, 3)],
-    ids=lambda param: f"{param[0]}-{param[1]}",
+Variant = tuple[str, int, str, str]
+VARIANTS: list[Variant] = [
+    (relay, workers, "tcp", "tcp") for relay in ("splice", "copy") for workers in (1, 3)
+]
+"""Way of relaying, number of workers, and what the two sides of the forwarder are."""
+UNIX_VARIANTS: list[Variant] = [
+    ("splice", 2, "path", "tcp"),
+    ("copy", 1, "path", "tcp"),
+    ("splice", 1, "tcp", "path"),
+    ("copy", 2, "tcp", "abstract"),
+    ("splice", 2, "abstract", "path"),
+]
+"""The same with unix sockets; a module that wants them says so by ``EVERY_VARIANT``."""
+
+
+def variant_id(variant: Variant) -> str:
+    """The variant in the name of a test."""
+    return "-".join(map(str, variant[: 2 if variant[2:] == ("tcp", "tcp") else 4]))
+
+
+EVERY_VARIANT = pytest.mark.parametrize(
+    "shared_tunnel", VARIANTS + UNIX_VARIANTS, ids=variant_id, indirect=True, scope="module"
 )
+
+
+def as_text(address: tuple[str, int] | str) -> str:
+    """A socket address as the forwarder reads it."""
+    if isinstance(address, str):
+        return "unix:" + address.replace("\0", "@", 1)
+    host = f"[{address[0]}]" if ":" in address[0] else address[0]
+    return f"{host}:{address[1]}"
+
+
+def _side(kind: str, directory: Path, name: str, stack: ExitStack) -> tuple[str, int] | str:
+    """An address of that kind that nobody else has."""
+    if kind == "path":
+        return str(directory / name)
+    if kind == "abstract":
+        return f"\0{directory}/{name}"
+    host, port = stack.enter_context(reserve_port()).getsockname()
+    return host, port
+
+
+@pytest.fixture(scope="module", params=VARIANTS, ids=variant_id)
 def shared_tunnel(request: pytest.FixtureRequest) -> Iterator[Tunnel]:
-    """A tunnel for a whole module, per relay and number of workers; at its end, look for leaks."""
-    relay, workers = request.param
-    with reserve_port() as holder, listen() as listener:
-        address = holder.getsockname()
+    """A tunnel for a whole module, per variant; at its end, look for leaks."""
+    relay, workers, *sides = request.param
+    with ExitStack() as stack, tempfile.TemporaryDirectory() as name:
+        address = _side(sides[0], Path(name), "listen", stack)
+        if sides[1] == "tcp":
+            listener = stack.enter_context(listen())
+        else:
+            there = _side(sides[1], Path(name), "upstream", stack)
+            assert isinstance(there, str)
+            listener = stack.enter_context(listen_unix(there))
         forwarder = Forwarder(
             [
-                *("-l", "{}:{}".format(*address), "-r", "{}:{}".format(*listener.getsockname())),
+                *("-l", as_text(address), "-r", as_text(name_of(listener))),
                 *("--workers", str(workers), "--relay", relay),
             ]
         )
@@ -246,6 +292,14 @@ def shared_tunnel(request: pytest.FixtureRequest) -> Iterator[Tunnel]:
         finally:
             if forwarder.process.returncode is None:
                 forwarder.kill()
+
+
+def name_of(sock: socket.socket) -> tuple[str, int] | str:
+    """Where a socket is bound."""
+    found = sock.getsockname()
+    if isinstance(found, bytes):  # Python gives abstract names so
+        return found.decode()
+    return found if isinstance(found, str) else (found[0], found[1])
 
 
 @pytest.fixture

@@ -60,6 +60,21 @@ def test_pairs_can_be_checked_too() -> None:
     assert "tcp 192.0.2.9:22 -> [::1]:22" in ended.stdout
 
 
+def test_it_shows_ranges_unix_sockets_and_what_may_wait(tmp_path: Path) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text(
+        '[[forwarding_rules]]\nname = "a"\nlisten = "127.0.0.1:80-89"\nupstream = "a:180-189"\n'
+        'bind = "retry"\n[[forwarding_rules]]\nname = "b"\nlisten = "unix:/run/b"\n'
+        'upstream = "unix:@b"\nmode = "0600"\n'
+    )
+    ended = run_command("check", "-c", str(path))
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.splitlines()[1:] == [
+        "a: tcp 127.0.0.1:80-89 -> a:180-189, may wait for its address",
+        "b: tcp unix:/run/b -> unix:@b, mode 0600",
+    ]
+
+
 @pytest.mark.parametrize("words", [["check"], ["run"], []], ids=["check", "run", "short"])
 def test_all_problems_are_reported_with_their_places(tmp_path: Path, words: list[str]) -> None:
     path = tmp_path / "bad.toml"

@@ -6,12 +6,15 @@ import socket
 from typing import TYPE_CHECKING
 
 import pytest
+from conftest import EVERY_VARIANT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.ends import Talker, carry, receive_exactly, seeded, talk
 
 if TYPE_CHECKING:
     from conftest import Tunnel
+
+pytestmark = EVERY_VARIANT
 
 MIB = 1 << 20
 # Around what one read of a message takes, what bulk takes at once, and what a turn may move.

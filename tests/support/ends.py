@@ -43,16 +43,24 @@ class Link(NamedTuple):
         return self.upstream, self.client
 
 
-def connect(address: tuple[str, int], receive_buffer: int = 0) -> socket.socket:
+def family_of(address: tuple[str, int] | str) -> socket.AddressFamily:
+    """The family of an address; a text is the path of a unix socket, or NUL and a name."""
+    if isinstance(address, str):
+        return socket.AF_UNIX
+    return socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+
+
+def connect(address: tuple[str, int] | str, receive_buffer: int = 0) -> socket.socket:
     """Connect with a patient timeout."""
-    family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+    family = family_of(address)
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         if receive_buffer:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         sock.settimeout(PATIENCE_S)
         sock.connect(address)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     except BaseException:
         sock.close()
         raise
@@ -78,11 +86,25 @@ def listen(
     return sock
 
 
+def listen_unix(address: str, backlog: int = 4096) -> socket.socket:
+    """Listen at a path, or at a name that begins with NUL."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.bind(address)
+        sock.listen(backlog)
+        sock.settimeout(PATIENCE_S)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
 def accept(listener: socket.socket) -> socket.socket:
     """Accept one connection, with a patient timeout on it."""
     sock, _ = listener.accept()
     sock.settimeout(PATIENCE_S)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if sock.family != socket.AF_UNIX:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return sock
 
 
