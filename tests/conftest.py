@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import pytest
+from hypothesis import HealthCheck, settings
 from support import procfs
 from support.ends import Link, accept, connect, listen, listen_unix
 from support.forwarder import Forwarder, Leaks, reserve_port
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
 
     from _pytest.reports import CollectReport, TestReport
+
+# A machine that is busy with something else is no reason for a test to fail.
+settings.register_profile("forwarder", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("forwarder")
 
 ON_LINUX = sys.platform.startswith("linux")
 

@@ -73,6 +73,7 @@ class StubPool:
             place=Place("test"),
         )
         self.row, self.counts = 1, new_row()
+        self.has_unix = False
         self._targets = targets
         self.waiting: list[Callable[[tuple[Target, ...]], None]] = []
 
