@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 import click
 
-from forwarder import __version__, cli_control, config, demo, master, unbuilt
+from forwarder import __version__, cli_control, config, demo, master
 from forwarder.addr import UnixAddress
 from forwarder.config.model import MAX_FLOWS, Config, Dialect, Framing, RelayMode, Rule
 from forwarder.errors import ConfigError, ExitCode, ForwarderError
@@ -134,7 +134,6 @@ def run(  # noqa: PLR0913 - one parameter per option is click's way
             **{key: value for key, value in given.items() if value is not None},  # type: ignore[arg-type]  # one field each
         )
         settings = dataclasses.replace(settings, workers=settings.workers or usable_cpus())
-        unbuilt.warn(loaded.config)
         _refuse_missing_splice(settings.relay)
         rules = loaded.config.rules
         if keep_going:
@@ -158,7 +157,6 @@ def check(
     """Validate a configuration and print what it means. Opens no port; needs no privilege."""
     loaded = _load(config_file, dialect, listens, remotes)
     _warn(loaded)
-    unbuilt.warn(loaded.config)
     for line in describe(loaded.config, config_file or "command line"):
         click.echo(line)
 

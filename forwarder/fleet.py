@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 from forwarder import messages, supervision, worker
 from forwarder.asking import Questions
+from forwarder.connlog.files import LogFiles
 from forwarder.heartbeat import Heartbeats
 from forwarder.ledger import Ledger
 from forwarder.net import pipes
@@ -72,6 +73,7 @@ class Fleet:
         """
         self.serving: Serving
         self.identity: Identity | None = None  # whom the workers run as, if not us
+        self.logs = LogFiles()
         self.ledger = Ledger()
         self.questions = Questions()
         self._table = table
@@ -151,6 +153,7 @@ class Fleet:
                 self._start(slot, now)
         self.end_hung(now)
         self.ledger.sample(now)
+        self._tell_logs()
         self._assign()
         if self._retiring and self.is_settled:
             for process in self._retiring:
@@ -175,6 +178,22 @@ class Fleet:
         except ChannelClosed:
             return
         self._watch(process)
+
+    def _tell_logs(self) -> None:
+        """Tell each worker, those that are leaving too, where the connection log goes now."""
+        for process in self.processes():
+            if process.logs_revision == self.logs.revision or time.monotonic() < process.deaf_until:
+                continue
+            try:
+                messages.send_logs(process.channel, self.logs.places)
+            except ChannelClosed:
+                continue  # it has died; SIGCHLD follows
+            except OSError as err:
+                log.error("log: cannot tell worker %d about its files: %s", process.slot, err)
+                process.deaf_until = time.monotonic() + RETRY_S
+                continue
+            process.logs_revision = self.logs.revision
+            self._watch(process)
 
     def ask(
         self,

@@ -23,6 +23,7 @@ import setproctitle
 
 from forwarder import __version__, notify, upgrade
 from forwarder.config.model import STOP_TIMEOUT_S
+from forwarder.connlog.files import discard
 from forwarder.errors import ExitCode, StartupError
 from forwarder.fleet import Fleet
 from forwarder.handover import UNDER_WAY, Handover, inherited_sockets
@@ -157,6 +158,7 @@ class Master:
         self._service.open(partial(inherited_sockets, self._fleet.identity))
         if not upgrade.has_predecessor():
             self._open_control()
+        self._fleet.logs.use(self._fleet.logs.prepare(config.settings.logs))
         self._fleet.serving = self._service.serving()
         self._fleet.resize(config.settings.workers)
         setproctitle.setproctitle(f"forwarder: master [{self._spec.title}]")
@@ -177,6 +179,7 @@ class Master:
         """Give up what the master owns, but sockets and pid file; a forked child does the same."""
         self._late.close()
         self._reloading.close()
+        self._fleet.logs.close()
         if self._signals is not None:
             self._signals.close()
         self._handover.close()
@@ -265,7 +268,7 @@ class Master:
             self._handover.note_reload()
             self.reload()
         elif number is signal.SIGUSR1:
-            log.info("master: SIGUSR1: there is no log file to reopen")
+            self._fleet.logs.reopen()
         elif number is signal.SIGUSR2:
             self.upgrade()
         elif number is signal.SIGTTIN:
@@ -445,7 +448,13 @@ class Master:
         is_resized = wanted != self._service.config.settings.workers
         size = wanted if is_resized else self._fleet.size
         self._late.cancel()  # this tries them all
-        self._report = self._service.begin(candidate, size)
+        logs = self._fleet.logs.prepare(candidate.config.settings.logs)
+        try:
+            self._report = self._service.begin(candidate, size)
+        except BaseException:
+            discard(logs)
+            raise
+        self._fleet.logs.use(logs)
         self._requests.on_accepted(self._report, self._service.generation)
         self._fleet.serving = self._service.serving()
         # Those that go now are served for a moment yet; the next reload forgets them.

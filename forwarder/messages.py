@@ -1,9 +1,9 @@
 """What the master and its workers say to each other.
 
 Master to worker: SOCKETS (listening sockets, by id), APPLY (which of them serve which rule, from
-now on), DRAIN, STOP, LIST and KILL (some of its sessions). Worker to master: APPLIED, LEAVING, and
-ANSWER to LIST or KILL. A worker that starts, one that gets a new configuration and one that takes
-over another's sockets do the same: apply an assignment.
+now on), LOGS (where the connection log goes), DRAIN, STOP, LIST and KILL (some of its sessions).
+Worker to master: APPLIED, LEAVING, and ANSWER to LIST or KILL. A worker that starts, one that gets
+a new configuration and one that takes over another's sockets do the same: apply an assignment.
 
 The assignment travels pickled, from the master to its own forked child, never the other way: a
 worker may run with fewer rights than the master and must not be able to make it run anything.
@@ -12,17 +12,19 @@ worker may run with fewer rights than the master and must not be able to make it
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
+from forwarder.config.model import LogFormat
 from forwarder.net.channel import MAX_FDS, from_memory_file, to_memory_file
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
-    from forwarder.config.model import Config
+    from forwarder.config.model import Config, LogPlace
     from forwarder.net.channel import Channel, Received
 
 # Some 300 bytes for each of the sessions that are listed at most.
@@ -38,6 +40,7 @@ class Op(StrEnum):
     STOP = "stop"
     APPLIED = "applied"
     LEAVING = "leaving"
+    LOGS = "logs"
     LIST = "list"
     KILL = "kill"
     ANSWER = "answer"
@@ -96,3 +99,18 @@ def read_answer(received: Received) -> object:
     (fd,) = received.fds
     content = from_memory_file(fd, MAX_ANSWER_BYTES)
     return json.loads(content)
+
+
+def send_logs(channel: Channel, places: Sequence[tuple[LogPlace, int | None]]) -> None:
+    """Tell where the connection log goes; the descriptors stay the sender's."""
+    described = [[place.format.value, place.to, fd is not None] for place, fd in places]
+    fds = [os.dup(fd) for _, fd in places if fd is not None]
+    channel.send({"op": Op.LOGS, "places": described}, fds, gives=True)
+
+
+def read_logs(received: Received) -> list[tuple[LogFormat, str, int | None]]:
+    """The places in a LOGS message: format, name, and a descriptor that becomes the caller's."""
+    fds = iter(received.fds)
+    places = received.message["places"]
+    assert isinstance(places, list)  # noqa: S101 - our own master says so
+    return [(LogFormat(how), name, next(fds) if has_fd else None) for how, name, has_fd in places]

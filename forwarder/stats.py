@@ -62,6 +62,7 @@ COUNTERS: Final = (
     "pipes_made",
     "pipes_idle",
     "pipe_pages",
+    "log_lines_dropped",
 )
 _STATES: Final = frozenset({"sessions", "pipes_made", "pipes_idle", "pipe_pages"})
 

@@ -25,10 +25,11 @@ import uvloop
 from forwarder import privileges
 from forwarder.access import AccessList
 from forwarder.addr import UnixAddress
+from forwarder.connlog.log import FLUSH_S
 from forwarder.errors import Phase
 from forwarder.heartbeat import BEAT_S
 from forwarder.inherit import OrphanDoor
-from forwarder.messages import Op, read_assignment, send_answer
+from forwarder.messages import Op, read_assignment, read_logs, send_answer
 from forwarder.net.channel import Channel, ChannelClosed, Received
 from forwarder.relay import listing
 from forwarder.relay.listener import listener_class
@@ -130,7 +131,8 @@ class Worker:
         self._heartbeats = spec.heartbeats
         self._slot = spec.slot
         self._cell = spec.cell
-        self._relay = Relay(loop, spec.relay)
+        self._relay = Relay(loop, spec.relay, slot=spec.slot)
+        self._is_flushing = False
         self._resolver = Resolver(loop)
         self._pools: dict[str, Pool] = {}
         self._listeners: dict[int, AnyListener] = {}
@@ -175,6 +177,8 @@ class Worker:
         op = received.message["op"]
         if op == Op.SOCKETS:
             self._take_sockets(received)
+        elif op == Op.LOGS:
+            self._take_logs(received)
         elif op == Op.APPLY:
             if received.is_truncated:
                 self._acknowledge(0)
@@ -202,6 +206,23 @@ class Worker:
             return
         for socket_id, fd in zip(ids, received.fds, strict=True):
             self._sockets[socket_id] = socket.socket(fileno=fd)
+
+    def _take_logs(self, received: Received) -> None:
+        """Write the connection log there from now on."""
+        if received.is_truncated:
+            log.error("log: no descriptors left for the files of the connection log")
+            for fd in received.fds:
+                os.close(fd)
+            return
+        self._relay.connlog.set_places(read_logs(received))
+        if not self._is_flushing:
+            self._flush_logs()
+
+    def _flush_logs(self) -> None:
+        self._relay.connlog.flush()
+        self._is_flushing = self._relay.connlog.is_on
+        if self._is_flushing:
+            self._loop.call_later(FLUSH_S, self._flush_logs)
 
     def _answer(self, question: Message) -> None:
         """List or end some sessions."""

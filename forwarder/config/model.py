@@ -81,10 +81,11 @@ class RelayMode(Enum):
 
 
 class LogFormat(Enum):
-    """Format of the connection log: rinetd's tab-separated one, or its common log format."""
+    """Format of the connection log: rinetd's two, tab-separated and as a web server's, and JSON."""
 
     RINETD = "rinetd"
     COMMON = "common"
+    JSON = "json"
 
 
 class Verdict(Enum):
@@ -106,6 +107,15 @@ class AccessRule:
     def is_allow(self) -> bool:
         """Whether the rule allows; otherwise it denies."""
         return self.verdict is Verdict.ALLOW
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogPlace:
+    """Where the connection log goes: a path, ``stderr``, ``syslog`` or ``journal``; and how."""
+
+    to: str
+    format: LogFormat
+    place: Place = field(compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,8 +167,7 @@ class Settings:
 
     workers: int = 0
     relay: RelayMode = RelayMode.AUTO
-    log_file: str | None = None
-    log_format: LogFormat = LogFormat.RINETD
+    logs: tuple[LogPlace, ...] = ()
     pid_file: str | None = None
     control: str | None = None
     user: str | None = None

@@ -17,7 +17,7 @@ from difflib import get_close_matches
 
 from forwarder.addr import MAX_PORT, Address, AddressError, is_ip, parse_host
 from forwarder.config.durations import MAX_DURATION_S
-from forwarder.config.model import AccessRule, LogFormat, Protocol, Verdict
+from forwarder.config.model import AccessRule, LogFormat, LogPlace, Protocol, Verdict
 from forwarder.config.raw import Issues, Placed, RawConfig, RawRule
 from forwarder.errors import Place
 
@@ -66,6 +66,8 @@ class _Reader:
         self._service_port = service_port
         self._line = 0
         self._seen: set[str] = set()
+        self._log_file: Placed[str] | None = None
+        self._log_format = LogFormat.RINETD
         # Where the next access rule goes.
         self._access = self.raw.access
 
@@ -89,7 +91,8 @@ class _Reader:
         if keyword == "logcommon":
             if not _BARE_LINE.fullmatch(line, end):
                 self._issues.error(self._place(end), "logcommon is followed by more text")
-            self._set(keyword, start, log_format=LogFormat.COMMON)
+            self._log_format = LogFormat.COMMON
+            self._set_logs()
             return
         match = _FILE_LINE.fullmatch(line, end)
         if match is None:
@@ -102,15 +105,24 @@ class _Reader:
             return
         name = match[1].strip('"') if match[1].startswith('"') else match[1]
         if keyword == "logfile":
-            self._set(keyword, start, log_file=name)
+            self._note(keyword, start)
+            self._log_file = Placed(name, self._place(start))
+            self._set_logs()
         else:
-            self._set("pidlogfile", start, pid_file=name)
+            self._note("pidlogfile", start)
+            self.raw.settings = replace(self.raw.settings, pid_file=name)
 
-    def _set(self, keyword: str, start: int, **change: str | LogFormat) -> None:
-        if keyword in self._seen and keyword != "logcommon":
+    def _note(self, keyword: str, start: int) -> None:
+        if keyword in self._seen:
             self._issues.warn(self._place(start), f"{keyword} is given again; the last one counts")
         self._seen.add(keyword)
-        self.raw.settings = replace(self.raw.settings, **change)  # type: ignore[arg-type] # one field each
+
+    def _set_logs(self) -> None:
+        """logfile says where to and logcommon how, in any order."""
+        file = self._log_file
+        if file is not None:
+            place = LogPlace(to=file.value, format=self._log_format, place=file.place)
+            self.raw.settings = replace(self.raw.settings, logs=(place,))
 
     def _read_access(self, verdict: Verdict, line: str, end: int) -> None:
         match = _PATTERN_LINE.fullmatch(line, end)

@@ -16,6 +16,7 @@ from forwarder.config.model import (
     BindPolicy,
     Framing,
     LogFormat,
+    LogPlace,
     Protocol,
     RelayMode,
     Settings,
@@ -47,6 +48,7 @@ TOP_KEYS = (
     "idle_timeout",
     "log_file",
     "log_format",
+    "logs",
     "pid_file",
     "relay",
     "user",
@@ -73,6 +75,8 @@ RULE_KEYS = (
     "upstream",
 )
 ACCESS_KEYS = ("type", "pattern")
+LOG_KEYS = ("to", "format")
+LOG_PLACES = '"stderr", "syslog", "journal" or a path'
 
 _POSITION = re.compile(r" \(at (?:line ([0-9]+), column ([0-9]+)|end of document)\)$")
 _MODE = re.compile(r"0?[0-7]{3}")
@@ -133,7 +137,6 @@ def _report_syntax(message: str, text: str, source: str, issues: Issues) -> None
 
 
 def _settings(top: Table) -> Settings:
-    log_file = top.text("log_file")
     pid_file = top.text("pid_file")
     control = top.text("control")
     user = top.text("user")
@@ -141,7 +144,7 @@ def _settings(top: Table) -> Settings:
     drain_timeout = top.duration("drain_timeout")
     settings = Settings(
         workers=_workers(top),
-        log_file=log_file.value if log_file else None,
+        logs=_logs(top),
         pid_file=pid_file.value if pid_file else None,
         control=control.value if control else None,
         user=user.value if user else None,
@@ -149,11 +152,44 @@ def _settings(top: Table) -> Settings:
         drain_timeout_s=drain_timeout.value if drain_timeout else None,
         hang_timeout_s=_hang_timeout(top),
     )
-    return replace(
-        settings,
-        relay=top.choice("relay", RelayMode) or settings.relay,
-        log_format=top.choice("log_format", LogFormat) or settings.log_format,
-    )
+    return replace(settings, relay=top.choice("relay", RelayMode) or settings.relay)
+
+
+def _logs(top: Table) -> tuple[LogPlace, ...]:
+    """The connection log: oxidinetd's two keys are one place, [[logs]] any number."""
+    places = []
+    log_file = top.text("log_file")
+    log_format = top.choice("log_format", LogFormat)
+    if log_file:
+        how = log_format or LogFormat.RINETD
+        places.append(LogPlace(to=log_file.value, format=how, place=log_file.place))
+    elif log_format:
+        top.issues.warn(
+            top.place("log_format"),
+            "log_format has no effect without log_file",
+            hint="[[logs]] has a format of its own",
+        )
+    for entry in top.tables("logs", LOG_KEYS):
+        to = entry.text("to", LOG_PLACES)
+        if "to" not in entry:
+            entry.issues.error(entry.place(), "an entry of logs lacks to", allowed=LOG_PLACES)
+        how = entry.choice("format", LogFormat) or LogFormat.JSON
+        if to:
+            places.append(LogPlace(to=to.value, format=how, place=to.place))
+    _check_logs(places, top.issues)
+    return tuple(places)
+
+
+def _check_logs(places: list[LogPlace], issues: Issues) -> None:
+    first: dict[str, LogPlace] = {}
+    for place in places:
+        other = first.setdefault(place.to, place)
+        if other is not place:
+            issues.error(
+                place.place,
+                f"the connection log goes to {place.to} already, at {other.place}",
+                hint="give each place one entry",
+            )
 
 
 def _hang_timeout(top: Table) -> float:

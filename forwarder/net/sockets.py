@@ -153,8 +153,8 @@ def listen_abstract(target: Target) -> socket.socket:
     return sock
 
 
-def bound_to(sock: socket.socket) -> Target:
-    """Where a socket is bound."""
+def bound_to(sock: socket.SocketType) -> Target:
+    """Where a socket is bound. Raises OSError when it is closed."""
     address = sock.getsockname()
     # Python gives abstract names as bytes.
     return Target(sock.family, os.fsdecode(address) if isinstance(address, bytes) else address)

@@ -98,6 +98,10 @@ class Flow:
         self.c2u, self.u2c = c2u, u2c
         c2u.reverse, u2c.reverse = u2c, c2u
 
+    def local(self) -> Target:
+        """The address of ours that the client speaks to. Raises OSError when it is closed."""
+        raise NotImplementedError
+
     # -- opening
 
     def start(self) -> None:
@@ -151,6 +155,7 @@ class Flow:
         self.active_at = self.connected_at = self.relay.poller.now
         self.pool.counts[connect_bucket(self.connected_at - self.started_at)] += 1
         self.arm(self.silence_limit_s)
+        self.relay.on_open(self)
 
     def fail(self, why: str, who: Who = Who.UPSTREAM) -> None:
         """No upstream could be opened."""

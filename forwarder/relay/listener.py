@@ -11,10 +11,8 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 
 from forwarder.access import Decision
 from forwarder.addr import Address
-from forwarder.errors import NOT_ALLOWED
 from forwarder.net import sockets
 from forwarder.relay.udp_listener import UdpListener
-from forwarder.stats import ENDS
 
 if TYPE_CHECKING:
     import socket
@@ -31,6 +29,7 @@ log = logging.getLogger(__name__)
 ACCEPT_BATCH: Final = 8
 # How long a listener rests when descriptors or memory are used up. Clients wait in its queue.
 PAUSE_S: Final = 0.1
+_ALLOWED: Final = Decision.ALLOWED
 
 
 class Listener:
@@ -107,10 +106,11 @@ class Listener:
             if self._pauses:
                 self._report_recovery()
             client = sockets.accepted_socket(fd, self._family)
-            if self.access.is_empty or self.access.decide(address[0]) is Decision.ALLOWED:
+            decision = _ALLOWED if self.access.is_empty else self.access.decide(address[0])
+            if decision is _ALLOWED:
                 relay.open_session(self.pool, client, address)
             else:
-                self.pool.counts[ENDS + NOT_ALLOWED.index] += 1
+                relay.on_refused(self.pool, address, self.sock, decision)
                 client.close()
 
     def on_bug(self) -> None:

@@ -11,11 +11,13 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from forwarder.config.model import Protocol, RelayMode
-from forwarder.errors import CloseReason, Phase, Who
+from forwarder.connlog.log import ConnectionLog
+from forwarder.errors import NOT_ALLOWED, CloseReason, Phase, Who
 from forwarder.net import datagrams, sockets, udp
 from forwarder.net.datagrams import Batch
 from forwarder.net.pipes import PipePool
 from forwarder.net.plain_datagrams import PlainBatch
+from forwarder.relay import reporting
 from forwarder.relay.bridge import Bridge
 from forwarder.relay.direction import BULK_BYTES, SMALL_BYTES, Direction
 from forwarder.relay.flow import Flow
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
     from collections.abc import Callable, Iterable
 
+    from forwarder.access import Decision
     from forwarder.net.sockets import SockAddr, Target
     from forwarder.stats import Row
     from forwarder.upstream.pool import Pool
@@ -71,7 +74,11 @@ class Relay:
     """
 
     def __init__(
-        self, loop: AbstractEventLoop, mode: RelayMode, pipe_budget_pages: int = 0
+        self,
+        loop: AbstractEventLoop,
+        mode: RelayMode,
+        pipe_budget_pages: int = 0,
+        slot: int = 0,
     ) -> None:
         """Join ``loop``. ``mode`` must not be SPLICE on a system without it."""
         self.poller = Poller(loop)
@@ -96,6 +103,7 @@ class Relay:
         self.total = 0
         self.failed = 0
         self.accept_pauses = 0
+        self.connlog = ConnectionLog(slot)
         self._bytes_c2u = self._bytes_u2c = self._bytes_spliced = 0  # of sessions that have ended
         self._live: dict[int, Row] = {}  # rows that have bytes of open sessions in them
         self._loop = loop
@@ -161,9 +169,25 @@ class Relay:
             pipes.made,
             pipes.idle,
             pipes.pages,
+            self.connlog.dropped,
         )
         for index, value in enumerate(counters):
             row[index] = value
+
+    def on_open(self, session: Session | Flow) -> None:
+        """A session has reached its upstream."""
+        if self.connlog.is_on:
+            with suppress(OSError):  # as in on_end
+                self.connlog.write(reporting.opened(session))
+
+    def on_refused(
+        self, pool: Pool, client: SockAddr, listener: socket.socket, decision: Decision
+    ) -> None:
+        """A client was turned away by the access rules."""
+        pool.counts[ENDS + NOT_ALLOWED.index] += 1
+        if self.connlog.is_on:
+            record = reporting.refused(pool, client, listener, decision, NOT_ALLOWED)
+            self.connlog.write(record)
 
     def on_end(self, session: Session | Flow, reason: CloseReason) -> None:
         """Count the end of a session, once, and log it if that is wanted."""
@@ -176,6 +200,9 @@ class Relay:
         self._bytes_c2u += c2u.moved
         self._bytes_u2c += u2c.moved
         self._bytes_spliced += spliced
+        if self.connlog.is_on:
+            with suppress(OSError):  # a client whose socket is gone has nothing to be said of
+                self.connlog.write(reporting.ended(session, reason, self.poller.now))
         if self.logs_sessions:
             self._log_session(session, reason)
         c2u.moved = u2c.moved = 0  # counted; it may still be here for a while
@@ -321,6 +348,7 @@ class Relay:
     def close(self) -> None:
         """Give back everything but the sessions, which must have ended."""
         self._is_closed = True
+        self.connlog.close()
         self.poller.close()
         self.pipes.close()
         if self.has_spare_fd:

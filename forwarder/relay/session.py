@@ -65,8 +65,9 @@ class State(Enum):
     CLOSED = "closed"
 
 
-_LAST_FIN_OF_CLIENT: Final = CloseReason(Who.CLIENT, Phase.DATA)
-_LAST_FIN_OF_UPSTREAM: Final = CloseReason(Who.UPSTREAM, Phase.DATA)
+# Both sides have ended; it is the first one who did that wanted it.
+_BY_CLIENT: Final = CloseReason(Who.CLIENT, Phase.DATA)
+_BY_UPSTREAM: Final = CloseReason(Who.UPSTREAM, Phase.DATA)
 # Looking a member up in the class costs 100 ns in Python 3.11, several times per session.
 _RESOLVING, _CONNECTING, _RELAYING, _HALF_CLOSED, _ABORTING, _CLOSED = State
 
@@ -126,6 +127,10 @@ class Session:
         u2c.reverse = c2u
         c2u.src = u2c.dst = client
         relay.sessions.add(self)
+
+    def local(self) -> Target:
+        """The address of ours that the client is connected to. Raises OSError if it is closed."""
+        return sockets.bound_to(self.client)
 
     # -- connecting
 
@@ -205,6 +210,8 @@ class Session:
         self.state = _RELAYING
         self.active_at = self.connected_at = self.relay.poller.now
         self.pool.counts[connect_bucket(self.connected_at - self.started_at)] += 1
+        if self.relay.connlog.is_on:
+            self.relay.on_open(self)
         self.relay.poller.hand_over(upstream.fileno(), self.u2c)
         self._arm(self.pool.rule.idle_timeout_s)
         self.u2c.is_blocked = False
@@ -244,7 +251,7 @@ class Session:
             if direction.reverse.is_done:
                 self._abort_after_delivery(direction, "reset")
         elif direction.reverse.is_done:
-            self.close(_LAST_FIN_OF_CLIENT if direction is self.c2u else _LAST_FIN_OF_UPSTREAM)
+            self.close(_BY_UPSTREAM if direction is self.c2u else _BY_CLIENT)
         else:
             try:
                 direction.dst.shutdown(socket.SHUT_WR)

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Final
 
 from forwarder.access import Decision
 from forwarder.config.model import Protocol
-from forwarder.errors import NOT_ALLOWED, CloseReason, Phase, Who
+from forwarder.errors import CloseReason, Phase, Who
 from forwarder.net import peers, sockets, udp
 from forwarder.net.datagrams import SLOTS
 from forwarder.relay.poller import READABLE, WRITABLE
 from forwarder.relay.udp_flow import UdpFlow, UdpToTcpFlow
-from forwarder.stats import DATAGRAMS_DROPPED, ENDS
+from forwarder.stats import DATAGRAMS_DROPPED
 
 if TYPE_CHECKING:
     import socket
@@ -161,8 +161,9 @@ class UdpListener:
     def _open(self, peer: bytes) -> UdpFlow | None:
         """Begin a flow; None if the client may not have one."""
         address = peers.address_of(peer)
-        if not self.access.is_empty and self.access.decide(address[0]) is not Decision.ALLOWED:
-            self.pool.counts[ENDS + NOT_ALLOWED.index] += 1
+        decision = Decision.ALLOWED if self.access.is_empty else self.access.decide(address[0])
+        if decision is not Decision.ALLOWED:
+            self._relay.on_refused(self.pool, address, self.sock, decision)
             return None
         if self.pool is not self._own:
             offset = sockets.bound_to(self.sock).port - self.pool.rule.first_port

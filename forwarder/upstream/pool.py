@@ -38,7 +38,8 @@ class Pool:
 
     ``counts`` is the row of the rule, shared with its earlier pools; ``row`` is its number.
     ``origin`` is the pool of the whole rule, which this one is itself unless :meth:`at` has made
-    it. ``has_unix``: one end of the sessions is a unix socket, or may be.
+    it. ``has_unix``: one end of the sessions is a unix socket, or may be. ``listen_host`` and
+    ``upstream_text`` (host and port of the first) are as written.
     """
 
     __slots__ = (
@@ -50,8 +51,10 @@ class Pool:
         "_upstreams",
         "counts",
         "has_unix",
+        "listen_host",
         "row",
         "rule",
+        "upstream_text",
     )
 
     def __init__(
@@ -68,6 +71,8 @@ class Pool:
         self.row = row
         self.counts = counts
         self.has_unix = any(isinstance(end, UnixAddress) for end in (rule.listen, *rule.upstreams))
+        self.listen_host, _ = _as_written(rule.listen, 0)
+        self.upstream_text = _as_written(rule.upstreams[0], offset)
         self._origin = origin
         self._resolver = resolver
         self._turn = 0
@@ -131,6 +136,13 @@ class Pool:
 
     def _names(self) -> list[str]:
         return [up[0] for up in self._upstreams if not isinstance(up, Target)]
+
+
+def _as_written(end: Endpoint, offset: int) -> tuple[str, int]:
+    """Host and port as in the configuration, the port being the one that is meant."""
+    if isinstance(end, UnixAddress):
+        return str(end), 0
+    return end.host, end.port + (offset if end.ports > 1 else 0)
 
 
 def _moved(upstream: Endpoint, offset: int) -> Target | _Named:

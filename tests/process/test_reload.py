@@ -326,7 +326,7 @@ def test_of_many_reloads_at_once_the_last_wins(configure: Configure, ends: Ends)
         ("workers = 0\n", r"toml:\d+.*workers"),
         ("name\0", "NUL"),
     ],
-    ids=["syntax", "key", "name", "upstream name", "address", "unbuilt", "workers", "nul"],
+    ids=["syntax", "key", "name", "upstream name", "address", "protocol", "workers", "nul"],
 )
 def test_a_bad_file_changes_nothing_and_the_message_says_where(
     configure: Configure, ends: Ends, broken: str, message: str

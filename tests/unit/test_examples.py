@@ -16,7 +16,8 @@ from forwarder.config.model import (
     Protocol,
 )
 from forwarder.config.rinetd_conf import KEYWORDS
-from forwarder.config.toml_conf import ACCESS_KEYS, RULE_KEYS, TOP_KEYS
+from forwarder.config.toml_conf import ACCESS_KEYS, LOG_KEYS, RULE_KEYS, TOP_KEYS
+from forwarder.errors import REASONS
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted(path for path in (ROOT / "deploy" / "examples").iterdir() if path.is_file())
@@ -25,6 +26,7 @@ DOCUMENT = ROOT / "docs" / "configuration.md"
 TOP = "### Top level"
 RULE = "### In a `[[forwarding_rules]]` table"
 ACCESS = "### In a `[[global_rules]]` or `[[forwarding_rules.rules]]` table"
+LOGS = "### In a `[[logs]]` table"
 RINETD = "## rinetd.conf"
 
 
@@ -42,17 +44,17 @@ def test_an_example_loads_without_a_warning(path: Path) -> None:
     loaded = load(path)
     assert loaded.warnings == ()
     assert loaded.config.rules
-    assert {rule.protocol for rule in loaded.config.rules} == {Protocol.TCP}
+    assert {rule.protocol for rule in loaded.config.rules} >= {Protocol.TCP, Protocol.UDP}
 
 
 def test_there_is_an_example_of_each_dialect() -> None:
     assert [path.name for path in EXAMPLES] == ["forwarder.toml", "rinetd.conf"]
 
 
-@pytest.mark.parametrize("key", sorted({*TOP_KEYS, *RULE_KEYS, *ACCESS_KEYS}))
+@pytest.mark.parametrize("key", sorted({*TOP_KEYS, *RULE_KEYS, *ACCESS_KEYS, *LOG_KEYS}))
 def test_the_toml_example_shows_every_key(key: str) -> None:
     example = (ROOT / "deploy" / "examples" / "forwarder.toml").read_text()
-    assert re.search(rf"^(# )?{key} = |^\[\[(\w+\.)?{key}\]\]$", example, flags=re.MULTILINE)
+    assert re.search(rf"^(# )?({key} = |\[\[(\w+\.)?{key}\]\]$)", example, flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize("keyword", KEYWORDS)
@@ -68,6 +70,7 @@ def test_the_rinetd_example_shows_every_keyword(keyword: str) -> None:
         (TOP, TOP_KEYS),
         (RULE, RULE_KEYS),
         (ACCESS, ACCESS_KEYS),
+        (LOGS, LOG_KEYS),
         (RINETD, (*KEYWORDS, "timeout", "src")),
     ],
 )
@@ -88,3 +91,10 @@ def test_the_documentation_has_every_key_and_no_other(heading: str, keys: tuple[
 def test_the_documented_default_is_the_default(heading: str, key: str, default_s: float) -> None:
     _, unit, default, *_ = rows_under(heading)[key]
     assert (unit, default) == ("seconds", f"`{default_s:g}`")
+
+
+def test_the_operations_guide_explains_every_reason_and_no_other() -> None:
+    text = (ROOT / "docs" / "operations.md").read_text()
+    _, _, section = text.partition("## Why sessions end")
+    found = re.findall(r"^\| `([a-z/-]+)` \|", section.partition("\n## ")[0], flags=re.MULTILINE)
+    assert tuple(found) == REASONS

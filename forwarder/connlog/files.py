@@ -1,0 +1,104 @@
+"""What the workers write the connection log to, opened by the master.
+
+The master opens because it may: workers can run as somebody who may not. It keeps what it has
+opened, to lend it to workers that start later, and opens anew when it is told to.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+from forwarder.errors import ExitCode, StartupError
+
+if TYPE_CHECKING:
+    from forwarder.config.model import LogPlace
+
+log = logging.getLogger(__name__)
+
+_STDERR: Final = 2
+_MODE: Final = 0o640
+# By datagrams to a daemon: the workers connect by themselves.
+DAEMONS: Final = frozenset({"syslog", "journal"})
+
+Opened: TypeAlias = "list[tuple[LogPlace, int | None]]"
+"""Places, with a descriptor unless it is a daemon."""
+
+
+class LogFiles:
+    """The places of the connection log. Owns their descriptors.
+
+    ``revision`` grows with every opening; workers that know an older one have to be told.
+    """
+
+    def __init__(self) -> None:
+        self.revision = 0
+        self.places: Opened = []
+
+    def prepare(self, places: tuple[LogPlace, ...]) -> Opened:
+        """Open these, for :meth:`use` or :func:`discard`. Raises StartupError with none open."""
+        opened: Opened = []
+        try:
+            for place in places:
+                fd = None if place.to in DAEMONS else _open(place)
+                opened.append((place, fd))
+        except BaseException:
+            discard(opened)
+            raise
+        return opened
+
+    def use(self, opened: Opened) -> None:
+        """Write to these from now on."""
+        discard(self.places)
+        self.places = opened
+        self.revision += 1
+
+    def reopen(self) -> None:
+        """Open the same places anew, after the files were moved away. Keeps them on failure."""
+        try:
+            self.use(self.prepare(tuple(place for place, _ in self.places)))
+        except StartupError as err:
+            log.error("log.reopen: %s; going on with the old file", err)
+        else:
+            log.info("log.reopened places=%d", len(self.places))
+
+    def close(self) -> None:
+        """Close all, in a forked child, too."""
+        discard(self.places)
+        self.places = []
+
+
+def discard(places: Opened) -> None:
+    """Close the descriptors."""
+    for _, fd in places:
+        if fd is not None:
+            os.close(fd)
+
+
+def _open(place: LogPlace) -> int:
+    if place.to == "stderr":
+        return os.dup(_STDERR)
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY
+    try:
+        if _is_pipe(place.to):
+            # Reading, too: then it can be opened without a reader, and one that goes away is no
+            # end of it (fifo(7)). Without a reader lines are lost once it is full.
+            flags = os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC
+        return os.open(place.to, flags, _MODE)
+    except OSError as err:
+        denied = isinstance(err, PermissionError)
+        raise StartupError(
+            f"{place.place}: cannot write the connection log to {place.to}: {err.strerror}; "
+            "hint: its directory must exist and be writable for the user who starts the forwarder",
+            ExitCode.NO_PERMISSION if denied else ExitCode.UNAVAILABLE,
+        ) from err
+
+
+def _is_pipe(path: str) -> bool:
+    try:
+        return stat.S_ISFIFO(Path(path).stat().st_mode)
+    except FileNotFoundError:
+        return False
