@@ -1,7 +1,8 @@
 """How a record is written: rinetd's two formats, byte for byte, and lines of JSON.
 
-Reads nothing but the local time zone. Every function returns the whole line with its end, or None for what a format does not speak of.
-Times are local. Whatever a peer or a name server may have had a hand in is escaped.
+Reads nothing but the local time zone. Every function returns the whole line with its end, or None
+for what a format does not speak of. Whatever a peer or a name server may have had a hand in is
+escaped.
 """
 
 from __future__ import annotations
