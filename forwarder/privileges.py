@@ -100,8 +100,10 @@ def keep_capabilities_of_a_master() -> None:
 
 
 def drop(identity: Identity | None) -> None:
-    """Become ``identity``, with no group but its own and no way back; None only closes the way up.
+    """Become ``identity``, with no group but its own and no way back.
 
+    None only closes the way up. Who is not root then has no capability either: a master may have
+    been given one to bind low ports, and binds for its workers.
     Raises OSError; the caller must then not go on.
     """
     if identity is not None:
@@ -109,4 +111,7 @@ def drop(identity: Identity | None) -> None:
         os.setresgid(identity.gid, identity.gid, identity.gid)
         os.setresuid(identity.uid, identity.uid, identity.uid)
     # No exec may ever raise rights again (setuid programs, file capabilities). prctl(2), Linux 3.5.
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    if os.geteuid() != 0:
+        libc.capset(struct.pack("Ii", _CAPABILITY_VERSION_3, 0), bytes(24))

@@ -105,6 +105,28 @@ def test_low_ports_at_the_start_and_by_a_reload(
     assert it.forwarder.stop() == 0
 
 
+@as_root
+def test_one_capability_is_enough_for_low_ports(
+    launch: Launch, public_path: Path, upstream: socket.socket
+) -> None:
+    """Nobody, with CAP_NET_BIND_SERVICE: at the start and by a reload; the workers lose it."""
+    path = public_path / "forwarder.toml"
+    addresses = low_address(3), low_address(4)
+    rules = [rule(address, upstream.getsockname()) for address in addresses]
+    path.write_text("workers = 2\n" + rules[0])
+    ambient = ["--inh-caps=+net_bind_service", "--ambient-caps=+net_bind_service"]
+    it = Configured(launch("-c", str(path), prefix=[*as_nobody(), *ambient]), path)
+    assert facts(it.forwarder.pid)["Uid"] == [str(NOBODY)] * 4
+    assert int(facts(it.forwarder.pid)["CapEff"][0], 16) == 1 << 10
+    assert "+1 -0 ~0 =1" in it.reload("workers = 2\n" + "".join(rules))
+    for address in addresses:
+        with connect(address) as client, accept(upstream) as peer:
+            carry(client, peer, b"there")
+    for pid in it.forwarder.workers():
+        assert_unprivileged(pid)
+    assert it.forwarder.stop() == 0
+
+
 def test_an_unknown_user_is_a_bad_configuration(address: tuple[str, int]) -> None:
     done = run_command("-l", "{}:{}".format(*address), "-r", "127.0.0.1:1", "--user", "nosuchuser")
     assert done.returncode == 78
