@@ -158,3 +158,4 @@ class CloseReason:
 
 
 NOT_ALLOWED: Final = CloseReason(Who.US, Phase.ACCESS)
+LIMITED: Final = CloseReason(Who.US, Phase.LIMIT)

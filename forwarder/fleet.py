@@ -10,22 +10,23 @@ import os
 import selectors
 import signal
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from forwarder import messages, supervision, worker
 from forwarder.asking import Questions
 from forwarder.connlog.files import LogFiles
+from forwarder.gate import Busy, Gate, Holdings
 from forwarder.heartbeat import Heartbeats
 from forwarder.ledger import Ledger
 from forwarder.net import pipes
 from forwarder.net.channel import Channel, ChannelClosed
-from forwarder.slot import Slot, WorkerProcess, WorkerState, fork_worker
+from forwarder.slot import Slot, WorkerProcess, WorkerState, WorkerTables, fork_worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from forwarder.board import Board
     from forwarder.config.model import Config
     from forwarder.listeners import ListenerTable
     from forwarder.net.addresses import BindAddress
@@ -83,6 +84,8 @@ class Fleet:
         self._socket_slots = 0  # slots that have sockets; never shrinks while the master lives
         self._retiring: list[WorkerProcess] = []
         self._heartbeats = Heartbeats()
+        self._gate = Gate()
+        self._must_recount = False
         self._serial = 0
         self._checked_at = self._awake_since = time.monotonic()
 
@@ -114,7 +117,7 @@ class Fleet:
                 "state": process.state.value,
                 "generation": process.generation,
                 "uptime_s": round(now - process.started_at, 1),
-                **self.ledger.worker(process.board),
+                **self.ledger.worker(process.tables.board),
             }
             for process in self.processes()
         ]
@@ -153,6 +156,7 @@ class Fleet:
                 self._start(slot, now)
         self.end_hung(now)
         self.ledger.sample(now)
+        self._recount()
         self._tell_logs()
         self._assign()
         if self._retiring and self.is_settled:
@@ -178,6 +182,14 @@ class Fleet:
         except ChannelClosed:
             return
         self._watch(process)
+
+    def _recount(self) -> None:
+        """What a dead worker held is free again."""
+        if self._must_recount:
+            living = [process.tables.holdings for process in self.processes()]
+            with suppress(Busy):  # the next turn tries again
+                self._gate.recount(living, self.ledger.rows_in_use())
+                self._must_recount = False
 
     def _tell_logs(self) -> None:
         """Tell each worker, those that are leaving too, where the connection log goes now."""
@@ -245,6 +257,11 @@ class Fleet:
             return
         self._watch(process)
 
+    def close(self) -> None:
+        """Give up what is not the workers', at the end."""
+        self.logs.close()
+        self._gate.close()
+
     def hang_up(self) -> None:
         """In a forked child: close our copies of the channels."""
         for process in self.processes():
@@ -264,9 +281,9 @@ class Fleet:
     def _start(self, slot: Slot, now: float) -> None:
         cell = self._heartbeats.new_cell(now)
         try:
-            board = self.ledger.open()
+            tables = WorkerTables(self.ledger.open(), Holdings())
             process = fork_worker(
-                slot.index, board, now, lambda channel: self._become(slot, cell, board, channel)
+                slot.index, tables, now, lambda channel: self._become(slot, cell, tables, channel)
             )
         except OSError as err:
             delay = slot.backoff.on_death(now, now)
@@ -281,7 +298,7 @@ class Fleet:
         slot.process = process
         self._selector.register(process.channel, selectors.EVENT_READ, process)
 
-    def _become(self, slot: Slot, cell: int, board: Board, channel: Channel) -> None:
+    def _become(self, slot: Slot, cell: int, tables: WorkerTables, channel: Channel) -> None:
         """In the forked child: give up everything of the master, then be a worker."""
         self._release_master()
         worker.run_and_exit(
@@ -290,7 +307,9 @@ class Fleet:
                 cell=cell,
                 channel=channel,
                 heartbeats=self._heartbeats,
-                board=board,
+                board=tables.board,
+                gate=self._gate,
+                holdings=tables.holdings,
                 relay=self.serving.config.settings.relay,
                 identity=self.identity,
             )
@@ -311,7 +330,8 @@ class Fleet:
     def _on_death(self, process: WorkerProcess, code: int) -> None:
         self.hear(process)  # its last words
         self._hang_up(process)
-        self.ledger.close(process.board)
+        self.ledger.close(process.tables.board)
+        self._must_recount = True
         self.questions.on_exit(process.pid)
         if process in self._retiring:
             self._retiring.remove(process)

@@ -57,6 +57,10 @@ class Ledger:
             numbers = [0, *self._rows.used()]
             self._tally.on_exit({number: board.row(number) for number in numbers})
 
+    def rows_in_use(self) -> Iterable[int]:
+        """All rows in which something may be counted, but the workers' own."""
+        return self._rows.used()
+
     def row(self, rule: str) -> int:
         """The row in which all workers count a rule."""
         return self._rows.of(rule)

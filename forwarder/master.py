@@ -140,6 +140,7 @@ class Master:
             self._service.table.release()
             self._service.table.remove_files()
             self._close()
+            self._fleet.close()
             self._requests.remove_file()
             self._handover.remove_pid_file()
         return ExitCode.OK

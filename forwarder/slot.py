@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
+from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from forwarder.board import Board
+    from forwarder.gate import Holdings
 
 
 class WorkerState(Enum):
@@ -30,13 +32,23 @@ class WorkerState(Enum):
     STOPPING = "stopping"
 
 
+@dataclass(frozen=True, slots=True)
+class WorkerTables:
+    """Memory that a worker shares with its master: what it counts, and what it holds."""
+
+    board: Board
+    holdings: Holdings
+
+
 class WorkerProcess:
     """A forked worker. Owns the master's end of the channel; the master reaps the process."""
 
-    def __init__(self, slot: int, pid: int, board: Board, channel: Channel, now: float) -> None:
+    def __init__(
+        self, slot: int, pid: int, tables: WorkerTables, channel: Channel, now: float
+    ) -> None:
         self.slot = slot
         self.pid = pid
-        self.board = board
+        self.tables = tables
         self.channel = channel
         self.started_at = now
         self.state = WorkerState.STARTING
@@ -66,7 +78,7 @@ class Slot:
 
 
 def fork_worker(
-    slot: int, board: Board, now: float, child: Callable[[Channel], None]
+    slot: int, tables: WorkerTables, now: float, child: Callable[[Channel], None]
 ) -> WorkerProcess:
     """Fork; ``child`` runs the worker in the new process and must not return.
 
@@ -86,4 +98,4 @@ def fork_worker(
         finally:
             os._exit(70)
     theirs.close()
-    return WorkerProcess(slot, pid, board, ours, now)
+    return WorkerProcess(slot, pid, tables, ours, now)

@@ -27,6 +27,7 @@ from forwarder.access import AccessList
 from forwarder.addr import UnixAddress
 from forwarder.connlog.log import FLUSH_S
 from forwarder.errors import Phase
+from forwarder.gate import Holder
 from forwarder.heartbeat import BEAT_S
 from forwarder.inherit import OrphanDoor
 from forwarder.messages import Op, read_assignment, read_logs, send_answer
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
     from forwarder.board import Board
     from forwarder.config.model import AccessRule, RelayMode, Rule
+    from forwarder.gate import Gate, Holdings
     from forwarder.heartbeat import Heartbeats
     from forwarder.messages import Assignment
     from forwarder.net.channel import Message
@@ -92,6 +94,8 @@ class WorkerSpec:
     channel: Channel
     heartbeats: Heartbeats
     board: Board
+    gate: Gate
+    holdings: Holdings
     relay: RelayMode
     identity: Identity | None
 
@@ -131,7 +135,8 @@ class Worker:
         self._heartbeats = spec.heartbeats
         self._slot = spec.slot
         self._cell = spec.cell
-        self._relay = Relay(loop, spec.relay, slot=spec.slot)
+        holder = Holder(spec.gate, spec.holdings)
+        self._relay = Relay(loop, spec.relay, slot=spec.slot, holder=holder)
         self._is_flushing = False
         self._resolver = Resolver(loop)
         self._pools: dict[str, Pool] = {}
@@ -290,6 +295,9 @@ class Worker:
             rule.name: self._pool(rule, row)
             for rule, row in zip(rules, assignment.rows, strict=True)
         }
+        self._relay.restrictions.apply(
+            self._pools.values(), assignment.config.settings.max_sessions, self._relay.sessions
+        )
         for socket_id, index in assignment.routes.items():
             if socket_id not in self._sockets:
                 continue  # for want of descriptors: see _acknowledge

@@ -88,6 +88,38 @@ class LogFormat(Enum):
     JSON = "json"
 
 
+class OnLimit(Enum):
+    """What becomes of clients at a limit: reset, or left in the queue of the listening socket."""
+
+    RESET = "reset"
+    QUEUE = "queue"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Limits of a rule, over all workers; 0 is no limit.
+
+    ``rate`` is new sessions per second on average, ``burst`` how many may come at once.
+    ``bandwidth`` is bytes per second, each way.
+    """
+
+    max_sessions: int = 0
+    max_sessions_per_client: int = 0
+    rate: float = 0.0
+    burst: float = 1.0
+    rate_per_client: float = 0.0
+    burst_per_client: float = 1.0
+    bandwidth: float = 0.0
+    on_limit: OnLimit = OnLimit.RESET
+
+    @property
+    def has_admission(self) -> bool:
+        """Whether a client may be refused or have to wait."""
+        return bool(
+            self.max_sessions or self.max_sessions_per_client or self.rate or self.rate_per_client
+        )
+
+
 class Verdict(Enum):
     """What an access rule says of the clients that match it."""
 
@@ -146,6 +178,7 @@ class Rule:
     udp_timeout_s: float = UDP_TIMEOUT_S
     max_flows: int = MAX_FLOWS
     framing: Framing = Framing.RAW
+    limits: Limits = Limits()
     unix_mode: int = UNIX_MODE
     retries_bind: bool = False
     place: Place = field(compare=False)
@@ -160,14 +193,15 @@ class Rule:
 class Settings:
     """What holds for the whole process. ``workers`` 0 means one per usable CPU.
 
-    ``user`` and ``group`` are those of the workers. ``drain_timeout_s`` bounds how long sessions
-    go on after their rule, their worker or the instance was told to end; None means 30 s for a
-    stop and no limit else, 0 no limit at all.
+    ``max_sessions`` is of all rules together, 0 is no limit. ``user`` and ``group`` are those of
+    the workers. ``drain_timeout_s`` bounds how long sessions go on after their rule, their worker
+    or the instance was told to end; None means 30 s for a stop and no limit else, 0 none at all.
     """
 
     workers: int = 0
     relay: RelayMode = RelayMode.AUTO
     logs: tuple[LogPlace, ...] = ()
+    max_sessions: int = 0
     pid_file: str | None = None
     control: str | None = None
     user: str | None = None

@@ -16,6 +16,7 @@ from forwarder.config.model import (
     AccessRule,
     BindPolicy,
     Framing,
+    Limits,
     Protocol,
     Settings,
 )
@@ -56,6 +57,7 @@ class RawRule:
     framing: Placed[Framing] | None = None
     unix_mode: Placed[int] | None = None
     bind: BindPolicy | None = None
+    limits: Limits = field(default_factory=Limits)
     access: list[AccessRule] = field(default_factory=list)
 
 

@@ -68,6 +68,7 @@ def _finish(rule: RawRule, name: str, raw: RawConfig, issues: Issues) -> Rule:
         max_flows=_value(rule.max_flows, MAX_FLOWS),
         framing=_value(rule.framing, Framing.RAW),
         unix_mode=_value(rule.unix_mode, UNIX_MODE),
+        limits=rule.limits,
         retries_bind=(rule.bind or raw.bind) is BindPolicy.RETRY,
         place=rule.place,
     )

@@ -24,6 +24,7 @@ from forwarder.config.model import (
 )
 from forwarder.config.raw import Issues, Placed, RawConfig, RawRule
 from forwarder.config.toml_addresses import read_host, read_listen, read_upstreams
+from forwarder.config.toml_limits import LIMIT_KEYS, MOST_SESSIONS, read_limits
 from forwarder.config.toml_places import Places
 from forwarder.config.toml_table import Table
 from forwarder.errors import Place
@@ -49,12 +50,14 @@ TOP_KEYS = (
     "log_file",
     "log_format",
     "logs",
+    "max_sessions",
     "pid_file",
     "relay",
     "user",
     "workers",
 )
 RULE_KEYS = (
+    *LIMIT_KEYS,
     "bind",
     "bind_address",
     "bind_port",
@@ -145,6 +148,7 @@ def _settings(top: Table) -> Settings:
     settings = Settings(
         workers=_workers(top),
         logs=_logs(top),
+        max_sessions=_max_sessions(top),
         pid_file=pid_file.value if pid_file else None,
         control=control.value if control else None,
         user=user.value if user else None,
@@ -153,6 +157,11 @@ def _settings(top: Table) -> Settings:
         hang_timeout_s=_hang_timeout(top),
     )
     return replace(settings, relay=top.choice("relay", RelayMode) or settings.relay)
+
+
+def _max_sessions(top: Table) -> int:
+    found = top.number("max_sessions", 1, MOST_SESSIONS)
+    return found.value if found else 0
 
 
 def _logs(top: Table) -> tuple[LogPlace, ...]:
@@ -247,6 +256,7 @@ def _rule(table: Table, raw: RawConfig) -> RawRule | None:
         for key in ("connect_timeout", "half_close_timeout", "idle_timeout")
         if (duration := table.duration(key)) is not None
     }
+    limits = read_limits(table)
     access = _access(table, "rules")
     if listen is None or not upstreams:
         raw.dropped_access += access
@@ -263,6 +273,7 @@ def _rule(table: Table, raw: RawConfig) -> RawRule | None:
         framing=Placed(framing, table.place("framing")) if framing else None,
         unix_mode=unix_mode,
         bind=bind,
+        limits=limits,
         access=access,
         **durations,
     )

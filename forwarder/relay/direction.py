@@ -70,6 +70,9 @@ class Direction:
     src: socket.SocketType
     dst: socket.SocketType
     reverse: Direction
+    budget_bytes: int = BUDGET_BYTES
+    """What it may move before it yields, and at once: the limits of a meter are smaller."""
+    chunk_bytes: int = BULK_BYTES
     spliced: int = 0
     """How many of the bytes moved never entered the process."""
 
@@ -138,13 +141,13 @@ class Direction:
 
     def pump_bulk(self, mask: int) -> None:
         """Move bulk until ``src`` runs dry, ``dst`` is full or the budget is used up."""
-        view = self.relay.bulk_view
-        budget = BUDGET_BYTES
+        view = self.relay.bulk_view[: self.chunk_bytes]
+        budget = whole = self.budget_bytes
         while budget > 0:
             try:
                 count = self.src.recv_into(view)
             except BlockingIOError:
-                self.is_bulk = budget < BUDGET_BYTES - SMALL_BYTES
+                self.is_bulk = budget < whole - SMALL_BYTES
                 return
             except OSError as err:
                 self.session.on_reset(self, err)
@@ -154,8 +157,8 @@ class Direction:
                 return
             if not self.deliver(view, count):
                 return
-            if count < BULK_BYTES and not mask & READ_ON:
-                self.is_bulk = count >= SMALL_BYTES or budget < BUDGET_BYTES
+            if count < len(view) and not mask & READ_ON:
+                self.is_bulk = count >= SMALL_BYTES or budget < whole
                 return
             budget -= count
         self.yield_turn(mask)

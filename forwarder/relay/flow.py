@@ -63,6 +63,7 @@ class Flow:
         "client_address",
         "connected_at",
         "deadline",
+        "held_as",
         "id",
         "pool",
         "relay",
@@ -90,6 +91,7 @@ class Flow:
         self.tick = -1
         self.deadline = 0.0  # before OPEN
         self.targets: tuple[Target, ...] = ()
+        self.held_as: int | None = None  # by the gate; None: not at all
         self.attempt = -1  # index of the target being tried, then of the one connected
         relay.sessions.add(self)
 
@@ -247,6 +249,8 @@ class Flow:
         relay.wheel.discard(self)
         relay.sessions.discard(self)
         self.pool.counts[SESSIONS] -= 1
+        if self.held_as is not None:
+            relay.let_go(self)
         self.c2u.src = self.u2c.src = None
         for sock in (self.client, self.upstream):
             if sock is not None:

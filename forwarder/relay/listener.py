@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from forwarder.access import AccessList
     from forwarder.config.model import Rule
+    from forwarder.relay.admission import Admission
     from forwarder.relay.relay import Relay
     from forwarder.upstream.pool import Pool
 
@@ -30,6 +31,8 @@ ACCEPT_BATCH: Final = 8
 # How long a listener rests when descriptors or memory are used up. Clients wait in its queue.
 PAUSE_S: Final = 0.1
 _ALLOWED: Final = Decision.ALLOWED
+# What has become of an accept: a client was handed over, one was not, there is none (for now).
+_TAKEN, _PASSED_OVER, _STOP = range(3)
 
 
 class Listener:
@@ -83,35 +86,60 @@ class Listener:
 
     def on_events(self, mask: int) -> None:  # noqa: ARG002 - only one kind of event is asked for
         """Accept what is queued, at most ACCEPT_BATCH."""
-        relay = self._relay
+        admissions = self._relay.admissions
+        admission = admissions.get(self.pool.row) if admissions else None
+        if admission is not None and admission.queues:
+            self._accept_reserved(admission)
+            return
         for nth in range(ACCEPT_BATCH):
-            if not relay.has_spare_fd and not relay.recover_spare_fd():
-                self._pause("no file descriptors left; raise LimitNOFILE or ulimit -n")
+            if self._accept(nth) is _STOP:
                 return
-            try:
-                # The public accept() wraps this one in 3 us of Python.
-                fd, address = self.sock._accept()  # type: ignore[attr-defined]  # noqa: SLF001
-            except BlockingIOError:
+
+    def _accept_reserved(self, admission: Admission) -> None:
+        """The same, for clients that wait in the queue at a limit: a place first, then a client."""
+        for nth in range(ACCEPT_BATCH):
+            wait_s = admission.reserve()
+            if wait_s:
+                self._rest(wait_s)
+                admission.waiting.append(self._wake)
                 return
-            except OSError as err:
-                if err.errno in sockets.ACCEPT_IGNORE:
-                    continue
-                if err.errno in sockets.OUT_OF_RESOURCES and relay.make_room():
-                    continue
-                # accept(2) wants a descriptor before it looks whether there is a client. Only the
-                # first one was announced by an event; if there are more, the next event says so.
-                if nth == 0:
-                    self._pause(err.strerror or str(err))
+            outcome = self._accept(nth)
+            if outcome is not _TAKEN:
+                admission.give_back()
+            if outcome is _STOP:
                 return
-            if self._pauses:
-                self._report_recovery()
-            client = sockets.accepted_socket(fd, self._family)
-            decision = _ALLOWED if self.access.is_empty else self.access.decide(address[0])
-            if decision is _ALLOWED:
-                relay.open_session(self.pool, client, address)
-            else:
-                relay.on_refused(self.pool, address, self.sock, decision)
-                client.close()
+
+    def _accept(self, nth: int) -> int:
+        """Accept a client, the ``nth`` of this event."""
+        relay = self._relay
+        if not relay.has_spare_fd and not relay.recover_spare_fd():
+            self._pause("no file descriptors left; raise LimitNOFILE or ulimit -n")
+            return _STOP
+        try:
+            # The public accept() wraps this one in 3 us of Python.
+            fd, address = self.sock._accept()  # type: ignore[attr-defined]  # noqa: SLF001
+        except BlockingIOError:
+            return _STOP
+        except OSError as err:
+            if err.errno in sockets.ACCEPT_IGNORE:
+                return _PASSED_OVER
+            if err.errno in sockets.OUT_OF_RESOURCES and relay.make_room():
+                return _PASSED_OVER
+            # accept(2) wants a descriptor before it looks whether there is a client. Only the
+            # first one was announced by an event; if there are more, the next event says so.
+            if nth == 0:
+                self._pause(err.strerror or str(err))
+            return _STOP
+        if self._pauses:
+            self._report_recovery()
+        client = sockets.accepted_socket(fd, self._family)
+        decision = _ALLOWED if self.access.is_empty else self.access.decide(address[0])
+        if decision is _ALLOWED:
+            relay.open_session(self.pool, client, address)
+            return _TAKEN
+        relay.on_refused(self.pool, address, self.sock, decision)
+        client.close()
+        return _PASSED_OVER
 
     def on_bug(self) -> None:
         """Accepting failed in a way nobody thought of: go on after a rest."""
@@ -131,11 +159,24 @@ class Listener:
             )
         self._pauses += 1
         self._relay.accept_pauses += 1
+        self._rest(PAUSE_S)
+
+    def _rest(self, seconds: float) -> None:
+        """Accept nobody for a while."""
+        if self._is_paused or self._is_stopped:
+            return
         self._is_paused = True
         self._relay.poller.unregister(self.sock.fileno())
-        self._loop.call_later(PAUSE_S, self._resume)
+        self._loop.call_later(seconds, self._resume)
+
+    def _wake(self) -> None:
+        """There may be room for those that wait in the queue."""
+        if self._is_paused:
+            self._loop.call_soon(self._resume)
 
     def _resume(self) -> None:
+        if not self._is_paused:
+            return  # it was woken before its time
         self._is_paused = False
         if self._is_stopped:
             return

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from forwarder.config.model import Protocol, RelayMode
 from forwarder.connlog.log import ConnectionLog
-from forwarder.errors import NOT_ALLOWED, CloseReason, Phase, Who
+from forwarder.errors import LIMITED, NOT_ALLOWED, CloseReason, Phase, Who
 from forwarder.net import datagrams, sockets, udp
 from forwarder.net.datagrams import Batch
 from forwarder.net.pipes import PipePool
@@ -22,7 +22,15 @@ from forwarder.relay.bridge import Bridge
 from forwarder.relay.direction import BULK_BYTES, SMALL_BYTES, Direction
 from forwarder.relay.flow import Flow
 from forwarder.relay.flow_table import FlowTable, share
+from forwarder.relay.metered import (
+    Metered,
+    MeteredDirection,
+    MeteredSpliceDirection,
+    MeteredUnixDirection,
+    MeteredUnixSpliceDirection,
+)
 from forwarder.relay.poller import Poller
+from forwarder.relay.restrictions import Restrictions
 from forwarder.relay.session import Session
 from forwarder.relay.splice import HAS_SPLICE, SpliceDirection
 from forwarder.relay.unix import UnixDirection, UnixSpliceDirection
@@ -45,7 +53,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from forwarder.access import Decision
+    from forwarder.gate import Holder
     from forwarder.net.sockets import SockAddr, Target
+    from forwarder.relay.admission import Admission
     from forwarder.stats import Row
     from forwarder.upstream.pool import Pool
 
@@ -79,17 +89,24 @@ class Relay:
         mode: RelayMode,
         pipe_budget_pages: int = 0,
         slot: int = 0,
+        holder: Holder | None = None,
     ) -> None:
-        """Join ``loop``. ``mode`` must not be SPLICE on a system without it."""
+        """Join ``loop``. ``mode`` must not be SPLICE on a system without it.
+
+        ``holder`` is needed as soon as a rule has limits.
+        """
         self.poller = Poller(loop)
         self.wheel = Wheel(loop.time())
         self.sessions: set[Session | Flow] = set()
         self.pipes = PipePool(pipe_budget_pages)
         self.make_direction: Callable[[Relay, Session], Direction] = Direction
         self.make_unix_direction: Callable[[Relay, Session], Direction] = UnixDirection
+        self._metered: tuple[type[Direction], type[Direction]]
+        self._metered = (MeteredDirection, MeteredUnixDirection)
         if HAS_SPLICE and mode is not RelayMode.COPY:
             self.make_direction = SpliceDirection
             self.make_unix_direction = UnixSpliceDirection
+            self._metered = (MeteredSpliceDirection, MeteredUnixSpliceDirection)
         bulk = bytearray(BULK_BYTES)
         self.bulk_view = memoryview(bulk)
         self.small_view = self.bulk_view[:SMALL_BYTES]
@@ -105,6 +122,11 @@ class Relay:
         self.accept_pauses = 0
         self.connlog = ConnectionLog(slot)
         self._bytes_c2u = self._bytes_u2c = self._bytes_spliced = 0  # of sessions that have ended
+        self.restrictions = Restrictions(loop, holder)
+        # Looked at for every client, hence not one step further away.
+        self.admissions = self.restrictions.admissions
+        self.meters = self.restrictions.meters
+        self.let_go = self.restrictions.let_go
         self._live: dict[int, Row] = {}  # rows that have bytes of open sessions in them
         self._loop = loop
         self._is_ticking = False
@@ -117,11 +139,32 @@ class Relay:
     # -- sessions
 
     def open_session(self, pool: Pool, client: socket.SocketType, address: SockAddr) -> None:
-        """Forward an accepted client; the session owns ``client`` from here on."""
-        if pool.rule.protocol is _TCP:
-            self.begin(Session(self, pool, client, address))
-        else:
-            self.begin(Bridge(self, pool, client, address))
+        """Forward an accepted client, or reset it at a limit; ``client`` is ours from here on."""
+        held_as = None
+        if self.admissions and pool.row in self.admissions:
+            admission = self.admissions[pool.row]
+            held_as = admission.admit(address[0], is_reserved=admission.queues)
+            if held_as is None:
+                self.on_limited(pool, address, client, admission)
+                sockets.set_abort_on_close(client)
+                client.close()
+                return
+        make = Session if pool.rule.protocol is _TCP else Bridge
+        session = make(self, pool, client, address)
+        session.held_as = held_as
+        self.begin(session)
+
+    def make_metered(self, pool: Pool) -> type[Direction]:
+        """What moves bytes for a rule that has a bandwidth."""
+        return self._metered[pool.has_unix]
+
+    def set_meters(self, session: Session) -> None:
+        """Give the directions of a session their meters, if its rule has some."""
+        meters = self.meters.get(session.pool.row)
+        if meters is not None:
+            assert isinstance(session.c2u, Metered)  # noqa: S101 - see make_metered
+            assert isinstance(session.u2c, Metered)  # noqa: S101
+            session.c2u.meter, session.u2c.meter = meters
 
     def begin(self, session: Session | Flow) -> None:
         """Count a session that was made just now, and start it."""
@@ -186,8 +229,19 @@ class Relay:
         """A client was turned away by the access rules."""
         pool.counts[ENDS + NOT_ALLOWED.index] += 1
         if self.connlog.is_on:
-            record = reporting.refused(pool, client, listener, decision, NOT_ALLOWED)
-            self.connlog.write(record)
+            word = decision.value
+            self.connlog.write(reporting.refused(pool, client, listener, word, NOT_ALLOWED, word))
+
+    def on_limited(
+        self, pool: Pool, client: SockAddr, sock: socket.SocketType, admission: Admission
+    ) -> None:
+        """A client was turned away at a limit."""
+        pool.counts[ENDS + LIMITED.index] += 1
+        met = admission.refused_for
+        if self.connlog.is_on:
+            self.connlog.write(reporting.refused(pool, client, sock, "denied", LIMITED, met))
+        name = pool.rule.name
+        self._warn_rarely(f"limit {name}", f"limit.reached rule={name}: {met}")
 
     def on_end(self, session: Session | Flow, reason: CloseReason) -> None:
         """Count the end of a session, once, and log it if that is wanted."""
@@ -241,14 +295,18 @@ class Relay:
         session.pool.on_failure()
         rule = session.pool.rule.name
         upstream = f" to {session.targets[session.attempt]}" if session.attempt >= 0 else ""
+        self._warn_rarely(rule, f"connect.failed rule={rule}: cannot connect{upstream}: {why}")
+
+    def _warn_rarely(self, about: str, message: str) -> None:
+        """Log a warning; further ones about the same only every WARN_INTERVAL_S, with a count."""
         now = self.poller.now
-        if now < self._warn_after.get(rule, 0.0):
-            self._unreported[rule] = self._unreported.get(rule, 0) + 1
+        if now < self._warn_after.get(about, 0.0):
+            self._unreported[about] = self._unreported.get(about, 0) + 1
             return
-        self._warn_after[rule] = now + WARN_INTERVAL_S
-        repeats = self._unreported.pop(rule, 0)
+        self._warn_after[about] = now + WARN_INTERVAL_S
+        repeats = self._unreported.pop(about, 0)
         more = f" ({repeats} more since the last report)" if repeats else ""
-        log.warning("connect.failed rule=%s: cannot connect%s: %s%s", rule, upstream, why, more)
+        log.warning("%s%s", message, more)
 
     # -- flows
 

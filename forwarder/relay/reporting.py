@@ -12,7 +12,6 @@ from forwarder.relay.listing import identify
 if TYPE_CHECKING:
     import socket
 
-    from forwarder.access import Decision
     from forwarder.errors import CloseReason
     from forwarder.net.sockets import SockAddr
     from forwarder.relay.flow import Flow
@@ -39,11 +38,16 @@ def ended(session: Session | Flow, reason: CloseReason, now: float) -> Record:
 
 
 def refused(
-    pool: Pool, client: SockAddr, listener: socket.socket, decision: Decision, reason: CloseReason
+    pool: Pool,
+    client: SockAddr,
+    sock: socket.SocketType,
+    result: str,
+    reason: CloseReason,
+    detail: str,
 ) -> Record:
-    """A client was turned away."""
+    """A client was turned away. ``sock`` is the listener's or its own, ``result`` rinetd's word."""
     host, port = _host_and_port(client)
-    local = bound_to(listener)
+    local = bound_to(sock)
     return Record(
         event=Event.REFUSED,
         at=time.time(),
@@ -55,9 +59,9 @@ def refused(
         listen=(pool.listen_host, local.port),
         upstream=pool.upstream_text,
         local=str(local),
-        result=decision.value,
+        result=result,
         end=reason.code,
-        detail=decision.value,
+        detail=detail,
     )
 
 

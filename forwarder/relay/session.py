@@ -87,6 +87,7 @@ class Session:
         "client_address",
         "connected_at",
         "deadline",
+        "held_as",
         "id",
         "is_reset",
         "pool",
@@ -120,12 +121,17 @@ class Session:
         self.attempt = -1  # index of the target being tried, then of the one connected
         self.is_reset = False
         self.unsent = 0  # in our send queues when a timeout was last looked at
+        self.held_as: int | None = None  # by the gate; None: not at all
         make = relay.make_unix_direction if pool.has_unix else relay.make_direction
+        if relay.meters and pool.row in relay.meters:
+            make = relay.make_metered(pool)
         c2u = self.c2u = make(relay, self)
         u2c = self.u2c = make(relay, self)
         c2u.reverse = u2c
         u2c.reverse = c2u
         c2u.src = u2c.dst = client
+        if relay.meters:
+            relay.set_meters(self)
         relay.sessions.add(self)
 
     def local(self) -> Target:
@@ -403,6 +409,8 @@ class Session:
         relay.wheel.discard(self)
         relay.sessions.discard(self)
         self.pool.counts[SESSIONS] -= 1
+        if self.held_as is not None:
+            relay.let_go(self)
         relay.poller.release(self.client)
         if self.upstream is not None:
             relay.poller.release(self.upstream)

@@ -22,7 +22,7 @@ import errno
 import os
 from typing import TYPE_CHECKING, Final
 
-from forwarder.relay.direction import BUDGET_BYTES, SMALL_BYTES, Direction
+from forwarder.relay.direction import SMALL_BYTES, Direction
 from forwarder.relay.poller import READ_ON
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ class SpliceDirection(Direction):
     __slots__ = ("in_pipe", "pipe", "spliced")
 
     in_pipe: int  # set with ``pipe``
+    chunk_bytes = CHUNK_BYTES
 
     def __init__(self, relay: Relay, session: Session) -> None:
         super().__init__(relay, session)
@@ -66,9 +67,10 @@ class SpliceDirection(Direction):
         pool = self.relay.pipes
         src_fd = self.src.fileno()
         moved = 0
-        while moved < BUDGET_BYTES:
+        budget, chunk = self.budget_bytes, self.chunk_bytes
+        while moved < budget:
             try:
-                count = os.splice(src_fd, pipe.write_fd, CHUNK_BYTES, None, None, _FLAGS)
+                count = os.splice(src_fd, pipe.write_fd, chunk, None, None, _FLAGS)
             except BlockingIOError:
                 pool.give(pipe)
                 self.is_bulk = moved >= SMALL_BYTES

@@ -169,9 +169,17 @@ class UdpListener:
             offset = sockets.bound_to(self.sock).port - self.pool.rule.first_port
             self.pool = self._own = self.pool.at(offset)
         relay = self._relay
+        held_as = None
+        if relay.admissions and self.pool.row in relay.admissions:
+            admission = relay.admissions[self.pool.row]
+            held_as = admission.admit(address[0])
+            if held_as is None:
+                relay.on_limited(self.pool, address, self.sock, admission)
+                return None
         relay.make_room_for_flow(self.pool)
         is_bridge = self.pool.rule.protocol is Protocol.UDP_TO_TCP
         flow = (UdpToTcpFlow if is_bridge else UdpFlow)(relay, self, peer, address)
+        flow.held_as = held_as
         self._flows[peer] = flow
         relay.begin(flow)
         return flow

@@ -30,13 +30,15 @@ RANK = {
     "signals": 4,
     "heartbeat": 4,
     "board": 4,
+    "gate": 5,
+    "limits": 1,
     "ledger": 5,
     "pidfile": 4,
     "control_path": 5,
     "messages": 5,
     "upstream": 5,
     "listeners": 5,
-    "slot": 5,
+    "slot": 6,
     "inherit": 5,
     "control": 6,
     "connlog": 5,
@@ -68,6 +70,7 @@ PURE = {
     "relay.framing",
     "relay.flow_table",
     "retries",
+    "limits",
 }
 IMPURE_IMPORTS = {"socket", "asyncio", "time", "logging", "os", "select", "signal", "subprocess"}
 

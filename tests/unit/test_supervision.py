@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forwarder.fleet import Fleet
+from forwarder.gate import Holdings
 from forwarder.listeners import ListenerTable
 from forwarder.net.channel import channel_pair
-from forwarder.slot import WorkerProcess
+from forwarder.slot import WorkerProcess, WorkerTables
 from forwarder.supervision import (
     CRASH_LOOP_DEATHS,
     FIRST_DELAY_S,
@@ -124,7 +125,7 @@ def test_the_news_of_a_death_may_come_after_the_death() -> None:
     fleet = Fleet(ListenerTable(), selector, lambda: None)
     fleet.resize(1)
     ours, theirs = channel_pair()
-    process = WorkerProcess(0, 2**22 + 1, fleet.ledger.open(), ours, 0.0)
+    process = WorkerProcess(0, 2**22 + 1, WorkerTables(fleet.ledger.open(), Holdings()), ours, 0.0)
     try:
         (slot,) = fleet._slots
         slot.process = process
@@ -135,4 +136,5 @@ def test_the_news_of_a_death_may_come_after_the_death() -> None:
     finally:
         ours.close()
         selector.close()
+        fleet.close()
     assert slot.process is None

@@ -1,0 +1,153 @@
+"""Counting and timing what is limited, in tables of fixed size. Pure: arrays in, numbers out.
+
+The arrays are shared by all workers (see ``gate``), so nothing here is kept in Python objects. Who
+calls holds the lock.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_WAYS: Final = 8
+_KEY_MASK: Final = 2**64 - 1
+
+
+def key_of(row: int, client: str) -> int:
+    """The key of a client of a rule in the tables: never 0, the same in all forks of a process."""
+    return hash((row, client)) & _KEY_MASK or 1
+
+
+class CountTable:
+    """How many of something each key has. Keys that have none take no room.
+
+    Linear probing; a key that goes is filled up from behind, so there are no tombstones. ``words``
+    holds a key and a count for each place; as many places as a power of two.
+    """
+
+    __slots__ = ("_mask", "_words")
+
+    def __init__(self, words: memoryview[int]) -> None:
+        self._words = words
+        self._mask = len(words) // 2 - 1
+
+    def get(self, key: int) -> int:
+        """How many a key has."""
+        at = self._find(key)
+        return self._words[2 * at + 1] if at >= 0 and self._words[2 * at] == key else 0
+
+    def add(self, key: int) -> bool:
+        """One more for a key. False if there is no room for a new key."""
+        at = self._find(key)
+        if at < 0:
+            return False
+        words = self._words
+        words[2 * at] = key
+        words[2 * at + 1] += 1
+        return True
+
+    def remove(self, key: int) -> None:
+        """One less for a key."""
+        at = self._find(key)
+        words = self._words
+        if at < 0 or words[2 * at] != key:
+            return
+        words[2 * at + 1] -= 1
+        if not words[2 * at + 1]:
+            self._close_gap(at)
+
+    def items(self) -> Iterator[tuple[int, int]]:
+        """All keys that have some, with their counts."""
+        words = self._words.tolist()
+        for at in range(0, len(words), 2):
+            if words[at]:
+                yield words[at], words[at + 1]
+
+    def clear(self) -> None:
+        """Forget all."""
+        words = self._words
+        words[:] = memoryview(bytes(8 * len(words))).cast("Q")
+
+    def put(self, key: int, count: int) -> None:
+        """Add ``count`` to what a key has; nothing where there is no room."""
+        at = self._find(key)
+        if at >= 0:
+            self._words[2 * at] = key
+            self._words[2 * at + 1] += count
+
+    def _find(self, key: int) -> int:
+        """The place of a key, or the free one where it belongs; -1 if it is full."""
+        words, mask = self._words, self._mask
+        at = key & mask
+        for _ in range(mask + 1):
+            found = words[2 * at]
+            if found in (key, 0):
+                return at
+            at = at + 1 & mask
+        return -1
+
+    def _close_gap(self, gap: int) -> None:
+        """Free a place, and move up those behind it that had to give way to it."""
+        words, mask = self._words, self._mask
+        at = gap
+        while True:
+            at = at + 1 & mask
+            key = words[2 * at]
+            if not key or at == gap:
+                break
+            # It may move if its own place is not between the gap and where it is now.
+            if (at - (key & mask) & mask) >= (at - gap & mask):
+                words[2 * gap], words[2 * gap + 1] = key, words[2 * at + 1]
+                gap = at
+        words[2 * gap] = words[2 * gap + 1] = 0
+
+
+def pass_at(due: float, now: float, rate: float, burst: float) -> float | None:
+    """Let one more pass, at ``rate`` per second on average and ``burst`` at once at most.
+
+    ``due`` is what the last one to pass returned, 0.0 at first: when the next one would be due if
+    all came evenly. Returns the new one, None if it may not pass now. (GCRA, ITU-T I.371: a token
+    bucket that is one number.)
+    """
+    interval = 1.0 / rate
+    due = max(due, now)
+    if due - now > (burst - 1) * interval + 1e-9:
+        return None
+    return due + interval
+
+
+class RateTable:
+    """When the next one of each key is due; room for a fixed number of keys.
+
+    Each key has one of _WAYS places. When all are taken the one that has waited longest goes: if it
+    is overdue nothing is forgotten by that, else that client is forgiven a part of what it had.
+    """
+
+    __slots__ = ("_dues", "_keys", "_sets")
+
+    def __init__(self, keys: memoryview[int], dues: memoryview[float]) -> None:
+        self._keys = keys
+        self._dues = dues
+        self._sets = len(keys) // _WAYS
+
+    def try_pass(self, key: int, now: float, rate: float, burst: float) -> bool:
+        """Let one more of a key pass, if it may."""
+        at = self._place(key)
+        due = pass_at(self._dues[at], now, rate, burst)
+        if due is None:
+            return False
+        self._dues[at] = due
+        return True
+
+    def _place(self, key: int) -> int:
+        first = key % self._sets * _WAYS
+        keys = self._keys[first : first + _WAYS].tolist()
+        if key in keys:
+            return first + keys.index(key)
+        dues = self._dues[first : first + _WAYS].tolist()
+        at = first + dues.index(min(dues))
+        self._keys[at] = key
+        self._dues[at] = 0.0
+        return at
