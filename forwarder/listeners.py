@@ -105,7 +105,8 @@ class ListenerTable:
         """Close inherited sockets for which there was no rule. Returns their addresses."""
         unclaimed = list(self._inherited)
         for address in unclaimed:
-            for sock in self._inherited.pop(address):
+            given = self._inherited.pop(address)
+            for sock in self._reachable(address, given):
                 sock.close()
         return unclaimed
 
@@ -184,10 +185,18 @@ class ListenerTable:
     def own(self, rules: Mapping[BindAddress, Rule]) -> None:
         """Nobody else serves our unix sockets, or will go on to: their addresses are ours alone.
 
-        Gives their files the permissions of their rules.
+        The file of one that no rule has any more is removed.
         """
-        self._owned |= self._borrowed
+        for address, file in self._borrowed.items():
+            if address in self._by_address:
+                self._owned[address] = file
+            elif file is not None:
+                file.remove()
         self._borrowed.clear()
+        self.set_modes(rules)
+
+    def set_modes(self, rules: Mapping[BindAddress, Rule]) -> None:
+        """Give the files of unix sockets that are ours the permissions of their rules."""
         for address, file in self._owned.items():
             if file is not None and address in rules:
                 file.set_mode(rules[address].unix_mode)
@@ -209,7 +218,6 @@ class ListenerTable:
                     # Who is queued can be accepted, by the workers; who comes now is refused.
                     with suppress(OSError):
                         slotted.sockets[0].shutdown(socket.SHUT_RD)
-            self._borrowed.pop(address, None)
             if slotted and slotted.sockets:
                 self._ports[_port_of(address)] -= 1
             for sock in slotted.sockets if slotted else ():

@@ -73,6 +73,7 @@ class StubPool:
             place=Place("test"),
         )
         self.counts = RuleCounts()
+        self.has_unix = False
         self._targets = targets
         self.waiting: list[Callable[[tuple[Target, ...]], None]] = []
 
