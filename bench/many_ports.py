@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,11 +41,14 @@ class Figures:
     sockets: int
 
 
-def wait_ready(notify: socket.socket) -> float:
-    """Wait for READY=1; return when it came."""
-    while b"READY=1" not in notify.recv(4096).split(b"\n"):
-        pass
-    return time.monotonic()
+def wait_ready(notify: socket.socket, process: subprocess.Popen[bytes]) -> float:
+    """Wait for READY=1; return when it came. Raises OSError when it does not."""
+    until = time.monotonic() + READY_S
+    while time.monotonic() < until and process.poll() is None:
+        with suppress(TimeoutError):
+            if b"READY=1" in notify.recv(4096).split(b"\n"):
+                return time.monotonic()
+    raise OSError("the forwarder is not ready")
 
 
 def listening(pid: int) -> set[str]:
@@ -75,7 +79,7 @@ def measure(command: list[str], ports: int, workers: int, directory: Path) -> Fi
     path.write_text(rules(ports, 1))
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
         notify.bind("")
-        notify.settimeout(READY_S)
+        notify.settimeout(0.2)
         name = notify.getsockname()
         environment = {**os.environ, "NOTIFY_SOCKET": "@" + name[1:].decode()}
         begin = time.monotonic()
@@ -87,18 +91,18 @@ def measure(command: list[str], ports: int, workers: int, directory: Path) -> Fi
                 start_new_session=True,
             )
         try:
-            ready_s = wait_ready(notify) - begin
+            ready_s = wait_ready(notify, process) - begin
             time.sleep(0.5)
             before, pss = listening(process.pid), pss_kib(process.pid)
             path.write_text(rules(ports, 2))
             begin = time.monotonic()
             process.send_signal(signal.SIGHUP)
-            reload_s = wait_ready(notify) - begin
+            reload_s = wait_ready(notify, process) - begin
             time.sleep(0.5)
             reloaded = pss_kib(process.pid)
             if listening(process.pid) != before:
                 raise BenchError("the reload has changed sockets of the range")
-        except (TimeoutError, OSError) as err:
+        except OSError as err:
             raise BenchError(f"{err}: {(directory / 'log').read_text()[-2000:]}") from err
         finally:
             for proc in tree(process.pid)[1:] if process.poll() is not None else ():

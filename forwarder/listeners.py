@@ -123,7 +123,10 @@ class ListenerTable:
             if refuse and address.has_handshakes and self._ports[_port_of(address)] <= 0:
                 for sock in inherited:
                     sockets.drop_syn(sock)
-        self._close_inherited()
+        for address in self.unclaimed():
+            # Of a unix socket the file is ours to remove now.
+            for sock in self._reachable(address, self._inherited.pop(address)):
+                sock.close()
 
     def _close_inherited(self) -> None:
         for sock in itertools.chain(*self._inherited.values()):
@@ -218,10 +221,18 @@ class ListenerTable:
     def own(self, rules: Mapping[BindAddress, Rule]) -> None:
         """Nobody else serves our unix sockets, or will go on to: their addresses are ours alone.
 
-        Gives their files the permissions of their rules.
+        The file of one that no rule has any more is removed.
         """
-        self._owned |= self._borrowed
+        for address, file in self._borrowed.items():
+            if address in self._by_address:
+                self._owned[address] = file
+            elif file is not None:
+                file.remove()
         self._borrowed.clear()
+        self.set_modes(rules)
+
+    def set_modes(self, rules: Mapping[BindAddress, Rule]) -> None:
+        """Give the files of unix sockets that are ours the permissions of their rules."""
         for address, file in self._owned.items():
             if file is not None and address in rules:
                 file.set_mode(rules[address].unix_mode)
@@ -245,7 +256,6 @@ class ListenerTable:
                     # Who is queued can be accepted, by the workers; who comes now is refused.
                     with suppress(OSError):
                         slotted.sockets[0].shutdown(socket.SHUT_RD)
-            self._borrowed.pop(address, None)
             if slotted and slotted.sockets:
                 self._ports[_port_of(address)] -= 1
             for sock in slotted.sockets if slotted else ():

@@ -110,7 +110,7 @@ class Service:
         self._put_in_force(candidate, slots)
         wanted = self._rules_by_address()
         self._begin_closing(before, wanted)
-        self.table.own(wanted)
+        self.table.set_modes(wanted)
         for setting in _FIXED_SETTINGS:
             if getattr(old.settings, setting) != getattr(new.settings, setting):
                 log.warning("reload: a change of %s takes effect at the next start", setting)

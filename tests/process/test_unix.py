@@ -358,6 +358,17 @@ def test_an_upgrade_that_fails_leaves_the_file_and_what_serves_it(site: Site) ->
     assert not site.path.exists()
 
 
+def test_an_upgrade_removes_the_file_of_a_rule_that_is_gone(site: Site) -> None:
+    """Nobody else would: the old one leaves all files to the new one."""
+    site.start("in.sock", "old.sock")
+    site.config.write_text(site.text("in.sock"))
+    site.upgrade()
+    assert not (site.directory / "old.sock").exists()
+    site.assert_serves()
+    os.kill(site.master(), signal.SIGTERM)
+    wait_gone(site.path)
+
+
 def test_an_upgrade_makes_a_file_again_that_was_removed(site: Site) -> None:
     site.start()
     site.path.unlink()
