@@ -278,6 +278,8 @@ class ListenerTable:
         """
         for fd in self._fds:
             os.close(fd)
+        for sock in itertools.chain(*self._inherited.values()):
+            os.close(sock.fileno())
 
     def remove_files(self) -> None:
         """Remove the files of unix sockets that are still ours."""
