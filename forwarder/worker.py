@@ -368,7 +368,7 @@ class Worker:
         self._loop.call_later(LAST_SILENCE_S / 2, self._end_silent_flows)
 
     def _leave_when_idle(self) -> None:
-        if self._relay.sessions:
+        if self._relay.sessions or self._relay.restrictions.has_undecided:
             self._loop.call_later(0.05, self._leave_when_idle)
         else:
             self._finish()

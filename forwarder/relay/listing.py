@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from forwarder.access import pattern_matcher
 from forwarder.net.sockets import client_text
+from forwarder.relay.admission import client_host
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -45,7 +46,7 @@ class Choice:
                 continue
             if self.rule is not None and session.pool.rule.name != self.rule:
                 continue
-            if is_client is None or is_client(session.client_address[0]):
+            if is_client is None or is_client(client_host(session.client_address)):
                 yield session
 
 

@@ -13,22 +13,17 @@ from typing import TYPE_CHECKING, Final
 from forwarder.config.model import Protocol, RelayMode
 from forwarder.connlog.log import ConnectionLog
 from forwarder.errors import LIMITED, NOT_ALLOWED, CloseReason, Phase, Who
+from forwarder.gate import Busy
 from forwarder.net import datagrams, sockets, udp
 from forwarder.net.datagrams import Batch
 from forwarder.net.pipes import PipePool
 from forwarder.net.plain_datagrams import PlainBatch
 from forwarder.relay import reporting
+from forwarder.relay.admission import client_host
 from forwarder.relay.bridge import Bridge
 from forwarder.relay.direction import BULK_BYTES, SMALL_BYTES, Direction
 from forwarder.relay.flow import Flow
 from forwarder.relay.flow_table import FlowTable, share
-from forwarder.relay.metered import (
-    Metered,
-    MeteredDirection,
-    MeteredSpliceDirection,
-    MeteredUnixDirection,
-    MeteredUnixSpliceDirection,
-)
 from forwarder.relay.poller import Poller
 from forwarder.relay.restrictions import Restrictions
 from forwarder.relay.session import Session
@@ -56,6 +51,7 @@ if TYPE_CHECKING:
     from forwarder.gate import Holder
     from forwarder.net.sockets import SockAddr, Target
     from forwarder.relay.admission import Admission
+    from forwarder.relay.meter import Meter
     from forwarder.stats import Row
     from forwarder.upstream.pool import Pool
 
@@ -101,12 +97,9 @@ class Relay:
         self.pipes = PipePool(pipe_budget_pages)
         self.make_direction: Callable[[Relay, Session], Direction] = Direction
         self.make_unix_direction: Callable[[Relay, Session], Direction] = UnixDirection
-        self._metered: tuple[type[Direction], type[Direction]]
-        self._metered = (MeteredDirection, MeteredUnixDirection)
         if HAS_SPLICE and mode is not RelayMode.COPY:
             self.make_direction = SpliceDirection
             self.make_unix_direction = UnixSpliceDirection
-            self._metered = (MeteredSpliceDirection, MeteredUnixSpliceDirection)
         bulk = bytearray(BULK_BYTES)
         self.bulk_view = memoryview(bulk)
         self.small_view = self.bulk_view[:SMALL_BYTES]
@@ -140,31 +133,40 @@ class Relay:
 
     def open_session(self, pool: Pool, client: socket.SocketType, address: SockAddr) -> None:
         """Forward an accepted client, or reset it at a limit; ``client`` is ours from here on."""
-        held_as = None
         if self.admissions and pool.row in self.admissions:
-            admission = self.admissions[pool.row]
-            held_as = admission.admit(address[0], is_reserved=admission.queues)
-            if held_as is None:
-                self.on_limited(pool, address, client, admission)
-                sockets.set_abort_on_close(client)
-                client.close()
-                return
+            self._admit(pool, client, address, self.admissions[pool.row])
+        else:
+            self._open(pool, client, address)
+
+    def _admit(
+        self, pool: Pool, client: socket.SocketType, address: SockAddr, admission: Admission
+    ) -> None:
+        """Forward a client if its rule's limits let it, or reset it; if need be a moment later."""
+        admit = admission.admit_reserved if admission.queues else admission.admit
+        try:
+            held_as = admit(client_host(address))
+        except Busy:
+            self.restrictions.decide_later(lambda: self._admit(pool, client, address, admission))
+            return
+        if held_as is None:
+            self.on_limited(pool, address, client, admission)
+            sockets.set_abort_on_close(client)
+            client.close()
+        else:
+            self._open(pool, client, address, held_as)
+
+    def _open(
+        self, pool: Pool, client: socket.SocketType, address: SockAddr, held_as: int | None = None
+    ) -> None:
         make = Session if pool.rule.protocol is _TCP else Bridge
         session = make(self, pool, client, address)
         session.held_as = held_as
         self.begin(session)
 
-    def make_metered(self, pool: Pool) -> type[Direction]:
-        """What moves bytes for a rule that has a bandwidth."""
-        return self._metered[pool.has_unix]
-
-    def set_meters(self, session: Session) -> None:
-        """Give the directions of a session their meters, if its rule has some."""
-        meters = self.meters.get(session.pool.row)
-        if meters is not None:
-            assert isinstance(session.c2u, Metered)  # noqa: S101 - see make_metered
-            assert isinstance(session.u2c, Metered)  # noqa: S101
-            session.c2u.meter, session.u2c.meter = meters
+    def meter(self, row: int, *, is_u2c: bool) -> Meter | None:
+        """What meters one way of a rule; None where the rule has no bandwidth."""
+        meters = self.meters.get(row) if self.meters else None
+        return None if meters is None else meters[is_u2c]
 
     def begin(self, session: Session | Flow) -> None:
         """Count a session that was made just now, and start it."""
@@ -237,9 +239,13 @@ class Relay:
     ) -> None:
         """A client was turned away at a limit."""
         pool.counts[ENDS + LIMITED.index] += 1
-        met = admission.refused_for
+        met = admission.met
         if self.connlog.is_on:
             self.connlog.write(reporting.refused(pool, client, sock, "denied", LIMITED, met))
+        self.on_limit(pool, met)
+
+    def on_limit(self, pool: Pool, met: str) -> None:
+        """Log, now and then, that a limit of a rule was reached."""
         name = pool.rule.name
         self._warn_rarely(f"limit {name}", f"limit.reached rule={name}: {met}")
 
@@ -259,7 +265,6 @@ class Relay:
                 self.connlog.write(reporting.ended(session, reason, self.poller.now))
         if self.logs_sessions:
             self._log_session(session, reason)
-        c2u.moved = u2c.moved = 0  # counted; it may still be here for a while
 
     def abort_sessions(
         self, phase: Phase, why: str, sessions: Iterable[Session | Flow] | None = None

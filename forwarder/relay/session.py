@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Final
 
 from forwarder.errors import CloseReason, Phase, Who
 from forwarder.net import sockets
+from forwarder.relay.metered import put_under_meters
 from forwarder.relay.poller import BROKEN, READABLE, WRITABLE
 from forwarder.relay.wheel import TICK_S
 from forwarder.stats import SESSIONS, connect_bucket
@@ -123,15 +124,13 @@ class Session:
         self.unsent = 0  # in our send queues when a timeout was last looked at
         self.held_as: int | None = None  # by the gate; None: not at all
         make = relay.make_unix_direction if pool.has_unix else relay.make_direction
-        if relay.meters and pool.row in relay.meters:
-            make = relay.make_metered(pool)
         c2u = self.c2u = make(relay, self)
         u2c = self.u2c = make(relay, self)
         c2u.reverse = u2c
         u2c.reverse = c2u
         c2u.src = u2c.dst = client
-        if relay.meters:
-            relay.set_meters(self)
+        if relay.meters and pool.row in relay.meters:
+            put_under_meters(self, relay.meters[pool.row])
         relay.sessions.add(self)
 
     def local(self) -> Target:
@@ -341,6 +340,8 @@ class Session:
             return 0.0
         if now < deadline:
             return deadline
+        if self.c2u.is_held_up or self.u2c.is_held_up:
+            return now + limit_s  # it is we who keep it waiting
         unsent = sum(sockets.unsent_bytes(sock) for sock in (self.client, self.upstream) if sock)
         if unsent and unsent != self.unsent:
             self.unsent = unsent
@@ -401,6 +402,7 @@ class Session:
         self.c2u.stop()
         self.u2c.stop()
         self.relay.on_end(self, reason)
+        self.c2u.moved = self.u2c.moved = 0  # counted; it may still be here for a while
 
     def _finish(self) -> None:
         """Give everything back. After this batch nothing refers to the session any more."""
@@ -409,14 +411,17 @@ class Session:
         relay.wheel.discard(self)
         relay.sessions.discard(self)
         self.pool.counts[SESSIONS] -= 1
-        if self.held_as is not None:
-            relay.let_go(self)
         relay.poller.release(self.client)
         if self.upstream is not None:
             relay.poller.release(self.upstream)
         relay.poller.defer(self._unlink)
 
     def _unlink(self) -> None:
-        """Break the reference cycles, so that the memory is free at once, without the collector."""
+        """Break the reference cycles, so that the memory is free at once, without the collector.
+
+        The place among the sessions is free only now: before, its sockets were open.
+        """
+        if self.held_as is not None:
+            self.relay.let_go(self)
         del self.c2u.reverse, self.c2u.session
         del self.u2c.reverse, self.u2c.session
