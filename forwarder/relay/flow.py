@@ -137,7 +137,7 @@ class Flow:
                 error = err.errno or 0
                 if error in sockets.OUT_OF_RESOURCES:
                     self.attempt -= 1  # on_timer tries again: descriptors come back
-                    self.relay.make_room()
+                    self.relay.make_room(keep=self)
                     self.arm(TICK_S)
                     return
                 continue
@@ -203,9 +203,8 @@ class Flow:
                 self.on_attempt_timeout()
             elif self.state is _CONNECTING and self.upstream is None:
                 self.connect_next(0)
-            else:
-                return self.deadline
-            return 0.0
+            is_waiting = self.state in (_RESOLVING, _CONNECTING)
+            return self.deadline if is_waiting and self.deadline < float("inf") else 0.0
         limit_s = self.silence_limit_s
         if self.state is not _OPEN or not limit_s:
             return 0.0
@@ -248,6 +247,7 @@ class Flow:
         relay.on_end(self, reason)
         relay.wheel.discard(self)
         relay.sessions.discard(self)
+        relay.datagrams_dropped += self.c2u.waiting + self.u2c.waiting
         self.pool.counts[SESSIONS] -= 1
         if self.held_as is not None:
             relay.let_go(self)
