@@ -96,14 +96,6 @@ def is_supported() -> bool:
     return sys.platform.startswith("linux") and has_layout and hasattr(_libc, "recvmmsg")
 
 
-def receive_segments(sock: socket.SocketType) -> None:
-    """Let the kernel hand over several datagrams as one, if it can."""
-    try:
-        sock.setsockopt(_SOL_UDP, _UDP_GRO, 1)
-    except OSError:  # before Linux 5.0: they come one by one
-        return
-
-
 class Destination:
     """Where datagrams go: a socket, and whom to if it is not connected.
 
@@ -212,6 +204,13 @@ class Batch:
 
     # -- receiving
 
+    def prepare(self, sock: socket.SocketType) -> None:
+        """Let the kernel hand over several datagrams of a connected socket as one, if it can."""
+        try:
+            sock.setsockopt(_SOL_UDP, _UDP_GRO, 1)
+        except OSError:  # before Linux 5.0: they come one by one
+            return
+
     def receive(self, fd: int) -> int:
         """Receive from a connected socket what is there. Returns how many slots were filled.
 
@@ -265,10 +264,15 @@ class Batch:
             return name
         start = slot * _CONTROL_BYTES
         control = self._controls.view[start : start + told]
-        _, level, kind = _HEADER.unpack_from(control)
-        if (level, kind) == (socket.IPPROTO_IP, _IP_PKTINFO):
-            return name + bytes(control[20:24])
-        return name + bytes(control[16:32])
+        at = 0
+        while at + _HEADER.size <= told:  # an inherited socket may tell more than we asked for
+            length, level, kind = _HEADER.unpack_from(control, at)
+            if (level, kind) == (socket.IPPROTO_IP, _IP_PKTINFO):
+                return name + bytes(control[at + 20 : at + 24])
+            if (level, kind) == (socket.IPPROTO_IPV6, _IPV6_PKTINFO):
+                return name + bytes(control[at + 16 : at + 32])
+            at += length + 7 & ~7
+        return name
 
     def total(self, first: int, last: int) -> int:
         """How many bytes the slots from ``first`` to before ``last`` hold."""
@@ -388,6 +392,8 @@ class Batch:
             if number in _UNSEGMENTABLE:
                 to.segment_bytes = size - 1
                 return None
+            if number not in REPORTED:
+                return None
             self.errors += 1
         return None
 
@@ -424,9 +430,20 @@ class Batch:
             else:
                 sent = None
             if sent is None:
-                for content in self.datagrams(slot, slot + 1):
-                    if not self.send_copy(to, content):
-                        self.dropped += 1
-            elif not sent:
+                sent = self._send_apart(to, slot)
+            if not sent:
                 return slot
         return last
+
+    def _send_apart(self, to: Destination, slot: int) -> bool:
+        """Send the datagrams of a slot one by one. False if full: then it holds the others only."""
+        found = self.datagrams(slot, slot + 1)
+        for nth, content in enumerate(found):
+            if not self.send_copy(to, content):
+                rest = b"".join(found[nth:])
+                self._data.view[slot * SLOT_BYTES : slot * SLOT_BYTES + len(rest)] = rest
+                self._lens[slot] = self._send_lens[slot] = len(rest)
+                if nth == len(found) - 1:
+                    self._segments.pop(slot, None)
+                return False
+        return True

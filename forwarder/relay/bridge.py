@@ -10,7 +10,7 @@ import errno
 from typing import TYPE_CHECKING
 
 from forwarder.errors import CloseReason, Phase, Who
-from forwarder.net import datagrams, sockets, udp
+from forwarder.net import sockets, udp
 from forwarder.net.datagrams import Destination
 from forwarder.relay.datagram_ways import DatagramToStream, StreamToDatagram
 from forwarder.relay.flow import Flow, FlowState
@@ -56,7 +56,7 @@ class Bridge(Flow):
             upstream.close()
             raise OSError(errno.ENOTCONN, "the client has gone")
         self.upstream = self.u2c.src = upstream
-        datagrams.receive_segments(upstream)
+        self.relay.batch.prepare(upstream)
         self.c2u.to = Destination(upstream.fileno())
         self.c2u.src = client
         self.on_open()
