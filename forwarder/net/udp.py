@@ -117,16 +117,16 @@ def has_flat_lookup(listener: socket.socket) -> bool:
     return FINDS_FLOWS_BY_HASH and is_ipv4_host
 
 
-def flow_socket(listener: socket.socket, peer: bytes) -> socket.SocketType:
+def flow_socket(listener: socket.socket, peer: bytes) -> tuple[socket.SocketType, bool]:
     """Make the own socket of a flow: bound where ``listener`` is, connected to the client.
 
-    It may have been given datagrams of others before it was connected: the caller reads it dry and
-    looks who sent what. The caller owns it. Raises OSError; EACCES when the port is below 1024 and
-    the process may not bind there.
+    The caller owns it. Returns also whether it may have been given datagrams of others before it
+    was connected: if so the caller reads it dry and looks who sent what. Raises OSError; EACCES
+    when the port is below 1024 and the process may not bind there.
     """
-    sock = _flow_socket_apart(listener, peer) if FINDS_FLOWS_BY_HASH else None
-    if sock is not None:
-        return sock
+    apart = _flow_socket_apart(listener, peer) if FINDS_FLOWS_BY_HASH else None
+    if apart is not None:
+        return apart, False
     host, port = peers.local_host(peer) or listener.getsockname()[0], listener.getsockname()[1]
     client = peers.address_of(peer)
     local: IpSockAddr = (host, port) if len(client) == 2 else (host, port, 0, client[3])
@@ -137,7 +137,7 @@ def flow_socket(listener: socket.socket, peer: bytes) -> socket.SocketType:
     except BaseException:
         sock.close()
         raise
-    return sock
+    return sock, True
 
 
 def _flow_socket_apart(listener: socket.socket, peer: bytes) -> socket.SocketType | None:

@@ -196,7 +196,7 @@ class UdpListener:
         flow.held_as = held_as
         self._flows[peer] = flow
         relay.begin(flow)
-        return flow
+        return self._flows.get(peer)  # none if it has ended for want of an upstream
 
     def _settle_ripe(self) -> None:
         """Give ripe flows sockets of their own, as far as they may have them and there are any.
@@ -205,12 +205,13 @@ class UdpListener:
         """
         for _ in range(_SETTLE_ROUNDS):
             ripe, self._ripe = self._ripe, set()
-            made = [(flow, sock) for flow in ripe if (sock := self._own_socket(flow)) is not None]
+            made = [(flow, own) for flow in ripe if (own := self._own_socket(flow)) is not None]
             if not made:
                 return
             self._read(self.sock.fileno(), _LAST_BATCHES)
-            for flow, sock in made:
-                self._read(sock.fileno(), _LAST_BATCHES)
+            for flow, (sock, has_others) in made:
+                if has_others:
+                    self._read(sock.fileno(), _LAST_BATCHES)
                 if self._flows.get(flow.peer) is flow:
                     flow.settle(sock)
                 else:  # it has ended by what was read
@@ -218,18 +219,19 @@ class UdpListener:
                     self._settled -= 1
                 self._ripe.discard(flow)
 
-    def _own_socket(self, flow: UdpFlow) -> socket.SocketType | None:
+    def _own_socket(self, flow: UdpFlow) -> tuple[socket.SocketType, bool] | None:
+        """As ``udp.flow_socket``; None if the flow must do without."""
         if flow.is_settled or self._flows.get(flow.peer) is not flow or not self._settles:
             return None
         if self._settled >= self._relay.settled_limit(is_flat=self._is_flat):
             return None
         try:
-            sock = udp.flow_socket(self.sock, flow.peer)
+            own = udp.flow_socket(self.sock, flow.peer)
         except OSError as err:
             self._on_unsettled(err)
             return None
         self._settled += 1
-        return sock
+        return own
 
     def _on_unsettled(self, err: OSError) -> None:
         """Go on without; for want of rights there is no point in trying again.
