@@ -63,6 +63,7 @@ class Flow:
         "client_address",
         "connected_at",
         "deadline",
+        "has_waited",
         "held_as",
         "id",
         "pool",
@@ -90,6 +91,7 @@ class Flow:
         self.connected_at = 0.0  # 0: not yet
         self.tick = -1
         self.deadline = 0.0  # before OPEN
+        self.has_waited = False  # for a descriptor
         self.targets: tuple[Target, ...] = ()
         self.held_as: int | None = None  # by the gate; None: not at all
         self.attempt = -1  # index of the target being tried, then of the one connected
@@ -136,13 +138,25 @@ class Flow:
             except OSError as err:
                 error = err.errno or 0
                 if error in sockets.OUT_OF_RESOURCES:
-                    self.attempt -= 1  # on_timer tries again: descriptors come back
-                    self.relay.make_room(keep=self)
-                    self.arm(TICK_S)
+                    self.attempt -= 1
+                    self._try_again()
                     return
                 continue
             return
         self.fail(os.strerror(error))
+
+    def _try_again(self) -> None:
+        """Descriptors come back: after this batch, if a flow has made room, else some time."""
+        if self.relay.make_room(keep=self) and not self.has_waited:
+            self.has_waited = True
+            self.relay.poller.call_again(self)
+        else:
+            self.arm(TICK_S)
+
+    def on_turn(self) -> None:
+        """Go on after :meth:`_try_again`."""
+        if self.state is _CONNECTING and self.upstream is None:
+            self.connect_next(0)
 
     def open_upstream(self, target: Target, source: SockAddr | None) -> None:
         """Begin to connect to ``target``, and call :meth:`on_open` when that is done.
