@@ -210,6 +210,11 @@ class Flow:
         """How long nothing may move; 0 is no limit."""
         return self.pool.rule.udp_timeout_s
 
+    @property
+    def ends_by_silence(self) -> bool:
+        """Whether nobody will say that it is over."""
+        return True
+
     def on_timer(self, now: float) -> float:
         """Look whether this flow is overdue; returns its next deadline, 0 for none."""
         if self.state in (_RESOLVING, _CONNECTING):
@@ -236,11 +241,6 @@ class Flow:
         if limit_s > 0:
             self.relay.wheel.add(self, self.relay.poller.now + limit_s)
             self.relay.tick_soon()
-
-    @property
-    def ends_by_silence(self) -> bool:
-        """Whether there is no other way to see that it is over."""
-        return True
 
     def end_if_silent_for(self, limit_s: float) -> bool:
         """Whether nothing has moved for ``limit_s``; if so, it has ended."""

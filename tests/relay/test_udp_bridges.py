@@ -482,6 +482,21 @@ def test_after_the_clients_fin_answers_still_come(bench: UdpBench) -> None:
     assert receive_to_end(client) == b""
 
 
+def test_at_a_stop_a_connection_whose_client_has_said_all_does_not_linger(bench: UdpBench) -> None:
+    """One whose client may still speak does."""
+    upstream = bench.upstream()
+    done, open_ = (bench.bridge(to_datagrams(bench, upstream)) for _ in range(2))
+    for client in (done, open_):
+        client.sendall(b"x")
+    done.shutdown(socket.SHUT_WR)
+    bench.turn()
+    bench.loop.pass_time(2)
+    bench.relay.end_silent_flows(1.0)
+    assert bench.flows() == 1
+    bench.loop.pass_time(0)
+    assert receive_to_end(done) == b""
+
+
 def test_a_frame_that_the_clients_fin_cuts_is_counted(bench: UdpBench) -> None:
     upstream = bench.upstream()
     client = bench.bridge(to_datagrams(bench, upstream, framing=Framing.LENGTH))
