@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from forwarder.errors import CloseReason, Phase, Who
 from forwarder.net import sockets
+from forwarder.relay.poller import EDGE_IN, WRITABLE
 from forwarder.relay.wheel import TICK_S
 from forwarder.stats import SESSIONS, connect_bucket
 
@@ -191,7 +192,10 @@ class Flow:
         self.active_at = self.relay.poller.now
 
     def on_blocked(self, way: Way) -> None:
-        """``way`` waits until the other side takes more: its socket says when, being registered."""
+        """``way``, to a UDP socket, waits until that takes more."""
+        sock = self.upstream if way is self.c2u else self.client
+        if sock is not None:
+            self.relay.poller.modify(sock.fileno(), EDGE_IN | WRITABLE)
 
     def on_stream_ended(self) -> None:
         """The stream on one side has ended, and everything from it is delivered."""

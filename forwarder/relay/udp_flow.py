@@ -27,7 +27,7 @@ from forwarder.net.datagrams import Destination
 from forwarder.net.sockets import Target
 from forwarder.relay.datagram_ways import DatagramToStream, DatagramWay, StreamToDatagram
 from forwarder.relay.flow import Flow, FlowState
-from forwarder.relay.poller import BROKEN, READABLE, WRITABLE
+from forwarder.relay.poller import BROKEN, EDGE_IN, READABLE, WRITABLE
 
 if TYPE_CHECKING:
     from forwarder.net.sockets import SockAddr
@@ -78,7 +78,10 @@ class UdpFlow(Flow):
         self.relay.batch.prepare(sock)
         self.u2c.to = Destination(sock.fileno())
         self.c2u.src = sock
-        self.relay.poller.register(sock.fileno(), self.c2u)
+        is_blocked = self.u2c.holds_data
+        self.relay.poller.register(
+            sock.fileno(), self.c2u, EDGE_IN | WRITABLE if is_blocked else EDGE_IN
+        )
 
     def touch(self) -> None:
         """Something was heard just now."""
@@ -92,14 +95,16 @@ class UdpFlow(Flow):
         assert isinstance(self.c2u, DatagramWay)  # noqa: S101 - make_ways of this class
         self.c2u.to = Destination(upstream.fileno())
         self.u2c.src = upstream
-        self.relay.poller.register(upstream.fileno(), self.u2c)
+        self.relay.poller.register(upstream.fileno(), self.u2c, EDGE_IN)
         self.on_open()
         self.c2u.resume()
 
     def on_blocked(self, way: Way) -> None:
-        """A socket of its own says when it takes more; the listener's has to be asked."""
+        """``way``, to a UDP socket, waits until that takes more; it may be the listener's."""
         if way is self.u2c and not self.is_settled:
             self.listener.resume_when_writable(way)
+        else:
+            super().on_blocked(way)
 
     def close(self, reason: CloseReason) -> None:
         """End, and be unknown to the listener; the client's next datagram begins another flow."""
