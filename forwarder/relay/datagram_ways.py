@@ -136,7 +136,7 @@ class _FromDatagrams(Way):
         elif meter.room_now():
             before = self.moved
             self.deliver(first, last)
-            meter.spend(self.moved - before)
+            meter.spend_now(self.moved - before)
         else:
             self.relay.datagrams_dropped += last - first
             pool.counts[DATAGRAMS_DROPPED] += last - first

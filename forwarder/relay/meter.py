@@ -53,6 +53,7 @@ class Meter:
     __slots__ = (
         "_clock",
         "_gate",
+        "_in_advance",
         "_left",
         "_line",
         "_loop",
@@ -79,6 +80,7 @@ class Meter:
         self._rate = rate
         self._quantum = quantum_of(rate)
         self._left = 0  # drawn and not moved yet; less than 0: owed
+        self._in_advance = 0  # moved by those that cannot wait since the last turn
         self._waiting: OrderedDict[Waiting, None] = OrderedDict()
         self._served: Waiting | None = None  # whose turn it is
         self._timer: TimerHandle | None = None
@@ -108,15 +110,22 @@ class Meter:
     def room_now(self) -> int:
         """How many bytes may be moved now, for something that cannot wait.
 
-        So that it gets a share beside those that do, it may take up to a quantum in advance.
+        Beside those that do it gets its share by taking a quantum in advance for each of them that
+        has its turn.
         """
-        self._draw()
-        return max(self._left + self._quantum, 0)
+        if self._waiting:
+            return max(self._quantum - self._in_advance, 0)
+        return 0 if self._draw() else self._left
 
     def spend(self, moved: int) -> None:
         """So many bytes were moved."""
         if self._rate:
             self._left -= moved
+
+    def spend_now(self, moved: int) -> None:
+        """So many bytes were moved that could not wait."""
+        self._in_advance += moved
+        self.spend(moved)
 
     def forget(self, way: Waiting) -> None:
         """A way has ended, and waits no more."""
@@ -153,6 +162,7 @@ class Meter:
                 log.exception("relay.bug while going on by a meter")
                 way.on_bug()
             self._served = None
+            self._in_advance = 0
         if self._waiting:
             self._arm(wait_s)
 
