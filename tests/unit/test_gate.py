@@ -109,6 +109,7 @@ def take(holder: Holder, key: int) -> bool:
         with holder as gate:
             return gate.sessions(ROW) < LIMIT and gate.hold(holder.mine, ROW, key)
     except Busy:
+        time.sleep(STUCK_S)  # as the product does: it comes back later
         return False
 
 
