@@ -113,12 +113,14 @@ def take(holder: Holder, key: int) -> bool:
         return False
 
 
-def hammer(holder: Holder, seen: Shared, cell: int, rounds: int | None) -> None:
-    """Take places and give them back. ``seen``: how many I have, and above all the most at once."""
+def hammer(holder: Holder, seen: Shared, cell: int, goal: int | None) -> None:
+    """Take places, ``goal`` of them or for ever, and give them back.
+
+    ``seen``: how many each has, and behind them the most that there were at once.
+    """
     chance = random.Random(cell)
     mine: list[int] = []
-    while rounds is None or rounds > 0:
-        rounds = None if rounds is None else rounds - 1
+    while goal is None or goal > 0:
         if mine and chance.random() < 0.5:
             seen[cell] = len(mine) - 1  # before it is free for others
             holder.let_go(ROW, mine.pop())
@@ -128,7 +130,7 @@ def hammer(holder: Holder, seen: Shared, cell: int, rounds: int | None) -> None:
             seen[cell] = len(mine)
             total = sum(seen[other] for other in range(PROCESSES))
             seen[PROCESSES] = max(seen[PROCESSES], total)
-            seen[PROCESSES + 1 + cell] += 1
+            goal = None if goal is None else goal - 1
     while mine:
         seen[cell] = len(mine) - 1
         holder.let_go(ROW, mine.pop())
@@ -138,7 +140,7 @@ def hammer(holder: Holder, seen: Shared, cell: int, rounds: int | None) -> None:
 
 def test_the_limit_is_never_exceeded_and_nothing_is_left(crowd: Crowd) -> None:
     pids = [
-        crowd.fork(lambda holder, cell=cell: hammer(holder, crowd.seen, cell, 3000))  # type: ignore[misc]
+        crowd.fork(lambda holder, cell=cell: hammer(holder, crowd.seen, cell, 1000))  # type: ignore[misc]
         for cell in range(PROCESSES)
     ]
     for pid in pids:
@@ -147,7 +149,6 @@ def test_the_limit_is_never_exceeded_and_nothing_is_left(crowd: Crowd) -> None:
     assert crowd.gate.sessions(ROW) == crowd.gate.sessions(0) == 0
     assert [crowd.wait(pid) for pid in pids] == [0] * PROCESSES
     assert crowd.seen[PROCESSES] == LIMIT, "exceeded, or never reached"
-    assert all(crowd.seen[PROCESSES + 1 + cell] for cell in range(PROCESSES)), "one starved"
 
 
 def test_a_rate_is_shared_exactly(crowd: Crowd) -> None:
