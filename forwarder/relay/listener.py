@@ -80,14 +80,15 @@ class Listener:
 
     def stop(self) -> None:
         """Accept what is queued, then no more. The socket stays open."""
+        is_registered = not (self._is_stopped or self._is_paused)
+        self._is_stopped = True  # from here on it rests no more, it is over
         for _ in range(sockets.BACKLOG // ACCEPT_BATCH):
             accepted = self._relay.total
             self.on_events(select.EPOLLIN)
             if self._relay.total == accepted:
                 break
-        if not (self._is_stopped or self._is_paused):
+        if is_registered:
             self._relay.poller.unregister(self.sock.fileno())
-        self._is_stopped = True
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import pytest
+from support.configured import Configured
 from support.ends import Link, accept, carry, connect, listen
 from support.forwarder import Forwarder, reserve_port
+from support.limited import Limited
 from support.processes import members
 from support.waiting import eventually
 
@@ -193,3 +195,32 @@ def any_address() -> Iterator[tuple[str, int]]:
     """The wildcard, with a port that nobody else gets on any IPv4 address of this host."""
     with reserve_port("0.0.0.0") as holder:
         yield holder.getsockname()
+
+
+class Limit(Protocol):
+    """See :func:`limit`."""
+
+    def __call__(self, more: str, *, workers: int = 2, top: str = "") -> Limited:
+        """Start it."""
+
+
+@pytest.fixture
+def limit(launch: Launch, tmp_path: Path) -> Iterator[Limit]:
+    """Start a forwarder with one rule; ``more`` is more TOML of the rule, ``top`` of all."""
+    started: list[Limited] = []
+    with ExitStack() as stack:
+
+        def start(more: str, *, workers: int = 2, top: str = "") -> Limited:
+            address = stack.enter_context(reserve_port("0.0.0.0")).getsockname()
+            upstream = stack.enter_context(listen())
+            path = tmp_path / f"{len(started)}.toml"
+            head = f'workers = {workers}\ncontrol = "{path}.sock"\n'
+            found = Limited(None, ("127.0.0.1", address[1]), upstream, head)  # type: ignore[arg-type]
+            path.write_text(found.text(more, top))
+            found.it = Configured(launch("-c", str(path)), path)
+            started.append(found)
+            return found
+
+        yield start
+        for found in started:
+            found.close_links()
