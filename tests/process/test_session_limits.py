@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from support import procfs
 from support.configured import IS_SOAK
-from support.ends import Link, accept, connect
+from support.ends import Link, accept, carry, connect
 from support.forwarder import Leaks
 from support.limited import HOSTS, LIMIT
-from support.processes import owner, queued
+from support.processes import owner, queued, run_command
 from support.waiting import eventually
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from support.flood import Outcome
 
     from process.conftest import Limit
@@ -224,4 +229,56 @@ def test_a_stopped_worker_keeps_no_client_of_the_others_waiting(limit: Limit) ->
     with it.flood(hold=LIMIT) as flood:
         outcome = flood.run(200)
     assert outcome.most <= LIMIT
+    it.assert_all_places_free()
+
+
+@contextmanager
+def held_lock(pid: int) -> Iterator[None]:
+    """Have the lock of the limits, as a worker that hangs while it has it."""
+    (fd,) = (fd for fd, what in procfs.descriptors(pid).items() if "forwarder-gate" in what)
+    with Path(f"/proc/{pid}/fd/{fd}").open("r+b", buffering=0) as file:
+        # Not to wait for: a worker may have it just now.
+        while True:
+            with suppress(BlockingIOError):
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+        yield
+
+
+@MODES
+def test_no_loop_stands_still_while_the_lock_is_stuck(limit: Limit, mode: str) -> None:
+    """Sessions go on, end, and are listed; new clients wait, and nobody is refused for it.
+
+    *Result*: when the lock is free again they are served, and every place is counted.
+    """
+    it = limit(
+        f'max_sessions = {LIMIT}\nmax_sessions_per_client = {LIMIT}\nbandwidth = "1Gbit"\n'
+        f'on_limit = "{mode}"'
+    )
+    for _ in range(LIMIT):
+        it.link()
+    pid, *_ = it.it.forwarder.workers()
+    with held_lock(pid):
+        waiting = [connect(it.address) for _ in range(LIMIT // 2)]
+        data = bytes(1 << 20)
+        for link in it.links[LIMIT // 2 :]:
+            carry(link.client, link.upstream, data)
+        for link in it.links[: LIMIT // 2]:
+            link.close()
+        del it.links[: LIMIT // 2]
+        eventually(lambda: it.status()["sessions"] == LIMIT // 2)
+        listed = run_command("sessions", "--json", "--control", it.control)
+        assert len(listed.stdout.splitlines()) == LIMIT // 2
+        # Whether they were accepted or not: nobody is an end of file or a reset away.
+        for client in waiting:
+            client.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                client.recv(1)
+    for client in waiting:
+        client.settimeout(30)
+        it.upstream.settimeout(30)
+        it.links.append(Link(client, accept(it.upstream)))
+    if mode == "reset":
+        it.refused()
+    it.close_links()
     it.assert_all_places_free()
