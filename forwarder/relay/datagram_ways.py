@@ -37,6 +37,7 @@ MAX_PENDING: Final = 256
 MAX_PENDING_BYTES: Final = 256 * 1024
 # Reads of a stream in a row.
 _READS_PER_TURN: Final = 16
+UNLIMITED: Final = 1 << 62
 
 
 class Way:
@@ -72,9 +73,9 @@ class Way:
         meter = self.relay.meter(self.flow.pool.row, is_u2c=self is self.flow.u2c)
         if meter is None:
             self.move(mask)
-        elif meter.room(self):
+        elif room := meter.room(self):
             before = self.moved
-            self.move(mask)
+            self.move(mask, room)
             meter.spend(self.moved - before)
         else:
             self.held_up |= mask
@@ -87,8 +88,8 @@ class Way:
             self.flow.touch()
             self.pump(mask)
 
-    def move(self, mask: int) -> None:
-        """Move what ``src`` has, within the budget."""
+    def move(self, mask: int, room: int = UNLIMITED) -> None:
+        """Move what ``src`` has, within the budget; nothing more when ``room`` bytes were moved."""
         raise NotImplementedError
 
     def resume(self) -> None:
@@ -141,19 +142,22 @@ class _FromDatagrams(Way):
             self.relay.datagrams_dropped += last - first
             pool.counts[DATAGRAMS_DROPPED] += last - first
 
-    def move(self, mask: int) -> None:  # noqa: ARG002 - errors are told by the receive itself
-        """Move what ``src`` has: a batch at a time."""
+    def move(self, mask: int, room: int = UNLIMITED) -> None:  # noqa: ARG002 - see below
+        """Move what ``src`` has: a batch at a time. Errors are told by the receive itself."""
         src = self.src
         if src is None or self.holds_data:
             return
         batch = self.relay.batch
         fd = src.fileno()
+        enough = self.moved + room
         for _ in range(BATCHES_PER_TURN):
             count = batch.receive(fd)
             if count and not self.deliver(0, count):
                 return
             if count < SLOTS:
                 return
+            if self.moved >= enough:
+                break
         self.yield_turn()
 
     def deliver(self, first: int, last: int) -> bool:
@@ -283,7 +287,7 @@ class StreamToDatagram(Way):
         self._decoder = framing.decoder(how)
         self._pending: deque[bytes] = deque()
 
-    def move(self, mask: int) -> None:
+    def move(self, mask: int, room: int = UNLIMITED) -> None:
         """Read until dry, each time sending what is complete."""
         src = self.src
         if self.is_ended and mask & BROKEN:
@@ -306,6 +310,9 @@ class StreamToDatagram(Way):
             self._pending.extend(self._decoder.feed(view[:count]))
             if not self._send():
                 return
+            room -= count
+            if room <= 0:
+                break
         self.yield_turn()
 
     def resume(self) -> None:

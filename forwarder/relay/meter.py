@@ -30,7 +30,8 @@ log = logging.getLogger(__name__)
 # A quantum lasts so long at the rate, within the bounds below: short enough to be smooth, long
 # enough that drawing it costs nothing beside moving it. Arbitrary.
 QUANTUM_S: Final = 0.01
-SMALLEST_BYTES: Final = 4 * 1024
+# At the lowest rate a second of it: so long a first byte may wait for a worker that has drawn one.
+SMALLEST_BYTES: Final = 1024
 # What a direction moves before the others of its worker get their turn.
 LARGEST_BYTES: Final = 1024 * 1024
 # The loop's timers have steps of this. What is lost by waiting too long CATCH_UP_S gives back.
