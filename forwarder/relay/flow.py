@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from forwarder.errors import CloseReason, Phase, Who
 from forwarder.net import sockets
 from forwarder.relay.wheel import TICK_S
-from forwarder.stats import SESSIONS, connect_bucket
+from forwarder.stats import connect_bucket
 
 if TYPE_CHECKING:
     import socket
@@ -246,7 +246,6 @@ class Flow:
         relay.on_end(self, reason)
         relay.wheel.discard(self)
         relay.sessions.discard(self)
-        self.pool.counts[SESSIONS] -= 1
         self.c2u.src = self.u2c.src = None
         for sock in (self.client, self.upstream):
             if sock is not None:

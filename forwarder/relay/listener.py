@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import select
+from functools import partial
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from forwarder.access import Decision
@@ -95,6 +96,7 @@ class Listener:
                 return
             except OSError as err:
                 if err.errno in sockets.ACCEPT_IGNORE:
+                    relay.on_accept_failed(self.pool, self.sock, err)
                     continue
                 if err.errno in sockets.OUT_OF_RESOURCES and relay.make_room():
                     continue
@@ -110,7 +112,8 @@ class Listener:
             if decision is _ALLOWED:
                 relay.open_session(self.pool, client, address)
             else:
-                relay.on_refused(self.pool, address, self.sock, decision)
+                local = partial(sockets.bound_to, client)
+                relay.on_refused(self.pool, address, local, decision)
                 client.close()
 
     def on_bug(self) -> None:

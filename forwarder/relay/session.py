@@ -35,7 +35,7 @@ from forwarder.errors import CloseReason, Phase, Who
 from forwarder.net import sockets
 from forwarder.relay.poller import BROKEN, READABLE, WRITABLE
 from forwarder.relay.wheel import TICK_S
-from forwarder.stats import SESSIONS, connect_bucket
+from forwarder.stats import connect_bucket
 
 if TYPE_CHECKING:
     from forwarder.net.sockets import Target
@@ -402,7 +402,6 @@ class Session:
         relay = self.relay
         relay.wheel.discard(self)
         relay.sessions.discard(self)
-        self.pool.counts[SESSIONS] -= 1
         relay.poller.release(self.client)
         if self.upstream is not None:
             relay.poller.release(self.upstream)
