@@ -7,6 +7,7 @@ memory that the master owns (see ``board``), so what was counted outlives a work
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from forwarder.errors import REASONS
@@ -188,4 +189,4 @@ class Tally:
 
 
 def _add(one: Sequence[int], other: Sequence[int]) -> list[int]:
-    return [a + b for a, b in zip(one, other, strict=True)]
+    return list(map(operator.add, one, other))
