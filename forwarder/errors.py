@@ -157,5 +157,7 @@ class CloseReason:
         return f"{self.code} ({self.detail})" if self.detail else self.code
 
 
+# One side had ended and the other one said no more: which one it was.
+CLIENT_HAD_ENDED: Final = CloseReason(Who.US, Phase.HALF_CLOSE, "the client had ended")
+UPSTREAM_HAD_ENDED: Final = CloseReason(Who.US, Phase.HALF_CLOSE, "the upstream had ended")
 NOT_ALLOWED: Final = CloseReason(Who.US, Phase.ACCESS)
-LIMITED: Final = CloseReason(Who.US, Phase.LIMIT)

@@ -234,6 +234,7 @@ class Master:
             return
         else:
             self._fleet.end_hung(time.monotonic())
+            self._fleet.tell_logs()  # SIGUSR1 means those that drain, too
             if time.monotonic() >= self._deadline:
                 self._on_deadline()
         self._fleet.questions.expire(time.monotonic())
@@ -374,13 +375,13 @@ class Master:
         }
 
     def list_sessions(
-        self, choice: dict[str, object], callback: Callable[[list[object]], None]
+        self, choice: dict[str, object], callback: Callable[[list[object], list[int]], None]
     ) -> None:
         """Ask the workers for some of their sessions."""
         self._fleet.ask(Op.LIST, choice, callback)
 
     def kill_sessions(
-        self, choice: dict[str, object], callback: Callable[[list[object]], None]
+        self, choice: dict[str, object], callback: Callable[[list[object], list[int]], None]
     ) -> None:
         """Have the workers end some of their sessions."""
         self._fleet.ask(Op.KILL, choice, callback)

@@ -196,6 +196,7 @@ class Settings:
     ``max_sessions`` is of all rules together, 0 is no limit. ``user`` and ``group`` are those of
     the workers. ``drain_timeout_s`` bounds how long sessions go on after their rule, their worker
     or the instance was told to end; None means 30 s for a stop and no limit else, 0 none at all.
+    ``cut_denied``: access rules that change end open sessions that they do not allow, too.
     """
 
     workers: int = 0
@@ -208,6 +209,7 @@ class Settings:
     group: str | None = None
     drain_timeout_s: float | None = None
     hang_timeout_s: float = HANG_TIMEOUT_S
+    cut_denied: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

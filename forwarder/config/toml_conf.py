@@ -40,6 +40,7 @@ TOP_KEYS = (
     "bind",
     "connect_timeout",
     "control",
+    "cut_denied",
     "drain_timeout",
     "forwarding_rules",
     "global_rules",
@@ -155,6 +156,7 @@ def _settings(top: Table) -> Settings:
         group=group.value if group else None,
         drain_timeout_s=drain_timeout.value if drain_timeout else None,
         hang_timeout_s=_hang_timeout(top),
+        cut_denied=top.flag("cut_denied") or False,
     )
     return replace(settings, relay=top.choice("relay", RelayMode) or settings.relay)
 

@@ -135,6 +135,14 @@ class Table:
         self.bad(key, f"a whole number from {least} to {most}", hint)
         return None
 
+    def flag(self, key: str) -> bool | None:
+        """Read true or false."""
+        value = self._data.get(key)
+        if value is None or isinstance(value, bool):
+            return value
+        self.bad(key, "true or false", "write it without quotes" if isinstance(value, str) else "")
+        return None
+
     def duration(self, key: str) -> Placed[float] | None:
         """Read a duration in seconds."""
         value = self._data.get(key)

@@ -31,11 +31,11 @@ import socket
 from enum import Enum
 from typing import TYPE_CHECKING, Final
 
-from forwarder.errors import CloseReason, Phase, Who
+from forwarder.errors import CLIENT_HAD_ENDED, UPSTREAM_HAD_ENDED, CloseReason, Phase, Who
 from forwarder.net import sockets
 from forwarder.relay.poller import BROKEN, READABLE, WRITABLE
 from forwarder.relay.wheel import TICK_S
-from forwarder.stats import SESSIONS, connect_bucket
+from forwarder.stats import connect_bucket
 
 if TYPE_CHECKING:
     from forwarder.net.sockets import Target
@@ -347,6 +347,8 @@ class Session:
             return now + limit_s
         if phase is Phase.IDLE and not (self.c2u.holds_data or self.u2c.holds_data):
             self.close(CloseReason(Who.US, phase))
+        elif self.state is _HALF_CLOSED and not self.is_reset:
+            self.abort(CLIENT_HAD_ENDED if self.c2u.is_done else UPSTREAM_HAD_ENDED)
         else:
             self.abort(CloseReason(Who.US, phase))
         return 0.0
@@ -408,7 +410,6 @@ class Session:
         relay = self.relay
         relay.wheel.discard(self)
         relay.sessions.discard(self)
-        self.pool.counts[SESSIONS] -= 1
         if self.held_as is not None:
             relay.let_go(self)
         relay.poller.release(self.client)

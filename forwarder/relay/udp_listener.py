@@ -16,6 +16,7 @@ from forwarder.config.model import Protocol
 from forwarder.errors import CloseReason, Phase, Who
 from forwarder.net import peers, sockets, udp
 from forwarder.net.datagrams import SLOTS
+from forwarder.net.sockets import Target
 from forwarder.relay.poller import READABLE, WRITABLE
 from forwarder.relay.udp_flow import UdpFlow, UdpToTcpFlow
 from forwarder.stats import DATAGRAMS_DROPPED
@@ -46,6 +47,7 @@ class UdpListener:
 
     __slots__ = (
         "_blocked",
+        "_bound",
         "_flows",
         "_is_flat",
         "_own",
@@ -71,6 +73,7 @@ class UdpListener:
         Of a rule with a range of ports, ``pool`` is that of the whole rule until a client comes.
         """
         self.sock = sock
+        self._bound = sockets.bound_to(sock)  # flows outlive the socket
         self.pool = pool
         self.access = access
         self._relay = relay
@@ -117,6 +120,11 @@ class UdpListener:
         if not self._blocked:
             self._relay.poller.modify(self.sock.fileno(), select.EPOLLIN | select.EPOLLOUT)
         self._blocked.append(way)
+
+    def local(self, peer: bytes) -> Target:
+        """The address of ours that a client speaks to."""
+        host = peers.local_host(peer)
+        return self._bound if host is None else Target(self._bound.family, (host, self._bound.port))
 
     def forget(self, flow: UdpFlow) -> None:
         """A flow of ours has ended."""
@@ -177,10 +185,10 @@ class UdpListener:
         address = peers.address_of(peer)
         decision = Decision.ALLOWED if self.access.is_empty else self.access.decide(address[0])
         if decision is not Decision.ALLOWED:
-            self._relay.on_refused(self.pool, address, self.sock, decision)
+            self._relay.on_refused(self.pool, address, lambda: self.local(peer), decision)
             return None
         if self.pool is not self._own:
-            offset = sockets.bound_to(self.sock).port - self.pool.rule.first_port
+            offset = self._bound.port - self.pool.rule.first_port
             self.pool = self._own = self.pool.at(offset)
         relay = self._relay
         held_as = None
@@ -188,7 +196,7 @@ class UdpListener:
             admission = relay.admissions[self.pool.row]
             held_as = admission.admit(address[0])
             if held_as is None:
-                relay.on_limited(self.pool, address, self.sock, admission)
+                relay.on_limited(self.pool, address, lambda: self.local(peer), admission)
                 return None
         relay.make_room_for_flow(self.pool)
         is_bridge = self.pool.rule.protocol is Protocol.UDP_TO_TCP

@@ -77,6 +77,7 @@ class StubPool:
         self.rule = rule
         self.row, self.counts = 1, new_row()
         self.has_unix = False
+        self.listen_host, self.upstream_text = "127.0.0.1", ("127.0.0.1", 2)
         self.resolved = targets
         self.waiting: list[Callable[[tuple[Target, ...]], None]] = []
         self._local = local
@@ -103,6 +104,32 @@ class StubPool:
 def target_of(sock: socket.socket) -> Target:
     """Where a socket of the test is."""
     return Target(sock.family, sock.getsockname())
+
+
+def pool_of(targets: tuple[Target, ...] | None, connect_timeout_s: float) -> StubPool:
+    """A pool of a TCP rule."""
+    return StubPool(replace(RULE, connect_timeout_s=connect_timeout_s), targets)
+
+
+class Bench:
+    """A relay, its loop, and the clients given to it."""
+
+    def __init__(self) -> None:
+        self.loop = HandLoop()
+        self.relay = Relay(cast("AbstractEventLoop", self.loop), RelayMode.AUTO, 1024)
+
+    def open(self, pool: StubPool) -> socket.socket:
+        """Give the relay a new client; returns the client's end."""
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen()
+            client = connect(listener.getsockname())
+            fd, address = listener._accept()  # type: ignore[attr-defined]
+        accepted = socket.SocketType(socket.AF_INET, socket.SOCK_STREAM, 0, fd)
+        accepted.setblocking(False)
+        self.relay.poller._turn()
+        self.relay.open_session(cast("Pool", pool), accepted, address)
+        return client
 
 
 class UdpBench:
