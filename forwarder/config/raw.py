@@ -7,7 +7,7 @@ that a later check may complain about carries its place.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeAlias, TypeVar
 
 from forwarder.config.model import (
     CONNECT_TIMEOUT_S,
@@ -18,6 +18,7 @@ from forwarder.config.model import (
     Framing,
     Protocol,
     Settings,
+    Sides,
 )
 from forwarder.errors import ConfigError, Issue, Place
 
@@ -38,6 +39,11 @@ class Placed(Generic[T]):
     place: Place
 
 
+OptionValue: TypeAlias = bool | int | str | Sides
+RawOptions: TypeAlias = dict[str, Placed[OptionValue]]
+"""Socket options by key, as in the documentation."""
+
+
 @dataclass(slots=True, kw_only=True)
 class RawRule:
     """One rule as written. ``access`` grows while the lines behind a rinetd rule are read."""
@@ -56,12 +62,13 @@ class RawRule:
     framing: Placed[Framing] | None = None
     unix_mode: Placed[int] | None = None
     bind: BindPolicy | None = None
+    options: RawOptions = field(default_factory=dict)
     access: list[AccessRule] = field(default_factory=list)
 
 
 @dataclass(slots=True, kw_only=True)
 class RawConfig:
-    """A file as written; the timeouts and ``bind`` are the defaults of its rules.
+    """A file as written; timeouts, ``bind`` and ``options`` are the defaults of its rules.
 
     ``rules_seen`` counts the rules begun, those with errors included: a file whose only rule is
     broken does not lack one. ``dropped_access`` holds the access rules of broken rules: they are
@@ -77,6 +84,7 @@ class RawConfig:
     half_close_timeout_s: float = HALF_CLOSE_TIMEOUT_S
     idle_timeout_s: float = IDLE_TIMEOUT_S
     bind: BindPolicy = BindPolicy.REQUIRE
+    options: RawOptions = field(default_factory=dict)
 
 
 class Issues:
