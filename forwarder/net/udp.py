@@ -17,11 +17,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from forwarder.net import options as socket_options
 from forwarder.net import peers
 from forwarder.net.proc import local_addresses
 from forwarder.net.sockets import is_v6only, set_v6only
 
 if TYPE_CHECKING:
+    from forwarder.config.model import SocketOptions
+    from forwarder.net.options import How
     from forwarder.net.sockets import IpSockAddr, SockAddr, Target
 
 # Asked for on every socket; the kernel grants twice net.core.rmem_max (212,992 by default) at most.
@@ -41,7 +44,11 @@ def finds_flows_by_hash() -> bool:
 
 
 def listen_udp(
-    target: Target, *, v6only: bool, owner: tuple[int, int] | None = None
+    target: Target,
+    *,
+    v6only: bool,
+    options: SocketOptions,
+    owner: tuple[int, int] | None = None,
 ) -> socket.socket:
     """Bind a UDP address with SO_REUSEPORT. The caller owns the socket.
 
@@ -55,6 +62,8 @@ def listen_udp(
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         set_v6only(sock, target.family, v6only)
         prepare_listener(sock, str(target.sockaddr[0]))
+        _set_buffers(sock)
+        socket_options.to_listen(options, target.family, is_udp=True).apply(sock)
         sock.bind(target.sockaddr)
     except BaseException:
         sock.close()
@@ -63,9 +72,8 @@ def listen_udp(
 
 
 def prepare_listener(sock: socket.socket, host: str) -> None:
-    """Set non-blocking mode, buffers, and whether to tell which address a client wrote to."""
+    """Set non-blocking mode, and whether to tell which address a client wrote to."""
     sock.setblocking(False)
-    _set_buffers(sock)
     if host in _WILDCARDS:
         if sock.family == socket.AF_INET:
             sock.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
@@ -99,7 +107,7 @@ def _is_listened_on(target: Target) -> bool:
     return False
 
 
-def flow_socket(listener: socket.socket, peer: bytes) -> socket.SocketType:
+def flow_socket(listener: socket.socket, peer: bytes, how: How) -> socket.SocketType:
     """Make the own socket of a flow: bound where ``listener`` is, connected to the client.
 
     Between the two steps it is one more listener, and may be given datagrams of others: the caller
@@ -115,6 +123,7 @@ def flow_socket(listener: socket.socket, peer: bytes) -> socket.SocketType:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         set_v6only(sock, listener.family, is_v6only(listener))
         _set_buffers(sock)
+        how.apply(sock)
         sock.bind(local)
         sock.connect(client)
     except BaseException:
@@ -123,7 +132,7 @@ def flow_socket(listener: socket.socket, peer: bytes) -> socket.SocketType:
     return sock
 
 
-def upstream_socket(target: Target, source: SockAddr | None) -> socket.SocketType:
+def upstream_socket(target: Target, source: SockAddr | None, how: How) -> socket.SocketType:
     """Make a non-blocking UDP socket connected to ``target``, bound to ``source`` if there is one.
 
     The caller owns it. Raises OSError: EMFILE and the like, ENETUNREACH, EADDRNOTAVAIL.
@@ -132,6 +141,7 @@ def upstream_socket(target: Target, source: SockAddr | None) -> socket.SocketTyp
     try:
         sock.setblocking(False)
         _set_buffers(sock)
+        how.apply(sock)
         if source is not None:
             sock.bind(source)
         sock.connect(target.sockaddr)

@@ -183,7 +183,7 @@ class UdpListener:
         if not self._settles or self._settled >= self._relay.settled_limit:
             return False
         try:
-            sock = udp.flow_socket(self.sock, flow.peer)
+            sock = udp.flow_socket(self.sock, flow.peer, self.pool.client_how(self.sock.family))
         except OSError as err:
             self._on_unsettled(err)
             return False
