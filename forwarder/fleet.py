@@ -73,6 +73,7 @@ class Fleet:
         """
         self.serving: Serving
         self.identity: Identity | None = None  # whom the workers run as, if not us
+        self.capabilities = 0  # that they keep all the same
         self.logs = LogFiles()
         self.ledger = Ledger()
         self.questions = Questions()
@@ -293,6 +294,7 @@ class Fleet:
                 board=board,
                 relay=self.serving.config.settings.relay,
                 identity=self.identity,
+                capabilities=self.capabilities,
             )
         )
 

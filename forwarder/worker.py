@@ -94,6 +94,7 @@ class WorkerSpec:
     board: Board
     relay: RelayMode
     identity: Identity | None
+    capabilities: int  # that it keeps
 
 
 def main(spec: WorkerSpec) -> WorkerExit:
@@ -103,7 +104,7 @@ def main(spec: WorkerSpec) -> WorkerExit:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     setproctitle.setproctitle(f"forwarder: worker {spec.slot}")
-    privileges.drop(spec.identity)
+    privileges.drop(spec.identity, spec.capabilities)
     gc.set_threshold(_GC_THRESHOLD)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_serve(spec))

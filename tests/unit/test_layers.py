@@ -38,6 +38,7 @@ RANK = {
     "listeners": 5,
     "slot": 5,
     "inherit": 5,
+    "probing": 5,
     "control": 6,
     "connlog": 5,
     "relay": 6,
