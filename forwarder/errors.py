@@ -80,6 +80,12 @@ class ConfigError(ForwarderError):
         self.issues = tuple(issues)
 
 
+class RightsError(ConfigError):
+    """A configuration that this process lacks the privileges for. Nothing was started."""
+
+    exit_code = ExitCode.NO_PERMISSION
+
+
 class StartupError(ForwarderError):
     """A listener cannot be made, or another instance owns the address. Nothing was started."""
 

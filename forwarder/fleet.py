@@ -74,6 +74,7 @@ class Fleet:
         """
         self.serving: Serving
         self.identity: Identity | None = None  # whom the workers run as, if not us
+        self.capabilities = 0  # that they keep all the same
         self.logs = LogFiles()
         self.ledger = Ledger()
         self.questions = Questions()
@@ -319,6 +320,7 @@ class Fleet:
                 holdings=tables.holdings,
                 relay=self.serving.config.settings.relay,
                 identity=self.identity,
+                capabilities=self.capabilities,
             )
         )
 

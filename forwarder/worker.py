@@ -99,6 +99,7 @@ class WorkerSpec:
     holdings: Holdings
     relay: RelayMode
     identity: Identity | None
+    capabilities: int  # that it keeps
 
 
 def main(spec: WorkerSpec) -> WorkerExit:
@@ -108,7 +109,7 @@ def main(spec: WorkerSpec) -> WorkerExit:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     setproctitle.setproctitle(f"forwarder: worker {spec.slot}")
-    privileges.drop(spec.identity)
+    privileges.drop(spec.identity, spec.capabilities)
     gc.set_threshold(_GC_THRESHOLD)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_serve(spec))

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 E = TypeVar("E", bound=Enum)
 
+_FLAGS = ("true", "false")
+
 
 def describe(value: object) -> str:
     """Say what a value is, for "KEY is ..."."""
@@ -135,12 +137,14 @@ class Table:
         self.bad(key, f"a whole number from {least} to {most}", hint)
         return None
 
-    def flag(self, key: str) -> bool | None:
+    def flag(self, key: str) -> Placed[bool] | None:
         """Read true or false."""
         value = self._data.get(key)
-        if value is None or isinstance(value, bool):
-            return value
-        self.bad(key, "true or false", "write it without quotes" if isinstance(value, str) else "")
+        if value is None:
+            return None
+        if isinstance(value, bool):
+            return Placed(value, self.place(key))
+        self.bad(key, "true or false", "write it without quotes" if value in _FLAGS else "")
         return None
 
     def duration(self, key: str) -> Placed[float] | None:

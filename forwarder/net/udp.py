@@ -25,11 +25,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from forwarder.net import options as socket_options
 from forwarder.net import peers
 from forwarder.net.proc import local_addresses
 from forwarder.net.sockets import is_v6only, set_v6only
 
 if TYPE_CHECKING:
+    from forwarder.config.model import SocketOptions
+    from forwarder.net.options import How
     from forwarder.net.sockets import IpSockAddr, SockAddr, Target
 
 # Asked for on every socket; the kernel grants twice net.core.rmem_max (212,992 by default) at most.
@@ -53,7 +56,11 @@ FINDS_FLOWS_BY_HASH: Final = finds_flows_by_hash()
 
 
 def listen_udp(
-    target: Target, *, v6only: bool, owner: tuple[int, int] | None = None
+    target: Target,
+    *,
+    v6only: bool,
+    options: SocketOptions,
+    owner: tuple[int, int] | None = None,
 ) -> socket.socket:
     """Bind a UDP address with SO_REUSEPORT. The caller owns the socket.
 
@@ -67,6 +74,8 @@ def listen_udp(
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         set_v6only(sock, target.family, v6only)
         prepare_listener(sock, str(target.sockaddr[0]))
+        _set_buffers(sock)
+        socket_options.to_listen(options, target.family, is_udp=True).apply(sock)
         sock.bind(target.sockaddr)
     except BaseException:
         sock.close()
@@ -75,9 +84,8 @@ def listen_udp(
 
 
 def prepare_listener(sock: socket.socket, host: str) -> None:
-    """Set non-blocking mode, buffers, and whether to tell which address a client wrote to."""
+    """Set non-blocking mode, and whether to tell which address a client wrote to."""
     sock.setblocking(False)
-    _set_buffers(sock)
     if host in _WILDCARDS:
         if sock.family == socket.AF_INET:
             sock.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
@@ -117,20 +125,20 @@ def has_flat_lookup(listener: socket.socket) -> bool:
     return FINDS_FLOWS_BY_HASH and is_ipv4_host
 
 
-def flow_socket(listener: socket.socket, peer: bytes) -> tuple[socket.SocketType, bool]:
+def flow_socket(listener: socket.socket, peer: bytes, how: How) -> tuple[socket.SocketType, bool]:
     """Make the own socket of a flow: bound where ``listener`` is, connected to the client.
 
     The caller owns it. Returns also whether it may have been given datagrams of others before it
     was connected: if so the caller reads it dry and looks who sent what. Raises OSError; EACCES
     when the port is below 1024 and the process may not bind there.
     """
-    apart = _flow_socket_apart(listener, peer) if FINDS_FLOWS_BY_HASH else None
+    apart = _flow_socket_apart(listener, peer, how) if FINDS_FLOWS_BY_HASH else None
     if apart is not None:
         return apart, False
     host, port = peers.local_host(peer) or listener.getsockname()[0], listener.getsockname()[1]
     client = peers.address_of(peer)
     local: IpSockAddr = (host, port) if len(client) == 2 else (host, port, 0, client[3])
-    sock = _new_flow_socket(listener.family, v6only=is_v6only(listener))
+    sock = _new_flow_socket(listener.family, how, v6only=is_v6only(listener))
     try:
         sock.bind(local)
         sock.connect(client)
@@ -140,7 +148,7 @@ def flow_socket(listener: socket.socket, peer: bytes) -> tuple[socket.SocketType
     return sock, True
 
 
-def _flow_socket_apart(listener: socket.socket, peer: bytes) -> socket.SocketType | None:
+def _flow_socket_apart(listener: socket.socket, peer: bytes, how: How) -> socket.SocketType | None:
     """The same in a group of its own; None if that is not possible, for whatever reason.
 
     From a wildcard connect() goes to the address that the kernel would answer from, which need not
@@ -159,7 +167,7 @@ def _flow_socket_apart(listener: socket.socket, peer: bytes) -> socket.SocketTyp
     else:
         return None
     try:
-        sock = _new_flow_socket(socket.AF_INET6, v6only=v6only)
+        sock = _new_flow_socket(socket.AF_INET6, how, v6only=v6only)
     except OSError:  # a system without IPv6; or no descriptor, as the caller will find
         return None
     try:
@@ -181,20 +189,21 @@ def _is_on_wildcard(listener: socket.socket) -> bool:
     return listener.getsockname()[0] in _WILDCARDS
 
 
-def _new_flow_socket(family: int, *, v6only: bool) -> socket.SocketType:
+def _new_flow_socket(family: int, how: How, *, v6only: bool) -> socket.SocketType:
     sock = socket.SocketType(family, _NONBLOCKING_DATAGRAM)
     try:
         sock.setblocking(False)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         set_v6only(sock, family, v6only)
         _set_buffers(sock)
+        how.apply(sock)
     except BaseException:
         sock.close()
         raise
     return sock
 
 
-def upstream_socket(target: Target, source: SockAddr | None) -> socket.SocketType:
+def upstream_socket(target: Target, source: SockAddr | None, how: How) -> socket.SocketType:
     """Make a non-blocking UDP socket connected to ``target``, bound to ``source`` if there is one.
 
     The caller owns it. Raises OSError: EMFILE and the like, ENETUNREACH, EADDRNOTAVAIL.
@@ -203,6 +212,7 @@ def upstream_socket(target: Target, source: SockAddr | None) -> socket.SocketTyp
     try:
         sock.setblocking(False)
         _set_buffers(sock)
+        how.apply(sock)
         if source is not None:
             sock.bind(source)
         sock.connect(target.sockaddr)

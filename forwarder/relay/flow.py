@@ -135,7 +135,8 @@ class Flow:
             self.attempt += 1
             target = self.targets[self.attempt]
             try:
-                self.open_upstream(target, self.pool.source(target.family))
+                source = self.pool.source(target.family, self.client_address)
+                self.open_upstream(target, source)
             except OSError as err:
                 error = err.errno or 0
                 if error in sockets.OUT_OF_RESOURCES:

@@ -76,7 +76,7 @@ class Listener:
 
     def stop(self) -> None:
         """Accept what is queued, then no more. The socket stays open."""
-        for _ in range(sockets.BACKLOG // ACCEPT_BATCH):
+        for _ in range(self.pool.rule.options.backlog // ACCEPT_BATCH + 1):
             accepted = self._relay.total
             self.on_events(select.EPOLLIN)
             if self._relay.total == accepted:

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 
     from forwarder.access import Decision
     from forwarder.gate import Holder
+    from forwarder.net.options import How
     from forwarder.net.sockets import SockAddr, Target
     from forwarder.relay.admission import Admission
     from forwarder.stats import Row
@@ -386,21 +387,23 @@ class Relay:
         """Whether an accepted client is sure to get an upstream socket; if not, do not accept."""
         return self._spare_fd >= 0
 
-    def upstream_socket(self, target: Target, source: SockAddr | None) -> socket.SocketType:
+    def upstream_socket(
+        self, target: Target, source: SockAddr | None, how: How
+    ) -> socket.SocketType:
         """Make an upstream socket, from the spare descriptor when it is the last one.
 
         So a client that was accepted at the descriptor limit is served, and no further one is
         accepted until the spare is back. Raises OSError.
         """
         try:
-            return sockets.upstream_socket(target, source)
+            return sockets.upstream_socket(target, source, how)
         except OSError as err:
             if err.errno not in sockets.OUT_OF_RESOURCES or not self.has_spare_fd:
                 raise
         os.close(self._spare_fd)
         self._spare_fd = -1
         self._loop.call_later(RESERVE_AFTER_S, self._reserve_again)
-        return sockets.upstream_socket(target, source)
+        return sockets.upstream_socket(target, source, how)
 
     def _reserve_again(self) -> None:
         if not (self._is_closed or self.recover_spare_fd()):

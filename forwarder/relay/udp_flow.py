@@ -87,7 +87,7 @@ class UdpFlow(Flow):
 
     def open_upstream(self, target: Target, source: SockAddr | None) -> None:
         """Make a socket that is connected to ``target``; nothing is sent by that."""
-        upstream = self.upstream = udp.upstream_socket(target, source)
+        upstream = self.upstream = udp.upstream_socket(target, source, self.pool.how[target.family])
         self.relay.batch.prepare(upstream)
         assert isinstance(self.c2u, DatagramWay)  # noqa: S101 - make_ways of this class
         self.c2u.to = Destination(upstream.fileno())
@@ -130,7 +130,7 @@ class UdpToTcpFlow(UdpFlow):
 
     def open_upstream(self, target: Target, source: SockAddr | None) -> None:
         """Begin to connect; :meth:`on_events` hears of the outcome."""
-        upstream = sockets.upstream_socket(target, source)
+        upstream = sockets.upstream_socket(target, source, self.pool.how[target.family])
         error = upstream.connect_ex(target.sockaddr)
         if error not in _IN_PROGRESS:
             upstream.close()

@@ -234,7 +234,8 @@ class UdpListener:
         if self._settled >= self._relay.settled_limit(is_flat=self._is_flat):
             return None
         try:
-            own = udp.flow_socket(self.sock, flow.peer)
+            how = self.pool.client_how(self.sock.family)
+            own = udp.flow_socket(self.sock, flow.peer, how)
         except OSError as err:
             self._on_unsettled(err)
             return None

@@ -25,6 +25,7 @@ from forwarder.relay.wheel import BUCKETS, TICK_S
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from forwarder.net.options import How
     from forwarder.relay.udp_listener import UdpListener
 
 HOSTS = ["127.0.0.1", "0.0.0.0", "::1", "::"]
@@ -141,10 +142,10 @@ def test_what_was_queued_before_a_flow_settles_comes_first(
     ask(bench, client, upstream, b"0")
     original = net_udp.flow_socket
 
-    def slowly(sock: socket.socket, peer: bytes) -> tuple[socket.SocketType, bool]:
+    def slowly(sock: socket.socket, peer: bytes, how: How) -> tuple[socket.SocketType, bool]:
         client.send(b"2")
         client.send(b"3")
-        made = original(sock, peer)
+        made = original(sock, peer, how)
         client.send(b"4")
         return made
 
@@ -179,7 +180,7 @@ def test_a_client_whose_flow_settles_takes_nothing_from_others(
                 client.send(b"meanwhile")
             original(self, address)  # type: ignore[arg-type]
 
-    def of_slow(family: int, *, v6only: bool) -> socket.SocketType:
+    def of_slow(family: int, _how: How, *, v6only: bool) -> socket.SocketType:
         made = Slow(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if family == socket.AF_INET6:
@@ -218,8 +219,8 @@ def test_a_socket_that_is_bound_and_not_yet_connected_is_no_listener(
             asked = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
             return (asked if ":" in asked else f"::ffff:{asked}", 0)
 
-    def half(family: int, *, v6only: bool) -> socket.SocketType:
-        sock = original(family, v6only=v6only)
+    def half(family: int, how: How, *, v6only: bool) -> socket.SocketType:
+        sock = original(family, how, v6only=v6only)
         made.append(Half(family, socket.SOCK_DGRAM, 0, sock.detach()))
         return made[-1]
 
@@ -228,7 +229,7 @@ def test_a_socket_that_is_bound_and_not_yet_connected_is_no_listener(
     listener.sock.settimeout(10)
     peer = bench.relay.batch
     assert peer.receive_from(listener.sock.fileno()) == 1
-    net_udp.flow_socket(listener.sock, peer.peer(0))
+    net_udp.flow_socket(listener.sock, peer.peer(0), listener.pool.client_how(listener.sock.family))
     for client in clients:
         client.send(b"y")
     assert drain_raw(listener.sock) == len(clients)
