@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -117,13 +118,11 @@ class Relay:
             Batch() if mode is not RelayMode.COPY and datagrams.is_supported() else PlainBatch()
         )
         self.workers = 1
-        self.datagrams_dropped = 0
-        self.flows_evicted = 0
+        self.total = self.failed = self.refused = self.accept_pauses = 0
+        self.datagrams_dropped = self.flows_evicted = 0
+        # How many UDP listeners are on the IPv6 wildcard, by port.
+        self.wildcard_ports: Counter[int] = Counter()
         self._flow_tables: dict[Pool, FlowTable] = {}
-        self.total = 0
-        self.failed = 0
-        self.refused = 0
-        self.accept_pauses = 0
         self.connlog = ConnectionLog(slot)
         self._bytes_c2u = self._bytes_u2c = self._bytes_spliced = 0
         self.restrictions = Restrictions(loop, holder)

@@ -9,6 +9,7 @@ import errno
 import logging
 import os
 import select
+import socket
 from typing import TYPE_CHECKING, Final
 
 from forwarder.access import Decision
@@ -22,7 +23,6 @@ from forwarder.relay.udp_flow import UdpFlow, UdpToTcpFlow
 from forwarder.stats import DATAGRAMS_DROPPED
 
 if TYPE_CHECKING:
-    import socket
     from asyncio import AbstractEventLoop
 
     from forwarder.access import AccessList
@@ -50,11 +50,13 @@ class UdpListener:
         "_bound",
         "_flows",
         "_is_flat",
+        "_is_on_wildcard",
         "_own",
         "_relay",
         "_ripe",
         "_settled",
         "_settles",
+        "_takes_strays",
         "access",
         "pool",
         "sock",
@@ -81,18 +83,24 @@ class UdpListener:
         self._flows: dict[bytes, UdpFlow] = {}
         self._settled = 0
         self._settles = True
+        self._takes_strays = False  # reading what came to a socket before it was connected
         self._is_flat = udp.has_flat_lookup(sock)
+        self._is_on_wildcard = udp.is_on_wildcard(sock)
         self._ripe: set[UdpFlow] = set()  # to settle when the batch at hand is dealt with
         self._blocked: list[Way] = []
 
     def start(self) -> None:
         """Begin to receive."""
+        if self._is_on_wildcard and self.sock.family == socket.AF_INET6:
+            self._relay.wildcard_ports[self._bound.port] += 1
         self._relay.poller.register(self.sock.fileno(), self, select.EPOLLIN)
 
     def stop(self) -> None:
         """Take what is queued, then no more; flows settle now, or end. The socket stays open."""
         self._receive(self.sock.fileno(), _LAST_BATCHES)
         self._relay.poller.unregister(self.sock.fileno())
+        if self._is_on_wildcard and self.sock.family == socket.AF_INET6:
+            self._relay.wildcard_ports[self._bound.port] -= 1
         for flow in tuple(self._flows.values()):
             if not flow.is_settled:
                 self._ripe.add(flow)
@@ -172,7 +180,8 @@ class UdpListener:
                 self._relay.datagrams_dropped += last - first
                 self.pool.counts[DATAGRAMS_DROPPED] += last - first
                 return
-            is_ripe = last - first > 1
+            # What comes next from a stray goes to whom the kernel gives it, perhaps another worker.
+            is_ripe = last - first > 1 or self._takes_strays
         else:
             flow.touch()
             is_ripe = True
@@ -219,7 +228,9 @@ class UdpListener:
             self._read(self.sock.fileno(), _LAST_BATCHES)
             for flow, (sock, has_others) in made:
                 if has_others:
+                    self._takes_strays = True
                     self._read(sock.fileno(), _LAST_BATCHES)
+                    self._takes_strays = False
                 if self._flows.get(flow.peer) is flow:
                     flow.settle(sock)
                 else:  # it has ended by what was read
@@ -235,7 +246,8 @@ class UdpListener:
             return None
         try:
             how = self.pool.client_how(self.sock.family)
-            own = udp.flow_socket(self.sock, flow.peer, how)
+            shuns = not self._is_on_wildcard and self._relay.wildcard_ports[self._bound.port] > 0
+            own = udp.flow_socket(self.sock, flow.peer, how, shuns_wildcard=shuns)
         except OSError as err:
             self._on_unsettled(err)
             return None
