@@ -56,7 +56,7 @@ class UdpListener:
         "_ripe",
         "_settled",
         "_settles",
-        "_takes_strays",
+        "_strays_to",
         "access",
         "pool",
         "sock",
@@ -83,7 +83,8 @@ class UdpListener:
         self._flows: dict[bytes, UdpFlow] = {}
         self._settled = 0
         self._settles = True
-        self._takes_strays = False  # reading what came to a socket before it was connected
+        # While what came to a new socket is read: our address that it was sent to, as in a peer.
+        self._strays_to: bytes | None = None
         self._is_flat = udp.has_flat_lookup(sock)
         self._is_on_wildcard = udp.is_on_wildcard(sock)
         self._ripe: set[UdpFlow] = set()  # to settle when the batch at hand is dealt with
@@ -159,6 +160,7 @@ class UdpListener:
     def _hand_out(self, count: int) -> None:
         """Give each run of datagrams of one client to its flow."""
         batch = self._relay.batch
+        local = self._strays_to or b""
         first = 0
         peer = batch.peer(0) if count else b""
         while first < count:
@@ -169,7 +171,7 @@ class UdpListener:
                 if next_peer != peer:
                     break
                 last += 1
-            self._take(peer, first, last)
+            self._take(peer + local, first, last)
             first, peer = last, next_peer
 
     def _take(self, peer: bytes, first: int, last: int) -> None:
@@ -181,7 +183,7 @@ class UdpListener:
                 self.pool.counts[DATAGRAMS_DROPPED] += last - first
                 return
             # What comes next from a stray goes to whom the kernel gives it, perhaps another worker.
-            is_ripe = last - first > 1 or self._takes_strays
+            is_ripe = last - first > 1 or self._strays_to is not None
         else:
             flow.touch()
             is_ripe = True
@@ -228,9 +230,9 @@ class UdpListener:
             self._read(self.sock.fileno(), _LAST_BATCHES)
             for flow, (sock, has_others) in made:
                 if has_others:
-                    self._takes_strays = True
+                    self._strays_to = peers.split(flow.peer)[1]
                     self._read(sock.fileno(), _LAST_BATCHES)
-                    self._takes_strays = False
+                    self._strays_to = None
                 if self._flows.get(flow.peer) is flow:
                     flow.settle(sock)
                 else:  # it has ended by what was read
