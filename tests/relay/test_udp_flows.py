@@ -176,7 +176,7 @@ def before_connect(monkeypatch: pytest.MonkeyPatch, action: Callable[[], None]) 
             action()
             original(self, address)  # type: ignore[arg-type]
 
-    def of_slow(family: int, *, v6only: bool) -> socket.SocketType:
+    def of_slow(family: int, _how: How, *, v6only: bool) -> socket.SocketType:
         made = Slow(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if family == socket.AF_INET6:
