@@ -47,7 +47,7 @@ class Way:
     while it waits for a meter, 0 if it does not.
     """
 
-    __slots__ = ("flow", "held_up", "is_queued", "moved", "relay", "reverse", "src")
+    __slots__ = ("counted", "flow", "held_up", "is_queued", "moved", "relay", "reverse", "src")
 
     reverse: Way
     spliced = 0  # datagrams pass through the process
@@ -56,7 +56,7 @@ class Way:
         self.relay = relay
         self.flow = flow
         self.src: socket.SocketType | None = None
-        self.moved = 0
+        self.moved = self.counted = 0
         self.held_up = 0
         self.is_queued = False
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from forwarder.access import pattern_matcher
 from forwarder.net.sockets import client_text
-from forwarder.relay.admission import client_host
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -46,7 +45,9 @@ class Choice:
                 continue
             if self.rule is not None and session.pool.rule.name != self.rule:
                 continue
-            if is_client is None or is_client(client_host(session.client_address)):
+            address = session.client_address
+            # Clients of unix sockets have no address that a pattern could match.
+            if is_client is None or (isinstance(address, tuple) and is_client(address[0])):
                 yield session
 
 
