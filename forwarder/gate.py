@@ -43,6 +43,9 @@ RATED_CLIENTS: Final = 65536
 PATIENCE_S: Final = 0.005
 # How long the lock is then taken to be stuck. A tenth of the time is lost by waiting at most.
 STUCK_S: Final = 0.05
+# How long it then takes until all workers have counted what they owe, each of which tries every
+# STUCK_S: until then a limit may only seem to be met.
+RECOVERY_S: Final = 3 * STUCK_S
 # Tries before the processor is given away for longer; the lock is mostly free at the first.
 _YIELDS: Final = 20
 _NAP_S: Final = 0.0001
@@ -83,7 +86,7 @@ class Gate:
         self._rated = RateTable(_words(RATED_CLIENTS), _times(RATED_CLIENTS))
         self._lines = _times(2 * ROWS)
         self._lock_fd = os.memfd_create("forwarder-gate", os.MFD_CLOEXEC)
-        self._stuck_until = 0.0  # of this process
+        self._stuck_until = self._owed_until = 0.0  # of this process; 0: not at all
 
     def close(self) -> None:
         """Close the file that is locked."""
@@ -96,12 +99,22 @@ class Gate:
         """Whether the lock could not be had a moment ago."""
         return self._stuck_until > 0 and time.monotonic() < self._stuck_until
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether the lock is not stuck, and no worker owes anything because it was."""
+        if self._owed_until and time.monotonic() >= self._owed_until:
+            self._owed_until = 0.0
+        return not (self._owed_until or self.is_stuck)
+
     def lock(self) -> None:
         """Begin to decide alone. Raises Busy. Blocks for PATIENCE_S at most."""
         try:
             fcntl.lockf(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:  # EACCES or EAGAIN: somebody has it
             self._wait()
+        if self._stuck_until:
+            self._stuck_until = 0.0
+            self._owed_until = time.monotonic() + RECOVERY_S
 
     def unlock(self) -> None:
         """Let the others decide."""

@@ -51,9 +51,9 @@ class Admission:
         self._waiting: dict[Callable[[], None], None] = {}
 
     @property
-    def is_stuck(self) -> bool:
-        """Whether nothing can be decided just now."""
-        return self._holder.gate.is_stuck
+    def is_settled(self) -> bool:
+        """Whether a decision now would be right: see the gate."""
+        return self._holder.gate.is_settled
 
     def key(self, client: str) -> int:
         """As what a session of this client is held."""

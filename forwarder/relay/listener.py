@@ -100,7 +100,7 @@ class Listener:
         admissions = self._relay.admissions
         admission = admissions.get(self.pool.row) if admissions else None
         if admission is not None:
-            if admission.is_stuck:
+            if not admission.is_settled:
                 self._rest(STUCK_S)
                 return
             if admission.queues:

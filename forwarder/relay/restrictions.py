@@ -156,6 +156,9 @@ class Restrictions:
     def _try_again(self) -> None:
         self._is_armed = False
         self._settle()
+        if self._undecided and not self.holder.gate.is_settled:
+            self._arm()
+            return
         undecided, self._undecided = self._undecided, []
         for decide in undecided:
             try:
