@@ -267,7 +267,8 @@ class Holder:
     def __init__(self, gate: Gate, mine: Holdings) -> None:
         self.gate = gate
         self.mine = mine
-        self._owed: deque[tuple[int, int, bool]] = deque()  # row, key, whether it begins
+        # Row, key, whether it begins, and the rate of which one is given back; 0: none.
+        self._owed: deque[tuple[int, int, bool, float]] = deque()
 
     def __enter__(self) -> Gate:
         self.gate.lock()
@@ -285,11 +286,14 @@ class Holder:
 
     def hold(self, row: int, key: int) -> None:
         """Count a session that has begun already, whatever the limits are, at :meth:`settle`."""
-        self._owed.append((row, key, True))
+        self._owed.append((row, key, True, 0.0))
 
-    def let_go(self, row: int, key: int) -> None:
-        """A session that was counted has ended; as for :meth:`hold`."""
-        self._owed.append((row, key, False))
+    def let_go(self, row: int, key: int, rate: float = 0.0) -> None:
+        """A session that was counted has ended; as for :meth:`hold`.
+
+        With a ``rate`` it has not begun at all, and another one may in its place.
+        """
+        self._owed.append((row, key, False, rate))
 
     def settle(self) -> bool:
         """Count what is owed. Returns whether all of it is counted."""
@@ -304,5 +308,7 @@ class Holder:
     def _work_off(self) -> None:
         owed, gate, mine = self._owed, self.gate, self.mine
         for _ in range(min(len(owed), _PART)):
-            row, key, begins = owed.popleft()
+            row, key, begins, rate = owed.popleft()
             (gate.hold_anyway if begins else gate.let_go)(mine, row, key)
+            if rate:
+                gate.unpass_row(row, rate)

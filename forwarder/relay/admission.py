@@ -36,11 +36,27 @@ class Admission:
     ``met``: which limit the last one that was refused, or has to wait, has met.
     """
 
-    __slots__ = ("_holder", "_limits", "_max_total", "_name", "_row", "_waiting", "met", "queues")
+    __slots__ = (
+        "_holder",
+        "_limits",
+        "_max_total",
+        "_name",
+        "_row",
+        "_settle",
+        "_waiting",
+        "met",
+        "queues",
+    )
 
-    def __init__(self, holder: Holder, rule: Rule, row: int, max_total: int) -> None:
-        """``max_total`` is of all rules together; 0 is no limit, as everywhere here."""
+    def __init__(
+        self, holder: Holder, rule: Rule, row: int, max_total: int, settle: Callable[[], None]
+    ) -> None:
+        """``max_total`` is of all rules together; 0 is no limit, as everywhere here.
+
+        ``settle`` has the gate count what the holder owes, now or as soon as that is possible.
+        """
         self._holder = holder
+        self._settle = settle
         self._limits = rule.limits
         self._name = rule.name
         self._row = row
@@ -115,13 +131,8 @@ class Admission:
 
     def give_back(self) -> None:
         """A reservation was not needed."""
-        try:
-            with self._holder as gate:
-                gate.let_go(self._holder.mine, self._row, 0)
-                if self._limits.rate:
-                    gate.unpass_row(self._row, self._limits.rate)
-        except Busy:
-            self._holder.let_go(self._row, 0)
+        self._holder.let_go(self._row, 0, self._limits.rate)
+        self._settle()
 
     def wait(self, callback: Callable[[], None]) -> None:
         """Have ``callback`` called when a session of the rule has ended in this worker."""

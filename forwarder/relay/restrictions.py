@@ -90,7 +90,7 @@ class Restrictions:
                 return
         former = self.admissions.pop(row, None)
         if rule is not None and (rule.limits.has_admission or max_total):
-            self.admissions[row] = Admission(self.holder, rule, row, max_total)
+            self.admissions[row] = Admission(self.holder, rule, row, max_total, self._settle)
         if former is not None:
             former.wake_all()
 

@@ -306,3 +306,32 @@ def test_a_row_of_another_rule_has_nothing_of_the_former_one(crowd: Crowd) -> No
     gate.forget(ROW)
     assert gate.may_pass(ROW, now, 1 / 3600, 1)
     assert gate.draw(2 * ROW, now, 1) == 0
+
+
+def test_a_reservation_that_is_given_back_beside_a_stuck_lock_costs_nothing(crowd: Crowd) -> None:
+    holder = Holder(crowd.gate, Holdings())
+    with holder as gate:
+        gate.hold(holder.mine, ROW, 0)
+        gate.pass_row(ROW, 1000.0, 1 / 3600)
+    pid = stop_with_lock(crowd)
+    holder.let_go(ROW, 0, 1 / 3600)
+    assert not holder.settle()
+    crowd.kill(pid)
+    assert holder.settle()
+    assert crowd.gate.sessions(ROW) == 0
+    assert crowd.gate.may_pass(ROW, 1000.0, 1 / 3600, 1)
+
+
+def test_after_a_stuck_lock_there_is_time_for_what_others_owe(crowd: Crowd) -> None:
+    gate = crowd.gate
+    assert gate.is_settled
+    pid = stop_with_lock(crowd)
+    with pytest.raises(Busy):
+        gate.lock()
+    assert not gate.is_settled
+    crowd.kill(pid)
+    gate.lock()
+    gate.unlock()
+    assert not gate.is_stuck
+    assert not gate.is_settled
+    eventually(lambda: gate.is_settled)
