@@ -282,6 +282,9 @@ class ListenerTable:
         """
         for fd in self._fds:
             os.close(fd)
+        # Nobody accepts on these: a copy in a worker would keep them open, and clients waiting.
+        for sock in itertools.chain(*self._inherited.values()):
+            os.close(sock.fileno())
 
     def remove_files(self) -> None:
         """Remove the files of unix sockets that are still ours."""
