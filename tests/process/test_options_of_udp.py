@@ -1,4 +1,4 @@
-"""Socket options of UDP rules: on the listener, on the own socket of a flow, towards the upstream."""
+"""Socket options of UDP rules: of the listener, of the own socket of a flow, and of upstreams'."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def values(sock: socket.socket) -> Values:
 
 
 def plain(family: int) -> Values:
-    """What the sockets of a rule without options have: large buffers, as far as they are granted."""
+    """What the sockets of a rule without options have: large buffers, if granted."""
     with socket.socket(family, socket.SOCK_DGRAM) as sock:
         for name in (socket.SO_RCVBUF, socket.SO_SNDBUF):
             sock.setsockopt(socket.SOL_SOCKET, name, 4 * 1024 * 1024)
