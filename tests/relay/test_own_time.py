@@ -14,6 +14,7 @@ from support.ends import connect, receive_to_reset
 from forwarder.addr import Address
 from forwarder.config.model import RelayMode, Rule
 from forwarder.errors import Phase, Place
+from forwarder.net.options import to_connect
 from forwarder.net.sockets import Target
 from forwarder.relay.relay import Relay
 from forwarder.relay.wheel import BUCKETS, TICK_S
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
     from collections.abc import Callable, Iterator
 
+    from forwarder.net.sockets import SockAddr
     from forwarder.upstream.pool import Pool
 
 TURN_S = BUCKETS * TICK_S
@@ -73,7 +75,8 @@ class StubPool:
             place=Place("test"),
         )
         self.row, self.counts = 1, new_row()
-        self.has_unix = False
+        self.has_unix = self.opens_fast = False
+        self.how = to_connect(self.rule.options, is_udp=False)
         self._targets = targets
         self.waiting: list[Callable[[tuple[Target, ...]], None]] = []
 
@@ -83,7 +86,7 @@ class StubPool:
     def wait_for_targets(self, callback: Callable[[tuple[Target, ...]], None]) -> None:
         self.waiting.append(callback)
 
-    def source(self, family: int) -> None:
+    def source(self, family: int, client: SockAddr) -> None:
         """None: the kernel chooses."""
 
     def on_failure(self) -> None:
