@@ -82,6 +82,7 @@ class Relay:
         slot: int = 0,
     ) -> None:
         """Join ``loop``. ``mode`` must not be SPLICE on a system without it."""
+        self.pid = os.getpid()
         self.poller = Poller(loop)
         self.wheel = Wheel(loop.time())
         self.sessions: set[Session | Flow] = set()
@@ -185,7 +186,7 @@ class Relay:
 
     def on_open(self, session: Session | Flow) -> None:
         """A session has reached its upstream."""
-        if self.connlog.is_on:
+        if self.connlog.tells_opened:
             with suppress(OSError):  # as in on_end
                 self.connlog.write(reporting.opened(session))
 

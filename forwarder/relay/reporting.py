@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from forwarder.connlog.record import Event, Record, rinetd_result
-from forwarder.relay.listing import identify
 
 if TYPE_CHECKING:
     from forwarder.errors import CloseReason
@@ -15,23 +14,19 @@ if TYPE_CHECKING:
     from forwarder.relay.session import Session
     from forwarder.upstream.pool import Pool
 
+_UNIX: Final = ("unix", 0)
+# Looking a member up in the class costs 100 ns in Python 3.11.
+_OPENED, _ENDED = Event.OPENED, Event.ENDED
+
 
 def opened(session: Session | Flow) -> Record:
     """A session has reached its upstream."""
-    return _of_session(session, Event.OPENED, "opened")
+    return _of_session(session, None, 0.0)
 
 
 def ended(session: Session | Flow, reason: CloseReason, now: float) -> Record:
     """A session has ended; ``now`` is in the loop's time."""
-    record = _of_session(session, Event.ENDED, rinetd_result(reason))
-    record.bytes_c2u = session.c2u.moved
-    record.bytes_u2c = session.u2c.moved
-    if session.connected_at:
-        record.connect_s = session.connected_at - session.started_at
-    record.duration_s = now - session.started_at
-    record.end = reason.code
-    record.detail = reason.detail
-    return record
+    return _of_session(session, reason, now)
 
 
 def refused(
@@ -56,29 +51,43 @@ def refused(
     )
 
 
-def _of_session(session: Session | Flow, event: Event, result: str) -> Record:
+def _of_session(session: Session | Flow, reason: CloseReason | None, now: float) -> Record:
+    """One function with positions in place of names, for it is called for every session."""
     pool = session.pool
-    host, port = _host_and_port(session.client_address)
+    rule = pool.rule
+    address = session.client_address
+    host, port = address[:2] if isinstance(address, tuple) else _UNIX
     reached = session.targets[session.attempt] if session.attempt >= 0 else None
+    local = pool.local or session.local()
     upstream = pool.upstream_text
-    local = session.local()
-    if reached is not None and len(pool.rule.upstreams) > 1:
+    if reached is not None and len(rule.upstreams) > 1:
         upstream = _host_and_port(reached.sockaddr)
-    return Record(
-        event=event,
-        at=time.time(),
-        session=identify(session),
-        rule=pool.rule.name,
-        protocol=pool.rule.protocol.value,
-        client_host=host,
-        client_port=port,
-        listen=(pool.listen_host, local.port),
-        upstream=upstream,
-        local=str(local),
-        reached=str(reached) if reached is not None else None,
-        result=result,
+    record = Record(
+        _OPENED,
+        time.time(),
+        f"{session.relay.pid}.{session.id}",
+        rule.name,
+        rule.protocol.value,
+        host,
+        port,
+        (pool.listen_host, local.port),
+        upstream,
+        "opened",
+        str(local),
+        str(reached) if reached is not None else None,
     )
+    if reason is not None:
+        record.event = _ENDED
+        record.result = rinetd_result(reason)
+        record.bytes_c2u = session.c2u.moved
+        record.bytes_u2c = session.u2c.moved
+        if session.connected_at:
+            record.connect_s = session.connected_at - session.started_at
+        record.duration_s = now - session.started_at
+        record.end = reason.code
+        record.detail = reason.detail
+    return record
 
 
 def _host_and_port(address: SockAddr) -> tuple[str, int]:
-    return (address[0], address[1]) if isinstance(address, tuple) else ("unix", 0)
+    return (address[0], address[1]) if isinstance(address, tuple) else _UNIX

@@ -6,6 +6,7 @@ Asks the resolver for names; connects nothing.
 from __future__ import annotations
 
 import socket
+from ipaddress import ip_address
 from typing import TYPE_CHECKING, TypeAlias
 
 from forwarder.addr import UnixAddress
@@ -39,7 +40,8 @@ class Pool:
     ``counts`` is the row of the rule, shared with its earlier pools; ``row`` is its number.
     ``origin`` is the pool of the whole rule, which this one is itself unless :meth:`at` has made
     it. ``has_unix``: one end of the sessions is a unix socket, or may be. ``listen_host`` and
-    ``upstream_text`` (host and port of the first) are as written.
+    ``upstream_text`` (host and port of the first) are as written. ``local`` is the address that all
+    clients connect to, or None if only their sockets tell it.
     """
 
     __slots__ = (
@@ -52,6 +54,7 @@ class Pool:
         "counts",
         "has_unix",
         "listen_host",
+        "local",
         "row",
         "rule",
         "upstream_text",
@@ -72,6 +75,7 @@ class Pool:
         self.counts = counts
         self.has_unix = any(isinstance(end, UnixAddress) for end in (rule.listen, *rule.upstreams))
         self.listen_host, _ = _as_written(rule.listen, 0)
+        self.local = _only_local(rule.listen)
         self.upstream_text = _as_written(rule.upstreams[0], offset)
         self._origin = origin
         self._resolver = resolver
@@ -136,6 +140,15 @@ class Pool:
 
     def _names(self) -> list[str]:
         return [up[0] for up in self._upstreams if not isinstance(up, Target)]
+
+
+def _only_local(listen: Endpoint) -> Target | None:
+    """Where clients connect to, if it is the same for all of them."""
+    if isinstance(listen, UnixAddress) or listen.ports > 1 or "%" in listen.host:
+        return None
+    if not listen.is_literal or ip_address(listen.host).is_unspecified:
+        return None
+    return literal_target(listen.host, listen.port)
 
 
 def _as_written(end: Endpoint, offset: int) -> tuple[str, int]:
