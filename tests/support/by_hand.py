@@ -68,6 +68,7 @@ class StubPool:
         )
         self.row, self.counts = 1, new_row()
         self.has_unix = False
+        self.local: Target | None = None
         self.listen_host, self.upstream_text = "127.0.0.1", ("127.0.0.1", 2)
         self._targets = targets
         self.waiting: list[Callable[[tuple[Target, ...]], None]] = []
