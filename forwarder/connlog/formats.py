@@ -85,7 +85,7 @@ def json_line(record: Record) -> str | None:
         return None
     _clock.set(record.at)
     word = "refused" if event is _REFUSED else "ended"
-    connect_ms = "null" if record.connect_s is None else f"{record.connect_s * 1000:.3f}"
+    connect_ms = "null" if record.connect_s is None else f"{record.connect_s * 1000:.0f}"
     reached = "null" if record.reached is None else _json(record.reached)
     return (
         f'{{"time":"{_clock.iso}.{int(record.at * 1000) % 1000:03}{_clock.iso_zone}",'
@@ -93,7 +93,7 @@ def json_line(record: Record) -> str | None:
         f'"protocol":"{record.protocol}","client":{_json(record.client_host)},'
         f'"client_port":{record.client_port},"local":{_json(record.local)},'
         f'"upstream":{reached},"bytes_c2u":{record.bytes_c2u},"bytes_u2c":{record.bytes_u2c},'
-        f'"connect_ms":{connect_ms},"duration_ms":{record.duration_s * 1000:.3f},'
+        f'"connect_ms":{connect_ms},"duration_ms":{record.duration_s * 1000:.0f},'
         f'"worker":{record.worker},"end":"{record.end}","detail":{_json(record.detail)}}}\n'
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from forwarder.config.model import LogFormat
 from forwarder.connlog import drains
@@ -15,10 +15,12 @@ if TYPE_CHECKING:
 
     from forwarder.connlog.record import Record
 
+Later: TypeAlias = "Callable[[], Record]"
+"""Makes a record when it is about to be written."""
+
 # How long a line may wait for others. A crash loses as much.
 FLUSH_S: Final = 0.5
-# Records that are formatted in one go. One at a time, between all that a session takes, costs more,
-# for the processor has forgotten all about it (bench.features); many would hold up the loop.
+# Records that are made and formatted in one go: see ``reporting``. Many would hold up the loop.
 BATCH: Final = 64
 # At a stop: how long to wait for what is left to be written. Less than the master waits for us.
 LAST_WORDS_S: Final = 1.0
@@ -33,7 +35,7 @@ class ConnectionLog:
         self.tells_opened = False
         """Whether one of a session that has begun has to be made; JSON tells only of the end."""
         self._worker = worker
-        self._records: list[Record] = []
+        self._waiting: list[Later] = []
         self._sinks: list[tuple[Callable[[Record], str | None], Sink]] = []
         self._ended: list[Sink] = []  # those that may still write
         self._dropped = 0  # of sinks that are no more
@@ -58,11 +60,11 @@ class ConnectionLog:
         self.is_on = bool(self._sinks)
         self.tells_opened = any(how is not LogFormat.JSON for how, _, _ in places)
 
-    def write(self, record: Record) -> None:
+    def write(self, record: Later) -> None:
         """Put a record into every place, in its format; soon."""
-        records = self._records
-        records.append(record)
-        if len(records) >= BATCH:
+        waiting = self._waiting
+        waiting.append(record)
+        if len(waiting) >= BATCH:
             self._format()
 
     def flush(self) -> None:
@@ -72,7 +74,8 @@ class ConnectionLog:
             sink.flush()
 
     def _format(self) -> None:
-        records, self._records = self._records, []
+        waiting, self._waiting = self._waiting, []
+        records = [make() for make in waiting]
         for record in records:
             record.worker = self._worker
         for format_record, sink in self._sinks:

@@ -222,8 +222,10 @@ class Relay:
         counts[SESSIONS] -= 1
         self._count_moved(session)
         if self.connlog.is_on:
-            with suppress(OSError):  # a client whose socket is gone has nothing to be said of
+            try:
                 self.connlog.write(reporting.ended(session, reason, self.poller.now))
+            except OSError:  # a client whose socket is gone has nothing to be said of
+                log.debug("session.unlogged id=%d", session.id)
         if self.logs_sessions:
             self._log_session(session, reason)
 

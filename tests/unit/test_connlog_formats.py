@@ -51,7 +51,7 @@ ENDED = replace(
     reached="127.0.0.1:22",
     bytes_c2u=12,
     bytes_u2c=3456,
-    connect_s=0.0015,
+    connect_s=0.002,
     duration_s=2.5,
     end="client/data",
     worker=3,
@@ -93,8 +93,8 @@ def test_the_json_of_a_session_has_everything_in_this_order() -> None:
         assert json_line(ENDED) == (
             '{"time":"2022-09-09T07:01:32.250-03:30","event":"ended","id":"7.1","rule":"ssh",'
             '"protocol":"tcp","client":"127.0.0.1","client_port":4711,"local":"127.0.0.1:2222",'
-            '"upstream":"127.0.0.1:22","bytes_c2u":12,"bytes_u2c":3456,"connect_ms":1.500,'
-            '"duration_ms":2500.000,"worker":3,"end":"client/data","detail":""}\n'
+            '"upstream":"127.0.0.1:22","bytes_c2u":12,"bytes_u2c":3456,"connect_ms":2,'
+            '"duration_ms":2500,"worker":3,"end":"client/data","detail":""}\n'
         )
 
 
@@ -210,7 +210,7 @@ def test_every_line_of_json_is_one_and_says_what_it_was_told(
     assert (found["rule"], found["detail"], found["upstream"]) == (rule, detail, reached)
     assert (found["client"], found["bytes_c2u"]) == (host, count)
     assert abs(datetime.fromisoformat(found["time"]).timestamp() - at) <= 0.0011
-    assert abs(found["duration_ms"] - seconds * 1000) <= 0.001
+    assert abs(found["duration_ms"] - seconds * 1000) <= 0.51
     for other in (rinetd_line(record), common_line(record)):
         encoded = other.encode(errors="backslashreplace")
         assert encoded.index(b"\n") == len(encoded) - 1
