@@ -29,12 +29,11 @@ LAST_WORDS_S: Final = 1.0
 class ConnectionLog:
     """Writes nothing until it is told where to, by :meth:`set_places`."""
 
-    def __init__(self, worker: int) -> None:
+    def __init__(self) -> None:
         self.is_on = False
         """Whether a record has to be made at all."""
         self.tells_opened = False
         """Whether one of a session that has begun has to be made; JSON tells only of the end."""
-        self._worker = worker
         self._waiting: list[Later] = []
         self._sinks: list[tuple[Callable[[Record], str | None], Sink]] = []
         self._ended: list[Sink] = []  # those that may still write
@@ -76,8 +75,6 @@ class ConnectionLog:
     def _format(self) -> None:
         waiting, self._waiting = self._waiting, []
         records = [make() for make in waiting]
-        for record in records:
-            record.worker = self._worker
         for format_record, sink in self._sinks:
             sink.add(*filter(None, map(format_record, records)))
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from forwarder.errors import REASONS, UPSTREAM_HAD_ENDED, Phase, Who
 
@@ -20,8 +19,7 @@ class Event(Enum):
     REFUSED = "refused"
 
 
-@dataclass(slots=True)
-class Record:
+class Record(NamedTuple):
     """One line. ``at`` is seconds since the epoch.
 
     ``listen`` and ``upstream`` are host and port as the configuration writes them, the port being

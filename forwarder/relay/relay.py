@@ -82,6 +82,7 @@ class Relay:
         slot: int = 0,
     ) -> None:
         """Join ``loop``. ``mode`` must not be SPLICE on a system without it."""
+        self.slot = slot
         self.pid = os.getpid()
         self.poller = Poller(loop)
         self.wheel = Wheel(loop.time())
@@ -106,7 +107,7 @@ class Relay:
         self.failed = 0
         self.refused = 0
         self.accept_pauses = 0
-        self.connlog = ConnectionLog(slot)
+        self.connlog = ConnectionLog()
         self._bytes_c2u = self._bytes_u2c = self._bytes_spliced = 0
         self._loop = loop
         self._is_ticking = False
@@ -198,7 +199,7 @@ class Relay:
         if self.connlog.is_on:
             with suppress(OSError):  # as in on_end
                 result = decision.value
-                record = reporting.refused(pool, client, local(), result, NOT_ALLOWED)
+                record = reporting.refused(self, pool, client, local(), result, NOT_ALLOWED)
                 self.connlog.write(record)
 
     def on_accept_failed(self, pool: Pool, listener: socket.socket, err: OSError) -> None:
@@ -208,7 +209,7 @@ class Relay:
         if self.connlog.is_on:
             with suppress(OSError):  # as in on_end
                 local, result = sockets.bound_to(listener), rinetd_result(reason)
-                self.connlog.write(reporting.refused(pool, None, local, result, reason))
+                self.connlog.write(reporting.refused(self, pool, None, local, result, reason))
 
     def _count_refused(self, pool: Pool, reason: CloseReason) -> None:
         self.refused += 1

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from forwarder.errors import CloseReason
     from forwarder.net.sockets import SockAddr, Target
     from forwarder.relay.flow import Flow
+    from forwarder.relay.relay import Relay
     from forwarder.relay.session import Session
     from forwarder.upstream.pool import Pool
 
@@ -37,7 +38,7 @@ def ended(session: Session | Flow, reason: CloseReason | None, now: float) -> La
         _record,
         pool,
         time.time(),
-        session.relay.pid,
+        session.relay,
         session.id,
         session.client_address,
         pool.local or session.local(),
@@ -52,7 +53,12 @@ def ended(session: Session | Flow, reason: CloseReason | None, now: float) -> La
 
 
 def refused(
-    pool: Pool, client: SockAddr | None, local: Target, result: str, reason: CloseReason
+    relay: Relay,
+    pool: Pool,
+    client: SockAddr | None,
+    local: Target,
+    result: str,
+    reason: CloseReason,
 ) -> Later:
     """A client was turned away. None: one that was gone before it could be accepted."""
     host, port = _host_and_port(client) if client is not None else ("?", 0)
@@ -71,13 +77,14 @@ def refused(
         result=result,
         end=reason.code,
         detail=reason.detail or result,
+        worker=relay.slot,
     )
 
 
 def _record(  # noqa: PLR0913 - what is told of a session, by position: it is done for every one
     pool: Pool,
     at: float,
-    pid: int,
+    relay: Relay,
     number: int,
     client: SockAddr,
     local: Target,
@@ -98,7 +105,7 @@ def _record(  # noqa: PLR0913 - what is told of a session, by position: it is do
     return Record(
         _ENDED if is_end else _OPENED,
         at,
-        f"{pid}.{number}",
+        f"{relay.pid}.{number}",
         rule.name,
         rule.protocol.value,
         host,
@@ -114,6 +121,7 @@ def _record(  # noqa: PLR0913 - what is told of a session, by position: it is do
         now - started_at,
         reason.code if reason is not None else "",
         reason.detail if reason is not None else "",
+        relay.slot,
     )
 
 
