@@ -226,10 +226,10 @@ class Worker:
             self._flush_logs()
 
     def _flush_logs(self) -> None:
-        self._relay.connlog.flush()
         self._is_flushing = self._relay.connlog.is_on
         if self._is_flushing:
             self._loop.call_later(FLUSH_S, self._flush_logs)
+        self._relay.connlog.flush()
 
     def _answer(self, question: Message) -> None:
         """List or end some sessions. A bug in that costs the answer, not the worker."""

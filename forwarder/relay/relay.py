@@ -95,6 +95,8 @@ class Relay:
 
         ``holder`` is needed as soon as a rule has limits.
         """
+        self.slot = slot
+        self.pid = os.getpid()
         self.poller = Poller(loop)
         self.wheel = Wheel(loop.time())
         self.sessions: set[Session | Flow] = set()
@@ -116,7 +118,7 @@ class Relay:
         # How many UDP listeners are on the IPv6 wildcard, by port.
         self.wildcard_ports: Counter[int] = Counter()
         self._flow_tables: dict[Pool, FlowTable] = {}
-        self.connlog = ConnectionLog(slot)
+        self.connlog = ConnectionLog()
         self._bytes_c2u = self._bytes_u2c = self._bytes_spliced = 0
         self.restrictions = Restrictions(loop, holder)
         # Looked at for every client, hence not one step further away.
@@ -233,7 +235,7 @@ class Relay:
 
     def on_open(self, session: Session | Flow) -> None:
         """A session has reached its upstream."""
-        if self.connlog.is_on:
+        if self.connlog.tells_opened:
             with suppress(OSError):  # as in on_end
                 self.connlog.write(reporting.opened(session))
 
@@ -245,7 +247,7 @@ class Relay:
         if self.connlog.is_on:
             with suppress(OSError):  # as in on_end
                 result = decision.value
-                record = reporting.refused(pool, client, local(), result, NOT_ALLOWED)
+                record = reporting.refused(self, pool, client, local(), result, NOT_ALLOWED)
                 self.connlog.write(record)
 
     def on_accept_failed(self, pool: Pool, listener: socket.socket, err: OSError) -> None:
@@ -255,7 +257,7 @@ class Relay:
         if self.connlog.is_on:
             with suppress(OSError):  # as in on_end
                 local, result = sockets.bound_to(listener), rinetd_result(reason)
-                self.connlog.write(reporting.refused(pool, None, local, result, reason))
+                self.connlog.write(reporting.refused(self, pool, None, local, result, reason))
 
     def _count_refused(self, pool: Pool, reason: CloseReason) -> None:
         self.refused += 1
@@ -270,7 +272,7 @@ class Relay:
         self._count_refused(pool, reason)
         if self.connlog.is_on:
             with suppress(OSError):  # as in on_end
-                self.connlog.write(reporting.refused(pool, client, local(), "denied", reason))
+                self.connlog.write(reporting.refused(self, pool, client, local(), "denied", reason))
         self.on_limit(pool, reason.detail)
 
     def on_limit(self, pool: Pool, met: str) -> None:
@@ -285,8 +287,10 @@ class Relay:
         counts[SESSIONS] -= 1
         self._count_moved(session)
         if self.connlog.is_on:
-            with suppress(OSError):  # a client whose socket is gone has nothing to be said of
+            try:
                 self.connlog.write(reporting.ended(session, reason, self.poller.now))
+            except OSError:  # a client whose socket is gone has nothing to be said of
+                log.debug("session.unlogged id=%d", session.id)
         if self.logs_sessions:
             self._log_session(session, reason)
 

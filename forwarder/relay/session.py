@@ -138,7 +138,7 @@ class Session:
 
     def local(self) -> Target:
         """The address of ours that the client is connected to. Raises OSError if it is closed."""
-        return sockets.bound_to(self.client)
+        return self.pool.local or sockets.bound_to(self.client)
 
     # -- connecting
 
@@ -238,7 +238,7 @@ class Session:
         self.state = _RELAYING
         self.active_at = self.connected_at = self.relay.poller.now
         self.pool.counts[connect_bucket(self.connected_at - self.started_at)] += 1
-        if self.relay.connlog.is_on:
+        if self.relay.connlog.tells_opened:
             self.relay.on_open(self)
         self.relay.poller.hand_over(upstream.fileno(), self.u2c)
         self._arm(self.pool.rule.idle_timeout_s)

@@ -302,6 +302,35 @@ def test_workers_of_nobody_write_where_only_root_may(logged: Logging, tmp_path: 
     assert not it.forwarder.trouble()
 
 
+def test_a_flow_that_outlives_its_listener_has_its_line(logged: Logging, tmp_path: Path) -> None:
+    """It has settled, its rule is removed, its socket is closed, and then it is silent."""
+    path = tmp_path / "json"
+    with (
+        socket.socket(type=socket.SOCK_DGRAM) as upstream,
+        socket.socket(type=socket.SOCK_DGRAM) as client,
+    ):
+        for sock in (upstream, client):
+            sock.bind(("127.0.0.1", 0))
+            sock.settimeout(PATIENCE_S)
+        host = f"127.98.{os.getpid() >> 8 & 255}.{os.getpid() & 255}"
+        it = logged(places((path, "json")))
+        text = it.config.read_text()
+        rule = (
+            f'[[forwarding_rules]]\nname = "flow"\nlisten = "{host}:1003"\nprotocol = "udp"\n'
+            'timeout = 3\nupstream = "{}:{}"\n[[logs]]'.format(*upstream.getsockname())
+        )
+        assert it.reload(text.replace("[[logs]]", rule))["ok"] is True
+        for _ in range(3):
+            client.sendto(b"question", (host, 1003))
+            upstream.recvfrom(100)
+        assert it.reload(text)["ok"] is True
+        eventually(lambda: path.read_text() != "")
+        (entry,) = read_json(path)
+        assert entry["client_port"] == client.getsockname()[1]
+    assert (entry["local"], entry["end"]) == (f"{host}:1003", "us/idle")
+    assert entry["bytes_c2u"] == 24
+
+
 # -- what fails
 
 

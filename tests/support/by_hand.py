@@ -95,6 +95,7 @@ class StubPool:
         self.row, self.counts = 1, new_row()
         self.has_unix = self.opens_fast = False
         self.how = to_connect(rule.options, is_udp=rule.protocol.connects_by_udp)
+        self.local: Target | None = None
         self.listen_host, self.upstream_text = "127.0.0.1", ("127.0.0.1", 2)
         self.resolved = targets
         self.waiting: list[Callable[[tuple[Target, ...]], None]] = []
