@@ -15,16 +15,13 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 import click
 
-from forwarder import __version__, cli_control, config, daemonlog, demo, master
-from forwarder.addr import UnixAddress
-from forwarder.config.model import MAX_FLOWS, Config, Dialect, Framing, RelayMode, Rule
+from forwarder import __version__, cli_control, cli_files, daemonlog, demo, master
+from forwarder.config.model import RelayMode
 from forwarder.errors import ConfigError, ExitCode, ForwarderError
 from forwarder.relay.splice import HAS_SPLICE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from forwarder.config import Loaded
+    from forwarder.config.model import Config
 
 _NOT_FOR_RUN: Final = frozenset({"-h", "--help", "--version"})
 
@@ -54,25 +51,6 @@ class _WorkerCount(click.ParamType[int]):
         self.fail(f"{text!r} is neither 'auto' nor a number from 1 to 1024", param, ctx)
 
 
-def _config_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that say what to forward, shared by ``run`` and ``check``."""
-    for option in (
-        click.option(
-            "-c",
-            "--config",
-            "--conf-file",
-            "config_file",
-            metavar="FILE",
-            help="TOML if the name ends in .toml, else rinetd.conf.",
-        ),
-        click.option("--format", "dialect", type=click.Choice([d.value for d in Dialect])),
-        click.option("-l", "--listen", "listens", metavar="ADDR", multiple=True),
-        click.option("-r", "--remote", "remotes", metavar="ADDR", multiple=True),
-    ):
-        command = option(command)
-    return command
-
-
 @click.group(
     cls=_RunByDefault,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -84,7 +62,7 @@ def cli() -> None:
 
 
 @cli.command()
-@_config_options
+@cli_files.config_options
 @click.option("--workers", type=_WorkerCount(), help="Worker processes; auto = usable CPUs.")
 @click.option("--relay", type=click.Choice([mode.value for mode in RelayMode]))
 @cli_control.control_option
@@ -119,8 +97,8 @@ def run(  # noqa: PLR0913 - one parameter per option is click's way
 
     def load() -> Config:
         """Read the configuration; the command line wins over what it says."""
-        loaded = _load(config_file, dialect, listens, remotes)
-        _warn(loaded)
+        loaded = cli_files.load(config_file, dialect, listens, remotes)
+        cli_files.warn(loaded)
         given = {
             "workers": workers,
             "relay": relay and RelayMode(relay),
@@ -149,18 +127,6 @@ def run(  # noqa: PLR0913 - one parameter per option is click's way
     sys.exit(master.Master(spec).run())
 
 
-@cli.command()
-@_config_options
-def check(
-    config_file: str | None, dialect: str | None, listens: tuple[str, ...], remotes: tuple[str, ...]
-) -> None:
-    """Validate a configuration and print what it means. Opens no port; needs no privilege."""
-    loaded = _load(config_file, dialect, listens, remotes)
-    _warn(loaded)
-    for line in describe(loaded.config, config_file or "command line"):
-        click.echo(line)
-
-
 @cli.command("demo")
 @click.option("--seconds", type=click.FloatRange(min=0.1), help="End by itself after this long.")
 @click.option("--workers", type=_WorkerCount(), default="auto")
@@ -171,7 +137,7 @@ def demo_command(seconds: float | None, workers: int, port: int) -> None:
     sys.exit(demo.run(workers=workers or usable_cpus(), port=port, seconds=seconds))
 
 
-for _command in cli_control.COMMANDS:
+for _command in (*cli_control.COMMANDS, *cli_files.COMMANDS):
     cli.add_command(_command)
 
 
@@ -180,55 +146,6 @@ def usable_cpus() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def describe(loaded: Config, title: str) -> list[str]:
-    """What a configuration means, a line per fact."""
-    settings = loaded.settings
-    lines = [
-        f"{title}: {len(loaded.rules)} rule(s), workers {settings.workers or 'auto'}, "
-        f"relay {settings.relay.value}"
-    ]
-    lines += [f"global {rule.verdict.value} {rule.pattern}" for rule in loaded.access]
-    for rule in loaded.rules:
-        lines.append(f"{rule.name}: {_describe_rule(rule)}")
-        lines += [f"{rule.name}: {entry.verdict.value} {entry.pattern}" for entry in rule.access]
-    return lines
-
-
-def _describe_rule(rule: Rule) -> str:
-    """Where a rule listens and leads, and what is not as usual."""
-    upstreams = ", ".join(map(str, rule.upstreams))
-    text = f"{rule.protocol.value} {rule.listen} -> {upstreams}"
-    if rule.source:
-        text += f", from {rule.source}"
-    if isinstance(rule.listen, UnixAddress) and rule.listen.path.startswith("/"):
-        text += f", mode {rule.unix_mode:04o}"
-    if rule.max_flows != MAX_FLOWS:
-        text += f", at most {rule.max_flows} flows"
-    if rule.framing is not Framing.RAW:
-        text += f", framing {rule.framing.value}"
-    if rule.retries_bind:
-        text += ", may wait for its address"
-    return text
-
-
-def _load(
-    config_file: str | None, dialect: str | None, listens: tuple[str, ...], remotes: tuple[str, ...]
-) -> Loaded:
-    if config_file is None:
-        if not listens and not remotes:
-            raise click.UsageError("nothing to forward: give -c FILE, or -l ADDR -r ADDR in pairs")
-        return config.from_pairs(listens, remotes)
-    if listens or remotes:
-        raise click.UsageError("-c FILE and -l/-r exclude each other")
-    path = Path(config_file)
-    return config.load(path, dialect=Dialect(dialect) if dialect else None)
-
-
-def _warn(loaded: Loaded) -> None:
-    for issue in loaded.warnings:
-        click.echo(str(issue), err=True)
 
 
 def _refuse_missing_splice(relay: RelayMode) -> None:

@@ -56,6 +56,7 @@ RANK = {
     "master": 10,
     "demo": 11,
     "cli_control": 11,
+    "cli_files": 11,
     "cli": 12,
     "__main__": 13,
 }
