@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 import click
 
-from forwarder import __version__, cli_control, cli_files, daemonlog, demo, master
+from forwarder import cli_control, cli_files, daemonlog, demo, features, master
 from forwarder.config.model import RelayMode
 from forwarder.errors import ConfigError, ExitCode, ForwarderError
 from forwarder.relay.splice import HAS_SPLICE
@@ -51,12 +51,26 @@ class _WorkerCount(click.ParamType[int]):
         self.fail(f"{text!r} is neither 'auto' nor a number from 1 to 1024", param, ctx)
 
 
+def _print_version(ctx: click.Context, _: click.Parameter, is_asked: bool) -> None:  # noqa: FBT001 - click's way
+    if is_asked and not ctx.resilient_parsing:
+        for line in features.report():
+            click.echo(line)
+        ctx.exit()
+
+
 @click.group(
     cls=_RunByDefault,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Options of `run` may be given without its name: forwarder -c FILE",
 )
-@click.version_option(__version__, "--version", prog_name="forwarder")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_version,
+    help="Show versions, and what this system has to offer.",
+)
 def cli() -> None:
     """Forward TCP ports: the kernel moves the bytes, one worker per CPU."""
 

@@ -39,6 +39,7 @@ RANK = {
     "messages": 5,
     "upstream": 5,
     "listeners": 5,
+    "features": 5,
     "slot": 6,
     "inherit": 5,
     "control": 6,
