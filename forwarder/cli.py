@@ -170,7 +170,7 @@ def _refuse_missing_splice(relay: RelayMode) -> None:
 def main() -> NoReturn:
     """Run the command line and exit with a code of ExitCode."""
     try:
-        cli(standalone_mode=False)
+        code = cli(standalone_mode=False, prog_name="forwarder")
     except click.ClickException as err:
         err.show()
         sys.exit(err.exit_code)
@@ -191,4 +191,5 @@ def main() -> NoReturn:
     except Exception:  # a bug; the traceback is what a report needs
         logging.getLogger(__name__).exception("forwarder: internal error, please report it")
         sys.exit(ExitCode.INTERNAL)
-    sys.exit(ExitCode.OK)
+    # What a command gives ctx.exit; others return None.
+    sys.exit(code if isinstance(code, int) else ExitCode.OK)

@@ -1,10 +1,11 @@
-"""Commands that read configuration files, and touch nothing else: check.
+"""Commands that read configuration files, and touch nothing else: check and diff.
 
 Also the options that say what to forward, which ``run`` has, too.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -12,12 +13,27 @@ import click
 
 from forwarder import config
 from forwarder.addr import UnixAddress
+from forwarder.config.compare import compare
 from forwarder.config.model import MAX_FLOWS, Config, Dialect, Framing, Rule
+from forwarder.errors import ConfigError, ExitCode
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from forwarder.config import Loaded
+    from forwarder.config.compare import Change, Comparison
+    from forwarder.errors import Issue
+
+
+# Whether a file can be read is found by reading it; the type is for the completion of names.
+FILE: Final = click.Path()
+
+format_option = click.option(
+    "--format",
+    "dialect",
+    type=click.Choice([dialect.value for dialect in Dialect]),
+    help="Read files as this, whatever their names.",
+)
 
 
 def config_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -29,9 +45,10 @@ def config_options(command: Callable[..., None]) -> Callable[..., None]:
             "--conf-file",
             "config_file",
             metavar="FILE",
+            type=FILE,
             help="TOML if the name ends in .toml, else rinetd.conf.",
         ),
-        click.option("--format", "dialect", type=click.Choice([d.value for d in Dialect])),
+        format_option,
         click.option("-l", "--listen", "listens", metavar="ADDR", multiple=True),
         click.option("-r", "--remote", "remotes", metavar="ADDR", multiple=True),
     ):
@@ -102,4 +119,63 @@ def _describe_rule(rule: Rule) -> str:
     return text
 
 
-COMMANDS: Final = (check_command,)
+@click.command("diff")
+@click.argument("old", metavar="OLD", type=FILE)
+@click.argument("new", metavar="NEW", type=FILE)
+@format_option
+@click.option("--json", "as_json", is_flag=True, help="One line of JSON with everything.")
+@click.pass_context
+def diff_command(
+    ctx: click.Context, old: str, new: str, dialect: str | None, *, as_json: bool
+) -> None:
+    """Show what a reload from OLD to NEW would do. Status 0: nothing; 1: something."""
+    found = compare(*_load_both(old, new, dialect))
+    for line in _compared_json(found) if as_json else _compared(found):
+        click.echo(line)
+    ctx.exit(ExitCode.OK if found.is_same else ExitCode.FAILED)
+
+
+def _load_both(old: str, new: str, dialect: str | None) -> tuple[Config, Config]:
+    """Read two files. Raises ConfigError with the problems of both."""
+    configs: list[Config] = []
+    issues: list[Issue] = []
+    for name in (old, new):
+        try:
+            configs.append(load(name, dialect, (), ()).config)
+        except ConfigError as err:
+            issues += err.issues
+    if issues:
+        raise ConfigError(issues)
+    return configs[0], configs[1]
+
+
+def _compared(found: Comparison) -> list[str]:
+    plan = found.plan
+    lines = [f"+ {name}" for name in plan.added] + [f"- {name}" for name in plan.removed]
+    for name, changes in found.rules.items():
+        lines.append(f"~ {name}")
+        lines += [f"    {change}" for change in changes]
+    lines += [f"= {name}" for name in plan.unchanged]
+    for change in found.settings:
+        late = "; takes effect at the next start or upgrade"
+        lines.append(f"{change}{late if change.key in found.needs_restart else ''}")
+    return [*lines, str(plan)]
+
+
+def _compared_json(found: Comparison) -> list[str]:
+    def pairs(changes: tuple[Change, ...]) -> dict[str, list[str]]:
+        return {change.key: [change.old, change.new] for change in changes}
+
+    value = {
+        "same": found.is_same,
+        "added": found.plan.added,
+        "removed": found.plan.removed,
+        "changed": {name: pairs(changes) for name, changes in found.rules.items()},
+        "unchanged": found.plan.unchanged,
+        "settings": pairs(found.settings),
+        "needs_restart": found.needs_restart,
+    }
+    return [json.dumps(value)]
+
+
+COMMANDS: Final = (check_command, diff_command)

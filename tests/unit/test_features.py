@@ -39,5 +39,5 @@ def test_a_kernel_that_refuses_has_it_not(
             raise OSError(errno.ENOPROTOOPT, "not here")
 
     monkeypatch.setattr(os, "splice", refuse)
-    monkeypatch.setattr(features.socket, "socket", OldSocket)
+    monkeypatch.setattr(socket, "socket", OldSocket)
     assert not probe()
