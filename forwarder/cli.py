@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 import click
 
-from forwarder import cli_control, cli_files, daemonlog, demo, features, master
+from forwarder import cli_control, cli_convert, cli_files, daemonlog, demo, features, master
 from forwarder.config.model import RelayMode
 from forwarder.errors import ConfigError, ExitCode, ForwarderError
 from forwarder.relay.splice import HAS_SPLICE
@@ -151,7 +151,7 @@ def demo_command(seconds: float | None, workers: int, port: int) -> None:
     sys.exit(demo.run(workers=workers or usable_cpus(), port=port, seconds=seconds))
 
 
-for _command in (*cli_control.COMMANDS, *cli_files.COMMANDS):
+for _command in (*cli_control.COMMANDS, *cli_files.COMMANDS, cli_convert.convert_command):
     cli.add_command(_command)
 
 

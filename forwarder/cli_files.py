@@ -13,6 +13,8 @@ import click
 
 from forwarder import config
 from forwarder.addr import UnixAddress
+from forwarder.cli_options import FILE
+from forwarder.config.advice import advise
 from forwarder.config.compare import compare
 from forwarder.config.model import MAX_FLOWS, Config, Dialect, Framing, Rule
 from forwarder.errors import ConfigError, ExitCode
@@ -24,9 +26,6 @@ if TYPE_CHECKING:
     from forwarder.config.compare import Change, Comparison
     from forwarder.errors import Issue
 
-
-# Whether a file can be read is found by reading it; the type is for the completion of names.
-FILE: Final = click.Path()
 
 format_option = click.option(
     "--format",
@@ -66,8 +65,12 @@ def load(
         return config.from_pairs(listens, remotes)
     if listens or remotes:
         raise click.UsageError("-c FILE and -l/-r exclude each other")
-    path = Path(config_file)
-    return config.load(path, dialect=Dialect(dialect) if dialect else None)
+    return config.load(Path(config_file), dialect=dialect_of(config_file, dialect))
+
+
+def dialect_of(config_file: str | None, dialect: str | None) -> Dialect:
+    """The language of a file: what was said, else what its name tells."""
+    return Dialect(dialect) if dialect else Dialect.of(Path(config_file or "x.toml"))
 
 
 def warn(loaded: Loaded) -> None:
@@ -84,6 +87,8 @@ def check_command(
     """Validate a configuration and print what it means. Opens no port; needs no privilege."""
     loaded = load(config_file, dialect, listens, remotes)
     warn(loaded)
+    for issue in advise(loaded.config, dialect_of(config_file, dialect)):
+        click.echo(str(issue), err=True)
     for line in describe(loaded.config, config_file or "command line"):
         click.echo(line)
 
