@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 import click
 
-from forwarder import cli_control, cli_convert, cli_files, daemonlog, demo, features, master
+from forwarder import (
+    cli_control,
+    cli_convert,
+    cli_files,
+    daemonlog,
+    demo,
+    features,
+    master,
+)
 from forwarder.config.model import RelayMode
 from forwarder.errors import ConfigError, ExitCode, ForwarderError
 from forwarder.relay.splice import HAS_SPLICE

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from forwarder import config
+from forwarder import config, probing
 from forwarder.addr import UnixAddress
 from forwarder.cli_options import FILE
 from forwarder.config.advice import advise
 from forwarder.config.compare import compare
 from forwarder.config.model import MAX_FLOWS, Config, Dialect, Framing, Rule
+from forwarder.config.options import describe_options
 from forwarder.errors import ConfigError, ExitCode
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ def check_command(
     """Validate a configuration and print what it means. Opens no port; needs no privilege."""
     loaded = load(config_file, dialect, listens, remotes)
     warn(loaded)
+    probing.check(loaded.config)
     for issue in advise(loaded.config, dialect_of(config_file, dialect)):
         click.echo(str(issue), err=True)
     for line in describe(loaded.config, config_file or "command line"):
@@ -119,6 +121,8 @@ def _describe_rule(rule: Rule) -> str:
         text += f", at most {rule.max_flows} flows"
     if rule.framing is not Framing.RAW:
         text += f", framing {rule.framing.value}"
+    if options := describe_options(rule.options):
+        text += f", {options}"
     if rule.retries_bind:
         text += ", may wait for its address"
     return text

@@ -6,6 +6,7 @@ Which rules a reload leaves alone is decided in ``plan``; this is for people who
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Final
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from forwarder.config.model import Config, Rule, Settings
 
-# Fields that are called otherwise in the format; of the others an "_s" for seconds goes.
+# Fields that are called otherwise in the format; of the others the unit goes.
 _KEYS: Final = {
     "access": "rules",
     "retries_bind": "bind",
@@ -28,6 +29,7 @@ _KEYS: Final = {
     "unix_mode": "mode",
     "upstreams": "upstream",
 }
+_UNIT: Final = re.compile("_(s|ms|bytes)$")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +107,7 @@ def values(thing: object) -> Iterator[tuple[str, str]]:
         elif field.name == "workers":
             yield "workers", str(value or "auto")
         else:
-            yield _KEYS.get(field.name, field.name.removesuffix("_s")), as_text(value)
+            yield _KEYS.get(field.name) or _UNIT.sub("", field.name), as_text(value)
 
 
 def as_text(value: object) -> str:

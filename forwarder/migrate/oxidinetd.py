@@ -65,7 +65,10 @@ def read(text: str, source: str) -> tuple[str, Draft]:
             hint = "take it out by hand; oxidinetd ignores it"
             draft.issues.error(place, f"{name} is no key of oxidinetd", hint=hint)
     result = "\n".join(lines)
-    if is_done and not _is_same(result, data):
+    if not is_done:
+        draft.raw.rules_seen = 1
+        return result, draft
+    if not _is_same(result, data):
         draft.issues.error(
             Place(source),
             "the keys that oxidinetd ignores cannot be told from the others",

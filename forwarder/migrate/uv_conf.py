@@ -90,6 +90,8 @@ class _UvReader(rinetd_conf.Reader):
                 self.draft.settings["connect_timeout"] = place
         elif word == "max-udp-connections":
             self.flows = uv_words.flows(self.draft, word, value, place)
+        elif word == "listen-backlog":
+            uv_words.backlog(self.draft, word, value, place)
         else:
             self.draft.leave_out(place, f"{word} {value}", uv_words.CONF_WORDS[word])
 
@@ -158,7 +160,7 @@ class _UvReader(rinetd_conf.Reader):
             elif key == "mode":
                 rule.unix_mode = uv_words.mode(draft, value, place, rule.listen.value)
             elif key == "keepalive":
-                uv_words.keepalive(draft, f"keepalive={value}", place, is_on=value == "on")
+                uv_words.keepalive(draft, rule, f"keepalive={value}", place, is_on=value == "on")
             elif key == "dns-refresh":
                 why = uv_words.CONF_WORDS["dns-refresh"]
                 draft.leave_out(place, f"{key}={value}", why, in_rule=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from forwarder.addr import UnixAddress
+from forwarder.addr import Address, UnixAddress
 from forwarder.config.model import Protocol
 from forwarder.config.raw import Placed, RawRule
 from forwarder.migrate.draft import Remark
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 UDP_TIMEOUT_S: Final = 10.0
 MOST_SECONDS: Final = 86400
 MOST_FLOWS: Final = 1_000_000
+MOST_WAITING: Final = 65535
 
 NO_ADDRESS: Final = "clients of a unix socket have no address, and rinetd-uv does not ask either"
 _BUFFERS: Final = "buffers need no setting"
@@ -32,7 +33,7 @@ CONF_WORDS: Final = {
     "dns-multi-ip-proto": "addresses of both families are used",
     "dns-refresh": _NAMES,
     "include": "",
-    "listen-backlog": "the queue is as long as the kernel allows, up to 4096",
+    "listen-backlog": "",
     "max-udp-connections": "",
     "pool-max-free": _BUFFERS,
     "pool-min-free": _BUFFERS,
@@ -49,7 +50,6 @@ YAML_GLOBAL_GAPS: Final = {
     "dns_multi_ip_expand": CONF_WORDS["dns-multi-ip-expand"],
     "dns_multi_ip_proto": CONF_WORDS["dns-multi-ip-proto"],
     "dns_refresh": _NAMES,
-    "listen_backlog": CONF_WORDS["listen-backlog"],
     "pool_max_free": _BUFFERS,
     "pool_min_free": _BUFFERS,
     "pool_trim_delay": _BUFFERS,
@@ -113,11 +113,23 @@ def flows(draft: Draft, name: str, value: str, place: Place) -> Placed[int] | No
     return Placed(found, place)
 
 
-def keepalive(draft: Draft, written: str, place: Place, *, is_on: bool) -> None:
-    """Keepalive is on there by default and here always."""
-    if not is_on:
-        why = "TCP keepalive is always on"
-        draft.leave_out(place, written, why, in_rule=True)
+def backlog(draft: Draft, name: str, value: str, place: Place) -> None:
+    """How many clients may wait."""
+    found = whole(draft, name, value, place, 1, MOST_WAITING)
+    if found:
+        draft.raw.options["backlog"] = Placed(found, place)
+
+
+def keepalive(draft: Draft, rule: RawRule, written: str, place: Place, *, is_on: bool) -> None:
+    """Keepalive is on by default, there and here."""
+    ends = (rule.listen.value, *(upstream.value for upstream in rule.upstreams))
+    is_tcp = rule.protocol is Protocol.TCP and any(isinstance(end, Address) for end in ends)
+    if is_on:
+        return
+    if is_tcp:
+        rule.options["keepalive"] = Placed(value=False, place=place)
+    else:
+        draft.leave_out(place, written, "it is for TCP", in_rule=True)
 
 
 def finish_rule(draft: Draft, rule: RawRule, connect_kind: str, connect_place: Place) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from forwarder.migrate.draft import Draft
 
 _TRUE: Final = frozenset({"true", "yes", "on", "1"})
+_FALSE: Final = frozenset({"false", "no", "off", "0"})
 _ADDRESS_FORMS: Final = "HOST:PORT, HOST:PORT/udp, unix:/PATH or unix:@NAME"
 _UNKNOWN: Final = "rinetd-uv does not know it either"
 _RULE_KEYS: Final = frozenset(
@@ -102,6 +103,8 @@ class _UvReader(NodeReader):
                 draft.settings[key] = place
         elif key == "max_udp_connections":
             self.flows = uv_words.flows(draft, key, text, place)
+        elif key == "listen_backlog":
+            uv_words.backlog(draft, key, text, place)
         else:
             draft.leave_out(place, f"{key}: {text}", _UNKNOWN)
 
@@ -257,17 +260,13 @@ class _UvReader(NodeReader):
                     why = uv_words.YAML_BALANCE_GAPS.get(word, _UNKNOWN)
                     text = f"{word}: {written(value)}"
                     self.draft.leave_out(word_place, text, why, in_rule=True)
-            elif key == "keepalive":
-                text = self.text(node, key) or ""
-                is_on = text.lower() not in {"false", "no", "off", "0"}
-                uv_words.keepalive(self.draft, f"keepalive: {text}", place, is_on=is_on)
             elif key not in _RULE_KEYS:
                 self.draft.leave_out(place, key, _UNKNOWN, in_rule=True)
 
     def _apply(self, rule: RawRule, keys: dict[str, tuple[Place, yaml.Node]]) -> None:
         draft = self.draft
         for key, (place, node) in keys.items():
-            if key not in {"timeout", "connect_timeout", "mode"}:
+            if key not in {"timeout", "connect_timeout", "keepalive", "mode"}:
                 continue
             text = self.text(node, key)
             if text is None:
@@ -277,5 +276,8 @@ class _UvReader(NodeReader):
             elif key == "connect_timeout":
                 found = uv_words.seconds(draft, key, text, place)
                 rule.connect_timeout_s = found.value if found and found.value else None
+            elif key == "keepalive":
+                is_on = text.lower() not in _FALSE
+                uv_words.keepalive(draft, rule, f"keepalive: {text}", place, is_on=is_on)
             else:
                 rule.unix_mode = uv_words.mode(draft, text, place, rule.listen.value)

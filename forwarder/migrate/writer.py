@@ -13,14 +13,14 @@ from bisect import bisect_right
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from forwarder.config.model import CONNECT_TIMEOUT_S, Framing, LogFormat, Protocol
+from forwarder.config.model import CONNECT_TIMEOUT_S, Framing, LogFormat, Protocol, Sides
 from forwarder.migrate.draft import LEFT_OUT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from forwarder.config.model import AccessRule
-    from forwarder.config.raw import RawRule
+    from forwarder.config.raw import OptionValue, RawRule
     from forwarder.errors import Place
     from forwarder.migrate.draft import Draft, Remark
 
@@ -67,6 +67,7 @@ def _settings(draft: Draft) -> list[_Piece]:
     if raw.connect_timeout_s != CONNECT_TIMEOUT_S:
         line = f"connect_timeout = {number(raw.connect_timeout_s)}"
         found.append((draft.settings["connect_timeout"], [line]))
+    found += [(it.place, [f"{key} = {option(it.value)}"]) for key, it in raw.options.items()]
     pieces = [_piece(draft, lines, place) for place, lines in found]
     return sorted(pieces, key=lambda piece: piece.start)
 
@@ -116,6 +117,7 @@ def _keys(rule: RawRule) -> Iterator[tuple[str, str]]:
         value = getattr(rule, f"{key}_s")
         if value is not None:
             yield key, number(value)
+    yield from ((key, option(placed.value)) for key, placed in rule.options.items())
     if rule.unix_mode:
         yield "mode", text(f"{rule.unix_mode.value:04o}")
 
@@ -123,6 +125,15 @@ def _keys(rule: RawRule) -> Iterator[tuple[str, str]]:
 def text(value: str) -> str:
     """A TOML string; what JSON escapes TOML does, and DEL besides."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def option(value: OptionValue) -> str:
+    """The value of a socket option."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return str(value)
+    return text(value.value if isinstance(value, Sides) else value)
 
 
 def number(value: float) -> str:

@@ -14,6 +14,7 @@ from forwarder.net import sockets, udp
 from forwarder.net.datagrams import Destination
 from forwarder.relay.datagram_ways import DatagramToStream, StreamToDatagram
 from forwarder.relay.flow import Flow, FlowState
+from forwarder.relay.poller import EDGE_IN
 
 if TYPE_CHECKING:
     import socket
@@ -50,7 +51,7 @@ class Bridge(Flow):
 
     def open_upstream(self, target: Target, source: SockAddr | None) -> None:
         """Make a socket that is connected to ``target``; nothing is sent by that."""
-        upstream = udp.upstream_socket(target, source)
+        upstream = udp.upstream_socket(target, source, self.pool.how[target.family])
         client = self.client
         if client is None:
             upstream.close()
@@ -62,7 +63,7 @@ class Bridge(Flow):
         self.on_open()
         self.u2c.open(client)
         # What the client has sent already is reported at once.
-        self.relay.poller.register(upstream.fileno(), self.u2c)
+        self.relay.poller.register(upstream.fileno(), self.u2c, EDGE_IN)
         self.relay.poller.register(client.fileno(), self.c2u)
 
     @property

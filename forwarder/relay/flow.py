@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING
 
 from forwarder.errors import CloseReason, Phase, Who
 from forwarder.net import sockets
+from forwarder.relay.poller import EDGE_IN, WRITABLE
 from forwarder.relay.wheel import TICK_S
-from forwarder.stats import SESSIONS, connect_bucket
+from forwarder.stats import connect_bucket
 
 if TYPE_CHECKING:
     import socket
@@ -63,6 +64,7 @@ class Flow:
         "client_address",
         "connected_at",
         "deadline",
+        "has_waited",
         "held_as",
         "id",
         "pool",
@@ -90,6 +92,7 @@ class Flow:
         self.connected_at = 0.0  # 0: not yet
         self.tick = -1
         self.deadline = 0.0  # before OPEN
+        self.has_waited = False  # for a descriptor
         self.targets: tuple[Target, ...] = ()
         self.held_as: int | None = None  # by the gate; None: not at all
         self.attempt = -1  # index of the target being tried, then of the one connected
@@ -132,17 +135,30 @@ class Flow:
             self.attempt += 1
             target = self.targets[self.attempt]
             try:
-                self.open_upstream(target, self.pool.source(target.family))
+                source = self.pool.source(target.family, self.client_address)
+                self.open_upstream(target, source)
             except OSError as err:
                 error = err.errno or 0
                 if error in sockets.OUT_OF_RESOURCES:
-                    self.attempt -= 1  # on_timer tries again: descriptors come back
-                    self.relay.make_room(keep=self)
-                    self.arm(TICK_S)
+                    self.attempt -= 1
+                    self._try_again()
                     return
                 continue
             return
         self.fail(os.strerror(error))
+
+    def _try_again(self) -> None:
+        """Descriptors come back: after this batch, if a flow has made room, else some time."""
+        if self.relay.make_room(keep=self) and not self.has_waited:
+            self.has_waited = True
+            self.relay.poller.call_again(self)
+        else:
+            self.arm(TICK_S)
+
+    def on_turn(self) -> None:
+        """Go on after :meth:`_try_again`."""
+        if self.state is _CONNECTING and self.upstream is None:
+            self.connect_next(0)
 
     def open_upstream(self, target: Target, source: SockAddr | None) -> None:
         """Begin to connect to ``target``, and call :meth:`on_open` when that is done.
@@ -177,7 +193,10 @@ class Flow:
         self.active_at = self.relay.poller.now
 
     def on_blocked(self, way: Way) -> None:
-        """``way`` waits until the other side takes more: its socket says when, being registered."""
+        """``way``, to a UDP socket, waits until that takes more."""
+        sock = self.upstream if way is self.c2u else self.client
+        if sock is not None:
+            self.relay.poller.modify(sock.fileno(), EDGE_IN | WRITABLE)
 
     def on_stream_ended(self) -> None:
         """The stream on one side has ended, and everything from it is delivered."""
@@ -195,6 +214,11 @@ class Flow:
     def silence_limit_s(self) -> float:
         """How long nothing may move; 0 is no limit."""
         return self.pool.rule.udp_timeout_s
+
+    @property
+    def ends_by_silence(self) -> bool:
+        """Whether nobody will say that it is over."""
+        return True
 
     def on_timer(self, now: float) -> float:
         """Look whether this flow is overdue; returns its next deadline, 0 for none."""
@@ -223,11 +247,6 @@ class Flow:
             self.relay.wheel.add(self, self.relay.poller.now + limit_s)
             self.relay.tick_soon()
 
-    @property
-    def ends_by_silence(self) -> bool:
-        """Whether there is no other way to see that it is over."""
-        return True
-
     def end_if_silent_for(self, limit_s: float) -> bool:
         """Whether nothing has moved for ``limit_s``; if so, it has ended."""
         is_silent = self.relay.poller.now - self.active_at >= limit_s
@@ -248,7 +267,6 @@ class Flow:
         relay.wheel.discard(self)
         relay.sessions.discard(self)
         relay.datagrams_dropped += self.c2u.waiting + self.u2c.waiting
-        self.pool.counts[SESSIONS] -= 1
         if self.held_as is not None:
             relay.let_go(self)
         self.c2u.src = self.u2c.src = None

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, cast
 from forwarder.access import AccessList
 from forwarder.addr import Address
 from forwarder.config.model import AccessRule, Protocol, RelayMode, Rule
-from forwarder.errors import Place
+from forwarder.errors import Phase, Place
 from forwarder.net import udp as net_udp
+from forwarder.net.options import How, to_connect, to_listen
 from forwarder.net.sockets import SockAddr, Target
 from forwarder.relay.relay import Relay
 from forwarder.relay.udp_listener import UdpListener
-from forwarder.stats import new_row
-from support.datagrams import udp, udp_client
+from forwarder.stats import COUNTERS, new_row
+from support.datagrams import free_udp_address, udp, udp_client
 from support.ends import connect
 
 if TYPE_CHECKING:
@@ -76,7 +77,9 @@ class StubPool:
     ) -> None:
         self.rule = rule
         self.row, self.counts = 1, new_row()
-        self.has_unix = False
+        self.has_unix = self.opens_fast = False
+        self.how = to_connect(rule.options, is_udp=rule.protocol.connects_by_udp)
+        self.listen_host, self.upstream_text = "127.0.0.1", ("127.0.0.1", 2)
         self.resolved = targets
         self.waiting: list[Callable[[tuple[Target, ...]], None]] = []
         self._local = local
@@ -87,9 +90,19 @@ class StubPool:
     def wait_for_targets(self, callback: Callable[[tuple[Target, ...]], None]) -> None:
         self.waiting.append(callback)
 
-    def source(self, family: int) -> SockAddr | None:
+    def client_how(self, family: int) -> How:
+        """How further sockets for UDP clients are made."""
+        return to_listen(self.rule.options, family, is_udp=True)
+
+    def source(self, family: int, client: SockAddr) -> SockAddr | None:
         """The local address of upstream sockets."""
+        del client
         return self._local if family == socket.AF_INET else None
+
+    def at(self, offset: int) -> StubPool:
+        """The pool of a port of a range, which no rule here has: it is the same for all."""
+        del offset
+        return self
 
     def on_failure(self) -> None:
         """Nothing to look up again."""
@@ -98,6 +111,32 @@ class StubPool:
 def target_of(sock: socket.socket) -> Target:
     """Where a socket of the test is."""
     return Target(sock.family, sock.getsockname())
+
+
+def pool_of(targets: tuple[Target, ...] | None, connect_timeout_s: float) -> StubPool:
+    """A pool of a TCP rule."""
+    return StubPool(replace(RULE, connect_timeout_s=connect_timeout_s), targets)
+
+
+class Bench:
+    """A relay, its loop, and the clients given to it."""
+
+    def __init__(self) -> None:
+        self.loop = HandLoop()
+        self.relay = Relay(cast("AbstractEventLoop", self.loop), RelayMode.AUTO, 1024)
+
+    def open(self, pool: StubPool) -> socket.socket:
+        """Give the relay a new client; returns the client's end."""
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen()
+            client = connect(listener.getsockname())
+            fd, address = listener._accept()  # type: ignore[attr-defined]
+        accepted = socket.SocketType(socket.AF_INET, socket.SOCK_STREAM, 0, fd)
+        accepted.setblocking(False)
+        self.relay.poller._turn()
+        self.relay.open_session(cast("Pool", pool), accepted, address)
+        return client
 
 
 class UdpBench:
@@ -122,10 +161,12 @@ class UdpBench:
         """A UDP upstream; it does not wait for what has not come yet."""
         return self.own(udp(host))
 
-    def pool(
-        self, *upstreams: socket.socket, local: SockAddr | None = None, **rule: object
-    ) -> StubPool:
-        """A pool of the upstreams; ``rule`` are fields of the rule, UDP by default."""
+    def pool(self, *upstreams: socket.socket, **rule: object) -> StubPool:
+        """A pool of the upstreams; ``rule`` are fields of the rule, UDP by default.
+
+        ``local``, which is none of them, is the local address of upstream sockets.
+        """
+        local = cast("SockAddr | None", rule.pop("local", None))
         fields: dict[str, object] = {"protocol": Protocol.UDP, **rule}
         changed = replace(RULE, **fields)  # type: ignore[arg-type]  # the fields of a rule
         return StubPool(changed, tuple(map(target_of, upstreams)), local)
@@ -139,12 +180,18 @@ class UdpBench:
     ) -> UdpListener:
         """A listener of the pool; ``beside``: another one of its group, on the same address."""
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        port = beside.sock.getsockname()[1] if beside else 0
+        # A port that the kernel chooses for a socket with SO_REUSEPORT may be another listener's.
+        port = beside.sock.getsockname()[1] if beside else free_udp_address(host)[1]
         target = Target(family, (host, port))
         sock = self.own(
-            net_udp.listen_udp(target, v6only=family == socket.AF_INET6 and host != "::")
+            net_udp.listen_udp(
+                target,
+                v6only=family == socket.AF_INET6 and host != "::",
+                options=pool.rule.options,
+            )
         )
-        listener = UdpListener(self.relay, sock, cast("Pool", pool), AccessList.compile((), access))
+        loop, rules = cast("AbstractEventLoop", self.loop), AccessList.compile((), access)
+        listener = UdpListener(loop, self.relay, sock, cast("Pool", pool), rules)
         listener.start()
         self.listeners.append(listener)
         return listener
@@ -179,11 +226,13 @@ class UdpBench:
 
     def count(self, name: str) -> int:
         """One of the relay's counters."""
-        return self.relay.counters()[name]
+        row = new_row()
+        self.relay.count(row)
+        return row[COUNTERS.index(name)]
 
     def close(self) -> None:
         """End everything; nothing may be left of what has ended."""
-        self.relay.abort_sessions("the test is over")
+        self.relay.abort_sessions(Phase.SHUTDOWN, "the test is over")
         self.loop.pass_time(0)
         for listener in self.listeners:
             assert not listener._flows
