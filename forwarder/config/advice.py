@@ -77,8 +77,9 @@ def _own_listeners(config: Config) -> Iterator[Issue]:
             if other is not None and other is not rule:
                 leads.setdefault(rule.name, set()).add(other.name)
                 found.append((rule, upstream, other))
+    circles = _circles(leads)
     for rule, upstream, other in found:
-        if _leads_to(leads, other.name, rule.name):
+        if circles[rule.name] == circles[other.name]:
             what = "a session would go round until nothing is left"
             hint = "change the upstream of one of them"
         else:
@@ -88,16 +89,41 @@ def _own_listeners(config: Config) -> Iterator[Issue]:
         yield _warning(rule, f"upstream {upstream} is {where}: {what}", hint)
 
 
-def _leads_to(leads: dict[str, set[str]], start: str, goal: str) -> bool:
-    seen, ahead = set(), [start]
-    while ahead:
-        name = ahead.pop()
-        if name == goal:
-            return True
-        if name not in seen:
-            seen.add(name)
-            ahead += leads.get(name, ())
-    return False
+def _circles(leads: dict[str, set[str]]) -> dict[str, str]:
+    """Names of rules to one for each circle: those that lead to one another have the same.
+
+    Kosaraju's way: an order in which what is led to comes first, then backwards from its end.
+    """
+    back: dict[str, set[str]] = {}
+    for name, others in leads.items():
+        for other in others:
+            back.setdefault(other, set()).add(name)
+    circle: dict[str, str] = {}
+    for name in reversed(_finished(leads)):
+        ahead = [name]
+        while ahead:
+            found = ahead.pop()
+            if found not in circle:
+                circle[found] = name
+                ahead += back.get(found, ())
+    return circle
+
+
+def _finished(leads: dict[str, set[str]]) -> list[str]:
+    """All names, each when everything that it leads to has been walked. Not recursive."""
+    seen: set[str] = set()
+    done: list[str] = []
+    for start in leads:
+        ahead = [(start, False)]
+        while ahead:
+            name, is_walked = ahead.pop()
+            if is_walked:
+                done.append(name)
+            elif name not in seen:
+                seen.add(name)
+                ahead.append((name, True))
+                ahead += [(other, False) for other in leads.get(name, ())]
+    return done
 
 
 def _taken_clients(config: Config) -> Iterator[Issue]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from bisect import bisect_left, bisect_right
+from functools import lru_cache
 from typing import TYPE_CHECKING, TypeAlias
 
 from forwarder.access import PatternError, Wildcard, parse_pattern
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 _Net: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
 _Nets: TypeAlias = tuple[_Net, ...]
+_Key: TypeAlias = tuple[int, int, int]  # version, prefix, the bits in it
 
 _EVERYBODY: _Nets = (ipaddress.IPv4Network("0.0.0.0/0"), ipaddress.IPv6Network("::/0"))
 # "10.1.*": whole parts, then one star. A "*" spans dots.
@@ -32,6 +34,7 @@ _PREFIX = re.compile(r"((?:[0-9]{1,3}\.){1,3})\*+")
 _MAPPED = ipaddress.IPv6Network("::ffff:0:0/96")
 
 
+@lru_cache(maxsize=4096)
 def addresses(pattern: str) -> _Nets | None:
     """Which addresses a pattern matches, exactly; None if that cannot be told."""
     try:
@@ -55,6 +58,7 @@ def addresses(pattern: str) -> _Nets | None:
     return None if isinstance(net, ipaddress.IPv6Network) and net.overlaps(_MAPPED) else (net,)
 
 
+@lru_cache(maxsize=4096)
 def family(pattern: str) -> int:
     """4 or 6 if only clients of that family can match, else 0."""
     found = addresses(pattern)
@@ -73,7 +77,7 @@ class _Patterns:
     def __init__(self, rules: Iterable[AccessRule]) -> None:
         self._everybody: AccessRule | None = None
         self._texts: dict[str, AccessRule] = {}
-        self._nets: dict[_Net, AccessRule] = {}
+        self._nets: dict[_Key, AccessRule] = {}
         self._families: set[int] = set()  # of those of which no more is known
         self._starts: dict[int, list[int]] = {4: [], 6: []}
         for rule in rules:
@@ -84,7 +88,7 @@ class _Patterns:
             elif len(found) > 1:
                 self._everybody = self._everybody or rule
             else:
-                self._nets.setdefault(found[0], rule)
+                self._nets.setdefault(next(_wider(found[0])), rule)
                 self._starts[found[0].version].append(int(found[0].network_address))
         for starts in self._starts.values():
             starts.sort()
@@ -117,22 +121,31 @@ class _Patterns:
         return not holds_one and not any(net in self._nets for net in _wider(found[0]))
 
 
-def _wider(net: _Net) -> Iterator[_Net]:
+def _wider(net: _Net) -> Iterator[_Key]:
     """A network and all those that it is in."""
-    yield net
-    for prefix in range(net.prefixlen - 1, -1, -1):
-        yield net.supernet(new_prefix=prefix)
+    number, width = int(net.network_address), net.max_prefixlen
+    for prefix in range(net.prefixlen, -1, -1):
+        yield net.version, prefix, number >> width - prefix
 
 
 def advise(config: Config) -> Iterator[Issue]:
     """What is wrong with the access rules of a configuration."""
     listening = {_family_of(rule) for rule in config.rules}
-    yield from _unmatched(config.access, listening, "any rule listens")
-    yield from _without_effect(config.access, ())
+    everywhere, nothing = _Stage(config.access), _Stage(())
+    yield from _check(config.access, nothing, listening, "any rule listens")
     for rule in config.rules:
         if rule.access:
-            yield from _unmatched(rule.access, {_family_of(rule)}, "the rule listens")
-            yield from _without_effect(rule.access, config.access)
+            yield from _check(rule.access, everywhere, {_family_of(rule)}, "the rule listens")
+
+
+def _check(
+    rules: Sequence[AccessRule], passed: _Stage, listening: set[int], where: str
+) -> Iterator[Issue]:
+    """One list of rules; each is told of once. ``passed`` are the global ones before it."""
+    unmatched = list(_unmatched(rules, listening, where))
+    places = {issue.place for issue in unmatched}
+    yield from unmatched
+    yield from (issue for issue in _without_effect(rules, passed) if issue.place not in places)
 
 
 def _family_of(rule: Rule) -> int:
@@ -140,7 +153,11 @@ def _family_of(rule: Rule) -> int:
     listen = rule.listen
     if not isinstance(listen, Address):
         return -1
-    if not is_ip(listen.host) or listen.host == "::":
+    if (
+        not is_ip(listen.host)
+        or listen.host == "::"
+        or ipaddress.ip_address(listen.host) in _MAPPED
+    ):
         return 0
     return 6 if ":" in listen.host else 4
 
@@ -162,9 +179,9 @@ def _unmatched(rules: Iterable[AccessRule], listening: set[int], where: str) -> 
             )
 
 
-def _without_effect(rules: Sequence[AccessRule], before: Sequence[AccessRule]) -> Iterator[Issue]:
-    """Rules that decide nothing; ``before`` are the global ones that a client has passed."""
-    passed, own = _Stage(before), _Stage(rules)
+def _without_effect(rules: Sequence[AccessRule], passed: _Stage) -> Iterator[Issue]:
+    """Rules that decide nothing."""
+    own = _Stage(rules)
     for rule in rules:
         twin = (own.allow if rule.is_allow else own.deny).covering(rule)
         if twin is not None:
