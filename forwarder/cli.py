@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 import click
 
 from forwarder import (
+    cli_completion,
     cli_control,
     cli_convert,
     cli_files,
@@ -29,6 +30,8 @@ from forwarder.errors import ConfigError, ExitCode, ForwarderError
 from forwarder.relay.splice import HAS_SPLICE
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
     from forwarder.config.model import Config
 
 _NOT_FOR_RUN: Final = frozenset({"-h", "--help", "--version"})
@@ -42,11 +45,24 @@ class _RunByDefault(click.Group):
             args = ["run", *args]
         return super().parse_args(ctx, args)
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Complete the options of ``run``, too, where its name may be left out."""
+        found = super().shell_complete(ctx, incomplete)
+        if incomplete.startswith("-"):
+            found += self.commands["run"].shell_complete(ctx, incomplete)
+        return found
+
 
 class _WorkerCount(click.ParamType[int]):
     """``auto`` or a number of processes."""
 
     name = "N|auto"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """Complete the only word."""
+        return click.Choice(["auto"]).shell_complete(ctx, param, incomplete)
 
     def convert(  # noqa: RET503 - fail() does not return
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
@@ -159,7 +175,12 @@ def demo_command(seconds: float | None, workers: int, port: int) -> None:
     sys.exit(demo.run(workers=workers or usable_cpus(), port=port, seconds=seconds))
 
 
-for _command in (*cli_control.COMMANDS, *cli_files.COMMANDS, cli_convert.convert_command):
+for _command in (
+    *cli_control.COMMANDS,
+    *cli_files.COMMANDS,
+    cli_completion.completion_command,
+    cli_convert.convert_command,
+):
     cli.add_command(_command)
 
 
@@ -178,7 +199,7 @@ def _refuse_missing_splice(relay: RelayMode) -> None:
 def main() -> NoReturn:
     """Run the command line and exit with a code of ExitCode."""
     try:
-        code = cli(standalone_mode=False, prog_name="forwarder")
+        code = cli(standalone_mode=False, prog_name=cli_completion.PROGRAM)
     except click.ClickException as err:
         err.show()
         sys.exit(err.exit_code)

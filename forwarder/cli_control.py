@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from forwarder import control_path, status
+from forwarder.cli_options import FILE
 from forwarder.errors import ExitCode, ForwarderError
 
 if TYPE_CHECKING:
@@ -89,7 +90,9 @@ def _ask(
 
 def control_option(command: Callable[..., None]) -> Callable[..., None]:
     """The option that says where the control socket is."""
-    option = click.option("--control", metavar="PATH", help="The control socket of the instance.")
+    option = click.option(
+        "--control", metavar="PATH", type=FILE, help="The control socket of the instance."
+    )
     return option(command)
 
 

@@ -58,6 +58,7 @@ RANK = {
     "service": 9,
     "master": 10,
     "demo": 11,
+    "cli_completion": 11,
     "cli_control": 11,
     "cli_options": 0,
     "cli_convert": 11,
