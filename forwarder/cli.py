@@ -101,8 +101,14 @@ def cli() -> None:
 
 @cli.command()
 @cli_files.config_options
-@click.option("--workers", type=_WorkerCount(), help="Worker processes; auto = usable CPUs.")
-@click.option("--relay", type=click.Choice([mode.value for mode in RelayMode]))
+@click.option(
+    "--workers", metavar="N|auto", type=_WorkerCount(), help="Worker processes; auto = usable CPUs."
+)
+@click.option(
+    "--relay",
+    type=click.Choice([mode.value for mode in RelayMode]),
+    help="How bulk is moved; auto = splice where the system has it.",
+)
 @cli_control.control_option
 @click.option("--user", metavar="NAME", help="User the workers run as; needs root.")
 @click.option("--group", metavar="NAME", help="Group the workers run as.")
@@ -167,8 +173,16 @@ def run(  # noqa: PLR0913 - one parameter per option is click's way
 
 @cli.command("demo")
 @click.option("--seconds", type=click.FloatRange(min=0.1), help="End by itself after this long.")
-@click.option("--workers", type=_WorkerCount(), default="auto")
-@click.option("--port", type=click.IntRange(1, 65534), default=9000, show_default=True)
+@click.option(
+    "--workers", metavar="N|auto", type=_WorkerCount(), default="auto", help="Worker processes."
+)
+@click.option(
+    "--port",
+    type=click.IntRange(1, 65534),
+    default=9000,
+    show_default=True,
+    help="Where to listen; the server is on the next one.",
+)
 def demo_command(seconds: float | None, workers: int, port: int) -> None:
     """Forward 127.0.0.1:9000 to a small built-in server and push data through."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")

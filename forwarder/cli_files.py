@@ -49,9 +49,23 @@ def config_options(command: Callable[..., None]) -> Callable[..., None]:
             help="TOML if the name ends in .toml, else rinetd.conf.",
         ),
         format_option,
-        click.option("-l", "--listen", "listens", metavar="ADDR", multiple=True),
-        click.option("-r", "--remote", "remotes", metavar="ADDR", multiple=True),
-    ):
+        click.option(
+            "-l",
+            "--listen",
+            "listens",
+            metavar="ADDR",
+            multiple=True,
+            help="A rule without a file: where it listens. May be repeated, with as many -r.",
+        ),
+        click.option(
+            "-r",
+            "--remote",
+            "remotes",
+            metavar="ADDR",
+            multiple=True,
+            help="Where that rule leads, the first with the first.",
+        ),
+    )[::-1]:
         command = option(command)
     return command
 
