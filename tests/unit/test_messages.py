@@ -73,6 +73,7 @@ class Worker:
         self.child.kill()
         self.child.wait()
         self.sock.close()
+        self.fleet._gate.close()
         self.process.channel.close()
         self.selector.close()
 
