@@ -38,7 +38,13 @@ _FIRST_LISTEN_FD: Final = 3  # SD_LISTEN_FDS_START
 _DOOR_PREFIX: Final = "forwarder-orphan"
 _DOOR_TIMEOUT_S: Final = 2.0  # an orphan that does not answer by then keeps its sockets
 _TAKEN: Final = b'{"op": "taken"}'
-_FAMILIES: Final = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
+_KINDS: Final = (
+    (socket.AF_INET, socket.SOCK_STREAM),
+    (socket.AF_INET, socket.SOCK_DGRAM),
+    (socket.AF_INET6, socket.SOCK_STREAM),
+    (socket.AF_INET6, socket.SOCK_DGRAM),
+    (socket.AF_UNIX, socket.SOCK_STREAM),
+)
 _TABLES: Final = tuple(Path("/proc/net", name) for name in ("tcp", "tcp6", "udp", "udp6"))
 # TCP_LISTEN, and TCP_CLOSE, which is the state of UDP sockets that are not connected.
 _LISTENING: Final = frozenset({"0A", "07"})
@@ -249,8 +255,7 @@ def _sockets(numbers: Iterable[int], lent: Container[int] = frozenset()) -> Iter
         except OSError as err:
             log.warning("inherit: descriptor %d is no socket: %s", number, err.strerror)
             continue
-        is_stream = sock.type == socket.SOCK_STREAM and sock.family in _FAMILIES
-        if is_listening and is_stream:
+        if is_listening and (sock.family, sock.type) in _KINDS:
             os.set_inheritable(number, False)
             yield sock
         else:
