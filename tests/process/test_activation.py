@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import sys
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Final
 
 import pytest
-from support.configured import rule
+from support.configured import Configured, rule
 from support.echo import Echo, ask_udp
 from support.ends import Link, accept, carry, connect
 from support.forwarder import reserve_port
-from support.processes import listeners, owner, run_command
+from support.processes import as_nobody, listeners, owner, run_command
 from support.waiting import eventually
 
 from process.conftest import as_pairs
@@ -56,14 +57,17 @@ def activate(*addresses: tuple[str, int], kind: str) -> list[str]:
     return [sys.executable, "-c", _ACTIVATE, *texts, "--"]
 
 
-@pytest.mark.parametrize("kind", ["shared", "single"])
+@pytest.mark.parametrize("kind", ["shared", "single", "root's"])
 def test_a_given_socket_is_served_by_all_workers(
     launch: Launch, address: tuple[str, int], upstream: socket.socket, kind: str
 ) -> None:
-    """More sockets are bound beside one with SO_REUSEPORT; all workers share one without."""
-    prefix = activate(address, kind=kind)
+    """More sockets are bound beside one with SO_REUSEPORT of our user; else all share the one."""
+    prefix = activate(address, kind="single" if kind == "single" else "shared")
+    if kind == "root's":
+        prefix += as_nobody()
     it = launch(*as_pairs(address, upstream), "--workers", "3", prefix=prefix)
-    assert listeners(address) == (3 if kind == "shared" else 1)
+    has_own = kind == "shared" or (not as_nobody() and kind == "root's")
+    assert listeners(address) == (3 if has_own else 1)
     workers = it.workers()
     assert len(workers) == 3
     owners: set[int] = set()
@@ -129,3 +133,21 @@ def test_a_given_udp_socket_is_served_and_goes_with_an_upgrade(
         assert run_command("stop", "--control", control).returncode == 0
         assert it.wait() == 0
         assert not it.trouble()
+
+
+def test_a_udp_socket_of_another_user_is_served_by_one_worker(
+    launch: Launch, public_path: Path
+) -> None:
+    """As of a service manager that is root. Result: it starts, and can have more workers."""
+    with Echo(udp=[("127.0.0.1", 0), ("127.0.0.1", 0)]) as upstreams:
+        taken, upstream = upstreams.udp
+        address = "127.0.0.2", taken[1]
+        path = public_path / "udp.toml"
+        path.write_text("workers = 2\n" + rule(address, upstream, 'protocol = "udp"\ntimeout = 1'))
+        prefix = [*activate(address, kind="udp"), *as_nobody()]
+        it = launch("-c", str(path), prefix=prefix)
+        assert ask_udp(address) == f"127.0.0.1:{upstream[1]} saw 127.0.0.1: hello"
+        Configured(it, path).resize(signal.SIGTTIN, 3)
+        assert ask_udp(address) == f"127.0.0.1:{upstream[1]} saw 127.0.0.1: hello"
+        assert it.stop() == 0
+        assert all("udp.unsettled" in line for line in it.trouble()), it.trouble()
