@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 import click
 
-from forwarder import __version__, cli_control, config, demo, master
+from forwarder import __version__, cli_control, config, daemonlog, demo, master
 from forwarder.addr import UnixAddress
 from forwarder.config.model import MAX_FLOWS, Config, Dialect, Framing, RelayMode, Rule
 from forwarder.errors import ConfigError, ExitCode, ForwarderError
@@ -115,7 +115,7 @@ def run(  # noqa: PLR0913 - one parameter per option is click's way
     verbose: bool,  # noqa: FBT001
 ) -> None:
     """Forward until stopped: SIGTERM lets sessions end first, SIGINT does not wait."""
-    _start_logging(verbose=verbose)
+    daemonlog.start(verbose=verbose)
 
     def load() -> Config:
         """Read the configuration; the command line wins over what it says."""
@@ -234,14 +234,6 @@ def _warn(loaded: Loaded) -> None:
 def _refuse_missing_splice(relay: RelayMode) -> None:
     if relay is RelayMode.SPLICE and not HAS_SPLICE:
         raise click.UsageError("this system has no splice(2); use --relay auto or --relay copy")
-
-
-def _start_logging(*, verbose: bool) -> None:
-    logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.INFO,
-        format="%(asctime)s forwarder[%(process)d] %(levelname)s %(message)s",
-    )
-    logging.getLogger("asyncio").setLevel(logging.WARNING)
 
 
 def main() -> NoReturn:

@@ -143,7 +143,8 @@ class Service:
             # A port that is still served, by a wildcard or a single address, must not lose SYNs.
             if (address.is_udp, address.target.port) not in ports:
                 self.table.refuse_handshakes(address)
-            self._closing[address] = (before[address], until)
+            # UDP has no handshakes: who comes now has not begun before.
+            self._closing[address] = (before[address], 0.0 if address.is_udp else until)
 
     def own(self) -> None:
         """Nobody else serves what we have inherited, or will go on to."""

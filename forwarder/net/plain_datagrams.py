@@ -45,6 +45,9 @@ class PlainBatch:
         self._slots: list[bytes] = []
         self._peers: list[bytes] = []
 
+    def prepare(self, sock: socket.SocketType) -> None:
+        """Nothing: this way cannot tell apart what the kernel would hand over as one."""
+
     def receive(self, fd: int) -> int:
         """Receive from a connected socket what is there. Returns how many slots were filled."""
         self._slots = []

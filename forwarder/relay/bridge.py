@@ -10,10 +10,11 @@ import errno
 from typing import TYPE_CHECKING
 
 from forwarder.errors import CloseReason, Phase, Who
-from forwarder.net import datagrams, sockets, udp
+from forwarder.net import sockets, udp
 from forwarder.net.datagrams import Destination
 from forwarder.relay.datagram_ways import DatagramToStream, StreamToDatagram
 from forwarder.relay.flow import Flow, FlowState
+from forwarder.relay.poller import EDGE_IN
 
 if TYPE_CHECKING:
     import socket
@@ -56,13 +57,13 @@ class Bridge(Flow):
             upstream.close()
             raise OSError(errno.ENOTCONN, "the client has gone")
         self.upstream = self.u2c.src = upstream
-        datagrams.receive_segments(upstream)
+        self.relay.batch.prepare(upstream)
         self.c2u.to = Destination(upstream.fileno())
         self.c2u.src = client
         self.on_open()
         self.u2c.open(client)
         # What the client has sent already is reported at once.
-        self.relay.poller.register(upstream.fileno(), self.u2c)
+        self.relay.poller.register(upstream.fileno(), self.u2c, EDGE_IN)
         self.relay.poller.register(client.fileno(), self.c2u)
 
     @property

@@ -77,6 +77,11 @@ class Way:
         """Whether something was read that the other side has not taken yet."""
         raise NotImplementedError
 
+    @property
+    def waiting(self) -> int:
+        """How many whole datagrams would be lost if the flow ended now."""
+        return 0
+
     def yield_turn(self) -> None:
         """Let the others go on, then continue here."""
         if not self.is_queued:
@@ -142,9 +147,11 @@ class DatagramWay(_FromDatagrams):
             self.pending = deque()
             self.flow.on_blocked(self)
         found = batch.datagrams(first, last)
-        room = MAX_PENDING - len(self.pending)
-        self.pending += found[:room]
-        self.relay.datagrams_dropped += len(found[room:])
+        if self.src is None:  # from the listener, which reads on for the sake of others
+            room = max(0, MAX_PENDING - len(self.pending))
+            self.relay.datagrams_dropped += len(found[room:])
+            del found[room:]
+        self.pending += found
         return False
 
     def resume(self) -> None:
@@ -155,6 +162,7 @@ class DatagramWay(_FromDatagrams):
         batch = self.relay.batch
         while pending:
             if not batch.send_copy(self.to, pending[0]):
+                self.flow.on_blocked(self)
                 return
             pending.popleft()
         self.pending = None
@@ -165,6 +173,11 @@ class DatagramWay(_FromDatagrams):
     def holds_data(self) -> bool:
         """Whether datagrams wait."""
         return self.pending is not None
+
+    @property
+    def waiting(self) -> int:
+        """How many datagrams would be lost if the flow ended now."""
+        return len(self.pending or ())
 
 
 class DatagramToStream(_FromDatagrams):
@@ -188,12 +201,11 @@ class DatagramToStream(_FromDatagrams):
         batch = self.relay.batch
         for content in batch.datagrams(first, last):
             self.moved += len(content)
-            if len(self._pending) + len(content) > MAX_PENDING_BYTES:
+            if len(self._pending) + len(content) > MAX_PENDING_BYTES and not self._send():
                 self.relay.datagrams_dropped += 1
             else:
                 self._pending += framing.encode(self._framing, content)
-        self._send()
-        return not self._pending
+        return self._send()
 
     def resume(self) -> None:
         """Send what is pending, and go on reading when all of it is gone."""
@@ -210,6 +222,7 @@ class DatagramToStream(_FromDatagrams):
             return False
         except OSError as err:
             self._pending.clear()
+            self._dst = None
             self.flow.on_stream_broken(err.strerror or "reset")
             return False
         del self._pending[:sent]
@@ -291,3 +304,8 @@ class StreamToDatagram(Way):
     def holds_data(self) -> bool:
         """Whether datagrams wait."""
         return bool(self._pending)
+
+    @property
+    def waiting(self) -> int:
+        """How many datagrams would be lost if the flow ended now."""
+        return len(self._pending)

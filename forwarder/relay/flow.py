@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from forwarder.errors import CloseReason, Phase, Who
 from forwarder.net import sockets
+from forwarder.relay.poller import EDGE_IN, WRITABLE
 from forwarder.relay.wheel import TICK_S
 from forwarder.stats import SESSIONS, connect_bucket
 
@@ -63,6 +64,7 @@ class Flow:
         "client_address",
         "connected_at",
         "deadline",
+        "has_waited",
         "held_as",
         "id",
         "pool",
@@ -90,6 +92,7 @@ class Flow:
         self.connected_at = 0.0  # 0: not yet
         self.tick = -1
         self.deadline = 0.0  # before OPEN
+        self.has_waited = False  # for a descriptor
         self.targets: tuple[Target, ...] = ()
         self.held_as: int | None = None  # by the gate; None: not at all
         self.attempt = -1  # index of the target being tried, then of the one connected
@@ -136,13 +139,25 @@ class Flow:
             except OSError as err:
                 error = err.errno or 0
                 if error in sockets.OUT_OF_RESOURCES:
-                    self.attempt -= 1  # on_timer tries again: descriptors come back
-                    self.relay.make_room()
-                    self.arm(TICK_S)
+                    self.attempt -= 1
+                    self._try_again()
                     return
                 continue
             return
         self.fail(os.strerror(error))
+
+    def _try_again(self) -> None:
+        """Descriptors come back: after this batch, if a flow has made room, else some time."""
+        if self.relay.make_room(keep=self) and not self.has_waited:
+            self.has_waited = True
+            self.relay.poller.call_again(self)
+        else:
+            self.arm(TICK_S)
+
+    def on_turn(self) -> None:
+        """Go on after :meth:`_try_again`."""
+        if self.state is _CONNECTING and self.upstream is None:
+            self.connect_next(0)
 
     def open_upstream(self, target: Target, source: SockAddr | None) -> None:
         """Begin to connect to ``target``, and call :meth:`on_open` when that is done.
@@ -177,7 +192,10 @@ class Flow:
         self.active_at = self.relay.poller.now
 
     def on_blocked(self, way: Way) -> None:
-        """``way`` waits until the other side takes more: its socket says when, being registered."""
+        """``way``, to a UDP socket, waits until that takes more."""
+        sock = self.upstream if way is self.c2u else self.client
+        if sock is not None:
+            self.relay.poller.modify(sock.fileno(), EDGE_IN | WRITABLE)
 
     def on_stream_ended(self) -> None:
         """The stream on one side has ended, and everything from it is delivered."""
@@ -196,6 +214,11 @@ class Flow:
         """How long nothing may move; 0 is no limit."""
         return self.pool.rule.udp_timeout_s
 
+    @property
+    def ends_by_silence(self) -> bool:
+        """Whether nobody will say that it is over."""
+        return True
+
     def on_timer(self, now: float) -> float:
         """Look whether this flow is overdue; returns its next deadline, 0 for none."""
         if self.state in (_RESOLVING, _CONNECTING):
@@ -203,9 +226,8 @@ class Flow:
                 self.on_attempt_timeout()
             elif self.state is _CONNECTING and self.upstream is None:
                 self.connect_next(0)
-            else:
-                return self.deadline
-            return 0.0
+            is_waiting = self.state in (_RESOLVING, _CONNECTING)
+            return self.deadline if is_waiting and self.deadline < float("inf") else 0.0
         limit_s = self.silence_limit_s
         if self.state is not _OPEN or not limit_s:
             return 0.0
@@ -223,11 +245,6 @@ class Flow:
         if limit_s > 0:
             self.relay.wheel.add(self, self.relay.poller.now + limit_s)
             self.relay.tick_soon()
-
-    @property
-    def ends_by_silence(self) -> bool:
-        """Whether there is no other way to see that it is over."""
-        return True
 
     def end_if_silent_for(self, limit_s: float) -> bool:
         """Whether nothing has moved for ``limit_s``; if so, it has ended."""
@@ -248,6 +265,7 @@ class Flow:
         relay.on_end(self, reason)
         relay.wheel.discard(self)
         relay.sessions.discard(self)
+        relay.datagrams_dropped += self.c2u.waiting + self.u2c.waiting
         self.pool.counts[SESSIONS] -= 1
         if self.held_as is not None:
             relay.let_go(self)

@@ -121,15 +121,7 @@ class Listener:
         except BlockingIOError:
             return _STOP
         except OSError as err:
-            if err.errno in sockets.ACCEPT_IGNORE:
-                return _PASSED_OVER
-            if err.errno in sockets.OUT_OF_RESOURCES and relay.make_room():
-                return _PASSED_OVER
-            # accept(2) wants a descriptor before it looks whether there is a client. Only the
-            # first one was announced by an event; if there are more, the next event says so.
-            if nth == 0:
-                self._pause(err.strerror or str(err))
-            return _STOP
+            return _PASSED_OVER if self._can_go_on(err, is_announced=nth == 0) else _STOP
         if self._pauses:
             self._report_recovery()
         client = sockets.accepted_socket(fd, self._family)
@@ -140,6 +132,21 @@ class Listener:
         relay.on_refused(self.pool, address, self.sock, decision)
         client.close()
         return _PASSED_OVER
+
+    def _can_go_on(self, err: OSError, *, is_announced: bool) -> bool:
+        """Whether to accept on after an error."""
+        if err.errno in sockets.ACCEPT_IGNORE:
+            return True
+        if err.errno in sockets.OUT_OF_RESOURCES:
+            if self._relay.close_idle_pipes():
+                return True
+            if self._relay.make_room():
+                return False  # a flow is closed after this batch; the next event comes then
+        # accept(2) wants a descriptor before it looks whether there is a client. Only the first one
+        # was announced by an event; if there are more, the next event says so.
+        if is_announced:
+            self._pause(err.strerror or str(err))
+        return False
 
     def on_bug(self) -> None:
         """Accepting failed in a way nobody thought of: go on after a rest."""

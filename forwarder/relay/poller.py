@@ -32,6 +32,9 @@ log = logging.getLogger(__name__)
 EDGE_ALL: Final = (
     select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLPRI | select.EPOLLET
 )
+# For UDP sockets, which report every datagram that has left them as room for another: one needless
+# event for each. Who waits for room asks for WRITABLE.
+EDGE_IN: Final = select.EPOLLIN | select.EPOLLET
 READABLE: Final = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 WRITABLE: Final = select.EPOLLOUT
 BROKEN: Final = select.EPOLLERR

@@ -63,9 +63,9 @@ log = logging.getLogger(__name__)
 
 # A failing upstream of a busy rule fails thousands of times a second; say so this often at most.
 WARN_INTERVAL_S: Final = 10.0
-# Flows with sockets of their own per UDP listening address, in all workers together: see
-# ``udp_flow`` for what each costs. Before Linux 6.13 every datagram pays.
-MAX_SETTLED: Final = 1024 if udp.finds_flows_by_hash() else 256
+# Flows with sockets of their own per UDP listening address, in all workers together, where each
+# costs the datagrams of others something: see ``udp_flow``. Before Linux 6.13 every datagram pays.
+MAX_SETTLED: Final = 1024 if udp.FINDS_FLOWS_BY_HASH else 256
 # When to look whether the spare descriptor can be had again, if no client asks before. Arbitrary.
 RESERVE_AFTER_S: Final = 0.5
 
@@ -132,6 +132,8 @@ class Relay:
         self._is_ticking = False
         self._is_closed = False
         self._spare_fd = _reserve_fd()
+        limit = os.sysconf("SC_OPEN_MAX")
+        self._fd_limit = limit if limit > 0 else 1 << 20  # -1: unlimited
         self.logs_sessions = log.isEnabledFor(logging.DEBUG)
         self._warn_after: dict[str, float] = {}
         self._unreported: dict[str, int] = {}
@@ -322,19 +324,21 @@ class Relay:
     def make_room_for_flow(self, pool: Pool) -> None:
         """End the longest silent flow of a rule that has as many as it may have."""
         table = self.flow_table(pool)
-        while len(table) >= table.limit:
-            self._evict(table)
+        table.limit = share(pool.rule.max_flows, self.workers)  # there may be more workers by now
+        while len(table) >= table.limit and (flow := table.oldest()):
+            self._evict(flow)
 
-    @property
-    def settled_limit(self) -> int:
-        """How many flows of a listener may have sockets of their own in this worker."""
-        return share(MAX_SETTLED, self.workers)
+    def settled_limit(self, *, is_flat: bool) -> int:
+        """How many flows of a listener may have sockets of their own in this worker.
 
-    def _evict(self, table: FlowTable) -> None:
-        flow = table.oldest()
-        if flow is not None:
-            self.flows_evicted += 1
-            flow.close(CloseReason(Who.US, Phase.LIMIT, "too many flows"))
+        ``is_flat``: they cost others nothing but descriptors, of which a part is left for flows
+        that do without.
+        """
+        return self._fd_limit // 4 if is_flat else share(MAX_SETTLED, self.workers)
+
+    def _evict(self, flow: Flow) -> None:
+        self.flows_evicted += 1
+        flow.close(CloseReason(Who.US, Phase.LIMIT, "too many flows"))
 
     # -- timers
 
@@ -381,18 +385,26 @@ class Relay:
         if not (self._is_closed or self.recover_spare_fd()):
             self._loop.call_later(RESERVE_AFTER_S, self._reserve_again)
 
-    def make_room(self) -> bool:
+    def close_idle_pipes(self) -> bool:
+        """Close pipes that wait for a session; False if there was none."""
+        has_idle = self.pipes.statistics().idle > 0
+        if has_idle:
+            self.pipes.close()
+        return has_idle
+
+    def make_room(self, keep: Flow | None = None) -> bool:
         """Close idle pipes, or else the longest silent flow; False if there was nothing to close.
 
-        The descriptors of a flow come back when the batch of events at hand is over.
+        The descriptors of a flow come back when the batch of events at hand is over. ``keep`` is
+        not closed, being the one that room is made for.
         """
-        if self.pipes.statistics().idle > 0:
-            self.pipes.close()
+        if self.close_idle_pipes():
             return True
-        silent = [(table.oldest(), table) for table in self._flow_tables.values() if table]
-        if not silent:
+        tables = self._flow_tables.values()
+        oldest = [flow for table in tables if (flow := table.oldest()) and flow is not keep]
+        if not oldest:
             return False
-        self._evict(min(silent, key=lambda pair: pair[0].active_at if pair[0] else 0.0)[1])
+        self._evict(min(oldest, key=lambda flow: flow.active_at))
         return True
 
     def recover_spare_fd(self) -> bool:

@@ -8,10 +8,11 @@ is bound to the listener's address and connected to the client, to which the ker
 from then on (see ``net.udp``). So one question and its answer cost one socket, and whatever lasts
 stays with its worker through resizes, reloads and upgrades.
 
-How many flows settle is bounded, because the kernel looks through all sockets of an address when a
-datagram of an unknown client comes (Linux 6.18, loopback: 7 us with 1,000, 90 us with 4,000, 500 us
-with 16,000), and before Linux 6.13 for every datagram. The others are served through the listener;
-they lose nothing by that until their worker is resized away.
+How many flows settle is bounded, because on a wildcard and on an IPv6 address the kernel looks
+through all sockets of the address when a datagram of an unknown client comes (Linux 6.18, loopback:
+7 us with 1,000, 57 to 90 us with 4,000 to 6,000), and before Linux 6.13 for every datagram. On an
+IPv4 address it does not, see ``net.udp``; there descriptors are the bound. The others are served
+through the listener; they lose nothing by that until their worker is resized away.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ import socket
 from typing import TYPE_CHECKING, Final
 
 from forwarder.errors import CloseReason, Phase, Who
-from forwarder.net import datagrams, peers, sockets, udp
+from forwarder.net import peers, sockets, udp
 from forwarder.net.datagrams import Destination
 from forwarder.net.sockets import Target
 from forwarder.relay.datagram_ways import DatagramToStream, DatagramWay, StreamToDatagram
 from forwarder.relay.flow import Flow, FlowState
-from forwarder.relay.poller import BROKEN, READABLE, WRITABLE
+from forwarder.relay.poller import BROKEN, EDGE_IN, READABLE, WRITABLE
 
 if TYPE_CHECKING:
     from forwarder.net.sockets import SockAddr
@@ -74,10 +75,13 @@ class UdpFlow(Flow):
     def settle(self, sock: socket.SocketType) -> None:
         """Own from here on a socket for this client alone: connected to it, and read dry."""
         self.client = sock
-        datagrams.receive_segments(sock)
+        self.relay.batch.prepare(sock)
         self.u2c.to = Destination(sock.fileno())
         self.c2u.src = sock
-        self.relay.poller.register(sock.fileno(), self.c2u)
+        is_blocked = self.u2c.holds_data
+        self.relay.poller.register(
+            sock.fileno(), self.c2u, EDGE_IN | WRITABLE if is_blocked else EDGE_IN
+        )
 
     def touch(self) -> None:
         """Something was heard just now."""
@@ -87,18 +91,20 @@ class UdpFlow(Flow):
     def open_upstream(self, target: Target, source: SockAddr | None) -> None:
         """Make a socket that is connected to ``target``; nothing is sent by that."""
         upstream = self.upstream = udp.upstream_socket(target, source)
-        datagrams.receive_segments(upstream)
+        self.relay.batch.prepare(upstream)
         assert isinstance(self.c2u, DatagramWay)  # noqa: S101 - make_ways of this class
         self.c2u.to = Destination(upstream.fileno())
         self.u2c.src = upstream
-        self.relay.poller.register(upstream.fileno(), self.u2c)
+        self.relay.poller.register(upstream.fileno(), self.u2c, EDGE_IN)
         self.on_open()
         self.c2u.resume()
 
     def on_blocked(self, way: Way) -> None:
-        """A socket of its own says when it takes more; the listener's has to be asked."""
+        """``way``, to a UDP socket, waits until that takes more; it may be the listener's."""
         if way is self.u2c and not self.is_settled:
             self.listener.resume_when_writable(way)
+        else:
+            super().on_blocked(way)
 
     def close(self, reason: CloseReason) -> None:
         """End, and be unknown to the listener; the client's next datagram begins another flow."""
@@ -175,7 +181,16 @@ class UdpToTcpFlow(UdpFlow):
 
     def close(self, reason: CloseReason) -> None:
         """End the connection by FIN, or by RST if the upstream lacks a part of what was sent."""
-        upstream = self.upstream
-        if upstream is not None and upstream.fileno() >= 0 and self.c2u.holds_data:
-            sockets.set_abort_on_close(upstream)
+        if self.state is not FlowState.CLOSED and self.c2u.holds_data:
+            self._reset_upstream()
         super().close(reason)
+
+    def abort(self, reason: CloseReason) -> None:
+        """End, and reset the connection: no clean end for a stream that was cut."""
+        if self.state is not FlowState.CLOSED:
+            self._reset_upstream()
+        super().close(reason)
+
+    def _reset_upstream(self) -> None:
+        if self.upstream is not None and self.upstream.fileno() >= 0:
+            sockets.set_abort_on_close(self.upstream)

@@ -33,8 +33,12 @@ log = logging.getLogger(__name__)
 
 # Receives per event. The poll is level-triggered, so the rest is reported by the next one.
 _BATCHES: Final = 4
-# Receives after the listener was told to stop: what is queued is somebody's question.
+# Receives after the listener was told to stop: what is queued is somebody's question. As many are
+# made before new sockets of flows are read: more than a queue of the default size (425,984 bytes,
+# at least 768 for a datagram) holds.
 _LAST_BATCHES: Final = 16
+# How often in a row flows settle that became ripe while others did.
+_SETTLE_ROUNDS: Final = 4
 
 
 class UdpListener:
@@ -43,6 +47,7 @@ class UdpListener:
     __slots__ = (
         "_blocked",
         "_flows",
+        "_is_flat",
         "_own",
         "_relay",
         "_ripe",
@@ -73,7 +78,8 @@ class UdpListener:
         self._flows: dict[bytes, UdpFlow] = {}
         self._settled = 0
         self._settles = True
-        self._ripe: list[UdpFlow] = []  # to settle when the batch at hand is dealt with
+        self._is_flat = udp.has_flat_lookup(sock)
+        self._ripe: set[UdpFlow] = set()  # to settle when the batch at hand is dealt with
         self._blocked: list[Way] = []
 
     def start(self) -> None:
@@ -85,7 +91,11 @@ class UdpListener:
         self._receive(self.sock.fileno(), _LAST_BATCHES)
         self._relay.poller.unregister(self.sock.fileno())
         for flow in tuple(self._flows.values()):
-            if not flow.is_settled and not self._settle(flow):
+            if not flow.is_settled:
+                self._ripe.add(flow)
+        self._settle_ripe()
+        for flow in tuple(self._flows.values()):
+            if not flow.is_settled:
                 flow.close(CloseReason(Who.US, Phase.DRAIN, "its listener has gone"))
 
     def on_events(self, mask: int) -> None:
@@ -94,7 +104,8 @@ class UdpListener:
             blocked, self._blocked = self._blocked, []
             self._relay.poller.modify(self.sock.fileno(), select.EPOLLIN)
             for way in blocked:
-                way.resume()
+                if way.src is not None:  # its flow lives
+                    way.resume()
         if mask & READABLE:
             self._receive(self.sock.fileno(), _BATCHES)
 
@@ -116,15 +127,18 @@ class UdpListener:
 
     def _receive(self, fd: int, batches: int) -> None:
         """Receive and hand out, then settle what has become ripe by it."""
+        self._read(fd, batches)
+        if self._ripe:
+            self._settle_ripe()
+
+    def _read(self, fd: int, batches: int) -> None:
+        """Receive and hand out, up to so many times or until there is nothing more."""
         batch = self._relay.batch
         for _ in range(batches):
             count = batch.receive_from(fd)
             self._hand_out(count)
             if count < SLOTS:
-                break
-        # Settling receives, too, and may make others ripe.
-        while self._ripe:
-            self._settle(self._ripe.pop())
+                return
 
     def _hand_out(self, count: int) -> None:
         """Give each run of datagrams of one client to its flow."""
@@ -156,7 +170,7 @@ class UdpListener:
             is_ripe = True
         flow.c2u.deliver(first, last)
         if is_ripe and self._settles and not flow.is_settled:
-            self._ripe.append(flow)
+            self._ripe.add(flow)
 
     def _open(self, peer: bytes) -> UdpFlow | None:
         """Begin a flow; None if the client may not have one."""
@@ -182,34 +196,42 @@ class UdpListener:
         flow.held_as = held_as
         self._flows[peer] = flow
         relay.begin(flow)
-        return flow
+        return self._flows.get(peer)  # none if it has ended for want of an upstream
 
-    def _settle(self, flow: UdpFlow) -> bool:
-        """Give a flow a socket of its own, if it may have one and there is one."""
-        if flow.is_settled or self._flows.get(flow.peer) is not flow:
-            return flow.is_settled
-        if not self._settles or self._settled >= self._relay.settled_limit:
-            return False
+    def _settle_ripe(self) -> None:
+        """Give ripe flows sockets of their own, as far as they may have them and there are any.
+
+        What a client has sent before it had one is in the queue of the listener, and comes first.
+        """
+        for _ in range(_SETTLE_ROUNDS):
+            ripe, self._ripe = self._ripe, set()
+            made = [(flow, own) for flow in ripe if (own := self._own_socket(flow)) is not None]
+            if not made:
+                return
+            self._read(self.sock.fileno(), _LAST_BATCHES)
+            for flow, (sock, has_others) in made:
+                if has_others:
+                    self._read(sock.fileno(), _LAST_BATCHES)
+                if self._flows.get(flow.peer) is flow:
+                    flow.settle(sock)
+                else:  # it has ended by what was read
+                    sock.close()
+                    self._settled -= 1
+                self._ripe.discard(flow)
+
+    def _own_socket(self, flow: UdpFlow) -> tuple[socket.SocketType, bool] | None:
+        """As ``udp.flow_socket``; None if the flow must do without."""
+        if flow.is_settled or self._flows.get(flow.peer) is not flow or not self._settles:
+            return None
+        if self._settled >= self._relay.settled_limit(is_flat=self._is_flat):
+            return None
         try:
-            sock = udp.flow_socket(self.sock, flow.peer)
+            own = udp.flow_socket(self.sock, flow.peer)
         except OSError as err:
             self._on_unsettled(err)
-            return False
+            return None
         self._settled += 1
-        self._read_dry(sock)
-        if self._flows.get(flow.peer) is not flow:  # it has ended by what was read
-            sock.close()
-            self._settled -= 1
-            return False
-        flow.settle(sock)
-        return True
-
-    def _read_dry(self, sock: socket.SocketType) -> None:
-        """Hand out what the new socket was given before it was connected, perhaps of others."""
-        while (count := self._relay.batch.receive_from(sock.fileno())) > 0:
-            self._hand_out(count)
-            if count < SLOTS:
-                return
+        return own
 
     def _on_unsettled(self, err: OSError) -> None:
         """Go on without; for want of rights there is no point in trying again.

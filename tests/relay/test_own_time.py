@@ -2,92 +2,32 @@
 
 from __future__ import annotations
 
-import heapq
-import itertools
 import socket
+from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 import pytest
+from support.by_hand import RULE, HandLoop, StubPool
 from support.clogged import CloggedUpstream
 from support.ends import connect, receive_to_reset
 
-from forwarder.addr import Address
-from forwarder.config.model import RelayMode, Rule
-from forwarder.errors import Phase, Place
+from forwarder.config.model import RelayMode
+from forwarder.errors import Phase
 from forwarder.net.sockets import Target
 from forwarder.relay.relay import Relay
 from forwarder.relay.wheel import BUCKETS, TICK_S
-from forwarder.stats import new_row
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from forwarder.upstream.pool import Pool
 
 TURN_S = BUCKETS * TICK_S
 
 
-class HandLoop:
-    """What a relay uses of an event loop."""
-
-    def __init__(self) -> None:
-        self.now = 5000.0
-        self._order = itertools.count()
-        self._timers: list[tuple[float, int, Callable[[], None]]] = []
-
-    def time(self) -> float:
-        return self.now
-
-    def add_reader(self, fd: int, callback: Callable[[], None]) -> None:
-        """The test turns the relay itself."""
-
-    def remove_reader(self, fd: int) -> None:
-        """See :meth:`add_reader`."""
-
-    def call_soon(self, callback: Callable[[], None]) -> None:
-        self.call_later(0, callback)
-
-    def call_later(self, delay: float, callback: Callable[[], None]) -> None:
-        heapq.heappush(self._timers, (self.now + delay, next(self._order), callback))
-
-    def pass_time(self, seconds: float) -> None:
-        """Let time pass, calling what is due on the way."""
-        end = self.now + seconds
-        while self._timers and self._timers[0][0] <= end:
-            at, _, callback = heapq.heappop(self._timers)
-            self.now = max(self.now, at)
-            callback()
-        self.now = end
-
-
-class StubPool:
-    """A pool whose names are resolved when the test says so."""
-
-    def __init__(self, targets: tuple[Target, ...] | None, connect_timeout_s: float) -> None:
-        self.rule = Rule(
-            name="test",
-            listen=Address("127.0.0.1", 1),
-            upstreams=(Address("127.0.0.1", 2),),
-            connect_timeout_s=connect_timeout_s,
-            place=Place("test"),
-        )
-        self.row, self.counts = 1, new_row()
-        self.has_unix = False
-        self._targets = targets
-        self.waiting: list[Callable[[tuple[Target, ...]], None]] = []
-
-    def targets(self) -> tuple[Target, ...] | None:
-        return self._targets
-
-    def wait_for_targets(self, callback: Callable[[tuple[Target, ...]], None]) -> None:
-        self.waiting.append(callback)
-
-    def source(self, family: int) -> None:
-        """None: the kernel chooses."""
-
-    def on_failure(self) -> None:
-        """Nothing to look up again."""
+def pool_of(targets: tuple[Target, ...] | None, connect_timeout_s: float) -> StubPool:
+    return StubPool(replace(RULE, connect_timeout_s=connect_timeout_s), targets)
 
 
 class Bench:
@@ -129,7 +69,7 @@ def test_a_connect_gets_all_its_time_and_no_more(
     with CloggedUpstream() as clogged:
         target = Target(socket.AF_INET, clogged.listener.getsockname())
         bench.loop.pass_time(idle_s)
-        with bench.open(StubPool((target,), timeout_s)) as client:
+        with bench.open(pool_of((target,), timeout_s)) as client:
             bench.loop.pass_time(timeout_s - 2 * TICK_S)
             assert len(bench.relay.sessions) == 1, "given up early"
             bench.loop.pass_time(4 * TICK_S)
@@ -140,7 +80,7 @@ def test_a_connect_gets_all_its_time_and_no_more(
 @pytest.mark.parametrize("idle_s", [0.0, TURN_S + 20])
 def test_resolving_gets_all_its_time_and_no_more(bench: Bench, idle_s: float) -> None:
     bench.loop.pass_time(idle_s)
-    with bench.open(StubPool(None, 10.0)) as client:
+    with bench.open(pool_of(None, 10.0)) as client:
         bench.loop.pass_time(9.8)
         assert len(bench.relay.sessions) == 1
         bench.loop.pass_time(0.4)
@@ -154,7 +94,7 @@ def test_many_clients_whose_name_is_not_resolved_are_all_reset(bench: Bench, how
 
     *Result*: no error on the way (it would keep the others from hearing), no session left.
     """
-    pool = StubPool(None, 1.0)
+    pool = pool_of(None, 1.0)
     clients = [bench.open(pool) for _ in range(300)]
     try:
         if how == "no address":
@@ -170,7 +110,7 @@ def test_many_clients_whose_name_is_not_resolved_are_all_reset(bench: Bench, how
 
 
 def test_an_answer_after_the_deadline_opens_nothing(bench: Bench) -> None:
-    pool = StubPool(None, 1.0)
+    pool = pool_of(None, 1.0)
     with bench.open(pool) as client:
         bench.loop.pass_time(2)
         assert receive_to_reset(client) == b""

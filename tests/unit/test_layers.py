@@ -26,6 +26,7 @@ RANK = {
     "config": 3,
     "net": 4,
     "notify": 4,
+    "daemonlog": 4,
     "privileges": 4,
     "signals": 4,
     "heartbeat": 4,

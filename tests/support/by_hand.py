@@ -1,0 +1,207 @@
+"""A relay in this process, whose clock and loop the test turns by hand."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import socket
+from dataclasses import replace
+from typing import TYPE_CHECKING, cast
+
+from forwarder.access import AccessList
+from forwarder.addr import Address
+from forwarder.config.model import AccessRule, Protocol, RelayMode, Rule
+from forwarder.errors import Phase, Place
+from forwarder.net import udp as net_udp
+from forwarder.net.sockets import SockAddr, Target
+from forwarder.relay.relay import Relay
+from forwarder.relay.udp_listener import UdpListener
+from forwarder.stats import COUNTERS, new_row
+from support.datagrams import free_udp_address, udp, udp_client
+from support.ends import connect
+
+if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop
+    from collections.abc import Callable
+
+    from forwarder.upstream.pool import Pool
+
+
+class HandLoop:
+    """What a relay uses of an event loop."""
+
+    def __init__(self) -> None:
+        self.now = 5000.0
+        self._order = itertools.count()
+        self._timers: list[tuple[float, int, Callable[[], None]]] = []
+
+    def time(self) -> float:
+        return self.now
+
+    def add_reader(self, fd: int, callback: Callable[[], None]) -> None:
+        """The test turns the relay itself."""
+
+    def remove_reader(self, fd: int) -> None:
+        """See :meth:`add_reader`."""
+
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        self.call_later(0, callback)
+
+    def call_later(self, delay: float, callback: Callable[[], None]) -> None:
+        heapq.heappush(self._timers, (self.now + delay, next(self._order), callback))
+
+    def pass_time(self, seconds: float) -> None:
+        """Let time pass, calling what is due on the way."""
+        end = self.now + seconds
+        while self._timers and self._timers[0][0] <= end:
+            at, _, callback = heapq.heappop(self._timers)
+            self.now = max(self.now, at)
+            callback()
+        self.now = end
+
+
+RULE = Rule(
+    name="test",
+    listen=Address("127.0.0.1", 1),
+    upstreams=(Address("127.0.0.1", 2),),
+    place=Place("test"),
+)
+
+
+class StubPool:
+    """A pool whose upstreams are the test's, and whose names are resolved when the test says so."""
+
+    def __init__(
+        self, rule: Rule, targets: tuple[Target, ...] | None, local: SockAddr | None = None
+    ) -> None:
+        self.rule = rule
+        self.row, self.counts = 1, new_row()
+        self.has_unix = False
+        self.resolved = targets
+        self.waiting: list[Callable[[tuple[Target, ...]], None]] = []
+        self._local = local
+
+    def targets(self) -> tuple[Target, ...] | None:
+        return self.resolved
+
+    def wait_for_targets(self, callback: Callable[[tuple[Target, ...]], None]) -> None:
+        self.waiting.append(callback)
+
+    def source(self, family: int) -> SockAddr | None:
+        """The local address of upstream sockets."""
+        return self._local if family == socket.AF_INET else None
+
+    def at(self, offset: int) -> StubPool:
+        """The pool of a port of a range, which no rule here has: it is the same for all."""
+        del offset
+        return self
+
+    def on_failure(self) -> None:
+        """Nothing to look up again."""
+
+
+def target_of(sock: socket.socket) -> Target:
+    """Where a socket of the test is."""
+    return Target(sock.family, sock.getsockname())
+
+
+class UdpBench:
+    """A relay with a UDP rule, or a bridge from TCP, and all that tests hold of it.
+
+    :meth:`close` ends what is left and asserts that nothing has leaked.
+    """
+
+    def __init__(self, mode: RelayMode, *, workers: int = 1) -> None:
+        self.loop = HandLoop()
+        self.relay = Relay(cast("AbstractEventLoop", self.loop), mode, 1024)
+        self.relay.workers = workers
+        self.sockets: list[socket.socket] = []
+        self.listeners: list[UdpListener] = []
+
+    def own(self, sock: socket.socket) -> socket.socket:
+        """Close a socket when the test is over."""
+        self.sockets.append(sock)
+        return sock
+
+    def upstream(self, host: str = "127.0.0.1") -> socket.socket:
+        """A UDP upstream; it does not wait for what has not come yet."""
+        return self.own(udp(host))
+
+    def pool(self, *upstreams: socket.socket, **rule: object) -> StubPool:
+        """A pool of the upstreams; ``rule`` are fields of the rule, UDP by default.
+
+        ``local``, which is none of them, is the local address of upstream sockets.
+        """
+        local = cast("SockAddr | None", rule.pop("local", None))
+        fields: dict[str, object] = {"protocol": Protocol.UDP, **rule}
+        changed = replace(RULE, **fields)  # type: ignore[arg-type]  # the fields of a rule
+        return StubPool(changed, tuple(map(target_of, upstreams)), local)
+
+    def listen(
+        self,
+        pool: StubPool,
+        host: str = "127.0.0.1",
+        access: tuple[AccessRule, ...] = (),
+        beside: UdpListener | None = None,
+    ) -> UdpListener:
+        """A listener of the pool; ``beside``: another one of its group, on the same address."""
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        # A port that the kernel chooses for a socket with SO_REUSEPORT may be another listener's.
+        port = beside.sock.getsockname()[1] if beside else free_udp_address(host)[1]
+        target = Target(family, (host, port))
+        sock = self.own(
+            net_udp.listen_udp(target, v6only=family == socket.AF_INET6 and host != "::")
+        )
+        loop, rules = cast("AbstractEventLoop", self.loop), AccessList.compile((), access)
+        listener = UdpListener(loop, self.relay, sock, cast("Pool", pool), rules)
+        listener.start()
+        self.listeners.append(listener)
+        return listener
+
+    def client(self, listener: UdpListener, host: str = "", to: str = "") -> socket.socket:
+        """A client of a listener, from ``host``, that asks the address ``to``."""
+        bound = listener.sock.getsockname()
+        asked = to or {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(bound[0], bound[0])
+        return self.own(udp_client((asked, bound[1]), host))
+
+    def bridge(self, pool: StubPool) -> socket.socket:
+        """Give the relay a TCP client; returns the client's end."""
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen()
+            client = self.own(connect(listener.getsockname()))
+            fd, address = listener._accept()  # type: ignore[attr-defined]
+        accepted = socket.SocketType(socket.AF_INET, socket.SOCK_STREAM, 0, fd)
+        accepted.setblocking(False)
+        self.relay.open_session(cast("Pool", pool), accepted, address)
+        return client
+
+    def turn(self, times: int = 3) -> None:
+        """Let the relay handle what has happened, and what follows from that."""
+        for _ in range(times):
+            self.relay.poller._turn()
+            self.loop.pass_time(0)
+
+    def flows(self) -> int:
+        """How many flows there are."""
+        return len(self.relay.sessions)
+
+    def count(self, name: str) -> int:
+        """One of the relay's counters."""
+        row = new_row()
+        self.relay.count(row)
+        return row[COUNTERS.index(name)]
+
+    def close(self) -> None:
+        """End everything; nothing may be left of what has ended."""
+        self.relay.abort_sessions(Phase.SHUTDOWN, "the test is over")
+        self.loop.pass_time(0)
+        for listener in self.listeners:
+            assert not listener._flows
+            assert listener._settled == 0
+        assert not self.relay.sessions
+        assert not self.relay.wheel
+        assert not any(self.relay._flow_tables.values())
+        self.relay.close()
+        for sock in self.sockets:
+            sock.close()

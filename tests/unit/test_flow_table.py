@@ -1,0 +1,51 @@
+"""Flows in the order in which they were last heard."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from forwarder.relay.flow_table import FlowTable, share
+
+if TYPE_CHECKING:
+    from forwarder.relay.flow import Flow
+
+
+class Fake:
+    """Something to be in a table."""
+
+
+steps = st.lists(st.tuples(st.sampled_from(["add", "touch", "discard"]), st.integers(0, 5)))
+
+
+@given(steps)
+def test_the_longest_silent_comes_first(taken: list[tuple[str, int]]) -> None:
+    """Against a plain list."""
+    flows = [cast("Flow", Fake()) for _ in range(6)]
+    table = FlowTable(3)
+    model: list[Flow] = []
+    for what, number in taken:
+        flow = flows[number]
+        if what == "discard":
+            table.discard(flow)
+        elif what == "add" and flow not in model:
+            table.add(flow)
+        elif what == "touch" and flow in model:
+            table.touch(flow)
+        else:
+            continue
+        if flow in model:
+            model.remove(flow)
+        if what != "discard":
+            model.append(flow)
+        assert len(table) == len(model)
+        assert table.oldest() is (model[0] if model else None)
+
+
+@given(st.integers(1, 70_000), st.integers(1, 64))
+def test_shares_add_up_to_the_limit_and_little_more(limit: int, workers: int) -> None:
+    one = share(limit, workers)
+    assert one >= 1
+    assert limit <= one * workers < limit + workers
