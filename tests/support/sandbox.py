@@ -166,11 +166,11 @@ def main() -> None:
     if not stage:
         _mount_read_only([runtime, logs])
         names = [name.lower() for name in words(unit, "AmbientCapabilities")]
-        wanted = ",".join(f"+{name.removeprefix('cap_')}" for name in names)
+        wanted = ",".join(["-all", *(f"+{name.removeprefix('cap_')}" for name in names)])
         command = [
             *("setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups", "--no-new-privs"),
-            *(f"--inh-caps=-all,{wanted}", f"--ambient-caps=-all,{wanted}"),
-            *(f"--bounding-set=-all,{wanted}", sys.executable, str(SCRIPT)),
+            *(f"--inh-caps={wanted}", f"--ambient-caps={wanted}"),
+            *(f"--bounding-set={wanted}", sys.executable, str(SCRIPT)),
             *(unit_path, runtime, logs, "restricted", *sys.argv[split:]),
         ]
         os.execvp(command[0], command)

@@ -26,4 +26,4 @@ def read_unit(path: Path) -> Mapping[str, list[str]]:
 
 def words(unit: Mapping[str, list[str]], key: str) -> list[str]:
     """All words of a key that may stand several times."""
-    return " ".join(unit[key]).split()
+    return " ".join(unit.get(key, [])).split()
