@@ -67,7 +67,8 @@ class Echo:
             self._selector.register(peer, selectors.EVENT_READ, None)
         elif kind == socket.SOCK_DGRAM:
             data, client = sock.recvfrom(65536)
-            sock.sendto(_answer(sock, client[0], data), client)
+            if data:  # rinetd begins each flow with an empty one
+                sock.sendto(_answer(sock, client[0], data), client)
         else:
             data = sock.recv(65536)
             if data:
@@ -98,7 +99,7 @@ def _answer(sock: socket.socket, client: str, data: bytes) -> bytes:
     return f"{host}:{port} saw {client}: ".encode() + data
 
 
-def ask_tcp(address: tuple[str, int], data: bytes = b"hello", source: str = "") -> str:
+def ask_tcp(address: tuple[str, int] | str, data: bytes = b"hello", source: str = "") -> str:
     """What comes back over TCP, to a client at ``source``; "" if it is cut or refused."""
     with socket.socket(family_of(address), socket.SOCK_STREAM) as sock:
         sock.settimeout(PATIENCE_S)
