@@ -20,8 +20,9 @@ ANSWER_WITHIN_S: Final = 3.0
 class _Question:
     waiting: set[int]  # pids
     deadline: float
-    callback: Callable[[list[object]], None]
+    callback: Callable[[list[object], list[int]], None]
     answers: list[object] = field(default_factory=list)
+    silent: list[int] = field(default_factory=list)
 
 
 class Questions:
@@ -37,26 +38,35 @@ class Questions:
         return min((question.deadline for question in self._open.values()), default=None)
 
     def begin(
-        self, pids: Iterable[int], now: float, callback: Callable[[list[object]], None]
+        self, pids: Iterable[int], now: float, callback: Callable[[list[object], list[int]], None]
     ) -> int:
         """Note a question to these workers. Returns its number, for :meth:`on_answer`.
 
-        ``callback`` gets all answers, once: when the last one is there, or what there is in time.
+        ``callback`` is called once: when the last answer is there, or it is time. It gets the
+        answers, and the pids of those that have not answered or could not.
         """
         number = next(self._numbers)
         self._open[number] = _Question(set(pids), now + ANSWER_WITHIN_S, callback)
         return number
 
+    def is_awaited(self, number: object, pid: int) -> bool:
+        """Whether that worker was asked that question and has not answered."""
+        question = self._open.get(number) if isinstance(number, int) else None
+        return question is not None and pid in question.waiting
+
     def on_answer(self, number: object, pid: int, answer: object) -> None:
-        """A worker has answered."""
+        """A worker has answered; None: it could not."""
         question = self._open.get(number) if isinstance(number, int) else None
         if question is not None and pid in question.waiting:
-            question.answers.append(answer)
             question.waiting.discard(pid)
+            if answer is None:
+                question.silent.append(pid)
+            else:
+                question.answers.append(answer)
             self._close_finished()
 
     def on_exit(self, pid: int) -> None:
-        """A worker is gone; nobody need wait for it."""
+        """A worker is gone, and its sessions with it; nobody need wait for it."""
         for question in self._open.values():
             question.waiting.discard(pid)
         self._close_finished()
@@ -65,6 +75,7 @@ class Questions:
         """Give up waiting where it is time."""
         for question in self._open.values():
             if now >= question.deadline:
+                question.silent += question.waiting
                 question.waiting.clear()
         self._close_finished()
 
@@ -72,4 +83,4 @@ class Questions:
         finished = [number for number, question in self._open.items() if not question.waiting]
         for number in finished:
             question = self._open.pop(number)
-            question.callback(question.answers)
+            question.callback(question.answers, question.silent)

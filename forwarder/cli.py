@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 import click
 
-from forwarder import __version__, cli_control, config, daemonlog, demo, master
+from forwarder import __version__, cli_control, config, daemonlog, demo, master, probing
 from forwarder.addr import UnixAddress
 from forwarder.config.model import MAX_FLOWS, Config, Dialect, Framing, RelayMode, Rule
+from forwarder.config.options import describe_options
 from forwarder.errors import ConfigError, ExitCode, ForwarderError
 from forwarder.relay.splice import HAS_SPLICE
 
@@ -157,6 +158,7 @@ def check(
     """Validate a configuration and print what it means. Opens no port; needs no privilege."""
     loaded = _load(config_file, dialect, listens, remotes)
     _warn(loaded)
+    probing.check(loaded.config)
     for line in describe(loaded.config, config_file or "command line"):
         click.echo(line)
 
@@ -208,6 +210,8 @@ def _describe_rule(rule: Rule) -> str:
         text += f", at most {rule.max_flows} flows"
     if rule.framing is not Framing.RAW:
         text += f", framing {rule.framing.value}"
+    if options := describe_options(rule.options):
+        text += f", {options}"
     if rule.retries_bind:
         text += ", may wait for its address"
     return text

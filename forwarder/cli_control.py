@@ -24,6 +24,9 @@ _STATUS_TIMEOUT_S: Final = 10.0
 # not acknowledge is replaced after 10 s. An upgrade is given up after 60 s and a few signals.
 _RELOAD_TIMEOUT_S: Final = 120.0
 
+# Ids in one request, of some 12 bytes each; a request is bounded.
+_IDS_AT_ONCE: Final = 1000
+
 
 class ControlError(ForwarderError):
     """No instance can be asked, or it says no."""
@@ -138,6 +141,7 @@ def sessions_command(
         click.echo(line)
     if answer.get("is_cut"):
         click.echo(f"only {limit} are shown; --limit shows more", err=True)
+    _tell_silent(answer)
 
 
 @click.command("kill")
@@ -151,8 +155,22 @@ def kill_command(
     if not ids and rule is None and client is None:
         raise click.UsageError("give IDs (see `forwarder sessions`), --rule or --client")
     asked: dict[str, object] = {"op": "kill", "rule": rule, "client": client}
-    answer = _ask(control, {**asked, "ids": list(ids) or None}, _STATUS_TIMEOUT_S)
-    click.echo(f"{answer.get('killed')} ended")
+    killed = 0
+    for start in range(0, max(1, len(ids)), _IDS_AT_ONCE):
+        part = list(ids[start : start + _IDS_AT_ONCE])
+        answer = _ask(control, {**asked, "ids": part or None}, _STATUS_TIMEOUT_S)
+        count = answer.get("killed")
+        killed += count if isinstance(count, int) else 0
+        _tell_silent(answer)
+    click.echo(f"{killed} ended")
+
+
+def _tell_silent(answer: dict[str, object]) -> None:
+    """Say which workers have not answered, so that theirs are missing."""
+    silent = answer.get("silent")
+    if isinstance(silent, list) and silent:
+        pids = ", ".join(map(str, silent))
+        click.echo(f"no answer in time from the workers with these pids: {pids}", err=True)
 
 
 @click.command("upgrade")

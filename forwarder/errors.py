@@ -80,6 +80,12 @@ class ConfigError(ForwarderError):
         self.issues = tuple(issues)
 
 
+class RightsError(ConfigError):
+    """A configuration that this process lacks the privileges for. Nothing was started."""
+
+    exit_code = ExitCode.NO_PERMISSION
+
+
 class StartupError(ForwarderError):
     """A listener cannot be made, or another instance owns the address. Nothing was started."""
 
@@ -157,5 +163,7 @@ class CloseReason:
         return f"{self.code} ({self.detail})" if self.detail else self.code
 
 
+# One side had ended and the other one said no more: which one it was.
+CLIENT_HAD_ENDED: Final = CloseReason(Who.US, Phase.HALF_CLOSE, "the client had ended")
+UPSTREAM_HAD_ENDED: Final = CloseReason(Who.US, Phase.HALF_CLOSE, "the upstream had ended")
 NOT_ALLOWED: Final = CloseReason(Who.US, Phase.ACCESS)
-LIMITED: Final = CloseReason(Who.US, Phase.LIMIT)

@@ -74,6 +74,7 @@ class Fleet:
         """
         self.serving: Serving
         self.identity: Identity | None = None  # whom the workers run as, if not us
+        self.capabilities = 0  # that they keep all the same
         self.logs = LogFiles()
         self.ledger = Ledger()
         self.questions = Questions()
@@ -157,7 +158,7 @@ class Fleet:
         self.end_hung(now)
         self.ledger.sample(now)
         self._recount()
-        self._tell_logs()
+        self.tell_logs()
         self._assign()
         if self._retiring and self.is_settled:
             for process in self._retiring:
@@ -191,7 +192,7 @@ class Fleet:
                 self._gate.recount(living, self.ledger.rows_in_use())
                 self._must_recount = False
 
-    def _tell_logs(self) -> None:
+    def tell_logs(self) -> None:
         """Tell each worker, those that are leaving too, where the connection log goes now."""
         for process in self.processes():
             if process.logs_revision == self.logs.revision or time.monotonic() < process.deaf_until:
@@ -202,7 +203,7 @@ class Fleet:
                 continue  # it has died; SIGCHLD follows
             except OSError as err:
                 log.error("log: cannot tell worker %d about its files: %s", process.slot, err)
-                process.deaf_until = time.monotonic() + RETRY_S
+                self._tell_again(process)
                 continue
             process.logs_revision = self.logs.revision
             self._watch(process)
@@ -211,9 +212,12 @@ class Fleet:
         self,
         op: messages.Op,
         choice: dict[str, object],
-        callback: Callable[[list[object]], None],
+        callback: Callable[[list[object], list[int]], None],
     ) -> None:
-        """Ask all workers about some of their sessions; ``callback`` gets the answers, once."""
+        """Ask all workers about some of their sessions.
+
+        ``callback`` gets the answers, once, and the pids of workers that have not answered.
+        """
         asked = self.processes()
         now = time.monotonic()
         number = self.questions.begin((process.pid for process in asked), now, callback)
@@ -247,11 +251,15 @@ class Fleet:
         try:
             process.channel.flush()
             for received in process.channel.receive():
-                self._handle(process, received)
+                try:
+                    self._handle(process, received)
+                finally:
+                    received.close()  # what nobody has asked for
         except ChannelClosed:
             self._hang_up(process)  # its death is reported by SIGCHLD
             return
-        except (KeyError, TypeError, ValueError):  # nothing a worker says may end the master
+        except (KeyError, TypeError, ValueError, RecursionError):
+            # Nothing a worker says may end the master.
             log.exception("worker.nonsense slot=%d pid=%d", process.slot, process.pid)
             process.signal(signal.SIGKILL)
             return
@@ -312,6 +320,7 @@ class Fleet:
                 holdings=tables.holdings,
                 relay=self.serving.config.settings.relay,
                 identity=self.identity,
+                capabilities=self.capabilities,
             )
         )
 
@@ -388,8 +397,13 @@ class Fleet:
         elif message["op"] == messages.Op.LEAVING:
             self._on_leaving(process)
         elif message["op"] == messages.Op.ANSWER:
-            answer = messages.read_answer(received)
-            self.questions.on_answer(message.get("number"), process.pid, answer)
+            number = message["number"]
+            if self.questions.is_awaited(number, process.pid):
+                answer = messages.read_answer(received)
+                self.questions.on_answer(number, process.pid, answer)
+        elif message["op"] == messages.Op.LOGS:  # it had no descriptors for them
+            process.logs_revision = 0
+            self._tell_again(process)
 
     def _watch(self, process: WorkerProcess) -> None:
         """Ask for writability exactly while something waits for the worker."""
@@ -413,6 +427,13 @@ class Fleet:
         for process in self._in_slots():
             if process.slot in shares:
                 self._give(process, tuple(shares[process.slot]))
+
+    def _tell_again(self, process: WorkerProcess) -> None:
+        """Tell a worker everything once more, when there may be descriptors for that."""
+        self._serial += 1
+        process.sent_serial = self._serial  # nothing is settled until it has acknowledged that
+        process.told = None
+        process.deaf_until = time.monotonic() + RETRY_S
 
     def _give(self, process: WorkerProcess, socket_slots: tuple[int, ...]) -> None:
         wanted = (self.serving.revision, len(self._slots), socket_slots)
@@ -446,8 +467,7 @@ class Fleet:
             return  # it has died; SIGCHLD follows
         except OSError as err:  # EMFILE: an assignment travels in a file
             log.error("worker.untold slot=%d pid=%d: %s", process.slot, process.pid, err.strerror)
-            process.sent_serial = self._serial  # nothing is settled until it has acknowledged that
-            process.deaf_until = time.monotonic() + RETRY_S
+            self._tell_again(process)
             return
         process.told = wanted
         process.known_sockets = set(routes)

@@ -38,12 +38,12 @@ _FIRST_LISTEN_FD: Final = 3  # SD_LISTEN_FDS_START
 _DOOR_PREFIX: Final = "forwarder-orphan"
 _DOOR_TIMEOUT_S: Final = 2.0  # an orphan that does not answer by then keeps its sockets
 _TAKEN: Final = b'{"op": "taken"}'
-_KINDS: Final = (
-    (socket.AF_INET, socket.SOCK_STREAM),
-    (socket.AF_INET, socket.SOCK_DGRAM),
-    (socket.AF_INET6, socket.SOCK_STREAM),
-    (socket.AF_INET6, socket.SOCK_DGRAM),
-    (socket.AF_UNIX, socket.SOCK_STREAM),
+_KINDS: Final = frozenset(
+    {
+        *((family, socket.SOCK_STREAM) for family in (socket.AF_INET, socket.AF_INET6)),
+        *((family, socket.SOCK_DGRAM) for family in (socket.AF_INET, socket.AF_INET6)),
+        (socket.AF_UNIX, socket.SOCK_STREAM),
+    }
 )
 _TABLES: Final = tuple(Path("/proc/net", name) for name in ("tcp", "tcp6", "udp", "udp6"))
 # TCP_LISTEN, and TCP_CLOSE, which is the state of UDP sockets that are not connected.

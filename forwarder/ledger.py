@@ -68,12 +68,15 @@ class Ledger:
     def forget(self, known: Iterable[str]) -> None:
         """Drop the counters of rules that are not ``known`` any more and have no session left."""
         for name, number in self._rows.forgettable(known).items():
-            rows = [board.row(number) for board in self._boards]
-            if any(row[SESSIONS] for row in rows):
-                continue
-            for row in rows:
-                row[:] = _ZEROS
-            self._tally.forget(number)
+            if not self._rows.is_shared(number):
+                rows = [board.row(number) for board in self._boards]
+                if any(row[SESSIONS] for row in rows):
+                    continue
+                for row in rows:
+                    # SESSIONS is 0. A worker that has not heard of this yet may be about to count
+                    # there, and must be able to count down again.
+                    row[SESSIONS + 1 :] = _ZEROS[SESSIONS + 1 :]
+                self._tally.forget(number)
             self._rows.forget(name)
 
     def worker(self, board: Board) -> dict[str, int]:

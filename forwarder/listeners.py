@@ -20,14 +20,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from forwarder.net import sockets, udp
-from forwarder.net.addresses import address_of, bind_error
+from forwarder.net.addresses import address_of, bind_error, option_error
+from forwarder.net.listening import change_options, prepare_inherited
 from forwarder.net.sockets import LentSocket
 from forwarder.net.unixfile import SocketFile, file_of, listen_at
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Mapping
 
-    from forwarder.config.model import Rule
+    from forwarder.config.model import Rule, SocketOptions
     from forwarder.net.addresses import BindAddress
 
 
@@ -46,10 +47,12 @@ CLOSE_GRACE_S: Final = 1.5
 class Slotted:
     """The sockets of one address, by slot; each has an id that never names another socket.
 
+    ``options`` are those that they have, all of them.
     ``is_single``: only the first slots have one, and no other can be made.
     """
 
     address: BindAddress
+    options: SocketOptions
     sockets: list[socket.socket]
     ids: list[int]
     is_single: bool = False
@@ -165,12 +168,18 @@ class ListenerTable:
             raise
 
     def grow(self, rules: Mapping[BindAddress, Rule], slots: int) -> None:
-        """Give every address sockets for ``slots`` slots, or none any more than it has.
+        """Give every address the options of its rule, and sockets for ``slots`` slots, or nothing.
 
         Never takes any away. Raises StartupError.
         """
         grown: list[Slotted] = []
+        adapted: list[tuple[Slotted, SocketOptions]] = []
         try:
+            for address, rule in rules.items():
+                slotted = self._by_address[address]
+                if slotted.options != rule.options:
+                    adapted.append((slotted, rule.options))
+                    self._adapt(slotted, rule)
             for address, rule in rules.items():
                 slotted = self._by_address[address]
                 while len(slotted.sockets) < slots and not slotted.is_single:
@@ -181,7 +190,12 @@ class ListenerTable:
                 slotted.ids.pop()
                 slotted.sockets.pop().close()
                 self._fds.pop()
+            for slotted, options in adapted:
+                with suppress(OSError):  # they had them; if that is impossible now, nothing helps
+                    change_options(slotted.sockets, options, slotted.options)
             raise
+        for slotted, options in adapted:
+            slotted.options = options
 
     def descriptors(self, address: BindAddress, slots: Iterable[int]) -> dict[int, int]:
         """Id to descriptor of the sockets of an address in some slots, as far as it has any there.
@@ -288,15 +302,22 @@ class ListenerTable:
                 file.remove()
 
     def _open(self, address: BindAddress, rule: Rule, slots: int) -> None:
-        slotted = self._by_address[address] = Slotted(address, [], [])
-        for sock in self._reachable(address, self._inherited.pop(address, [])):
-            self._prepare(sock, address)
-            self._put(address, sock, slotted)
+        slotted = self._by_address[address] = Slotted(address, rule.options, [], [])
+        try:
+            for sock in self._reachable(address, self._inherited.pop(address, [])):
+                self._put(address, sock, slotted)
+                self._prepare(sock, address, rule.options)
+        except OSError as err:
+            raise bind_error(address, rule, err) from err
         if slotted.sockets:
             # A service manager may have bound it without ReusePort=. Of such a UDP socket only one
             # worker can receive, or the datagrams of a client would go to several.
             slotted.is_single = address.is_udp and not _is_shareable(slotted.sockets[0])
-        elif not (address.target.is_unix or self._ports[_port_of(address)] > 0):
+        elif not (
+            address.target.is_unix
+            or self._ports[_port_of(address)] > 0
+            or address.twin in self._inherited
+        ):
             # A port that we listen on at another address would make a probe meet ourselves.
             probe = udp.probe_bind if address.is_udp else sockets.probe_bind
             try:
@@ -306,14 +327,17 @@ class ListenerTable:
         while len(slotted.sockets) < slots and not slotted.is_single:
             self._open_one(address, rule, slotted)
 
-    def _prepare(self, sock: socket.socket, address: BindAddress) -> None:
-        """Set up a socket that somebody else has bound."""
-        if not address.is_udp:
-            sockets.prepare_listener(sock)
-            return
-        udp.prepare_listener(sock, str(address.target.sockaddr[0]))
-        if self.owner is not None:
+    def _prepare(self, sock: socket.socket, address: BindAddress, options: SocketOptions) -> None:
+        """Set up a socket that somebody else has bound. Raises OSError."""
+        if address.is_udp and self.owner is not None:
             os.fchown(sock.fileno(), *self.owner)
+        prepare_inherited(sock, str(address.target.sockaddr[0]), options)
+
+    def _adapt(self, slotted: Slotted, rule: Rule) -> None:
+        try:
+            change_options(slotted.sockets, slotted.options, rule.options)
+        except OSError as err:
+            raise option_error(slotted.address, rule, err) from err
 
     def _reachable(self, address: BindAddress, given: list[socket.socket]) -> list[socket.socket]:
         """Those of the inherited sockets that clients can reach; the others are closed.
@@ -352,7 +376,9 @@ class ListenerTable:
 
     def _bind(self, address: BindAddress, rule: Rule, first: socket.socket | None) -> socket.socket:
         if address.is_udp:
-            return udp.listen_udp(address.target, v6only=address.v6only, owner=self.owner)
+            return udp.listen_udp(
+                address.target, v6only=address.v6only, options=rule.options, owner=self.owner
+            )
         if first and not _is_shareable(first):
             # A service manager bound it without ReusePort=, or it is a unix socket, which knows
             # nothing of it: no second one can be bound beside it, so all slots share this one and
@@ -360,17 +386,17 @@ class ListenerTable:
             return first.dup()
         if address.target.is_unix:
             return self._listen_unix(address, rule)
-        return sockets.listen_tcp(address.target, v6only=address.v6only)
+        return sockets.listen_tcp(address.target, v6only=address.v6only, options=rule.options)
 
     def _listen_unix(self, address: BindAddress, rule: Rule) -> socket.socket:
         path = address.target.sockaddr
         if address.target.is_abstract or not isinstance(path, str):
-            sock, file = sockets.listen_abstract(address.target), None
+            sock, file = sockets.listen_abstract(address.target, rule.options.backlog), None
         else:
             sock, file = listen_at(
                 Path(path),
                 mode=rule.unix_mode,
-                backlog=sockets.BACKLOG,
+                backlog=rule.options.backlog,
                 lock_timeout_s=DIRECTORY_LOCK_S,
             )
         self._owned[address] = file

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Final
 
 import setproctitle
 
-from forwarder import __version__, notify, upgrade
+from forwarder import __version__, notify, probing, upgrade
 from forwarder.config.model import STOP_TIMEOUT_S
 from forwarder.connlog.files import discard
 from forwarder.errors import ExitCode, StartupError
@@ -31,8 +31,10 @@ from forwarder.heartbeat import MAX_SLOTS
 from forwarder.latebind import LateBinds
 from forwarder.messages import Op
 from forwarder.privileges import (
+    drop,
     identity_of,
     keep_capabilities_of_a_master,
+    network_capabilities,
     raise_descriptor_limit,
 )
 from forwarder.reloading import Reloading
@@ -117,7 +119,7 @@ class Master:
         self._reloading = Reloading(
             self,
             self._handover,
-            spec.load,
+            self._load if spec.load else None,
             self._selector,
             self._requests,
             self._release_in_child,
@@ -154,6 +156,9 @@ class Master:
         identity = self._fleet.identity = identity_of(config.settings.user, config.settings.group)
         if identity is not None:
             self._service.table.owner = (identity.uid, identity.gid)
+        rights = network_capabilities()
+        self._fleet.capabilities = rights if config.needs_rights else 0
+        probing.check(config, self._drop)
         self._signals = SignalQueue(_SIGNALS)
         self._selector.register(self._signals.fileno(), selectors.EVENT_READ, self._hear_signals)
         self._service.open(partial(inherited_sockets, self._fleet.identity))
@@ -167,8 +172,20 @@ class Master:
         gc.collect()
         gc.freeze()
         if self._fleet.identity is not None:
-            keep_capabilities_of_a_master()
+            is_used = config.needs_rights or config.binds_to_devices
+            keep_capabilities_of_a_master(rights if is_used else 0)
         self._state = State.RUNNING
+
+    def _load(self) -> Config:
+        """Read the configuration anew, and try what it asks of sockets; in a forked child."""
+        assert self._spec.load is not None  # noqa: S101 - else there is no reload
+        config = self._spec.load()
+        probing.check(config, self._drop)
+        return config
+
+    def _drop(self) -> None:
+        """Have no more rights than a worker."""
+        drop(self._fleet.identity, self._fleet.capabilities)
 
     def _open_control(self) -> None:
         if self._spec.has_control:
@@ -234,6 +251,7 @@ class Master:
             return
         else:
             self._fleet.end_hung(time.monotonic())
+            self._fleet.tell_logs()  # SIGUSR1 means those that drain, too
             if time.monotonic() >= self._deadline:
                 self._on_deadline()
         self._fleet.questions.expire(time.monotonic())
@@ -374,13 +392,13 @@ class Master:
         }
 
     def list_sessions(
-        self, choice: dict[str, object], callback: Callable[[list[object]], None]
+        self, choice: dict[str, object], callback: Callable[[list[object], list[int]], None]
     ) -> None:
         """Ask the workers for some of their sessions."""
         self._fleet.ask(Op.LIST, choice, callback)
 
     def kill_sessions(
-        self, choice: dict[str, object], callback: Callable[[list[object]], None]
+        self, choice: dict[str, object], callback: Callable[[list[object], list[int]], None]
     ) -> None:
         """Have the workers end some of their sessions."""
         self._fleet.ask(Op.KILL, choice, callback)

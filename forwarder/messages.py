@@ -14,12 +14,18 @@ from __future__ import annotations
 import json
 import os
 import pickle
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
 from forwarder.config.model import LogFormat
-from forwarder.net.channel import MAX_FDS, from_memory_file, to_memory_file
+from forwarder.net.channel import (
+    MAX_FDS,
+    MAX_MESSAGE_BYTES,
+    from_memory_file,
+    to_memory_file,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -29,6 +35,8 @@ if TYPE_CHECKING:
 
 # Some 300 bytes for each of the sessions that are listed at most.
 MAX_ANSWER_BYTES: Final = 16 * 1024 * 1024
+# What fits into a message, with room for the rest of it.
+MAX_SHORT_BYTES: Final = MAX_MESSAGE_BYTES // 2
 
 
 class Op(StrEnum):
@@ -81,7 +89,7 @@ def send_assignment(channel: Channel, assignment: Assignment) -> None:
 
 def read_assignment(received: Received) -> Assignment:
     """The assignment of an APPLY message."""
-    (fd,) = received.fds
+    fd = received.fds.pop()
     assignment = pickle.loads(from_memory_file(fd))  # noqa: S301 - from our own master: see above
     if not isinstance(assignment, Assignment):
         raise TypeError("not an assignment")
@@ -89,16 +97,26 @@ def read_assignment(received: Received) -> Assignment:
 
 
 def send_answer(channel: Channel, number: object, answer: object) -> None:
-    """Answer a question of the master, at whatever length."""
-    content = to_memory_file(json.dumps(answer).encode())
-    channel.send({"op": Op.ANSWER, "number": number}, [content], gives=True)
+    """Answer a question of the master; what is long travels in a file.
+
+    Without a descriptor for that the answer is null, which is none.
+    """
+    content = json.dumps(answer).encode()
+    message: dict[str, object] = {"op": Op.ANSWER, "number": number, "answer": None}
+    files = []
+    if len(content) <= MAX_SHORT_BYTES:
+        message["answer"] = answer
+    else:
+        with suppress(OSError):
+            files.append(to_memory_file(content))
+    channel.send(message, files, gives=True)
 
 
 def read_answer(received: Received) -> object:
-    """The answer in an ANSWER message. Raises ValueError for what no worker of ours says."""
-    (fd,) = received.fds
-    content = from_memory_file(fd, MAX_ANSWER_BYTES)
-    return json.loads(content)
+    """The answer in an ANSWER message; None for none. Raises ValueError for nonsense."""
+    if not received.fds:  # short, or we had no descriptor for it
+        return received.message["answer"]
+    return json.loads(from_memory_file(received.fds.pop(0), MAX_ANSWER_BYTES))
 
 
 def send_logs(channel: Channel, places: Sequence[tuple[LogPlace, int | None]]) -> None:

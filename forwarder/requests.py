@@ -7,9 +7,10 @@ failed, a stop when all workers have gone.
 
 from __future__ import annotations
 
+import json
 import logging
 import re
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
 from forwarder import control_path
 from forwarder.access import parse_pattern
@@ -21,12 +22,18 @@ if TYPE_CHECKING:
 
     from forwarder.control import Message, Reply
 
+# Called with what the workers have answered, and with the pids of those that have not.
+Answered: TypeAlias = "Callable[[list[object], list[int]], None]"
+
 log = logging.getLogger(__name__)
 
 OPERATIONS: Final = ("kill", "reload", "sessions", "status", "stop", "upgrade", "workers")
 # Sessions in one answer, whatever a client asks for.
 MAX_LISTED: Final = 10_000
+MAX_COUNT: Final = 1 << 32  # no worker has that many sessions
 _STOPPING: Final = "the forwarder is stopping"
+# What the workers are asked has to fit into a message to each of them.
+MAX_CHOICE_BYTES: Final = 24 * 1024
 _COUNT: Final = re.compile(r"[+-]?[0-9]{1,4}")
 
 
@@ -36,10 +43,10 @@ class Instance(Protocol):
     def status(self) -> Message:
         """Describe the instance."""
 
-    def list_sessions(self, choice: Message, callback: Callable[[list[object]], None]) -> None:
+    def list_sessions(self, choice: Message, callback: Answered) -> None:
         """Ask the workers for some of their sessions; called back with a list of each."""
 
-    def kill_sessions(self, choice: Message, callback: Callable[[list[object]], None]) -> None:
+    def kill_sessions(self, choice: Message, callback: Answered) -> None:
         """Have the workers end some of their sessions; called back with a count of each."""
 
     def reload(self) -> str:
@@ -80,16 +87,23 @@ def read_choice(message: Message) -> tuple[Message, int]:
         parse_pattern(client)  # its error is a ValueError that says what is wrong
     if not isinstance(limit, int) or isinstance(limit, bool) or not 1 <= limit <= MAX_LISTED:
         raise ValueError(f"limit is a number from 1 to {MAX_LISTED}")
-    return {"ids": ids, "rule": rule, "client": client}, limit
+    choice: Message = {"ids": ids, "rule": rule, "client": client}
+    if len(json.dumps(choice)) > MAX_CHOICE_BYTES:
+        raise ValueError(f"ids, rule and client have more than {MAX_CHOICE_BYTES} bytes together")
+    return choice, limit
 
 
-def _listing(found: list[object], limit: int) -> Message:
-    sessions = [one for part in found if isinstance(part, list) for one in part]
-    return {"ok": True, "sessions": sessions[:limit], "is_cut": len(sessions) > limit}
+def _listing(found: list[object], silent: list[int], limit: int) -> Message:
+    """What the workers have answered, of whom one may be hung or worse."""
+    parts = [part for part in found if isinstance(part, list)]
+    sessions = [one for part in parts for one in part if isinstance(one, dict)]
+    is_cut = len(sessions) > limit
+    return {"ok": True, "sessions": sessions[:limit], "is_cut": is_cut, "silent": silent}
 
 
-def _numbers(found: list[object]) -> list[int]:
-    return [one for one in found if isinstance(one, int)]
+def _killed(found: list[object], silent: list[int]) -> Message:
+    counts = [one for one in found if isinstance(one, int) and 0 <= one <= MAX_COUNT]
+    return {"ok": True, "killed": sum(counts), "silent": silent}
 
 
 class Requests:
@@ -184,12 +198,12 @@ class Requests:
         if message["op"] == "sessions":
             # One more than wanted tells whether that was all.
             self._instance.list_sessions(
-                {**choice, "limit": limit + 1}, lambda found: reply(_listing(found, limit))
+                {**choice, "limit": limit + 1},
+                lambda found, silent: reply(_listing(found, silent, limit)),
             )
         elif any(choice[key] is not None for key in ("ids", "rule", "client")):
             self._instance.kill_sessions(
-                choice,
-                lambda found: reply({"ok": True, "killed": sum(_numbers(found))}),
+                choice, lambda found, silent: reply(_killed(found, silent))
             )
         else:
             reply(refusal("kill wants ids, a rule or a client: it does not end all sessions"))

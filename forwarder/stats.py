@@ -7,6 +7,7 @@ memory that the master owns (see ``board``), so what was counted outlives a work
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from forwarder.errors import REASONS
@@ -16,19 +17,19 @@ if TYPE_CHECKING:
 
 Row: TypeAlias = "memoryview[int]"
 
-# Of one rule in one worker. SESSIONS are open now, LIVE_* are their bytes at the last beat; all
-# others only grow. BYTES_* are of sessions that have ended.
+# Of one rule in one worker. SESSIONS are open now; all others only grow. REFUSED are clients that
+# were turned away and got no session. BYTES_* have those of open sessions at the last beat.
+# At any time, sum of ENDS + SESSIONS = SESSIONS_TOTAL + REFUSED.
 (
     SESSIONS,
     SESSIONS_TOTAL,
+    REFUSED,
     CONNECTS_FAILED,
     BYTES_C2U,
     BYTES_U2C,
-    LIVE_C2U,
-    LIVE_U2C,
     BYTES_SPLICED,
     DATAGRAMS_DROPPED,
-) = range(9)
+) = range(8)
 # How long connecting took: below 1 ms, below 2, 4, 8 ... ms, and longer.
 CONNECT_MS: Final = DATAGRAMS_DROPPED + 1
 CONNECT_BUCKETS: Final = 16
@@ -43,13 +44,14 @@ def new_row() -> Row:
     return memoryview(bytearray(8 * WORDS)).cast("Q")
 
 
-_NOW: Final = (SESSIONS, LIVE_C2U, LIVE_U2C)  # what ends with the worker
+_LOST: Final = ENDS + REASONS.index("us/error")  # where sessions of a killed worker are counted
 
 # Of one worker, in its own row, written at each beat. ``sessions`` are open now and ``pipes_made``,
 # ``pipes_idle`` and ``pipe_pages`` exist now; all others only grow.
 COUNTERS: Final = (
     "sessions",
     "sessions_total",
+    "refused",
     "connects_failed",
     "bytes_c2u",
     "bytes_u2c",
@@ -82,9 +84,10 @@ def describe_rule(row: Sequence[int]) -> dict[str, object]:
     return {
         "sessions": row[SESSIONS],
         "sessions_total": row[SESSIONS_TOTAL],
+        "refused": row[REFUSED],
         "connects_failed": row[CONNECTS_FAILED],
-        "bytes_c2u": row[BYTES_C2U] + row[LIVE_C2U],
-        "bytes_u2c": row[BYTES_U2C] + row[LIVE_U2C],
+        "bytes_c2u": row[BYTES_C2U],
+        "bytes_u2c": row[BYTES_U2C],
         "bytes_spliced": row[BYTES_SPLICED],
         "datagrams_dropped": row[DATAGRAMS_DROPPED],
         "connect_ms": {
@@ -135,12 +138,20 @@ class Rows:
 
     def forgettable(self, known: Iterable[str]) -> dict[str, int]:
         """Rows of rules that are not ``known`` any more."""
-        names = self._rows.keys() - set(known)
-        return {name: self._rows[name] for name in names if self._rows[name] != self._size - 1}
+        return {name: self._rows[name] for name in self._rows.keys() - set(known)}
+
+    def is_shared(self, row: int) -> bool:
+        """Whether it is the one for all rules that have none of their own."""
+        return row == self._size - 1
 
     def forget(self, name: str) -> None:
-        """Give the row of a rule to the next one that comes; it must be zero everywhere."""
-        self._free.append(self._rows.pop(name))
+        """Give the row of a rule to the next one that comes; it must be zero everywhere.
+
+        That of many rules stays theirs.
+        """
+        row = self._rows.pop(name)
+        if not self.is_shared(row):
+            self._free.append(row)
 
 
 class Tally:
@@ -150,10 +161,18 @@ class Tally:
         self._gone: dict[int, list[int]] = {}
 
     def on_exit(self, rows: Mapping[int, Sequence[int]]) -> None:
-        """A worker is gone, and its sessions with it; what it had done stays."""
+        """A worker is gone, and its sessions with it; what it had done stays.
+
+        It has ended its sessions itself, each for its reason, unless it was killed or crashed.
+        """
         for number, row in rows.items():
-            states = _NOW if number else [COUNTERS.index(name) for name in _STATES]
-            kept = [0 if index in states else value for index, value in enumerate(row)]
+            kept = list(row)
+            if number:
+                kept[_LOST] += kept[SESSIONS]
+                kept[SESSIONS] = 0
+            else:
+                for name in _STATES:
+                    kept[COUNTERS.index(name)] = 0
             if any(kept):
                 self._gone[number] = _add(self._gone.get(number, [0] * WORDS), kept)
 
@@ -170,4 +189,4 @@ class Tally:
 
 
 def _add(one: Sequence[int], other: Sequence[int]) -> list[int]:
-    return [a + b for a, b in zip(one, other, strict=True)]
+    return list(map(operator.add, one, other))

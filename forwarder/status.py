@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from forwarder.retries import Waiting
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+_MOST = 1 << 64
 _WORKER_COLUMNS = ("slot", "pid", "state", "generation", "uptime", "sessions", "total", "bytes")
 _RULE_COLUMNS = ("rule", "listens on", "upstreams", "sessions", "total", "failed", "queued")
 _SESSION_COLUMNS = ("id", "rule", "client", "upstream", "state", "to", "from", "age", "silent")
@@ -141,7 +142,8 @@ def _table(value: object) -> Mapping[str, object]:
 
 
 def _number(value: object) -> float:
-    return value if isinstance(value, int | float) else 0.0
+    """A number; 0 for whatever is none, for workers have a say in it."""
+    return value if isinstance(value, int | float) and -_MOST < value < _MOST else 0.0
 
 
 def _count(table: Mapping[str, object], key: str) -> int:

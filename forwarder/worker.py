@@ -23,7 +23,7 @@ import setproctitle
 import uvloop
 
 from forwarder import privileges
-from forwarder.access import AccessList
+from forwarder.access import AccessList, Decision
 from forwarder.addr import UnixAddress
 from forwarder.connlog.log import FLUSH_S
 from forwarder.errors import Phase
@@ -35,6 +35,7 @@ from forwarder.net.channel import Channel, ChannelClosed, Received
 from forwarder.relay import listing
 from forwarder.relay.listener import listener_class
 from forwarder.relay.relay import Relay
+from forwarder.relay.session import State
 from forwarder.upstream.pool import Pool
 from forwarder.upstream.resolver import Resolver
 
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from forwarder.board import Board
-    from forwarder.config.model import AccessRule, RelayMode, Rule
+    from forwarder.config.model import Config, RelayMode, Rule
     from forwarder.gate import Gate, Holdings
     from forwarder.heartbeat import Heartbeats
     from forwarder.messages import Assignment
@@ -98,6 +99,7 @@ class WorkerSpec:
     holdings: Holdings
     relay: RelayMode
     identity: Identity | None
+    capabilities: int  # that it keeps
 
 
 def main(spec: WorkerSpec) -> WorkerExit:
@@ -107,7 +109,7 @@ def main(spec: WorkerSpec) -> WorkerExit:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     setproctitle.setproctitle(f"forwarder: worker {spec.slot}")
-    privileges.drop(spec.identity)
+    privileges.drop(spec.identity, spec.capabilities)
     gc.set_threshold(_GC_THRESHOLD)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_serve(spec))
@@ -160,6 +162,7 @@ class Worker:
         self._loop.remove_reader(self._channel.fileno())
         self._stop_listening()
         self._relay.abort_sessions(Phase.SHUTDOWN, "worker stopped")
+        self._relay.count(self._board.row(0))
         self._resolver.close()
         self._relay.close()
         self._channel.close()
@@ -206,8 +209,7 @@ class Worker:
         if received.is_truncated:
             # Keeping the part that came would leave none for sessions and further messages.
             self._unreceived += ids
-            for fd in received.fds:
-                os.close(fd)
+            received.close()
             return
         for socket_id, fd in zip(ids, received.fds, strict=True):
             self._sockets[socket_id] = socket.socket(fileno=fd)
@@ -216,8 +218,8 @@ class Worker:
         """Write the connection log there from now on."""
         if received.is_truncated:
             log.error("log: no descriptors left for the files of the connection log")
-            for fd in received.fds:
-                os.close(fd)
+            received.close()
+            self._say(Op.LOGS)  # again, when there may be some
             return
         self._relay.connlog.set_places(read_logs(received))
         if not self._is_flushing:
@@ -230,20 +232,26 @@ class Worker:
             self._loop.call_later(FLUSH_S, self._flush_logs)
 
     def _answer(self, question: Message) -> None:
-        """List or end some sessions."""
+        """List or end some sessions. A bug in that costs the answer, not the worker."""
+        answer: object = None
+        try:
+            answer = self._choose(question)
+        except Exception:
+            log.exception("worker.bug: cannot %s sessions", question["op"])
+        with suppress(ChannelClosed):
+            send_answer(self._channel, question["number"], answer)
+
+    def _choose(self, question: Message) -> object:
         now = self._loop.time()
         chosen = listing.Choice.read(question).of(self._relay.sessions)
-        answer: object
         if question["op"] == Op.LIST:
             limit = question["limit"]
             assert isinstance(limit, int)  # noqa: S101 - our own master says so
-            answer = [listing.describe(session, now) for session in islice(chosen, limit)]
-        else:
-            doomed = tuple(chosen)
-            self._relay.abort_sessions(Phase.KILL, "killed", doomed)
-            answer = len(doomed)
-        with suppress(ChannelClosed):
-            send_answer(self._channel, question["number"], answer)
+            return [listing.describe(session, now) for session in islice(chosen, limit)]
+        # One that is being aborted has its reason already.
+        doomed = [session for session in chosen if session.state is not State.ABORTING]
+        self._relay.abort_sessions(Phase.KILL, "killed", doomed)
+        return len(doomed)
 
     def _say(self, op: Op, **fields: object) -> None:
         try:
@@ -288,9 +296,8 @@ class Worker:
         self._relay.pipes.budget_pages = assignment.pipe_budget_pages
         self._relay.workers = assignment.workers
         rules = assignment.config.rules
-        everyone = assignment.config.access
         before = set(self._pools.values())
-        accesses = [_access(everyone, rule) for rule in rules]
+        accesses = [access_of(assignment.config, rule) for rule in rules]
         self._pools = {
             rule.name: self._pool(rule, row)
             for rule, row in zip(rules, assignment.rows, strict=True)
@@ -324,7 +331,31 @@ class Worker:
             assignment.config.settings.drain_timeout_s,
             [session for session in self._relay.sessions if session.pool.origin in gone],
         )
+        if assignment.config.settings.cut_denied:
+            self._cut_denied(assignment.config, accesses)
         self._acknowledge(assignment.serial)
+
+    def _cut_denied(self, config: Config, accesses: Sequence[AccessList]) -> None:
+        """End sessions whose client may not use their rule any more.
+
+        Rules that are gone are judged by what they allowed, and by what now holds for all.
+        """
+        by_rule = {rule.name: access for rule, access in zip(config.rules, accesses, strict=True)}
+        decisions: dict[tuple[str, str], Decision] = {}
+        denied = []
+        for session in self._relay.sessions:
+            rule, address = session.pool.rule, session.client_address
+            if not isinstance(address, tuple):
+                continue  # a unix socket, whose clients have no address to judge them by
+            key = (rule.name, address[0])
+            if key not in decisions:
+                access = by_rule.get(rule.name)
+                if access is None:
+                    access = by_rule[rule.name] = access_of(config, rule)
+                decisions[key] = access.decide(address[0])
+            if decisions[key] is not Decision.ALLOWED:
+                denied.append(session)
+        self._relay.abort_sessions(Phase.ACCESS, "not allowed any more", denied)
 
     def _acknowledge(self, serial: int) -> None:
         """Say what is in force, and which sockets did not arrive; the master sends those again."""
@@ -385,15 +416,14 @@ class Worker:
 
     def _finish(self) -> None:
         if not self._done.done():
-            self._relay.count(self._board.row(0))
             self._done.set_result(WorkerExit.STOPPED)
 
 
-def _access(everyone: Sequence[AccessRule], rule: Rule) -> AccessList:
+def access_of(config: Config, rule: Rule) -> AccessList:
     """Who may use a rule. Clients of a unix socket have no address to judge them by."""
     if isinstance(rule.listen, UnixAddress):
         return AccessList(())
-    return AccessList.compile(everyone, rule.access)
+    return AccessList.compile(config.access, rule.access)
 
 
 def run_and_exit(spec: WorkerSpec) -> None:

@@ -22,6 +22,8 @@ IDLE_TIMEOUT_S = 0.0  # 0 = never; keepalive finds dead peers
 UDP_TIMEOUT_S = 72.0  # rinetd's
 MAX_FLOWS = 65536  # of a rule; each has one or two descriptors
 UNIX_MODE = 0o660
+BACKLOG = 4096  # the kernel caps it at net.core.somaxconn, whose default is 4096
+FAST_OPEN_QUEUE = 256  # clients whose handshake is not over; arbitrary, HAProxy's is the backlog
 STOP_TIMEOUT_S = 30.0  # for sessions at a graceful stop; arbitrary, below systemd's 90 s
 HANG_TIMEOUT_S = 10.0  # without a sign of life of a worker; arbitrary
 
@@ -78,6 +80,25 @@ class RelayMode(Enum):
     AUTO = "auto"
     SPLICE = "splice"
     COPY = "copy"
+
+
+class Sides(Enum):
+    """On which sides of a rule something is used: where clients come, where upstreams are."""
+
+    OFF = "off"
+    LISTEN = "listen"
+    CONNECT = "connect"
+    BOTH = "both"
+
+    @property
+    def on_listen(self) -> bool:
+        """Whether it is used where clients come."""
+        return self in (Sides.LISTEN, Sides.BOTH)
+
+    @property
+    def on_connect(self) -> bool:
+        """Whether it is used towards upstreams."""
+        return self in (Sides.CONNECT, Sides.BOTH)
 
 
 class LogFormat(Enum):
@@ -151,6 +172,48 @@ class LogPlace:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SocketOptions:
+    """Options of a rule's sockets, on both sides unless said otherwise; None leaves the kernel's.
+
+    Those of TCP concern the side that is TCP, if one is. Unix sockets have a backlog only.
+    ``device`` is of the listening side; ``upstream_mark`` and ``upstream_device`` of the other one,
+    whose mark is ``mark`` when that is None. ``transparent``: upstreams see the client's address.
+    ``places`` says where the options stand that the rule has, by key.
+    """
+
+    keepalive: bool = True
+    keepalive_idle_s: int | None = None
+    keepalive_interval_s: int | None = None
+    keepalive_count: int | None = None
+    nodelay: bool = True
+    user_timeout_ms: int | None = None
+    backlog: int = BACKLOG
+    rcvbuf_bytes: int | None = None
+    sndbuf_bytes: int | None = None
+    fast_open: Sides = Sides.OFF
+    fast_open_queue: int = FAST_OPEN_QUEUE
+    mptcp: Sides = Sides.OFF
+    congestion: str | None = None
+    mark: int = 0
+    upstream_mark: int | None = None
+    device: str | None = None
+    upstream_device: str | None = None
+    transparent: bool = False
+    dscp: int | None = None
+    places: tuple[tuple[str, Place], ...] = field(default=(), compare=False, repr=False)
+
+    @property
+    def mark_of_upstreams(self) -> int:
+        """The mark of sockets towards upstreams; 0 is none."""
+        return self.mark if self.upstream_mark is None else self.upstream_mark
+
+    @property
+    def needs_rights(self) -> bool:
+        """Whether workers need a capability to set them."""
+        return bool(self.mark or self.upstream_mark or self.transparent)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
     """One configured forwarding. All durations are seconds; 0 means no limit.
 
@@ -181,6 +244,7 @@ class Rule:
     limits: Limits = Limits()
     unix_mode: int = UNIX_MODE
     retries_bind: bool = False
+    options: SocketOptions = SocketOptions()
     place: Place = field(compare=False)
 
     @property
@@ -196,6 +260,7 @@ class Settings:
     ``max_sessions`` is of all rules together, 0 is no limit. ``user`` and ``group`` are those of
     the workers. ``drain_timeout_s`` bounds how long sessions go on after their rule, their worker
     or the instance was told to end; None means 30 s for a stop and no limit else, 0 none at all.
+    ``cut_denied``: access rules that change end open sessions that they do not allow, too.
     """
 
     workers: int = 0
@@ -208,6 +273,7 @@ class Settings:
     group: str | None = None
     drain_timeout_s: float | None = None
     hang_timeout_s: float = HANG_TIMEOUT_S
+    cut_denied: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,3 +283,13 @@ class Config:
     rules: tuple[Rule, ...]
     access: tuple[AccessRule, ...] = ()
     settings: Settings = field(default_factory=Settings)
+
+    @property
+    def needs_rights(self) -> bool:
+        """Whether workers need a capability for the options of sockets."""
+        return any(rule.options.needs_rights for rule in self.rules)
+
+    @property
+    def binds_to_devices(self) -> bool:
+        """Whether a listening socket is bound to a device, which takes a right to be changed."""
+        return any(rule.options.device for rule in self.rules)

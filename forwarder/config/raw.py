@@ -7,7 +7,7 @@ that a later check may complain about carries its place.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeAlias, TypeVar
 
 from forwarder.config.model import (
     CONNECT_TIMEOUT_S,
@@ -19,6 +19,7 @@ from forwarder.config.model import (
     Limits,
     Protocol,
     Settings,
+    Sides,
 )
 from forwarder.errors import ConfigError, Issue, Place
 
@@ -37,6 +38,11 @@ class Placed(Generic[T]):
 
     value: T
     place: Place
+
+
+OptionValue: TypeAlias = bool | int | str | Sides
+RawOptions: TypeAlias = dict[str, Placed[OptionValue]]
+"""Socket options by key, as in the documentation."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -58,12 +64,13 @@ class RawRule:
     unix_mode: Placed[int] | None = None
     bind: BindPolicy | None = None
     limits: Limits = field(default_factory=Limits)
+    options: RawOptions = field(default_factory=dict)
     access: list[AccessRule] = field(default_factory=list)
 
 
 @dataclass(slots=True, kw_only=True)
 class RawConfig:
-    """A file as written; the timeouts and ``bind`` are the defaults of its rules.
+    """A file as written; timeouts, ``bind`` and ``options`` are the defaults of its rules.
 
     ``rules_seen`` counts the rules begun, those with errors included: a file whose only rule is
     broken does not lack one. ``dropped_access`` holds the access rules of broken rules: they are
@@ -79,6 +86,7 @@ class RawConfig:
     half_close_timeout_s: float = HALF_CLOSE_TIMEOUT_S
     idle_timeout_s: float = IDLE_TIMEOUT_S
     bind: BindPolicy = BindPolicy.REQUIRE
+    options: RawOptions = field(default_factory=dict)
 
 
 class Issues:

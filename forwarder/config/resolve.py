@@ -20,6 +20,7 @@ from forwarder.config.model import (
     Protocol,
     Rule,
 )
+from forwarder.config.options import finish_options
 from forwarder.errors import Place
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ def _finish(rule: RawRule, name: str, raw: RawConfig, issues: Issues) -> Rule:
         unix_mode=_value(rule.unix_mode, UNIX_MODE),
         limits=rule.limits,
         retries_bind=(rule.bind or raw.bind) is BindPolicy.RETRY,
+        options=finish_options(rule, raw.options, issues),
         place=rule.place,
     )
 

@@ -25,6 +25,7 @@ from forwarder.config.model import (
 from forwarder.config.raw import Issues, Placed, RawConfig, RawRule
 from forwarder.config.toml_addresses import read_host, read_listen, read_upstreams
 from forwarder.config.toml_limits import LIMIT_KEYS, MOST_SESSIONS, read_limits
+from forwarder.config.toml_options import DEFAULT_KEYS, OPTION_KEYS, read_options
 from forwarder.config.toml_places import Places
 from forwarder.config.toml_table import Table
 from forwarder.errors import Place
@@ -36,46 +37,57 @@ MIN_HANG_TIMEOUT_S = 3.0
 # Each flow has one or two descriptors, of which Linux gives a process at most 2^20 unless told to.
 MOST_FLOWS = 1 << 20
 
-TOP_KEYS = (
-    "bind",
-    "connect_timeout",
-    "control",
-    "drain_timeout",
-    "forwarding_rules",
-    "global_rules",
-    "group",
-    "half_close_timeout",
-    "hang_timeout",
-    "idle_timeout",
-    "log_file",
-    "log_format",
-    "logs",
-    "max_sessions",
-    "pid_file",
-    "relay",
-    "user",
-    "workers",
+TOP_KEYS = tuple(
+    sorted(
+        (
+            *DEFAULT_KEYS,
+            "bind",
+            "connect_timeout",
+            "control",
+            "cut_denied",
+            "drain_timeout",
+            "forwarding_rules",
+            "global_rules",
+            "group",
+            "half_close_timeout",
+            "hang_timeout",
+            "idle_timeout",
+            "log_file",
+            "log_format",
+            "logs",
+            "max_sessions",
+            "pid_file",
+            "relay",
+            "user",
+            "workers",
+        )
+    )
 )
-RULE_KEYS = (
-    *LIMIT_KEYS,
-    "bind",
-    "bind_address",
-    "bind_port",
-    "connect_address",
-    "connect_port",
-    "connect_timeout",
-    "framing",
-    "half_close_timeout",
-    "idle_timeout",
-    "listen",
-    "max_flows",
-    "mode",
-    "name",
-    "protocol",
-    "rules",
-    "source_address",
-    "timeout",
-    "upstream",
+RULE_KEYS = tuple(
+    sorted(
+        (
+            *LIMIT_KEYS,
+            *OPTION_KEYS,
+            "bind",
+            "bind_address",
+            "bind_port",
+            "connect_address",
+            "connect_port",
+            "connect_timeout",
+            "framing",
+            "half_close_timeout",
+            "idle_timeout",
+            "listen",
+            "max_flows",
+            "mode",
+            "name",
+            "protocol",
+            "rules",
+            "source_address",
+            "timeout",
+            "upstream",
+        )
+    )
 )
 ACCESS_KEYS = ("type", "pattern")
 LOG_KEYS = ("to", "format")
@@ -110,6 +122,7 @@ def parse(text: str, source: str, issues: Issues) -> RawConfig:
         if duration is not None:
             setattr(raw, f"{key}_s", duration.value)
     raw.bind = top.choice("bind", BindPolicy) or raw.bind
+    raw.options = read_options(top, DEFAULT_KEYS)
     rules = top.get("forwarding_rules")
     if rules is None:
         issues.error(
@@ -155,8 +168,14 @@ def _settings(top: Table) -> Settings:
         group=group.value if group else None,
         drain_timeout_s=drain_timeout.value if drain_timeout else None,
         hang_timeout_s=_hang_timeout(top),
+        cut_denied=_cut_denied(top),
     )
     return replace(settings, relay=top.choice("relay", RelayMode) or settings.relay)
+
+
+def _cut_denied(top: Table) -> bool:
+    found = top.flag("cut_denied")
+    return found is not None and found.value
 
 
 def _max_sessions(top: Table) -> int:
@@ -251,6 +270,7 @@ def _rule(table: Table, raw: RawConfig) -> RawRule | None:
     udp_timeout_s = table.duration("timeout")
     max_flows = table.number("max_flows", 1, MOST_FLOWS)
     unix_mode = _mode(table)
+    options = read_options(table, OPTION_KEYS)
     durations = {
         f"{key}_s": duration.value
         for key in ("connect_timeout", "half_close_timeout", "idle_timeout")
@@ -274,6 +294,7 @@ def _rule(table: Table, raw: RawConfig) -> RawRule | None:
         unix_mode=unix_mode,
         bind=bind,
         limits=limits,
+        options=options,
         access=access,
         **durations,
     )

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 E = TypeVar("E", bound=Enum)
 
+_FLAGS = ("true", "false")
+
 
 def describe(value: object) -> str:
     """Say what a value is, for "KEY is ..."."""
@@ -133,6 +135,16 @@ class Table:
             return Placed(value, self.place(key))
         hint = "write the number without quotes" if isinstance(value, str) else ""
         self.bad(key, f"a whole number from {least} to {most}", hint)
+        return None
+
+    def flag(self, key: str) -> Placed[bool] | None:
+        """Read true or false."""
+        value = self._data.get(key)
+        if value is None:
+            return None
+        if isinstance(value, bool):
+            return Placed(value, self.place(key))
+        self.bad(key, "true or false", "write it without quotes" if value in _FLAGS else "")
         return None
 
     def duration(self, key: str) -> Placed[float] | None:

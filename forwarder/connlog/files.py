@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import stat
-from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from forwarder.errors import ExitCode, StartupError
@@ -21,6 +19,10 @@ log = logging.getLogger(__name__)
 
 _STDERR: Final = 2
 _MODE: Final = 0o640
+# O_NONBLOCK: opening a pipe or a terminal must not wait for anybody. Without effect on a file.
+# O_CREAT only where it is needed: with it Linux refuses what others own in a directory like /tmp
+# (proc_sys_fs(5), protected_regular).
+_FLAGS: Final = os.O_APPEND | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
 # By datagrams to a daemon: the workers connect by themselves.
 DAEMONS: Final = frozenset({"syslog", "journal"})
 
@@ -79,15 +81,18 @@ def discard(places: Opened) -> None:
 
 
 def _open(place: LogPlace) -> int:
-    if place.to == "stderr":
-        return os.dup(_STDERR)
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY
     try:
-        if _is_pipe(place.to):
-            # Reading, too: then it can be opened without a reader, and one that goes away is no
-            # end of it (fifo(7)). Without a reader lines are lost once it is full.
-            flags = os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC
-        return os.open(place.to, flags, _MODE)
+        if place.to == "stderr":
+            return os.dup(_STDERR)
+        try:
+            # Reading, too, so that a line that was cut is noticed. A pipe can then be opened
+            # without a reader, and one that goes away is no end of it (fifo(7)); without a reader
+            # lines are lost once it is full.
+            return os.open(place.to, _FLAGS | os.O_RDWR)
+        except FileNotFoundError:
+            return os.open(place.to, _FLAGS | os.O_RDWR | os.O_CREAT, _MODE)
+        except PermissionError:  # it may be writable all the same
+            return os.open(place.to, _FLAGS | os.O_WRONLY)
     except OSError as err:
         denied = isinstance(err, PermissionError)
         raise StartupError(
@@ -95,10 +100,3 @@ def _open(place: LogPlace) -> int:
             "hint: its directory must exist and be writable for the user who starts the forwarder",
             ExitCode.NO_PERMISSION if denied else ExitCode.UNAVAILABLE,
         ) from err
-
-
-def _is_pipe(path: str) -> bool:
-    try:
-        return stat.S_ISFIFO(Path(path).stat().st_mode)
-    except FileNotFoundError:
-        return False

@@ -81,7 +81,7 @@ def json_line(record: Record) -> str | None:
         return None
     _clock.set(record.at)
     connect_ms = "null" if record.connect_s is None else f"{record.connect_s * 1000:.3f}"
-    reached = "null" if record.reached is None else f'"{record.reached}"'
+    reached = "null" if record.reached is None else _json(record.reached)
     return (
         f'{{"time":"{_clock.iso}.{int(record.at * 1000) % 1000:03}{_clock.iso_zone}",'
         f'"event":"{record.event.value}","id":"{record.session}","rule":{_json(record.rule)},'

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Final
 
-from forwarder.connlog import sinks
+from forwarder.connlog import drains
 from forwarder.connlog.formats import FORMATTERS
-from forwarder.connlog.sinks import DatagramDrain, FileDrain, Sink, Writer
+from forwarder.connlog.sinks import Sink
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 # How long a line may wait for others. A crash loses as much.
 FLUSH_S: Final = 0.5
+# At a stop: how long to wait for what is left to be written. Less than the master waits for us.
+LAST_WORDS_S: Final = 1.0
 
 
 class ConnectionLog:
@@ -25,13 +28,15 @@ class ConnectionLog:
         self.is_on = False
         """Whether a record has to be made at all."""
         self._worker = worker
-        self._writer = Writer()
         self._sinks: list[tuple[Callable[[Record], str | None], Sink]] = []
+        self._ended: list[Sink] = []  # those that may still write
+        self._dropped = 0  # of sinks that are no more
 
     @property
     def dropped(self) -> int:
         """Lines that could not be written, ever."""
-        return self._writer.dropped
+        living = [*self._ended, *(sink for _, sink in self._sinks)]
+        return self._dropped + sum(sink.dropped for sink in living)
 
     def set_places(self, places: Sequence[tuple[LogFormat, str, int | None]]) -> None:
         """Write here from now on: format, name, and a descriptor that becomes ours.
@@ -39,10 +44,10 @@ class ConnectionLog:
         Without a descriptor the name is ``syslog`` or ``journal``.
         """
         for _, old in self._sinks:
-            self._writer.retire(old)
-        self._sinks = [
-            (FORMATTERS[how], Sink(_drain(name, fd), self._writer)) for how, name, fd in places
-        ]
+            old.end()
+            self._ended.append(old)
+        self._forget_finished()
+        self._sinks = [(FORMATTERS[how], Sink(_drain(name, fd))) for how, name, fd in places]
         self.is_on = bool(self._sinks)
 
     def write(self, record: Record) -> None:
@@ -61,12 +66,19 @@ class ConnectionLog:
     def close(self) -> None:
         """Write what is left, as far as that is possible in a moment."""
         self.set_places([])
-        self._writer.close()
+        deadline = time.monotonic() + LAST_WORDS_S
+        for sink in self._ended:
+            sink.join(deadline - time.monotonic())
+
+    def _forget_finished(self) -> None:
+        finished = [sink for sink in self._ended if sink.is_finished]
+        self._dropped += sum(sink.dropped for sink in finished)
+        self._ended = [sink for sink in self._ended if sink not in finished]
 
 
-def _drain(name: str, fd: int | None) -> sinks.Drain:
+def _drain(name: str, fd: int | None) -> drains.Drain:
     if fd is not None:
-        return FileDrain(name, fd)
+        return drains.for_descriptor(name, fd)
     if name == "syslog":
-        return DatagramDrain(name, sinks.SYSLOG_SOCKET, sinks.to_syslog)
-    return DatagramDrain(name, sinks.JOURNAL_SOCKET, sinks.to_journal)
+        return drains.DatagramDrain(name, drains.SYSLOG_SOCKET, drains.to_syslog)
+    return drains.DatagramDrain(name, drains.JOURNAL_SOCKET, drains.to_journal)

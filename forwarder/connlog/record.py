@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from forwarder.errors import Phase, Who
+from forwarder.errors import UPSTREAM_HAD_ENDED, Phase, Who
 
 if TYPE_CHECKING:
     from forwarder.errors import CloseReason
@@ -61,7 +61,8 @@ def rinetd_result(reason: CloseReason) -> str:
     if reason.phase is Phase.ACCEPT:
         return "accept-failed -"
     if reason.phase is Phase.HALF_CLOSE:  # the other side had ended before
-        return "done-local-closed" if reason.who is Who.CLIENT else "done-remote-closed"
+        is_upstream = reason.who is Who.CLIENT or reason is UPSTREAM_HAD_ENDED
+        return "done-local-closed" if is_upstream else "done-remote-closed"
     if reason.who is Who.CLIENT or reason.phase is Phase.IDLE:
         return "done-remote-closed"
     return "done-local-closed"

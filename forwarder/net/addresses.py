@@ -8,12 +8,13 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from forwarder.addr import Address, UnixAddress
 from forwarder.errors import ConfigError, ExitCode, Issue, StartupError
 from forwarder.net import sockets
+from forwarder.net.options import is_mptcp
 from forwarder.net.sockets import Target
 
 if TYPE_CHECKING:
@@ -24,11 +25,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class BindAddress:
-    """Where a listener is bound. ``v6only`` matters for the IPv6 wildcard."""
+    """Where a listener is bound. ``v6only`` matters for the IPv6 wildcard.
+
+    ``is_mptcp`` cannot be changed of a socket, so a rule that changes it needs others.
+    """
 
     target: Target
     v6only: bool = False
     is_udp: bool = False
+    is_mptcp: bool = False
+
+    @property
+    def twin(self) -> BindAddress:
+        """The same with MPTCP in place of TCP, or the other way round."""
+        return replace(self, is_mptcp=not self.is_mptcp)
 
     @property
     def has_handshakes(self) -> bool:
@@ -42,6 +52,7 @@ def address_of(sock: socket.socket) -> BindAddress:
         sockets.bound_to(sock),
         v6only=sockets.is_v6only(sock),
         is_udp=sock.type == socket.SOCK_DGRAM,
+        is_mptcp=is_mptcp(sock),
     )
 
 
@@ -78,7 +89,7 @@ def bind_addresses(
             found[rule.name] = ()
             unresolved[rule.name] = err.why
         for address in found[rule.name]:
-            other = first.setdefault(address, rule)
+            other = first.setdefault(address.twin if address.is_mptcp else address, rule)
             if other is not rule:
                 issues.append(
                     Issue(
@@ -118,6 +129,7 @@ def _expand(rule: Rule, wildcards: set[tuple[bool, int]]) -> Iterator[BindAddres
                 v6only=target.family == socket.AF_INET6
                 and (listen.host != "::" or (is_udp, port) in wildcards),
                 is_udp=is_udp,
+                is_mptcp=rule.options.mptcp.on_listen,
             )
 
 
@@ -143,6 +155,7 @@ _HINTS = {
     errno.EADDRNOTAVAIL: "this host has no such address: `ip address` lists those it has",
     errno.EACCES: "ports below net.ipv4.ip_unprivileged_port_start (1024) need root "
     "or CAP_NET_BIND_SERVICE",
+    errno.ENODEV: "there is no such network device: `ip link` lists those there are",
     errno.EMFILE: "raise the limit of open files (LimitNOFILE=, ulimit -n)",
 }
 _UNIX_HINTS = {
@@ -151,6 +164,17 @@ _UNIX_HINTS = {
     errno.EACCES: "this user must be able to write to the directory",
     errno.ENOENT: "make its directory first",
 }
+
+
+def option_error(address: BindAddress, rule: Rule, err: OSError) -> BindError:
+    """The options of a rule cannot be had for the sockets that it has already."""
+    number = err.errno or 0
+    return BindError(
+        rule,
+        f"cannot change the options of the sockets at {address.target}: {os.strerror(number)}",
+        _HINTS.get(number, "a restart makes new sockets"),
+        is_denied=number in (errno.EACCES, errno.EPERM),
+    )
 
 
 def bind_error(address: BindAddress, rule: Rule, err: OSError) -> BindError:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import array
 import errno
+import fcntl
 import json
 import os
 import socket
@@ -24,6 +25,8 @@ Message: TypeAlias = dict[str, object]
 MAX_FDS: Final = 250
 # Larger content travels as a memory file. Well below the default socket buffer of 212,992 bytes.
 MAX_MESSAGE_BYTES: Final = 32 * 1024
+# What is taken in at once: a peer that talks without end must not hold us. Arbitrary.
+MAX_AT_ONCE: Final = 64
 
 
 class ChannelClosed(Exception):  # noqa: N818 - an event, not a fault
@@ -40,6 +43,11 @@ class Received:
     message: Message
     fds: list[int]
     is_truncated: bool = False
+
+    def close(self) -> None:
+        """Close the descriptors that are still in it."""
+        while self.fds:
+            os.close(self.fds.pop())
 
 
 class Channel:
@@ -81,9 +89,13 @@ class Channel:
             self._drop_first()
 
     def receive(self) -> list[Received]:
-        """All messages that are there. Raises ChannelClosed when the peer has gone."""
+        """Messages that are there, not more than MAX_AT_ONCE: more are told by the next event.
+
+        Raises ChannelClosed when the peer has gone, ValueError or RecursionError for what is no
+        message; those with it are lost then.
+        """
         found: list[Received] = []
-        while True:
+        while len(found) < MAX_AT_ONCE:
             try:
                 data, ancillary, flags, _ = self._sock.recvmsg(
                     MAX_MESSAGE_BYTES, socket.CMSG_SPACE(MAX_FDS * 4), _CLOEXEC
@@ -101,7 +113,14 @@ class Channel:
                 if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                     fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
             is_truncated = bool(flags & socket.MSG_CTRUNC)
-            found.append(Received(json.loads(data), fds.tolist(), is_truncated))
+            found.append(Received({}, fds.tolist(), is_truncated))
+            try:
+                found[-1].message = json.loads(data)
+            except BaseException:
+                for received in found:
+                    received.close()
+                raise
+        return found
 
     def close(self) -> None:
         """Close; what waits in the outbox is lost."""
@@ -153,9 +172,20 @@ def to_memory_file(content: bytes) -> int:
 
 
 def from_memory_file(fd: int, limit: int = -1) -> bytes:
-    """Content of a memory file. Closes the descriptor. Raises ValueError beyond ``limit`` bytes."""
-    with open(fd, "rb") as file:
-        if 0 <= limit < os.fstat(fd).st_size:
-            raise ValueError("more than a worker may say")
-        file.seek(0)
-        return file.read()
+    """Content of a memory file. Closes the descriptor.
+
+    With a ``limit`` in bytes whoever sent it is not trusted. Raises ValueError when it has more, or
+    is something else, whose reading could block or never end.
+    """
+    with open(fd, "rb", buffering=0) as file:
+        if limit < 0:
+            os.lseek(fd, 0, os.SEEK_SET)
+            return file.readall()
+        try:
+            fcntl.fcntl(fd, fcntl.F_GET_SEALS)  # EINVAL unless it is in memory, fcntl(2)
+            content = os.pread(fd, limit + 1, 0)
+        except OSError as err:
+            raise ValueError("not a memory file") from err
+    if len(content) > limit:
+        raise ValueError("more than may be said")
+    return content

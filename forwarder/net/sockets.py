@@ -16,15 +16,19 @@ import sys
 import termios
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+from forwarder.net import options as socket_options
+
+if TYPE_CHECKING:
+    from forwarder.config.model import SocketOptions
+    from forwarder.net.options import How
 
 IpSockAddr: TypeAlias = tuple[str, int] | tuple[str, int, int, int]
 SockAddr: TypeAlias = IpSockAddr | str
 """An IPv4 or IPv6 address with its port; a unix path, or a NUL and an abstract name (unix(7))."""
 
 NUL: Final = "\0"
-
-BACKLOG: Final = 4096  # the kernel caps it at net.core.somaxconn, whose default is 4096
 
 _NONBLOCKING_STREAM: Final = socket.SOCK_STREAM | getattr(socket, "SOCK_NONBLOCK", 0)
 _LINGER_ABORT: Final = struct.pack("ii", 1, 0)
@@ -119,34 +123,35 @@ def client_text(address: SockAddr) -> str:
     return "unix"
 
 
-def listen_tcp(target: Target, *, v6only: bool) -> socket.socket:
+def listen_tcp(target: Target, *, v6only: bool, options: SocketOptions) -> socket.socket:
     """Bind and listen on a TCP address with SO_REUSEPORT. The caller owns the socket.
 
-    Options that accepted sockets inherit (TCP_NODELAY, keepalive, SO_OOBINLINE) are set here, once,
-    instead of on every connection. SO_OOBINLINE keeps an urgent byte in the stream: splice and recv
-    would otherwise drop it. Raises OSError.
+    What accepted sockets shall have is set here, once, instead of on every connection: they inherit
+    it. Raises OSError.
     """
-    sock = socket.socket(target.family, _NONBLOCKING_STREAM)
+    how = socket_options.to_listen(options, target.family, is_udp=False)
+    sock = socket.socket(target.family, _NONBLOCKING_STREAM, how.protocol)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        prepare_listener(sock)
+        sock.setblocking(False)
+        how.apply(sock)
         set_v6only(sock, target.family, v6only)
         sock.bind(target.sockaddr)
-        sock.listen(BACKLOG)
+        sock.listen(options.backlog)
     except BaseException:
         sock.close()
         raise
     return sock
 
 
-def listen_abstract(target: Target) -> socket.socket:
+def listen_abstract(target: Target, backlog: int) -> socket.socket:
     """Bind and listen on a name in the abstract namespace. The caller owns it. Raises OSError."""
     sock = socket.socket(socket.AF_UNIX, _NONBLOCKING_STREAM)
     try:
         sock.setblocking(False)
         sock.bind(target.sockaddr)
-        sock.listen(BACKLOG)
+        sock.listen(backlog)
     except BaseException:
         sock.close()
         raise
@@ -161,13 +166,13 @@ def bound_to(sock: socket.SocketType) -> Target:
 
 
 def prepare_listener(sock: socket.socket) -> None:
-    """Set what accepted sockets shall inherit, and non-blocking mode. Raises OSError."""
+    """Set up a socket that somebody else has bound, but for the options of its rule.
+
+    Raises OSError.
+    """
     sock.setblocking(False)
-    if sock.family == socket.AF_UNIX:
-        return
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if not (sock.family == socket.AF_UNIX or socket_options.is_mptcp(sock)):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
 
 
 def is_v6only(sock: socket.socket) -> bool:
@@ -203,21 +208,17 @@ def accepted_socket(fd: int, family: int) -> socket.SocketType:
     return sock
 
 
-def upstream_socket(target: Target, source: SockAddr | None) -> socket.SocketType:
+def upstream_socket(target: Target, source: SockAddr | None, how: How) -> socket.SocketType:
     """Make a non-blocking stream socket for ``target``, bound to ``source`` if there is one.
 
     The caller owns it. Raises OSError: EMFILE and the like, EADDRNOTAVAIL for a wrong source.
     """
-    sock = socket.SocketType(target.family, _NONBLOCKING_STREAM)
+    sock = socket.SocketType(target.family, _NONBLOCKING_STREAM, how.protocol)
     try:
         if not sys.platform.startswith("linux"):
             sock.setblocking(False)
-        if target.family == socket.AF_UNIX:
-            return sock
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        # As on listeners. When the first urgent byte is noticed it may be passed already.
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+        for level, name, value in how.settings:
+            sock.setsockopt(level, name, value)
         if source is not None:
             with suppress(OSError):  # best effort: an old kernel takes the port at bind
                 sock.setsockopt(socket.IPPROTO_IP, _IP_BIND_ADDRESS_NO_PORT, 1)

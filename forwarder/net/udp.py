@@ -7,9 +7,11 @@ process whatever becomes of the SO_REUSEPORT group: a resize, a reload, an upgra
 Between bind and connect the new socket is one more listener, and as long as it is in a group with
 others that are connected the kernel gives it the datagrams of *every* client (Linux 6.18). Where it
 can it is therefore bound so that it joins no listener and ranks below them: IPv4 as an IPv6 socket
-with mapped addresses, a wildcard as the other kind of wildcard (IPV6_V6ONLY). The listeners' group
-then has no connected sockets either, and the kernel does not look through them for the socket of
-an unknown client: with 6,000 flows on an IPv4 address 1 us in place of 181. All that takes Linux
+with mapped addresses; a wildcard as the other kind of wildcard (IPV6_V6ONLY); another IPv6 address
+as a wildcard, from which connect() goes to the address, with a filter that drops what is for others
+of our addresses meanwhile. On an IPv4 address the kernel then does not look through the connected
+sockets for that of an unknown client: with 6,000 flows 1 us in place of 181. (Elsewhere it does:
+connect() puts a socket that was bound to a wildcard in front of the others.) All that takes Linux
 6.13, which finds connected sockets by a hash, before it looks at listeners.
 
 The group admits sockets of one user only, which keeps others from taking datagrams away. So a
@@ -18,18 +20,23 @@ listener that a root master makes for workers of another user is given to that u
 
 from __future__ import annotations
 
+import array
 import errno
 import os
 import socket
+import struct
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from forwarder.net import options as socket_options
 from forwarder.net import peers
 from forwarder.net.proc import local_addresses
 from forwarder.net.sockets import is_v6only, set_v6only
 
 if TYPE_CHECKING:
+    from forwarder.config.model import SocketOptions
+    from forwarder.net.options import How
     from forwarder.net.sockets import IpSockAddr, SockAddr, Target
 
 # Asked for on every socket; the kernel grants twice net.core.rmem_max (212,992 by default) at most.
@@ -39,6 +46,8 @@ BUFFER_BYTES: Final = 4 * 1024 * 1024
 _NONBLOCKING_DATAGRAM: Final = socket.SOCK_DGRAM | getattr(socket, "SOCK_NONBLOCK", 0)
 _IP_PKTINFO: Final = 8  # linux/in.h
 _WILDCARDS: Final = frozenset({"0.0.0.0", "::"})
+_SO_ATTACH_FILTER: Final = 26  # asm-generic/socket.h
+_SO_DETACH_FILTER: Final = 27
 _MAPPED: Final = "::ffff:"  # an IPv4 address as an IPv6 one (RFC 4291 section 2.5.5.2)
 _UDP_TABLES: Final = (Path("/proc/net/udp"), Path("/proc/net/udp6"))
 
@@ -53,7 +62,11 @@ FINDS_FLOWS_BY_HASH: Final = finds_flows_by_hash()
 
 
 def listen_udp(
-    target: Target, *, v6only: bool, owner: tuple[int, int] | None = None
+    target: Target,
+    *,
+    v6only: bool,
+    options: SocketOptions,
+    owner: tuple[int, int] | None = None,
 ) -> socket.socket:
     """Bind a UDP address with SO_REUSEPORT. The caller owns the socket.
 
@@ -67,6 +80,8 @@ def listen_udp(
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         set_v6only(sock, target.family, v6only)
         prepare_listener(sock, str(target.sockaddr[0]))
+        _set_buffers(sock)
+        socket_options.to_listen(options, target.family, is_udp=True).apply(sock)
         sock.bind(target.sockaddr)
     except BaseException:
         sock.close()
@@ -75,9 +90,8 @@ def listen_udp(
 
 
 def prepare_listener(sock: socket.socket, host: str) -> None:
-    """Set non-blocking mode, buffers, and whether to tell which address a client wrote to."""
+    """Set non-blocking mode, and whether to tell which address a client wrote to."""
     sock.setblocking(False)
-    _set_buffers(sock)
     if host in _WILDCARDS:
         if sock.family == socket.AF_INET:
             sock.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
@@ -113,24 +127,29 @@ def _is_listened_on(target: Target) -> bool:
 
 def has_flat_lookup(listener: socket.socket) -> bool:
     """Whether flow sockets beside this listener cost the datagrams of other clients nothing."""
-    is_ipv4_host = listener.family == socket.AF_INET and not _is_on_wildcard(listener)
-    return FINDS_FLOWS_BY_HASH and is_ipv4_host
+    is_ipv4 = listener.family == socket.AF_INET
+    return FINDS_FLOWS_BY_HASH and is_ipv4 and not is_on_wildcard(listener)
 
 
-def flow_socket(listener: socket.socket, peer: bytes) -> tuple[socket.SocketType, bool]:
+def flow_socket(
+    listener: socket.socket, peer: bytes, how: How, *, shuns_wildcard: bool = False
+) -> tuple[socket.SocketType, bool]:
     """Make the own socket of a flow: bound where ``listener`` is, connected to the client.
 
     The caller owns it. Returns also whether it may have been given datagrams of others before it
     was connected: if so the caller reads it dry and looks who sent what. Raises OSError; EACCES
-    when the port is below 1024 and the process may not bind there.
+    when the port is below 1024 and the process may not bind there. ``shuns_wildcard``: there is a
+    listener on the IPv6 wildcard and this port that ``listener`` is not.
     """
-    apart = _flow_socket_apart(listener, peer) if FINDS_FLOWS_BY_HASH else None
+    apart = None
+    if FINDS_FLOWS_BY_HASH:
+        apart = _flow_socket_apart(listener, peer, how, shuns_wildcard=shuns_wildcard)
     if apart is not None:
         return apart, False
     host, port = peers.local_host(peer) or listener.getsockname()[0], listener.getsockname()[1]
     client = peers.address_of(peer)
     local: IpSockAddr = (host, port) if len(client) == 2 else (host, port, 0, client[3])
-    sock = _new_flow_socket(listener.family, v6only=is_v6only(listener))
+    sock = _new_flow_socket(listener.family, how, v6only=is_v6only(listener))
     try:
         sock.bind(local)
         sock.connect(client)
@@ -140,7 +159,9 @@ def flow_socket(listener: socket.socket, peer: bytes) -> tuple[socket.SocketType
     return sock, True
 
 
-def _flow_socket_apart(listener: socket.socket, peer: bytes) -> socket.SocketType | None:
+def _flow_socket_apart(
+    listener: socket.socket, peer: bytes, how: How, *, shuns_wildcard: bool
+) -> socket.SocketType | None:
     """The same in a group of its own; None if that is not possible, for whatever reason.
 
     From a wildcard connect() goes to the address that the kernel would answer from, which need not
@@ -149,22 +170,28 @@ def _flow_socket_apart(listener: socket.socket, peer: bytes) -> socket.SocketTyp
     host, port = listener.getsockname()[:2]
     client = peers.address_of(peer)
     asked = peers.local_host(peer) or host
-    is_wildcard = _is_on_wildcard(listener)
-    v6only = False
+    is_wildcard = is_on_wildcard(listener)
+    v6only = is_filtered = False
     if listener.family == socket.AF_INET or client[0].startswith(_MAPPED):
         host, asked = _mapped("0.0.0.0" if is_wildcard else host), _mapped(asked)
         client = (_mapped(client[0]), client[1], 0, 0)
     elif is_wildcard:
         v6only = not is_v6only(listener)
-    else:
+    elif shuns_wildcard:
         return None
+    else:
+        host, v6only, is_filtered = "::", True, True
     try:
-        sock = _new_flow_socket(socket.AF_INET6, v6only=v6only)
+        sock = _new_flow_socket(socket.AF_INET6, how, v6only=v6only)
     except OSError:  # a system without IPv6; or no descriptor, as the caller will find
         return None
     try:
+        if is_filtered:
+            _hear_port(sock, client[1])
         sock.bind((host, port))
         sock.connect(client)
+        if is_filtered:
+            sock.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
         if sock.getsockname()[0].partition("%")[0] == asked:
             return sock
     except OSError:  # another user has the port at another address, say
@@ -173,28 +200,47 @@ def _flow_socket_apart(listener: socket.socket, peer: bytes) -> socket.SocketTyp
     return None
 
 
+def _hear_port(sock: socket.SocketType, port: int) -> None:
+    """Have the kernel drop what does not come from a port. Raises OSError."""
+    program = array.array("B", b"".join(struct.pack("HBBI", *line) for line in _port_filter(port)))
+    address, _ = program.buffer_info()
+    sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", 4, address))
+
+
+def _port_filter(port: int) -> tuple[tuple[int, int, int, int], ...]:
+    """Classic BPF (linux/filter.h): code, jumps if true and if false, operand; at 0: UDP header."""
+    return (
+        (0x28, 0, 0, 0),  # load the two bytes of the source port
+        (0x15, 0, 1, port),  # is it this one? else skip one
+        (0x06, 0, 0, 0xFFFFFFFF),  # pass all of it
+        (0x06, 0, 0, 0),  # drop
+    )
+
+
 def _mapped(host: str) -> str:
     return host if host.startswith(_MAPPED) else _MAPPED + host
 
 
-def _is_on_wildcard(listener: socket.socket) -> bool:
+def is_on_wildcard(listener: socket.socket) -> bool:
+    """Whether it is bound to all addresses."""
     return listener.getsockname()[0] in _WILDCARDS
 
 
-def _new_flow_socket(family: int, *, v6only: bool) -> socket.SocketType:
+def _new_flow_socket(family: int, how: How, *, v6only: bool) -> socket.SocketType:
     sock = socket.SocketType(family, _NONBLOCKING_DATAGRAM)
     try:
         sock.setblocking(False)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         set_v6only(sock, family, v6only)
         _set_buffers(sock)
+        how.apply(sock)
     except BaseException:
         sock.close()
         raise
     return sock
 
 
-def upstream_socket(target: Target, source: SockAddr | None) -> socket.SocketType:
+def upstream_socket(target: Target, source: SockAddr | None, how: How) -> socket.SocketType:
     """Make a non-blocking UDP socket connected to ``target``, bound to ``source`` if there is one.
 
     The caller owns it. Raises OSError: EMFILE and the like, ENETUNREACH, EADDRNOTAVAIL.
@@ -203,6 +249,7 @@ def upstream_socket(target: Target, source: SockAddr | None) -> socket.SocketTyp
     try:
         sock.setblocking(False)
         _set_buffers(sock)
+        how.apply(sock)
         if source is not None:
             sock.bind(source)
         sock.connect(target.sockaddr)

@@ -51,7 +51,7 @@ class Bridge(Flow):
 
     def open_upstream(self, target: Target, source: SockAddr | None) -> None:
         """Make a socket that is connected to ``target``; nothing is sent by that."""
-        upstream = udp.upstream_socket(target, source)
+        upstream = udp.upstream_socket(target, source, self.pool.how[target.family])
         client = self.client
         if client is None:
             upstream.close()

@@ -44,7 +44,7 @@ class Way:
     ``reverse`` is set by the flow before anything is registered.
     """
 
-    __slots__ = ("flow", "is_queued", "moved", "relay", "reverse", "src")
+    __slots__ = ("counted", "flow", "is_queued", "moved", "relay", "reverse", "src")
 
     reverse: Way
     spliced = 0  # datagrams pass through the process
@@ -53,7 +53,7 @@ class Way:
         self.relay = relay
         self.flow = flow
         self.src: socket.SocketType | None = None
-        self.moved = 0
+        self.moved = self.counted = 0
         self.is_queued = False
 
     def on_events(self, mask: int) -> None:

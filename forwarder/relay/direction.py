@@ -45,7 +45,7 @@ BUDGET_BYTES: Final = 1024 * 1024
 
 
 class Direction:
-    """One way of a session. ``moved`` counts bytes read from ``src``.
+    """One way of a session. ``moved`` counts bytes read from ``src``; ``counted`` is the relay's.
 
     The session owns both sockets and sets ``src``, ``dst`` and ``reverse``, the last two before the
     direction is first unblocked.
@@ -53,6 +53,7 @@ class Direction:
 
     __slots__ = (
         "can_splice",
+        "counted",
         "dst",
         "is_blocked",
         "is_bulk",
@@ -74,7 +75,7 @@ class Direction:
     """What it may move before it yields, and at once: the limits of a meter are smaller."""
     chunk_bytes: int = BULK_BYTES
     spliced: int = 0
-    """How many of the bytes moved never entered the process."""
+    """How many of the bytes moved never entered the process, since the relay has counted them."""
 
     def __init__(self, relay: Relay, session: Session) -> None:
         self.relay = relay
@@ -85,7 +86,7 @@ class Direction:
         self.is_done = False
         self.is_queued = False
         self.missed = 0
-        self.moved = 0
+        self.moved = self.counted = 0
         self.pending: memoryview | None = None
 
     def on_events(self, mask: int) -> None:

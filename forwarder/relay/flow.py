@@ -26,7 +26,7 @@ from forwarder.errors import CloseReason, Phase, Who
 from forwarder.net import sockets
 from forwarder.relay.poller import EDGE_IN, WRITABLE
 from forwarder.relay.wheel import TICK_S
-from forwarder.stats import SESSIONS, connect_bucket
+from forwarder.stats import connect_bucket
 
 if TYPE_CHECKING:
     import socket
@@ -135,7 +135,8 @@ class Flow:
             self.attempt += 1
             target = self.targets[self.attempt]
             try:
-                self.open_upstream(target, self.pool.source(target.family))
+                source = self.pool.source(target.family, self.client_address)
+                self.open_upstream(target, source)
             except OSError as err:
                 error = err.errno or 0
                 if error in sockets.OUT_OF_RESOURCES:
@@ -266,7 +267,6 @@ class Flow:
         relay.wheel.discard(self)
         relay.sessions.discard(self)
         relay.datagrams_dropped += self.c2u.waiting + self.u2c.waiting
-        self.pool.counts[SESSIONS] -= 1
         if self.held_as is not None:
             relay.let_go(self)
         self.c2u.src = self.u2c.src = None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import select
+from functools import partial
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from forwarder.access import Decision
@@ -75,7 +76,7 @@ class Listener:
 
     def stop(self) -> None:
         """Accept what is queued, then no more. The socket stays open."""
-        for _ in range(sockets.BACKLOG // ACCEPT_BATCH):
+        for _ in range(self.pool.rule.options.backlog // ACCEPT_BATCH + 1):
             accepted = self._relay.total
             self.on_events(select.EPOLLIN)
             if self._relay.total == accepted:
@@ -129,13 +130,14 @@ class Listener:
         if decision is _ALLOWED:
             relay.open_session(self.pool, client, address)
             return _TAKEN
-        relay.on_refused(self.pool, address, self.sock, decision)
+        relay.on_refused(self.pool, address, partial(sockets.bound_to, client), decision)
         client.close()
         return _PASSED_OVER
 
     def _can_go_on(self, err: OSError, *, is_announced: bool) -> bool:
         """Whether to accept on after an error."""
         if err.errno in sockets.ACCEPT_IGNORE:
+            self._relay.on_accept_failed(self.pool, self.sock, err)
             return True
         if err.errno in sockets.OUT_OF_RESOURCES:
             if self._relay.close_idle_pipes():

@@ -45,7 +45,9 @@ class Choice:
                 continue
             if self.rule is not None and session.pool.rule.name != self.rule:
                 continue
-            if is_client is None or is_client(session.client_address[0]):
+            address = session.client_address
+            # Clients of unix sockets have no address that a pattern could match.
+            if is_client is None or (isinstance(address, tuple) and is_client(address[0])):
                 yield session
 
 

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from forwarder.config.model import Protocol, RelayMode
 from forwarder.connlog.log import ConnectionLog
-from forwarder.errors import LIMITED, NOT_ALLOWED, CloseReason, Phase, Who
+from forwarder.connlog.record import rinetd_result
+from forwarder.errors import NOT_ALLOWED, CloseReason, Phase, Who
 from forwarder.net import datagrams, sockets, udp
 from forwarder.net.datagrams import Batch
 from forwarder.net.pipes import PipePool
@@ -41,8 +44,7 @@ from forwarder.stats import (
     BYTES_U2C,
     CONNECTS_FAILED,
     ENDS,
-    LIVE_C2U,
-    LIVE_U2C,
+    REFUSED,
     SESSIONS,
     SESSIONS_TOTAL,
 )
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
 
     from forwarder.access import Decision
     from forwarder.gate import Holder
+    from forwarder.net.options import How
     from forwarder.net.sockets import SockAddr, Target
     from forwarder.relay.admission import Admission
     from forwarder.stats import Row
@@ -74,7 +77,8 @@ _TCP: Final = Protocol.TCP
 
 
 class Relay:
-    """The relay of one worker. ``total`` counts sessions, ``failed`` those without an upstream.
+    """The relay of one worker. ``total`` counts sessions, ``failed`` those without an upstream,
+    ``refused`` clients that got none.
 
     ``sessions`` are those with TCP on both sides and flows, which have UDP on one or both.
     ``workers`` is how many relays there are, which share what is limited per rule.
@@ -114,20 +118,18 @@ class Relay:
             Batch() if mode is not RelayMode.COPY and datagrams.is_supported() else PlainBatch()
         )
         self.workers = 1
-        self.datagrams_dropped = 0
-        self.flows_evicted = 0
+        self.total = self.failed = self.refused = self.accept_pauses = 0
+        self.datagrams_dropped = self.flows_evicted = 0
+        # How many UDP listeners are on the IPv6 wildcard, by port.
+        self.wildcard_ports: Counter[int] = Counter()
         self._flow_tables: dict[Pool, FlowTable] = {}
-        self.total = 0
-        self.failed = 0
-        self.accept_pauses = 0
         self.connlog = ConnectionLog(slot)
-        self._bytes_c2u = self._bytes_u2c = self._bytes_spliced = 0  # of sessions that have ended
+        self._bytes_c2u = self._bytes_u2c = self._bytes_spliced = 0
         self.restrictions = Restrictions(loop, holder)
         # Looked at for every client, hence not one step further away.
         self.admissions = self.restrictions.admissions
         self.meters = self.restrictions.meters
         self.let_go = self.restrictions.let_go
-        self._live: dict[int, Row] = {}  # rows that have bytes of open sessions in them
         self._loop = loop
         self._is_ticking = False
         self._is_closed = False
@@ -147,7 +149,7 @@ class Relay:
             admission = self.admissions[pool.row]
             held_as = admission.admit(address[0], is_reserved=admission.queues)
             if held_as is None:
-                self.on_limited(pool, address, client, admission)
+                self.on_limited(pool, address, partial(sockets.bound_to, client), admission)
                 sockets.set_abort_on_close(client)
                 client.close()
                 return
@@ -181,30 +183,20 @@ class Relay:
             session.on_bug()
 
     def count(self, row: Row) -> None:
-        """Write what open sessions have moved so far into the rows of their rules, and our own row.
+        """Count what open sessions have moved so far, and write the counters of ``row``, our own.
 
         Walks over all sessions: for a beat, not for an event.
         """
-        sums: dict[int, tuple[Row, list[int]]] = {}
         for session in self.sessions:
-            pool = session.pool
-            found = sums.get(pool.row)
-            if found is None:
-                found = sums[pool.row] = (pool.counts, [0, 0])
-            found[1][0] += session.c2u.moved
-            found[1][1] += session.u2c.moved
-        for counts, moved in sums.values():
-            counts[LIVE_C2U], counts[LIVE_U2C] = moved
-        for number in self._live.keys() - sums.keys():
-            self._live[number][LIVE_C2U] = self._live[number][LIVE_U2C] = 0
-        self._live = {number: counts for number, (counts, _) in sums.items()}
+            self._count_moved(session)
         pipes = self.pipes.statistics()
         counters = (
             len(self.sessions),
             self.total,
+            self.refused,
             self.failed,
-            self._bytes_c2u + sum(moved[0] for _, moved in sums.values()),
-            self._bytes_u2c + sum(moved[1] for _, moved in sums.values()),
+            self._bytes_c2u,
+            self._bytes_u2c,
             self._bytes_spliced,
             pipes.refused,
             self.datagrams_dropped + self.batch.dropped,
@@ -219,6 +211,24 @@ class Relay:
         for index, value in enumerate(counters):
             row[index] = value
 
+    def _count_moved(self, session: Session | Flow) -> None:
+        """Count what a session has moved since this was done last."""
+        c2u, u2c, counts = session.c2u, session.u2c, session.pool.counts
+        if c2u.moved != c2u.counted:
+            new = c2u.moved - c2u.counted
+            c2u.counted = c2u.moved
+            counts[BYTES_C2U] += new
+            self._bytes_c2u += new
+        if u2c.moved != u2c.counted:
+            new = u2c.moved - u2c.counted
+            u2c.counted = u2c.moved
+            counts[BYTES_U2C] += new
+            self._bytes_u2c += new
+        if spliced := c2u.spliced + u2c.spliced:
+            c2u.spliced = u2c.spliced = 0
+            counts[BYTES_SPLICED] += spliced
+            self._bytes_spliced += spliced
+
     def on_open(self, session: Session | Flow) -> None:
         """A session has reached its upstream."""
         if self.connlog.is_on:
@@ -226,42 +236,53 @@ class Relay:
                 self.connlog.write(reporting.opened(session))
 
     def on_refused(
-        self, pool: Pool, client: SockAddr, listener: socket.socket, decision: Decision
+        self, pool: Pool, client: SockAddr, local: Callable[[], Target], decision: Decision
     ) -> None:
-        """A client was turned away by the access rules."""
-        pool.counts[ENDS + NOT_ALLOWED.index] += 1
+        """A client was turned away by the access rules. ``local`` tells where it came to."""
+        self._count_refused(pool, NOT_ALLOWED)
         if self.connlog.is_on:
-            word = decision.value
-            self.connlog.write(reporting.refused(pool, client, listener, word, NOT_ALLOWED, word))
+            with suppress(OSError):  # as in on_end
+                result = decision.value
+                record = reporting.refused(pool, client, local(), result, NOT_ALLOWED)
+                self.connlog.write(record)
+
+    def on_accept_failed(self, pool: Pool, listener: socket.socket, err: OSError) -> None:
+        """There was a client, and it was gone before it could be accepted."""
+        reason = CloseReason(Who.US, Phase.ACCEPT, err.strerror or str(err))
+        self._count_refused(pool, reason)
+        if self.connlog.is_on:
+            with suppress(OSError):  # as in on_end
+                local, result = sockets.bound_to(listener), rinetd_result(reason)
+                self.connlog.write(reporting.refused(pool, None, local, result, reason))
+
+    def _count_refused(self, pool: Pool, reason: CloseReason) -> None:
+        self.refused += 1
+        pool.counts[REFUSED] += 1
+        pool.counts[ENDS + reason.index] += 1
 
     def on_limited(
-        self, pool: Pool, client: SockAddr, sock: socket.SocketType, admission: Admission
+        self, pool: Pool, client: SockAddr, local: Callable[[], Target], admission: Admission
     ) -> None:
-        """A client was turned away at a limit."""
-        pool.counts[ENDS + LIMITED.index] += 1
-        met = admission.refused_for
+        """A client was turned away at a limit. ``local`` tells where it came to."""
+        reason = CloseReason(Who.US, Phase.LIMIT, admission.refused_for)
+        self._count_refused(pool, reason)
         if self.connlog.is_on:
-            self.connlog.write(reporting.refused(pool, client, sock, "denied", LIMITED, met))
+            with suppress(OSError):  # as in on_end
+                self.connlog.write(reporting.refused(pool, client, local(), "denied", reason))
         name = pool.rule.name
-        self._warn_rarely(f"limit {name}", f"limit.reached rule={name}: {met}")
+        self._warn_rarely(f"limit {name}", f"limit.reached rule={name}: {reason.detail}")
 
     def on_end(self, session: Session | Flow, reason: CloseReason) -> None:
         """Count the end of a session, once, and log it if that is wanted."""
-        c2u, u2c, counts = session.c2u, session.u2c, session.pool.counts
+        counts = session.pool.counts
         counts[ENDS + reason.index] += 1
-        counts[BYTES_C2U] += c2u.moved
-        counts[BYTES_U2C] += u2c.moved
-        spliced = c2u.spliced + u2c.spliced
-        counts[BYTES_SPLICED] += spliced
-        self._bytes_c2u += c2u.moved
-        self._bytes_u2c += u2c.moved
-        self._bytes_spliced += spliced
+        counts[SESSIONS] -= 1
+        self._count_moved(session)
         if self.connlog.is_on:
             with suppress(OSError):  # a client whose socket is gone has nothing to be said of
                 self.connlog.write(reporting.ended(session, reason, self.poller.now))
         if self.logs_sessions:
             self._log_session(session, reason)
-        c2u.moved = u2c.moved = 0  # counted; it may still be here for a while
 
     def abort_sessions(
         self, phase: Phase, why: str, sessions: Iterable[Session | Flow] | None = None
@@ -365,21 +386,23 @@ class Relay:
         """Whether an accepted client is sure to get an upstream socket; if not, do not accept."""
         return self._spare_fd >= 0
 
-    def upstream_socket(self, target: Target, source: SockAddr | None) -> socket.SocketType:
+    def upstream_socket(
+        self, target: Target, source: SockAddr | None, how: How
+    ) -> socket.SocketType:
         """Make an upstream socket, from the spare descriptor when it is the last one.
 
         So a client that was accepted at the descriptor limit is served, and no further one is
         accepted until the spare is back. Raises OSError.
         """
         try:
-            return sockets.upstream_socket(target, source)
+            return sockets.upstream_socket(target, source, how)
         except OSError as err:
             if err.errno not in sockets.OUT_OF_RESOURCES or not self.has_spare_fd:
                 raise
         os.close(self._spare_fd)
         self._spare_fd = -1
         self._loop.call_later(RESERVE_AFTER_S, self._reserve_again)
-        return sockets.upstream_socket(target, source)
+        return sockets.upstream_socket(target, source, how)
 
     def _reserve_again(self) -> None:
         if not (self._is_closed or self.recover_spare_fd()):

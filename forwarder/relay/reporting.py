@@ -6,14 +6,11 @@ import time
 from typing import TYPE_CHECKING
 
 from forwarder.connlog.record import Event, Record, rinetd_result
-from forwarder.net.sockets import bound_to
 from forwarder.relay.listing import identify
 
 if TYPE_CHECKING:
-    import socket
-
     from forwarder.errors import CloseReason
-    from forwarder.net.sockets import SockAddr
+    from forwarder.net.sockets import SockAddr, Target
     from forwarder.relay.flow import Flow
     from forwarder.relay.session import Session
     from forwarder.upstream.pool import Pool
@@ -38,16 +35,10 @@ def ended(session: Session | Flow, reason: CloseReason, now: float) -> Record:
 
 
 def refused(
-    pool: Pool,
-    client: SockAddr,
-    sock: socket.SocketType,
-    result: str,
-    reason: CloseReason,
-    detail: str,
+    pool: Pool, client: SockAddr | None, local: Target, result: str, reason: CloseReason
 ) -> Record:
-    """A client was turned away. ``sock`` is the listener's or its own, ``result`` rinetd's word."""
-    host, port = _host_and_port(client)
-    local = bound_to(sock)
+    """A client was turned away. None: one that was gone before it could be accepted."""
+    host, port = _host_and_port(client) if client is not None else ("?", 0)
     return Record(
         event=Event.REFUSED,
         at=time.time(),
@@ -61,7 +52,7 @@ def refused(
         local=str(local),
         result=result,
         end=reason.code,
-        detail=detail,
+        detail=reason.detail or result,
     )
 
 

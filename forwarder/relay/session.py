@@ -31,11 +31,12 @@ import socket
 from enum import Enum
 from typing import TYPE_CHECKING, Final
 
-from forwarder.errors import CloseReason, Phase, Who
+from forwarder.errors import CLIENT_HAD_ENDED, UPSTREAM_HAD_ENDED, CloseReason, Phase, Who
 from forwarder.net import sockets
+from forwarder.relay import fast_open
 from forwarder.relay.poller import BROKEN, READABLE, WRITABLE
 from forwarder.relay.wheel import TICK_S
-from forwarder.stats import SESSIONS, connect_bucket
+from forwarder.stats import connect_bucket
 
 if TYPE_CHECKING:
     from forwarder.net.sockets import Target
@@ -87,6 +88,7 @@ class Session:
         "client_address",
         "connected_at",
         "deadline",
+        "early",
         "held_as",
         "id",
         "is_reset",
@@ -120,6 +122,7 @@ class Session:
         self.targets: tuple[Target, ...] = ()
         self.attempt = -1  # index of the target being tried, then of the one connected
         self.is_reset = False
+        self.early = 0  # bytes of the client that went with the SYN, and are still in its queue
         self.unsent = 0  # in our send queues when a timeout was last looked at
         self.held_as: int | None = None  # by the gate; None: not at all
         make = relay.make_unix_direction if pool.has_unix else relay.make_direction
@@ -165,7 +168,9 @@ class Session:
             self.attempt += 1
             target = self.targets[self.attempt]
             try:
-                upstream = self.relay.upstream_socket(target, self.pool.source(target.family))
+                pool = self.pool
+                source = pool.source(target.family, self.client_address)
+                upstream = self.relay.upstream_socket(target, source, pool.how[target.family])
             except OSError as err:
                 error = err.errno or 0
                 if error in sockets.OUT_OF_RESOURCES:
@@ -173,7 +178,10 @@ class Session:
                     self._arm(TICK_S)
                     return
                 continue
-            error = upstream.connect_ex(target.sockaddr)
+            if pool.opens_fast and target.family != socket.AF_UNIX:
+                error = self._connect_fast(upstream, target)
+            else:
+                error = upstream.connect_ex(target.sockaddr)
             if error in _IN_PROGRESS:
                 self._watch(upstream)
                 return
@@ -208,9 +216,24 @@ class Session:
                 self.c2u.stop()
             elif not mask & WRITABLE:
                 return
+            if self.early and not self._take_out_early():
+                self.abort(CloseReason(Who.CLIENT, Phase.CONNECT, is_reset=True))
+                return
             self._on_connected(self.upstream, mask)
         elif self.state is _ABORTING and mask & BROKEN:
             self._finish()
+
+    def _connect_fast(self, upstream: socket.SocketType, target: Target) -> int:
+        """Connect with the client's first bytes in the SYN; returns an errno as ``connect_ex``."""
+        view = self.relay.bulk_view
+        error, self.early = fast_open.connect(self.client, upstream, target.sockaddr, view)
+        return error
+
+    def _take_out_early(self) -> bool:
+        """What went with the SYN has been sent; False if the client is gone."""
+        count, self.early = self.early, 0
+        self.c2u.moved += count
+        return fast_open.take_out(self.client, count, self.relay.bulk_view)
 
     def _on_connected(self, upstream: socket.SocketType, mask: int) -> None:
         self.state = _RELAYING
@@ -347,6 +370,8 @@ class Session:
             return now + limit_s
         if phase is Phase.IDLE and not (self.c2u.holds_data or self.u2c.holds_data):
             self.close(CloseReason(Who.US, phase))
+        elif self.state is _HALF_CLOSED and not self.is_reset:
+            self.abort(CLIENT_HAD_ENDED if self.c2u.is_done else UPSTREAM_HAD_ENDED)
         else:
             self.abort(CloseReason(Who.US, phase))
         return 0.0
@@ -408,7 +433,6 @@ class Session:
         relay = self.relay
         relay.wheel.discard(self)
         relay.sessions.discard(self)
-        self.pool.counts[SESSIONS] -= 1
         if self.held_as is not None:
             relay.let_go(self)
         relay.poller.release(self.client)

@@ -60,10 +60,10 @@ class SpliceDirection(Direction):
         if pipe is None:
             super().pump_bulk(mask)
         else:
-            self.spliced += self._splice(pipe, mask)
+            self._splice(pipe, mask)
 
-    def _splice(self, pipe: Pipe, mask: int) -> int:
-        """Move bulk through ``pipe``, which is given back or kept. Returns the bytes moved."""
+    def _splice(self, pipe: Pipe, mask: int) -> None:
+        """Move bulk through ``pipe``, which is given back or kept."""
         pool = self.relay.pipes
         src_fd = self.src.fileno()
         moved = 0
@@ -74,24 +74,24 @@ class SpliceDirection(Direction):
             except BlockingIOError:
                 pool.give(pipe)
                 self.is_bulk = moved >= SMALL_BYTES
-                return moved
+                return
             except OSError as err:
                 pool.give(pipe)
                 self._on_splice_error(err, mask)
-                return moved
+                return
             if not count:
                 # End of file, or an urgent byte that splice will not pass with a FIN behind it:
                 # only recv can tell.
                 pool.give(pipe)
                 super().pump_bulk(mask | READ_ON)
-                return moved
+                return
             moved += count
             self.moved += count
+            self.spliced += count
             if not self._drain(pipe, count):
-                return moved
+                return
         pool.give(pipe)
         self.yield_turn(mask)
-        return moved
 
     def flush(self) -> bool:
         """Send what waits in the pipe or in memory; False if some of it is still left."""

@@ -22,15 +22,14 @@ import socket
 from typing import TYPE_CHECKING, Final
 
 from forwarder.errors import CloseReason, Phase, Who
-from forwarder.net import peers, sockets, udp
+from forwarder.net import sockets, udp
 from forwarder.net.datagrams import Destination
-from forwarder.net.sockets import Target
 from forwarder.relay.datagram_ways import DatagramToStream, DatagramWay, StreamToDatagram
 from forwarder.relay.flow import Flow, FlowState
 from forwarder.relay.poller import BROKEN, EDGE_IN, READABLE, WRITABLE
 
 if TYPE_CHECKING:
-    from forwarder.net.sockets import SockAddr
+    from forwarder.net.sockets import SockAddr, Target
     from forwarder.relay.datagram_ways import Way
     from forwarder.relay.relay import Relay
     from forwarder.relay.udp_listener import UdpListener
@@ -63,9 +62,7 @@ class UdpFlow(Flow):
 
     def local(self) -> Target:
         """The address of ours that the client speaks to."""
-        bound = sockets.bound_to(self.listener.sock)
-        host = peers.local_host(self.peer)
-        return bound if host is None else Target(bound.family, (host, bound.port))
+        return self.listener.local(self.peer)
 
     @property
     def is_settled(self) -> bool:
@@ -90,7 +87,7 @@ class UdpFlow(Flow):
 
     def open_upstream(self, target: Target, source: SockAddr | None) -> None:
         """Make a socket that is connected to ``target``; nothing is sent by that."""
-        upstream = self.upstream = udp.upstream_socket(target, source)
+        upstream = self.upstream = udp.upstream_socket(target, source, self.pool.how[target.family])
         self.relay.batch.prepare(upstream)
         assert isinstance(self.c2u, DatagramWay)  # noqa: S101 - make_ways of this class
         self.c2u.to = Destination(upstream.fileno())
@@ -133,7 +130,7 @@ class UdpToTcpFlow(UdpFlow):
 
     def open_upstream(self, target: Target, source: SockAddr | None) -> None:
         """Begin to connect; :meth:`on_events` hears of the outcome."""
-        upstream = sockets.upstream_socket(target, source)
+        upstream = sockets.upstream_socket(target, source, self.pool.how[target.family])
         error = upstream.connect_ex(target.sockaddr)
         if error not in _IN_PROGRESS:
             upstream.close()

@@ -9,6 +9,7 @@ import errno
 import logging
 import os
 import select
+import socket
 from typing import TYPE_CHECKING, Final
 
 from forwarder.access import Decision
@@ -16,12 +17,12 @@ from forwarder.config.model import Protocol
 from forwarder.errors import CloseReason, Phase, Who
 from forwarder.net import peers, sockets, udp
 from forwarder.net.datagrams import SLOTS
+from forwarder.net.sockets import Target
 from forwarder.relay.poller import READABLE, WRITABLE
 from forwarder.relay.udp_flow import UdpFlow, UdpToTcpFlow
 from forwarder.stats import DATAGRAMS_DROPPED
 
 if TYPE_CHECKING:
-    import socket
     from asyncio import AbstractEventLoop
 
     from forwarder.access import AccessList
@@ -46,13 +47,16 @@ class UdpListener:
 
     __slots__ = (
         "_blocked",
+        "_bound",
         "_flows",
         "_is_flat",
+        "_is_on_wildcard",
         "_own",
         "_relay",
         "_ripe",
         "_settled",
         "_settles",
+        "_strays_to",
         "access",
         "pool",
         "sock",
@@ -71,6 +75,7 @@ class UdpListener:
         Of a rule with a range of ports, ``pool`` is that of the whole rule until a client comes.
         """
         self.sock = sock
+        self._bound = sockets.bound_to(sock)  # flows outlive the socket
         self.pool = pool
         self.access = access
         self._relay = relay
@@ -78,18 +83,25 @@ class UdpListener:
         self._flows: dict[bytes, UdpFlow] = {}
         self._settled = 0
         self._settles = True
+        # While what came to a new socket is read: our address that it was sent to, as in a peer.
+        self._strays_to: bytes | None = None
         self._is_flat = udp.has_flat_lookup(sock)
+        self._is_on_wildcard = udp.is_on_wildcard(sock)
         self._ripe: set[UdpFlow] = set()  # to settle when the batch at hand is dealt with
         self._blocked: list[Way] = []
 
     def start(self) -> None:
         """Begin to receive."""
+        if self._is_on_wildcard and self.sock.family == socket.AF_INET6:
+            self._relay.wildcard_ports[self._bound.port] += 1
         self._relay.poller.register(self.sock.fileno(), self, select.EPOLLIN)
 
     def stop(self) -> None:
         """Take what is queued, then no more; flows settle now, or end. The socket stays open."""
         self._receive(self.sock.fileno(), _LAST_BATCHES)
         self._relay.poller.unregister(self.sock.fileno())
+        if self._is_on_wildcard and self.sock.family == socket.AF_INET6:
+            self._relay.wildcard_ports[self._bound.port] -= 1
         for flow in tuple(self._flows.values()):
             if not flow.is_settled:
                 self._ripe.add(flow)
@@ -118,6 +130,11 @@ class UdpListener:
             self._relay.poller.modify(self.sock.fileno(), select.EPOLLIN | select.EPOLLOUT)
         self._blocked.append(way)
 
+    def local(self, peer: bytes) -> Target:
+        """The address of ours that a client speaks to."""
+        host = peers.local_host(peer)
+        return self._bound if host is None else Target(self._bound.family, (host, self._bound.port))
+
     def forget(self, flow: UdpFlow) -> None:
         """A flow of ours has ended."""
         if self._flows.get(flow.peer) is flow:
@@ -143,6 +160,7 @@ class UdpListener:
     def _hand_out(self, count: int) -> None:
         """Give each run of datagrams of one client to its flow."""
         batch = self._relay.batch
+        local = self._strays_to or b""
         first = 0
         peer = batch.peer(0) if count else b""
         while first < count:
@@ -153,7 +171,7 @@ class UdpListener:
                 if next_peer != peer:
                     break
                 last += 1
-            self._take(peer, first, last)
+            self._take(peer + local, first, last)
             first, peer = last, next_peer
 
     def _take(self, peer: bytes, first: int, last: int) -> None:
@@ -164,7 +182,8 @@ class UdpListener:
                 self._relay.datagrams_dropped += last - first
                 self.pool.counts[DATAGRAMS_DROPPED] += last - first
                 return
-            is_ripe = last - first > 1
+            # What comes next from a stray goes to whom the kernel gives it, perhaps another worker.
+            is_ripe = last - first > 1 or self._strays_to is not None
         else:
             flow.touch()
             is_ripe = True
@@ -177,10 +196,10 @@ class UdpListener:
         address = peers.address_of(peer)
         decision = Decision.ALLOWED if self.access.is_empty else self.access.decide(address[0])
         if decision is not Decision.ALLOWED:
-            self._relay.on_refused(self.pool, address, self.sock, decision)
+            self._relay.on_refused(self.pool, address, lambda: self.local(peer), decision)
             return None
         if self.pool is not self._own:
-            offset = sockets.bound_to(self.sock).port - self.pool.rule.first_port
+            offset = self._bound.port - self.pool.rule.first_port
             self.pool = self._own = self.pool.at(offset)
         relay = self._relay
         held_as = None
@@ -188,7 +207,7 @@ class UdpListener:
             admission = relay.admissions[self.pool.row]
             held_as = admission.admit(address[0])
             if held_as is None:
-                relay.on_limited(self.pool, address, self.sock, admission)
+                relay.on_limited(self.pool, address, lambda: self.local(peer), admission)
                 return None
         relay.make_room_for_flow(self.pool)
         is_bridge = self.pool.rule.protocol is Protocol.UDP_TO_TCP
@@ -211,7 +230,9 @@ class UdpListener:
             self._read(self.sock.fileno(), _LAST_BATCHES)
             for flow, (sock, has_others) in made:
                 if has_others:
+                    self._strays_to = peers.split(flow.peer)[1]
                     self._read(sock.fileno(), _LAST_BATCHES)
+                    self._strays_to = None
                 if self._flows.get(flow.peer) is flow:
                     flow.settle(sock)
                 else:  # it has ended by what was read
@@ -226,7 +247,9 @@ class UdpListener:
         if self._settled >= self._relay.settled_limit(is_flat=self._is_flat):
             return None
         try:
-            own = udp.flow_socket(self.sock, flow.peer)
+            how = self.pool.client_how(self.sock.family)
+            shuns = not self._is_on_wildcard and self._relay.wildcard_ports[self._bound.port] > 0
+            own = udp.flow_socket(self.sock, flow.peer, how, shuns_wildcard=shuns)
         except OSError as err:
             self._on_unsettled(err)
             return None

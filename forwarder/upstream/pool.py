@@ -5,10 +5,13 @@ Asks the resolver for names; connects nothing.
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
 from typing import TYPE_CHECKING, TypeAlias
 
 from forwarder.addr import UnixAddress
+from forwarder.net.options import to_connect, to_listen
 from forwarder.net.sockets import Target, unix_target
 
 if TYPE_CHECKING:
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
 
     from forwarder.addr import Endpoint
     from forwarder.config.model import Rule
+    from forwarder.net.options import How
     from forwarder.net.sockets import SockAddr
     from forwarder.stats import Row
     from forwarder.upstream.resolver import Resolver
@@ -39,7 +43,8 @@ class Pool:
     ``counts`` is the row of the rule, shared with its earlier pools; ``row`` is its number.
     ``origin`` is the pool of the whole rule, which this one is itself unless :meth:`at` has made
     it. ``has_unix``: one end of the sessions is a unix socket, or may be. ``listen_host`` and
-    ``upstream_text`` (host and port of the first) are as written.
+    ``upstream_text`` (host and port of the first) are as written. ``how`` says how upstream sockets
+    are made, by family; ``opens_fast``: with data in the first segment, where there is some.
     """
 
     __slots__ = (
@@ -51,7 +56,9 @@ class Pool:
         "_upstreams",
         "counts",
         "has_unix",
+        "how",
         "listen_host",
+        "opens_fast",
         "row",
         "rule",
         "upstream_text",
@@ -72,6 +79,8 @@ class Pool:
         self.counts = counts
         self.has_unix = any(isinstance(end, UnixAddress) for end in (rule.listen, *rule.upstreams))
         self.listen_host, _ = _as_written(rule.listen, 0)
+        self.opens_fast = rule.options.fast_open.on_connect
+        self.how = to_connect(rule.options, is_udp=rule.protocol.connects_by_udp)
         self.upstream_text = _as_written(rule.upstreams[0], offset)
         self._origin = origin
         self._resolver = resolver
@@ -124,8 +133,17 @@ class Pool:
         """Call back with the addresses once all names are resolved, or with those that could be."""
         self._resolver.when_resolved(self._names(), lambda: callback(self.targets() or ()))
 
-    def source(self, family: int) -> SockAddr | None:
-        """The local address for connections to ``family``, or None to leave it to the kernel."""
+    def client_how(self, family: int) -> How:
+        """How further sockets for UDP clients are made."""
+        return to_listen(self.rule.options, family, is_udp=True)
+
+    def source(self, family: int, client: SockAddr) -> SockAddr | None:
+        """The local address for connections to ``family``, or None to leave it to the kernel.
+
+        Raises OSError when it is to be that of the client, which is of another family.
+        """
+        if self.rule.options.transparent and family != socket.AF_UNIX:
+            return _own_address(client, family)
         source = self._source
         return source.sockaddr if source is not None and source.family == family else None
 
@@ -136,6 +154,18 @@ class Pool:
 
     def _names(self) -> list[str]:
         return [up[0] for up in self._upstreams if not isinstance(up, Target)]
+
+
+def _own_address(client: SockAddr, family: int) -> SockAddr:
+    """The address of a client, of whatever port, to connect from."""
+    if isinstance(client, tuple):
+        # Clients of IPv4 that came by an IPv6 listener (RFC 4291 2.5.5.2).
+        host = client[0].removeprefix("::ffff:") if "." in client[0] else client[0]
+        if ":" not in host and family == socket.AF_INET:
+            return host, 0
+        if ":" in host and family == socket.AF_INET6:
+            return host, 0, 0, client[3] if len(client) == 4 else 0
+    raise OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT))
 
 
 def _as_written(end: Endpoint, offset: int) -> tuple[str, int]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import pytest
 from support.ends import Link, accept, carry, connect, listen
 from support.forwarder import Forwarder, reserve_port
+from support.logged import Logged
 from support.processes import members
 from support.waiting import eventually
 
@@ -164,6 +165,55 @@ def serve(launch: Launch) -> Iterator[Serve]:
         for service in services:
             for link in service.links:
                 link.close()
+
+
+class Logging(Protocol):
+    """See :func:`logged`."""
+
+    def __call__(
+        self,
+        logs: str,
+        *,
+        top: str = "",
+        rule: str = "",
+        upstream: str = "",
+        workers: int = 2,
+        prefix: Sequence[str] = (),
+    ) -> Logged:
+        """Start it."""
+
+
+@pytest.fixture
+def logged(launch: Launch, tmp_path: Path) -> Iterator[Logging]:
+    """Start a forwarder of one rule, with these places of the connection log, as TOML.
+
+    ``top`` and ``rule`` are more TOML at the top and in the rule, ``upstream`` a TOML value in
+    place of the listener's address.
+    """
+    with ExitStack() as stack:
+
+        def start(
+            logs: str,
+            *,
+            top: str = "",
+            rule: str = "",
+            upstream: str = "",
+            workers: int = 2,
+            prefix: Sequence[str] = (),
+        ) -> Logged:
+            address = stack.enter_context(reserve_port()).getsockname()
+            listener = stack.enter_context(listen())
+            target = upstream or '"{}:{}"'.format(*listener.getsockname())
+            control, config = tmp_path / "c.sock", tmp_path / "c.toml"
+            config.write_text(
+                f'control = "{control}"\nworkers = {workers}\n{top}\n[[forwarding_rules]]\n'
+                f'name = "one"\nlisten = "{address[0]}:{address[1]}"\nupstream = {target}\n'
+                f"{rule}\n{logs}"
+            )
+            forwarder = launch("-c", str(config), prefix=prefix)
+            return Logged(forwarder, config, control, address, listener)
+
+        yield start
 
 
 @pytest.fixture

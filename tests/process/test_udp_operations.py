@@ -7,7 +7,7 @@ import os
 import re
 import signal
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from support.configured import IS_SOAK, Configured
 from support.datagrams import drain, free_udp_address, udp, udp_client, written
 from support.ends import accept, connect, listen
 from support.forwarder import reserve_port
-from support.processes import members, run_command
+from support.processes import members, run_command, title
 from support.udp_load import UdpLoad
 from support.waiting import eventually
 
@@ -162,8 +162,9 @@ def test_reloads_and_resizes_and_an_upgrade_cost_no_datagram(site: UdpSite) -> N
 def end_all(forwarder: Forwarder) -> None:
     """End an instance and the one that it was upgraded to."""
     for pid in members(forwarder.pid):
-        if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"forwarder: master"):
-            os.kill(pid, signal.SIGTERM)
+        with suppress(OSError):  # it has ended meanwhile
+            if title(pid).startswith("forwarder: master"):
+                os.kill(pid, signal.SIGTERM)
     eventually(lambda: not members(forwarder.pid), lambda: str(forwarder.lines[-10:]))
 
 

@@ -3,52 +3,22 @@
 from __future__ import annotations
 
 import socket
-from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import pytest
-from support.by_hand import RULE, HandLoop, StubPool
+from support.by_hand import Bench, pool_of
 from support.clogged import CloggedUpstream
-from support.ends import connect, receive_to_reset
+from support.ends import receive_to_reset
 
-from forwarder.config.model import RelayMode
 from forwarder.errors import Phase
 from forwarder.net.sockets import Target
-from forwarder.relay.relay import Relay
 from forwarder.relay.wheel import BUCKETS, TICK_S
 
 if TYPE_CHECKING:
-    from asyncio import AbstractEventLoop
     from collections.abc import Iterator
 
-    from forwarder.upstream.pool import Pool
 
 TURN_S = BUCKETS * TICK_S
-
-
-def pool_of(targets: tuple[Target, ...] | None, connect_timeout_s: float) -> StubPool:
-    return StubPool(replace(RULE, connect_timeout_s=connect_timeout_s), targets)
-
-
-class Bench:
-    """A relay, its loop, and the clients given to it."""
-
-    def __init__(self) -> None:
-        self.loop = HandLoop()
-        self.relay = Relay(cast("AbstractEventLoop", self.loop), RelayMode.AUTO, 1024)
-
-    def open(self, pool: StubPool) -> socket.socket:
-        """Give the relay a new client; returns the client's end."""
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            listener.listen()
-            client = connect(listener.getsockname())
-            fd, address = listener._accept()  # type: ignore[attr-defined]
-        accepted = socket.SocketType(socket.AF_INET, socket.SOCK_STREAM, 0, fd)
-        accepted.setblocking(False)
-        self.relay.poller._turn()
-        self.relay.open_session(cast("Pool", pool), accepted, address)
-        return client
 
 
 @pytest.fixture

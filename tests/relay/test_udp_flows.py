@@ -10,30 +10,37 @@ import os
 import resource
 import socket
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import pytest
 from support.by_hand import UdpBench, target_of
 from support.datagrams import drain, numbered, receive_all, udp
 
+from forwarder.access import AccessList
 from forwarder.config.model import AccessRule, RelayMode, Verdict
 from forwarder.errors import Place
 from forwarder.net import udp as net_udp
+from forwarder.net.sockets import Target
 from forwarder.relay.datagram_ways import MAX_PENDING
+from forwarder.relay.udp_listener import UdpListener
 from forwarder.relay.wheel import BUCKETS, TICK_S
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from asyncio import AbstractEventLoop
+    from collections.abc import Callable, Iterator
 
-    from forwarder.relay.udp_listener import UdpListener
+    from forwarder.net.options import How
+    from forwarder.upstream.pool import Pool
 
 HOSTS = ["127.0.0.1", "0.0.0.0", "::1", "::"]
 TURN_S = BUCKETS * TICK_S
 
 
-@pytest.fixture(params=[RelayMode.AUTO, RelayMode.COPY], ids=["batched", "plain"])
-def bench(request: pytest.FixtureRequest) -> Iterator[UdpBench]:
-    bench = UdpBench(request.param)
+@pytest.fixture(params=["batched", "plain", "batched before Linux 6.13"])
+def bench(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[UdpBench]:
+    if "before" in request.param:
+        monkeypatch.setattr(net_udp, "FINDS_FLOWS_BY_HASH", False)
+    bench = UdpBench(RelayMode.COPY if request.param == "plain" else RelayMode.AUTO)
     yield bench
     bench.close()
 
@@ -141,10 +148,12 @@ def test_what_was_queued_before_a_flow_settles_comes_first(
     ask(bench, client, upstream, b"0")
     original = net_udp.flow_socket
 
-    def slowly(sock: socket.socket, peer: bytes) -> tuple[socket.SocketType, bool]:
+    def slowly(
+        sock: socket.socket, peer: bytes, how: How, **_: bool
+    ) -> tuple[socket.SocketType, bool]:
         client.send(b"2")
         client.send(b"3")
-        made = original(sock, peer)
+        made = original(sock, peer, how)
         client.send(b"4")
         return made
 
@@ -155,6 +164,28 @@ def test_what_was_queued_before_a_flow_settles_comes_first(
     bench.turn()
     assert drain(upstream) == [b"1", b"2", b"3", b"4", b"5"]
     assert settled(listener) == [True]
+
+
+@contextmanager
+def before_connect(monkeypatch: pytest.MonkeyPatch, action: Callable[[], None]) -> Iterator[None]:
+    """Do ``action`` whenever a socket of a flow is bound and not yet connected."""
+    original = socket.SocketType.connect
+
+    class Slow(socket.SocketType):
+        def connect(self, address: object) -> None:
+            action()
+            original(self, address)  # type: ignore[arg-type]
+
+    def of_slow(family: int, _how: How, *, v6only: bool) -> socket.SocketType:
+        made = Slow(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if family == socket.AF_INET6:
+            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, v6only)
+        return made
+
+    with monkeypatch.context() as patch:
+        patch.setattr(net_udp, "_new_flow_socket", of_slow)
+        yield
 
 
 @pytest.mark.parametrize("host", HOSTS)
@@ -168,29 +199,18 @@ def test_a_client_whose_flow_settles_takes_nothing_from_others(
     for client in clients[:20]:
         ask(bench, client, upstream, b"x")
         ask(bench, client, upstream, b"x")
-    original = socket.SocketType.connect
     count = 0
 
-    class Slow(socket.SocketType):
-        def connect(self, address: object) -> None:
-            nonlocal count
-            count += 1
-            for client in clients:
-                client.send(b"meanwhile")
-            original(self, address)  # type: ignore[arg-type]
-
-    def of_slow(family: int, *, v6only: bool) -> socket.SocketType:
-        made = Slow(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        if family == socket.AF_INET6:
-            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, v6only)
-        return made
+    def meanwhile() -> None:
+        nonlocal count
+        count += 1
+        for client in clients:
+            client.send(b"meanwhile")
 
     ask(bench, clients[20], upstream, b"x")
-    monkeypatch.setattr(net_udp, "_new_flow_socket", of_slow)
-    clients[20].send(b"y")
-    bench.turn(10)
-    monkeypatch.undo()
+    with before_connect(monkeypatch, meanwhile):
+        clients[20].send(b"y")
+        bench.turn(10)
     assert count
     assert bench.flows() == len(clients)
     sources = {upstream.recvfrom(100)[1] for _ in range(1 + count * len(clients))}
@@ -198,12 +218,44 @@ def test_a_client_whose_flow_settles_takes_nothing_from_others(
     assert drain(upstream) == []
 
 
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_new_client_that_strays_into_the_socket_of_another_stays_there(
+    bench: UdpBench, monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    """The kernel gives what it sends next to another worker's listener. Result: one flow each."""
+    upstream = bench.upstream()
+    listener = bench.listen(bench.pool(upstream), host)
+    # As if of another worker.
+    beside = bench.listen(bench.pool(upstream), host, beside=listener)
+    first = bench.client(listener)
+    ask(bench, first, upstream, b"x")
+    clients = [bench.client(listener) for _ in range(40)]
+    strays = list(clients)
+
+    def meanwhile() -> None:
+        while strays:
+            strays.pop().send(b"1")
+
+    with before_connect(monkeypatch, meanwhile):
+        first.send(b"y")
+        bench.turn(5)
+    if not net_udp.FINDS_FLOWS_BY_HASH:  # with one more listener others stray, too
+        assert sum(settled(listener)) + sum(settled(beside)) > 1
+        return
+    for client in clients:
+        client.send(b"2")
+    bench.turn(5)
+    assert bench.flows() == 41
+    assert len(drain(upstream)) == 81
+
+
 @pytest.mark.skipif(not net_udp.FINDS_FLOWS_BY_HASH, reason="before Linux 6.13 it cannot be had")
-@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::"])
+@pytest.mark.parametrize("host", HOSTS)
 def test_a_socket_that_is_bound_and_not_yet_connected_is_no_listener(
     bench: UdpBench, monkeypatch: pytest.MonkeyPatch, host: str
 ) -> None:
     """What others send then stays with the listeners, which may be those of other workers."""
+    monkeypatch.setattr(net_udp, "FINDS_FLOWS_BY_HASH", True)
     upstream = bench.upstream()
     listener = bench.listen(bench.pool(upstream), host)
     clients = [bench.client(listener) for _ in range(30)]
@@ -218,8 +270,8 @@ def test_a_socket_that_is_bound_and_not_yet_connected_is_no_listener(
             asked = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
             return (asked if ":" in asked else f"::ffff:{asked}", 0)
 
-    def half(family: int, *, v6only: bool) -> socket.SocketType:
-        sock = original(family, v6only=v6only)
+    def half(family: int, how: How, *, v6only: bool) -> socket.SocketType:
+        sock = original(family, how, v6only=v6only)
         made.append(Half(family, socket.SOCK_DGRAM, 0, sock.detach()))
         return made[-1]
 
@@ -228,7 +280,7 @@ def test_a_socket_that_is_bound_and_not_yet_connected_is_no_listener(
     listener.sock.settimeout(10)
     peer = bench.relay.batch
     assert peer.receive_from(listener.sock.fileno()) == 1
-    net_udp.flow_socket(listener.sock, peer.peer(0))
+    net_udp.flow_socket(listener.sock, peer.peer(0), listener.pool.client_how(listener.sock.family))
     for client in clients:
         client.send(b"y")
     assert drain_raw(listener.sock) == len(clients)
@@ -522,7 +574,7 @@ def test_without_sockets_of_their_own_flows_are_served(
     """No right to bind the port: one warning, and no further try. No descriptor: another try."""
     tries = 0
 
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         nonlocal tries
         tries += 1
         raise OSError(number, os.strerror(number))
@@ -779,7 +831,6 @@ def test_what_a_full_socket_did_not_take_is_kept_however_much_was_read(
     bench.turn(6)
     assert drain(upstream) == []
     clogged.room = 10_000
-    listener._flows[next(iter(listener._flows))].c2u.resume()
     bench.turn(4)
     assert drain(upstream) == parts
     assert bench.count("datagrams_dropped") == 0
@@ -840,3 +891,34 @@ def test_silent_flows_end_at_a_stop_and_busy_ones_do_not(bench: UdpBench) -> Non
     bench.relay.end_silent_flows(1.0)
     assert bench.flows() == 1
     answer(bench, upstream, source, busy, b"z")
+
+
+def test_a_flow_beside_a_wildcard_on_its_port_takes_nothing_from_that(
+    bench: UdpBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rule on ::1 and one on the IPv6 wildcard alone. Result: each client gets its rule's."""
+    one, two = bench.upstream(), bench.upstream()
+    listener = bench.listen(bench.pool(one), "::1")
+    port = listener.sock.getsockname()[1]
+    pool = bench.pool(two)
+    target = Target(socket.AF_INET6, ("::", port))
+    sock = bench.own(net_udp.listen_udp(target, v6only=True, options=pool.rule.options))
+    loop, everybody = cast("AbstractEventLoop", bench.loop), AccessList.compile((), ())
+    wildcard = UdpListener(loop, bench.relay, sock, cast("Pool", pool), everybody)
+    wildcard.start()
+    bench.listeners.append(wildcard)
+    client = bench.client(listener)
+    ask(bench, client, one, b"x")
+
+    def meanwhile() -> None:
+        for _ in range(5):
+            client.send(b"z")
+
+    with before_connect(monkeypatch, meanwhile):
+        client.send(b"y")
+        bench.turn(4)
+    assert drain(two) == []
+    assert sorted(drain(one)) == [b"y"] + [b"z"] * 5
+    wildcard.stop()
+    assert not bench.relay.wildcard_ports[port]
+    ask(bench, client, one, b"and on")

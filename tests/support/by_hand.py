@@ -13,6 +13,7 @@ from forwarder.addr import Address
 from forwarder.config.model import AccessRule, Protocol, RelayMode, Rule
 from forwarder.errors import Phase, Place
 from forwarder.net import udp as net_udp
+from forwarder.net.options import How, to_connect, to_listen
 from forwarder.net.sockets import SockAddr, Target
 from forwarder.relay.relay import Relay
 from forwarder.relay.udp_listener import UdpListener
@@ -76,7 +77,9 @@ class StubPool:
     ) -> None:
         self.rule = rule
         self.row, self.counts = 1, new_row()
-        self.has_unix = False
+        self.has_unix = self.opens_fast = False
+        self.how = to_connect(rule.options, is_udp=rule.protocol.connects_by_udp)
+        self.listen_host, self.upstream_text = "127.0.0.1", ("127.0.0.1", 2)
         self.resolved = targets
         self.waiting: list[Callable[[tuple[Target, ...]], None]] = []
         self._local = local
@@ -87,8 +90,13 @@ class StubPool:
     def wait_for_targets(self, callback: Callable[[tuple[Target, ...]], None]) -> None:
         self.waiting.append(callback)
 
-    def source(self, family: int) -> SockAddr | None:
+    def client_how(self, family: int) -> How:
+        """How further sockets for UDP clients are made."""
+        return to_listen(self.rule.options, family, is_udp=True)
+
+    def source(self, family: int, client: SockAddr) -> SockAddr | None:
         """The local address of upstream sockets."""
+        del client
         return self._local if family == socket.AF_INET else None
 
     def at(self, offset: int) -> StubPool:
@@ -103,6 +111,32 @@ class StubPool:
 def target_of(sock: socket.socket) -> Target:
     """Where a socket of the test is."""
     return Target(sock.family, sock.getsockname())
+
+
+def pool_of(targets: tuple[Target, ...] | None, connect_timeout_s: float) -> StubPool:
+    """A pool of a TCP rule."""
+    return StubPool(replace(RULE, connect_timeout_s=connect_timeout_s), targets)
+
+
+class Bench:
+    """A relay, its loop, and the clients given to it."""
+
+    def __init__(self) -> None:
+        self.loop = HandLoop()
+        self.relay = Relay(cast("AbstractEventLoop", self.loop), RelayMode.AUTO, 1024)
+
+    def open(self, pool: StubPool) -> socket.socket:
+        """Give the relay a new client; returns the client's end."""
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen()
+            client = connect(listener.getsockname())
+            fd, address = listener._accept()  # type: ignore[attr-defined]
+        accepted = socket.SocketType(socket.AF_INET, socket.SOCK_STREAM, 0, fd)
+        accepted.setblocking(False)
+        self.relay.poller._turn()
+        self.relay.open_session(cast("Pool", pool), accepted, address)
+        return client
 
 
 class UdpBench:
@@ -150,7 +184,11 @@ class UdpBench:
         port = beside.sock.getsockname()[1] if beside else free_udp_address(host)[1]
         target = Target(family, (host, port))
         sock = self.own(
-            net_udp.listen_udp(target, v6only=family == socket.AF_INET6 and host != "::")
+            net_udp.listen_udp(
+                target,
+                v6only=family == socket.AF_INET6 and host != "::",
+                options=pool.rule.options,
+            )
         )
         loop, rules = cast("AbstractEventLoop", self.loop), AccessList.compile((), access)
         listener = UdpListener(loop, self.relay, sock, cast("Pool", pool), rules)

@@ -24,11 +24,15 @@ _OUTCOME: Final = re.compile(r"master\.reloaded|generation \d+ stays in force")
 
 def rule(listen: tuple[str, int], upstream: tuple[str, int], more: str = "") -> str:
     """A rule in TOML; ``more`` is added to its table."""
-    host = f"[{listen[0]}]" if ":" in listen[0] else listen[0]
     return (
-        f'[[forwarding_rules]]\nlisten = "{host}:{listen[1]}"\n'
-        f'upstream = "{upstream[0]}:{upstream[1]}"\n{more}\n'
+        f'[[forwarding_rules]]\nlisten = "{_written(listen)}"\n'
+        f'upstream = "{_written(upstream)}"\n{more}\n'
     )
+
+
+def _written(address: tuple[str, int]) -> str:
+    host = f"[{address[0]}]" if ":" in address[0] else address[0]
+    return f"{host}:{address[1]}"
 
 
 def many_rules(count: int = 3000) -> str:

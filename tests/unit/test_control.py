@@ -22,10 +22,11 @@ from forwarder.control_path import ControlListener
 from forwarder.requests import Requests, new_size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
     from forwarder.control import Message, Reply
+    from forwarder.requests import Answered
 
 
 class Instance:
@@ -40,13 +41,13 @@ class Instance:
     def reload(self) -> str:
         return self.problem
 
-    def list_sessions(self, choice: Message, callback: Callable[[list[object]], None]) -> None:
+    def list_sessions(self, choice: Message, callback: Answered) -> None:
         self.choice = choice
-        callback([[1, 2], [3], "no list"])
+        callback([[{"id": 1}, {"id": 2}], [{"id": 3}, "no session"], "no list"], [7])
 
-    def kill_sessions(self, choice: Message, callback: Callable[[list[object]], None]) -> None:
+    def kill_sessions(self, choice: Message, callback: Answered) -> None:
         self.choice = choice
-        callback([2, 1, None])
+        callback([2, 1, None, -5, 10**30], [7])
 
     def resize(self, size: int) -> str:
         self.size = size
@@ -257,13 +258,14 @@ def answer_to(message: Message, instance: Instance | None = None) -> Message:
 def test_a_listing_says_whether_there_is_more() -> None:
     instance = Instance()
     cut = answer_to({"op": "sessions", "limit": 2, "rule": "a"}, instance)
-    assert cut == {"ok": True, "sessions": [1, 2], "is_cut": True}
+    assert cut == {"ok": True, "sessions": [{"id": 1}, {"id": 2}], "is_cut": True, "silent": [7]}
     assert instance.choice == {"ids": None, "rule": "a", "client": None, "limit": 3}
     assert answer_to({"op": "sessions", "limit": 3})["is_cut"] is False
 
 
 def test_killing_says_how_many_and_wants_to_know_which() -> None:
-    assert answer_to({"op": "kill", "client": "10.0.0.0/8"}) == {"ok": True, "killed": 3}
+    killed = answer_to({"op": "kill", "client": "10.0.0.0/8"})
+    assert killed == {"ok": True, "killed": 3, "silent": [7]}
     assert answer_to({"op": "kill"})["ok"] is False
 
 
@@ -278,6 +280,9 @@ def test_killing_says_how_many_and_wants_to_know_which() -> None:
         {"limit": 0},
         {"limit": True},
         {"limit": 10_001},
+        {"ids": ["1.1"] * 10_000},
+        {"rule": "x" * 30_000},
+        {"client": "*" * 30_000},
     ],
 )
 def test_a_choice_that_makes_no_sense_is_refused(wrong: Message) -> None:
@@ -287,20 +292,27 @@ def test_a_choice_that_makes_no_sense_is_refused(wrong: Message) -> None:
 
 def test_a_question_is_answered_when_all_have_spoken_died_or_time_is_up() -> None:
     questions = Questions()
-    heard: list[list[object]] = []
-    first = questions.begin([1, 2, 3], 0.0, heard.append)
+    heard: list[tuple[list[object], list[int]]] = []
+
+    def note(answers: list[object], silent: list[int]) -> None:
+        heard.append((answers, silent))
+
+    first = questions.begin([1, 2, 3, 4], 0.0, note)
+    assert questions.is_awaited(first, 1)
     questions.on_answer(first, 1, "a")
     questions.on_answer(first, 1, "twice")
     questions.on_answer(first, 9, "a stranger")
     questions.on_answer("nonsense", 2, "b")
     questions.on_exit(2)
+    questions.on_answer(first, 4, None)
     assert heard == []
+    assert not questions.is_awaited(first, 1)
     questions.on_answer(first, 3, "c")
-    assert heard == [["a", "c"]]
-    questions.begin([1], 5.0, heard.append)
+    assert heard == [(["a", "c"], [4])]
+    questions.begin([1], 5.0, note)
     assert questions.deadline == 5.0 + ANSWER_WITHIN_S
     questions.expire(5.0 + ANSWER_WITHIN_S)
-    questions.begin([], 0.0, heard.append)
+    questions.begin([], 0.0, note)
     questions.expire(0.0)
-    assert heard[1:] == [[], []]
+    assert heard[1:] == [([], [1]), ([], [])]
     assert questions.deadline is None

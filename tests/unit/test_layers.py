@@ -41,6 +41,7 @@ RANK = {
     "listeners": 5,
     "slot": 6,
     "inherit": 5,
+    "probing": 5,
     "control": 6,
     "connlog": 5,
     "relay": 6,

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from forwarder.board import ROWS
 from forwarder.errors import REASONS, CloseReason, Phase, Who
 from forwarder.ledger import Ledger
 from forwarder.stats import (
@@ -13,7 +14,6 @@ from forwarder.stats import (
     CONNECT_BUCKETS,
     CONNECT_MS,
     ENDS,
-    LIVE_C2U,
     SESSIONS,
     SESSIONS_TOTAL,
     WORDS,
@@ -45,18 +45,31 @@ def test_what_was_counted_outlives_workers_and_what_was_open_does_not(
             is_open = {key: count for key, count in is_open.items() if key[1] != worker}
     for name in "ab":
         found = ledger.rule(name)
+        still_open = sum(n for key, n in is_open.items() if key[0] == name)
         assert found["sessions_total"] == total[name]
-        assert found["sessions"] == sum(n for key, n in is_open.items() if key[0] == name)
+        assert found["sessions"] == still_open
+        lost = {"us/error": total[name] - still_open} if total[name] > still_open else {}
+        assert found["ends"] == lost
 
 
-def test_bytes_of_open_sessions_are_told_and_end_with_their_worker() -> None:
+def test_bytes_outlive_the_worker_that_moved_them() -> None:
+    ledger = Ledger()
+    board = ledger.open()
+    board.row(ledger.row("a"))[BYTES_C2U] = 5
+    ledger.close(board)
+    assert ledger.rule("a")["bytes_c2u"] == 5
+
+
+def test_a_row_that_is_forgotten_can_still_be_counted_down_by_a_worker_that_is_late() -> None:
     ledger = Ledger()
     board = ledger.open()
     row = board.row(ledger.row("a"))
-    row[BYTES_C2U], row[LIVE_C2U] = 5, 7
-    assert ledger.rule("a")["bytes_c2u"] == 12
-    ledger.close(board)
-    assert ledger.rule("a")["bytes_c2u"] == 5
+    row[SESSIONS_TOTAL] = 7
+    ledger.forget([])
+    row[SESSIONS] += 1  # it was about to when the master looked
+    ledger.forget([])
+    row[SESSIONS] -= 1
+    assert row[SESSIONS_TOTAL] == 0
 
 
 def test_rules_that_are_gone_are_forgotten_when_their_sessions_have_ended() -> None:
@@ -76,7 +89,23 @@ def test_rules_that_are_gone_are_forgotten_when_their_sessions_have_ended() -> N
 def test_rules_beyond_the_last_row_share_it() -> None:
     rows = Rows(4)
     assert [rows.of(name) for name in "abcdab"] == [1, 2, 3, 3, 1, 2]
-    assert rows.forgettable("d").keys() == {"a", "b"}
+    assert rows.forgettable("d").keys() == {"a", "b", "c"}
+    for name in "abc":
+        rows.forget(name)
+    assert [rows.of(name) for name in "defg"] == [3, 2, 1, 3]
+
+
+def test_names_of_rules_that_share_a_row_are_forgotten_and_its_counts_are_not() -> None:
+    ledger = Ledger()
+    board = ledger.open()
+    for number in range(ROWS + 5):
+        ledger.row(f"rule {number}")
+    last = ledger.row(f"rule {ROWS}")
+    assert last == ROWS - 1
+    board.row(last)[SESSIONS_TOTAL] = 3
+    ledger.forget([f"rule {ROWS + 1}"])
+    assert ledger.rule(f"rule {ROWS + 1}")["sessions_total"] == 3
+    assert ledger.row("another") != last
 
 
 @given(st.floats(0, 1e6))

@@ -1,0 +1,156 @@
+"""Reasons that need a failure which no outside can cause, on a clock that the test turns."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections import Counter
+from typing import TYPE_CHECKING, cast
+
+import pytest
+from support.by_hand import RULE, Bench, StubPool, pool_of
+from support.ends import accept, listen, receive_to_reset
+from support.logged import read_json
+
+from forwarder.access import AccessList
+from forwarder.config.model import LogFormat
+from forwarder.errors import REASONS, CloseReason, Phase, Who
+from forwarder.net.sockets import ACCEPT_IGNORE, Target
+from forwarder.relay.listener import Listener
+from forwarder.stats import ENDS, REFUSED, SESSIONS, SESSIONS_TOTAL
+
+if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from forwarder.relay.session import Session
+    from forwarder.upstream.pool import Pool
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    """Its log goes to ``json`` and ``rinetd``."""
+    bench = Bench()
+    bench.relay.connlog.set_places(
+        [
+            (how, how.value, os.open(tmp_path / how.value, os.O_RDWR | os.O_APPEND | os.O_CREAT))
+            for how in (LogFormat.JSON, LogFormat.RINETD)
+        ]
+    )
+    yield bench
+    bench.relay.abort_sessions(Phase.SHUTDOWN, "the test is over")
+    bench.loop.pass_time(0)
+    bench.relay.close()
+
+
+def written(bench: Bench, pool: StubPool, path: Path) -> tuple[Counter[str], list[str]]:
+    """Reasons in the JSON log, which must be those that were counted; and rinetd's results."""
+    bench.relay.connlog.close()
+    counts = pool.counts
+    reasons = Counter(str(entry["end"]) for entry in read_json(path / "json"))
+    assert reasons == Counter(
+        {code: counts[ENDS + i] for i, code in enumerate(REASONS) if counts[ENDS + i]}
+    )
+    assert reasons.total() + counts[SESSIONS] == counts[SESSIONS_TOTAL] + counts[REFUSED]
+    lines = (path / "rinetd").read_text().splitlines()
+    return reasons, [line.split("\t")[-1] for line in lines]
+
+
+def test_a_name_server_that_does_not_answer_is_our_reason(bench: Bench, tmp_path: Path) -> None:
+    pool = pool_of(None, 1.0)
+    with bench.open(pool) as client:
+        bench.loop.pass_time(2)
+        assert receive_to_reset(client) == b""
+    assert written(bench, pool, tmp_path) == (
+        Counter(["us/connect"]),
+        ["local-connect-failed -"],
+    )
+
+
+def test_a_bug_ends_the_session_and_is_counted(bench: Bench, tmp_path: Path) -> None:
+    class Broken(StubPool):
+        def targets(self) -> tuple[Target, ...] | None:
+            raise ZeroDivisionError
+
+    pool = Broken(RULE, ())
+    with bench.open(pool) as client:
+        bench.loop.pass_time(0)
+        assert receive_to_reset(client) == b""
+    assert written(bench, pool, tmp_path)[0] == Counter(["us/error"])
+
+
+def test_a_stop_ends_what_is_open_whatever_it_was_doing(bench: Bench, tmp_path: Path) -> None:
+    with listen() as upstream:
+        pool = pool_of((Target(socket.AF_INET, upstream.getsockname()),), 10.0)
+        resolving = pool_of(None, 10.0)
+        resolving.counts = pool.counts
+        with bench.open(pool), bench.open(resolving), accept(upstream):
+            bench.relay.poller._turn()
+            bench.relay.abort_sessions(Phase.SHUTDOWN, "worker stopped")
+            bench.loop.pass_time(0)
+            assert not bench.relay.sessions
+    reasons, results = written(bench, pool, tmp_path)
+    assert reasons == Counter({"us/shutdown": 2})
+    assert sorted(results) == ["done-local-closed", "done-local-closed", "opened"]
+
+
+class FailingSocket:
+    """A listening socket whose queue is full of what cannot be accepted."""
+
+    family = socket.AF_INET
+
+    def __init__(self, sock: socket.socket, errors: list[int]) -> None:
+        self._sock = sock
+        self._errors = errors
+        self.fileno = sock.fileno
+        self.getsockname = sock.getsockname
+
+    def _accept(self) -> tuple[int, object]:
+        if self._errors:
+            number = self._errors.pop()
+            raise OSError(number, os.strerror(number))
+        raise BlockingIOError
+
+
+def test_every_client_that_was_gone_before_it_was_accepted_is_counted(
+    bench: Bench, tmp_path: Path
+) -> None:
+    pool = pool_of((), 1.0)
+    errors = sorted(ACCEPT_IGNORE - {errno.EINTR})
+    with listen() as sock:
+        failing = FailingSocket(sock, [*errors])
+        listener = Listener(
+            cast("AbstractEventLoop", bench.loop),
+            bench.relay,
+            cast("socket.socket", failing),
+            cast("Pool", pool),
+            AccessList(()),
+        )
+        for _ in range(3):
+            listener.on_events(1)
+        port = sock.getsockname()[1]
+    reasons, results = written(bench, pool, tmp_path)
+    assert reasons == Counter({"us/accept": len(errors)})
+    assert results == ["accept-failed -"] * len(errors)
+    (first, *_) = read_json(tmp_path / "json")
+    assert (first["client"], first["event"], first["id"]) == ("?", "refused", "")
+    assert first["local"] == f"127.0.0.1:{port}"
+    assert os.strerror(errors[-1]) == first["detail"]
+    line = (tmp_path / "rinetd").read_text().splitlines()[0].split("\t")
+    assert line[1:4] == ["?", "127.0.0.1", str(port)]
+
+
+def test_a_session_that_is_being_aborted_is_counted_once(bench: Bench, tmp_path: Path) -> None:
+    """The upstream resets while the client has still to take what it sent; then we stop."""
+    with listen() as upstream:
+        pool = pool_of((Target(socket.AF_INET, upstream.getsockname()),), 10.0)
+        with bench.open(pool), accept(upstream):
+            bench.relay.poller._turn()
+            (session,) = cast("set[Session]", bench.relay.sessions)
+            session.abort(CloseReason(Who.UPSTREAM, Phase.DATA, is_reset=True))
+            session.abort(CloseReason(Who.US, Phase.KILL))
+            bench.relay.abort_sessions(Phase.SHUTDOWN, "again", [session])
+    assert written(bench, pool, tmp_path)[0] == Counter(["upstream/data/reset"])
+    assert pool.counts[SESSIONS] == 0
