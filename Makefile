@@ -1,4 +1,4 @@
-# make run | test | check | format | man | clean; needs make and CPython >= 3.11 with venv.
+# make run | test | docs-test | check | format | man | clean; needs make and CPython >= 3.11 with venv.
 # ARGS is passed on: make run ARGS="--seconds 5", make test ARGS="-k demo".
 
 PYTHON ?= python3
@@ -6,13 +6,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: run test check format man clean
+.PHONY: run test docs-test check format man clean
 
 run: $(VENV)/installed
 	$(BIN)/forwarder demo $(ARGS)
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest $(ARGS)
+
+# The commands and configurations of README.md and docs; part of `make test`, too.
+docs-test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest tests/process/test_docs.py tests/process/test_migration.py $(ARGS)
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check

@@ -48,7 +48,7 @@ class Slotted:
     """The sockets of one address, by slot; each has an id that never names another socket.
 
     ``options`` are those that they have, all of them.
-    ``is_single``: only the first slot has one, and no other can be made.
+    ``is_single``: only the first slots have one, and no other can be made.
     """
 
     address: BindAddress
@@ -183,8 +183,8 @@ class ListenerTable:
             for address, rule in rules.items():
                 slotted = self._by_address[address]
                 while len(slotted.sockets) < slots and not slotted.is_single:
-                    self._open_one(address, rule, slotted)
-                    grown.append(slotted)
+                    if self._open_one(address, rule, slotted):
+                        grown.append(slotted)
         except BaseException:
             for slotted in reversed(grown):  # nobody would serve these
                 slotted.ids.pop()
@@ -357,30 +357,37 @@ class ListenerTable:
                 sock.close()
         return found
 
-    def _open_one(self, address: BindAddress, rule: Rule, slotted: Slotted) -> None:
+    def _open_one(self, address: BindAddress, rule: Rule, slotted: Slotted) -> bool:
+        """Make a socket for the next slot. False: none can be made, as ``is_single`` says now."""
         first = slotted.sockets[0] if slotted.sockets else None
         try:
-            if address.is_udp:
-                sock = udp.listen_udp(
-                    address.target,
-                    v6only=address.v6only,
-                    options=rule.options,
-                    owner=self.owner,
-                )
-            elif first and not _is_shareable(first):
-                # A service manager bound it without ReusePort=, or it is a unix socket, which
-                # knows nothing of it: no second one can be bound beside it, so all slots share
-                # this one and its queue.
-                sock = first.dup()
-            elif address.target.is_unix:
-                sock = self._listen_unix(address, rule)
-            else:
-                sock = sockets.listen_tcp(
-                    address.target, v6only=address.v6only, options=rule.options
-                )
+            sock = self._bind(address, rule, first)
         except OSError as err:
-            raise bind_error(address, rule, err) from err
+            # Beside the socket of a service manager only its user may bind (socket(7), the rule
+            # about user ids), and at a low port only who has the capability. Then its queue is
+            # shared; datagrams of a flow must not go to several workers.
+            if not isinstance(first, LentSocket):
+                raise bind_error(address, rule, err) from err
+            if address.is_udp:
+                slotted.is_single = True
+                return False
+            sock = first.dup()
         self._put(address, sock, slotted)
+        return True
+
+    def _bind(self, address: BindAddress, rule: Rule, first: socket.socket | None) -> socket.socket:
+        if address.is_udp:
+            return udp.listen_udp(
+                address.target, v6only=address.v6only, options=rule.options, owner=self.owner
+            )
+        if first and not _is_shareable(first):
+            # A service manager bound it without ReusePort=, or it is a unix socket, which knows
+            # nothing of it: no second one can be bound beside it, so all slots share this one and
+            # its queue.
+            return first.dup()
+        if address.target.is_unix:
+            return self._listen_unix(address, rule)
+        return sockets.listen_tcp(address.target, v6only=address.v6only, options=rule.options)
 
     def _listen_unix(self, address: BindAddress, rule: Rule) -> socket.socket:
         path = address.target.sockaddr

@@ -88,6 +88,8 @@ class Reloading:
             problem = UNDER_WAY
         if problem:
             log.warning("master: %s", problem)
+            _tell_reloading(time.monotonic())
+            notify.notify("READY=1", f"STATUS=no reload: {problem}")
         elif self._loading is not None:
             self._is_wanted_again = True
         elif self._load is not None:
@@ -114,8 +116,7 @@ class Reloading:
     def _start(self, load: Callable[[], Config]) -> None:
         self._requests.on_loading()
         now = time.monotonic()
-        # systemd waits for ever for a reload that names no time (sd_notify(3), MONOTONIC_USEC).
-        notify.notify("RELOADING=1", f"MONOTONIC_USEC={int(now * 1e6)}")
+        _tell_reloading(now)
         try:
             self._loading = Loading(load, self._release, now)
         except OSError as err:
@@ -154,3 +155,12 @@ class Reloading:
         log.error("master: generation %d stays in force", self._master.generation)
         self._requests.on_rejected(problems)
         notify.notify("READY=1", "STATUS=reload rejected, see the log")
+
+
+def _tell_reloading(now: float) -> None:
+    """Tell a service manager that a reload begins; ``READY=1`` ends it, whatever came of it.
+
+    systemd waits for ever for a reload that names no time (sd_notify(3), MONOTONIC_USEC), and with
+    Type=notify-reload for one that it has asked for and that never begins.
+    """
+    notify.notify("RELOADING=1", f"MONOTONIC_USEC={int(now * 1e6)}")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Iterator, Sequence
 
-    from process.conftest import Launch
+    from process.conftest import Launch, Serve
 
 pytestmark = pytest.mark.process
 
@@ -543,3 +543,28 @@ def test_workers_notice_the_death_of_the_master_while_the_file_is_read(
                 within_s=5,
             )
     it.forwarder.wait()
+
+
+def test_every_reload_is_announced_and_ends_whatever_comes_of_it(
+    launch: Launch, tmp_path: Path, address: tuple[str, int], upstream: socket.socket
+) -> None:
+    """As Type=notify-reload of systemd wants it: RELOADING with a time, and READY."""
+    path = tmp_path / "forwarder.toml"
+    good = rule(address, upstream.getsockname())
+    path.write_text(good)
+    it = launch("-c", str(path))
+    for text in (good, "bad", good):
+        path.write_text(text)
+        it.signal(signal.SIGHUP)
+        it.wait_notified("RELOADING=1")
+        it.wait_notified("READY=1")
+    assert it.stop() == 0
+
+
+def test_a_reload_that_is_not_possible_is_announced_too(serve: Serve) -> None:
+    """Rules of the command line. Result: nobody waits for a reload that never begins."""
+    service = serve()
+    service.forwarder.signal(signal.SIGHUP)
+    service.forwarder.wait_notified("RELOADING=1")
+    service.forwarder.wait_notified("READY=1")
+    assert service.stop() == 0

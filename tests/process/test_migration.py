@@ -1,0 +1,257 @@
+"""docs/migration: the configurations of each page forward alike in the old program and in ours.
+
+Both run with what stands in the page, with the ports that stand there, in a network of their own.
+"""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import subprocess
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+import pytest
+from support.echo import Echo, ask_tcp, ask_udp
+from support.ends import connect
+from support.netns import needs_network, network
+from support.pages import DOCS, blocks, commands, file_block, placed
+from support.processes import run_command
+from support.programs import debian
+from support.waiting import eventually
+
+from bench.peers import NGINX_HEAD, nginx_stream_module
+from process.conftest import kill_session
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from process.conftest import Launch
+
+pytestmark = [pytest.mark.process, needs_network]
+
+PAGES: Final = DOCS / "migration"
+OURS: Final = "/etc/forwarder/forwarder.toml"
+US, CLIENT, DENIED = "192.0.2.1", "192.0.2.20", "192.0.2.66"
+WEB: Final = [("192.0.2.10", 80), ("192.0.2.11", 80)]
+DNS: Final = [("192.0.2.53", 53)]
+ADDRESSES: Final = (US, CLIENT, DENIED, "192.0.2.10", "192.0.2.11", "192.0.2.53")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A page: what the old program's file is called, and what clients try.
+
+    ``tcp`` is ports and clients, ``served`` those of them that get an answer.
+    """
+
+    page: str
+    file: str
+    tcp: tuple[tuple[int, str], ...]
+    served: tuple[tuple[int, str], ...]
+    udp: tuple[int, ...] = (5353,)
+    unix: tuple[str, ...] = field(default=())
+
+
+CASES: Final = {
+    "rinetd": Case(
+        "rinetd.md",
+        "/etc/rinetd.conf",
+        tcp=((8080, CLIENT), (8080, DENIED), (8080, "127.0.0.1")),
+        served=((8080, CLIENT),),
+    ),
+    "oxidinetd": Case(
+        "oxidinetd.md",
+        "/etc/oxidinetd.toml",
+        tcp=((8080, CLIENT), (8080, "127.0.0.1")),
+        served=((8080, CLIENT),),
+    ),
+    "socat": Case(
+        "socat.md",
+        "",
+        tcp=((8080, CLIENT), (8081, CLIENT), (8081, DENIED)),
+        served=((8080, CLIENT), (8081, CLIENT)),
+        unix=("/run/forwarder/web.sock",),
+    ),
+    "haproxy": Case(
+        "haproxy.md",
+        "/etc/haproxy/haproxy.cfg",
+        tcp=((8080, CLIENT), (8080, "127.0.0.1")),
+        served=((8080, CLIENT),),
+        udp=(),
+    ),
+    "nginx": Case(
+        "nginx-stream.md",
+        "/etc/nginx/nginx.conf",
+        tcp=((8080, CLIENT), (8080, "127.0.0.1")),
+        served=((8080, CLIENT),),
+    ),
+}
+LETS_SESSIONS_END: Final = ("haproxy", "nginx", "socat")
+
+
+def target(client: str) -> str:
+    """Where a client connects to: an address of the same network."""
+    return "127.0.0.1" if client.startswith("127.") else US
+
+
+class Site:
+    """A directory for the files of a page, and the upstreams that they name."""
+
+    def __init__(self, root: Path, launch: Launch) -> None:
+        self.root = root
+        self._launch = launch
+        for name in ("run/forwarder", "var/log/forwarder"):
+            (root / name).mkdir(parents=True)
+
+    def observe(self, case: Case) -> dict[str, set[str]]:
+        """What clients get, each asked often enough to meet every upstream."""
+        found: dict[str, set[str]] = {}
+        for port, client in case.tcp:
+            key = f"tcp {port} {client}"
+            found[key] = {ask_tcp((target(client), port), source=client) for _ in range(16)}
+        for port in case.udp:
+            found[f"udp {port}"] = {ask_udp((US, port), source=CLIENT)}
+        for path in case.unix:
+            found[path] = {ask_tcp(placed(path, self.root))}
+        return found
+
+    @contextmanager
+    def old(self, name: str) -> Iterator[list[subprocess.Popen[bytes]]]:
+        """Run the old program with what the page says; gives its processes."""
+        if name == "oxidinetd":  # it is in no package; see the page
+            with self.ours(CASES[name].file):
+                yield []
+            return
+        with ExitStack() as stack:
+            processes = []
+            for command in getattr(self, f"_{name}")():
+                process = subprocess.Popen(
+                    command, stderr=subprocess.DEVNULL, start_new_session=True
+                )
+                stack.callback(process.wait)
+                # socat has a child for each UDP client, which holds the port.
+                stack.callback(kill_session, process.pid)
+                processes.append(process)
+            yield processes
+
+    @contextmanager
+    def ours(self, file: str = OURS, page: str = "") -> Iterator[None]:
+        """Run the forwarder with a file that is there, or with that of a page."""
+        if page:
+            file_block(PAGES / page, file).write(self.root)
+        path = placed(file, self.root)
+        checked = run_command("check", "-c", path)
+        assert (checked.returncode, checked.stderr) == (0, "")
+        forwarder = self._launch("-c", path)
+        yield
+        assert forwarder.stop() == 0
+
+    def _rinetd(self) -> list[list[str]]:
+        path = file_block(PAGES / "rinetd.md", "/etc/rinetd.conf").write(self.root)
+        pid_file = f"pidlogfile {self.root}/rinetd.pid\n"
+        own = path.with_name("rinetd.with-pid-file")
+        own.write_text(pid_file + path.read_text())
+        return [["rinetd", "-f", "-c", str(own)]]
+
+    def _socat(self) -> list[list[str]]:
+        (block,) = [b for b in blocks(PAGES / "socat.md") if (b.language, b.name) == ("sh", "old")]
+        return [shlex.split(placed(line, self.root)) for line in commands(block)]
+
+    def _haproxy(self) -> list[list[str]]:
+        path = file_block(PAGES / "haproxy.md", "/etc/haproxy/haproxy.cfg").write(self.root)
+        # The descriptors that maxconn asks for may be more than there are here.
+        path.write_text(path.read_text().replace("maxconn 20000", "maxconn 200"))
+        return [["haproxy", "-W", "-f", str(path)]]
+
+    def _nginx(self) -> list[list[str]]:
+        path = file_block(PAGES / "nginx-stream.md", "/etc/nginx/nginx.conf").write(self.root)
+        head = nginx_stream_module() + NGINX_HEAD.format(directory=self.root)
+        path.write_text(head + path.read_text())
+        return [["nginx", "-p", str(self.root), "-e", "stderr", "-c", str(path)]]
+
+
+@pytest.fixture
+def site(public_path: Path, launch: Launch) -> Iterator[Site]:
+    """See :class:`Site`."""
+    with network(*ADDRESSES), Echo(tcp=WEB, udp=DNS):
+        yield Site(public_path, launch)
+
+
+def wait_until_served(case: Case) -> None:
+    port, client = case.served[0]
+
+    def is_served() -> bool:
+        try:
+            return ask_tcp((US, port), source=client) != ""
+        except OSError:
+            return False
+
+    eventually(is_served, f"{case.page}: port {port} is not served")
+
+
+@debian("rinetd", "socat", "haproxy", "nginx", "ip")
+@pytest.mark.parametrize("name", CASES)
+def test_the_new_configuration_forwards_as_the_old_one(name: str, site: Site) -> None:
+    case = CASES[name]
+    if name == "oxidinetd":
+        file_block(PAGES / case.page, case.file).write(site.root)
+    with site.old(name):
+        wait_until_served(case)
+        before = site.observe(case)
+    with site.ours(page=case.page):
+        after = site.observe(case)
+    assert after == before
+    for port, client in case.tcp:
+        has_answer = after[f"tcp {port} {client}"] != {""}
+        assert has_answer == ((port, client) in case.served), (port, client)
+        assert len(after[f"tcp {port} {client}"]) == (2 if name in ("haproxy", "nginx") else 1) or (
+            not has_answer
+        )
+
+
+@debian("rinetd", "ip")
+def test_the_configuration_of_rinetd_can_be_used_as_it_is(site: Site) -> None:
+    case = CASES["rinetd"]
+    file_block(PAGES / case.page, case.file).write(site.root)
+    with site.old("rinetd"):
+        wait_until_served(case)
+        before = site.observe(case)
+    with site.ours(case.file):
+        assert site.observe(case) == before
+
+
+STOP: Final = {"haproxy": signal.SIGUSR1, "nginx": signal.SIGQUIT, "socat": signal.SIGTERM}
+
+
+@debian("socat", "haproxy", "nginx", "ip")
+@pytest.mark.parametrize("name", LETS_SESSIONS_END)
+def test_sessions_of_the_old_program_go_on_while_ours_has_the_port(name: str, site: Site) -> None:
+    """Stopped as the page says: HAProxy by USR1, nginx by QUIT, of socat the one that listens."""
+    case = CASES[name]
+    with site.old(name) as processes:
+        wait_until_served(case)
+        with connect((US, 8080)) as client:
+            client.sendall(b"old")
+            assert client.recv(100).endswith(b": old")
+            eventually(lambda: has_let_go(processes, STOP[name]), "the old one listens")
+            with site.ours(page=case.page):
+                assert ask_tcp((US, 8080), source=CLIENT).endswith(": hello")
+                client.sendall(b"still there")
+                assert client.recv(100).endswith(b": still there")
+
+
+def has_let_go(processes: list[subprocess.Popen[bytes]], number: signal.Signals) -> bool:
+    """Tell them to; HAProxy's master serves before it hears signals, so perhaps once more."""
+    for process in processes:
+        process.send_signal(number)
+    return not is_listening(8080)
+
+
+def is_listening(port: int) -> bool:
+    done = subprocess.run(
+        ["ss", "-Hltn", f"sport = :{port}"], capture_output=True, text=True, check=True
+    )
+    return bool(done.stdout)
