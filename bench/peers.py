@@ -98,6 +98,10 @@ http {{
 """
 
 
+# Measured only when asked for by name: the forwarder beside itself, with limits far above the load.
+ON_REQUEST = ("forwarder-limited", "forwarder-metered")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Peer:
     """One program under test.
@@ -173,6 +177,8 @@ def all_peers(forwarder: list[str]) -> dict[str, Peer]:
         Peer(name="direct", program="", settings="no forwarder: client to upstream", has_udp=True),
         _forwarder("forwarder", splice, version),
         _forwarder("forwarder-copy", copy, version),
+        _forwarder("forwarder-limited", splice, version, "max_sessions = 1_000_000\n"),
+        _forwarder("forwarder-metered", splice, version, 'bandwidth = "1000Gbit"\n'),
         Peer(
             name="rinetd",
             program="rinetd",
@@ -199,20 +205,22 @@ def all_peers(forwarder: list[str]) -> dict[str, Peer]:
     return {peer.name: peer for peer in peers}
 
 
-def _forwarder(name: str, command: list[str], version: tuple[str, ...]) -> Peer:
+def _forwarder(name: str, command: list[str], version: tuple[str, ...], more: str = "") -> Peer:
+    """``more`` is added to both rules."""
+    conf = FORWARDER_CONF.replace("protocol =", f"{more}protocol =")
     return Peer(
         name=name,
         program=command[0],
-        settings=f"{' '.join(command)} -c forwarder.toml\n\n{FORWARDER_CONF}",
+        settings=f"{' '.join(command)} -c forwarder.toml\n\n{conf}",
         version=version,
-        command=lambda directory: [*command, "-c", str(_forwarder_conf(directory))],
+        command=lambda directory: [*command, "-c", str(_forwarder_conf(directory, conf))],
         has_udp=True,
     )
 
 
-def _forwarder_conf(directory: Path) -> Path:
+def _forwarder_conf(directory: Path, text: str) -> Path:
     conf = directory / "forwarder.toml"
-    conf.write_text(FORWARDER_CONF)
+    conf.write_text(text)
     return conf
 
 

@@ -24,6 +24,7 @@ from bench.measures import MEASURES, Figures, Measure, Target
 from bench.peers import (
     FD_LIMIT,
     LISTEN_PORT,
+    ON_REQUEST,
     UPSTREAM_PORT,
     Peer,
     all_peers,
@@ -69,7 +70,7 @@ def parse_args(argv: Sequence[str]) -> Plan:
     parser.add_argument("--rounds", type=positive, default=3, metavar="N")
     parser.add_argument("--seconds", type=positive, default=5, metavar="S", help="per load")
     parser.add_argument("--only", default=",".join(measure_names), metavar="MEASURE,...")
-    everyone = ",".join(peer_names)
+    everyone = ",".join(name for name in peer_names if name not in ON_REQUEST)
     # Without a value it means everyone: "bench/quick.sh --peers" alone is a fine command.
     parser.add_argument("--peers", nargs="?", const=everyone, default=everyone, metavar="PEER,...")
     parser.add_argument(

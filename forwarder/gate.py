@@ -13,18 +13,19 @@ The lock is a record lock on a file that has no name (fcntl(2)): the kernel lets
 holder dies, whatever it was doing. It costs two system calls, for rules that have a limit only. It
 is held for microseconds, or for a time slice by who loses its processor; but a worker that hangs or
 is stopped may have it until the master kills it. So nobody waits for longer than PATIENCE_S, and
-who has waited in vain tries only once at a time for STUCK_S. What cannot be decided then is decided
-later, what cannot be given back is owed (:class:`Holder`).
+who has waited in vain only tries, now and then, until the lock is free. What cannot be decided then
+is decided later, what cannot be given back is owed (:class:`Holder`).
 """
 
 from __future__ import annotations
 
-import fcntl
 import mmap
 import os
 import time
 from collections import deque
 from contextlib import contextmanager
+from fcntl import LOCK_EX, LOCK_NB, LOCK_UN
+from fcntl import lockf as _lockf
 from typing import TYPE_CHECKING, Final
 
 from forwarder.board import ROWS
@@ -39,20 +40,22 @@ if TYPE_CHECKING:
 CLIENTS: Final = 65536
 # Clients of rules with a rate per client whose last session is remembered.
 RATED_CLIENTS: Final = 65536
-# How long a loop may stand still for the lock: a time slice or two of somebody who holds it.
-PATIENCE_S: Final = 0.005
-# How long the lock is then taken to be stuck. A tenth of the time is lost by waiting at most.
-STUCK_S: Final = 0.05
+# How long a loop may stand still for the lock, once: some time slices, for who has it may have lost
+# its processor to others.
+PATIENCE_S: Final = 0.02
+# How often a stuck lock is tried.
+STUCK_S: Final = 0.02
 # How long it then takes until all workers have counted what they owe, each of which tries every
 # STUCK_S: until then a limit may only seem to be met.
 RECOVERY_S: Final = 3 * STUCK_S
-# Tries before the processor is given away for longer; the lock is mostly free at the first.
+# Tries before the processor is given away for longer; the lock is mostly free at the first. A nap
+# is as long as the wait was before it.
 _YIELDS: Final = 20
-_NAP_S: Final = 0.0001
 # What is owed is worked off in parts, so that the lock is not held for long.
 _PART: Final = 256
 # How much of the time that a line was idle can be made up for: late timers must not cost rate.
 CATCH_UP_S: Final = 0.005
+_TRY: Final = LOCK_EX | LOCK_NB
 
 
 def _words(count: int) -> memoryview[int]:
@@ -86,7 +89,8 @@ class Gate:
         self._rated = RateTable(_words(RATED_CLIENTS), _times(RATED_CLIENTS))
         self._lines = _times(2 * ROWS)
         self._lock_fd = os.memfd_create("forwarder-gate", os.MFD_CLOEXEC)
-        self._stuck_until = self._owed_until = 0.0  # of this process; 0: not at all
+        # Of this process. 0: not at all.
+        self._stuck_until = self._owed_until = 0.0
 
     def close(self) -> None:
         """Close the file that is locked."""
@@ -109,7 +113,7 @@ class Gate:
     def lock(self) -> None:
         """Begin to decide alone. Raises Busy. Blocks for PATIENCE_S at most."""
         try:
-            fcntl.lockf(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lockf(self._lock_fd, _TRY)
         except OSError:  # EACCES or EAGAIN: somebody has it
             self._wait()
         if self._stuck_until:
@@ -118,7 +122,7 @@ class Gate:
 
     def unlock(self) -> None:
         """Let the others decide."""
-        fcntl.lockf(self._lock_fd, fcntl.LOCK_UN)
+        _lockf(self._lock_fd, LOCK_UN)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -130,19 +134,18 @@ class Gate:
             self.unlock()
 
     def _wait(self) -> None:
-        if self.is_stuck:
-            raise Busy
-        deadline = time.monotonic() + PATIENCE_S
+        began = now = time.monotonic()
         tries = 0
-        while (now := time.monotonic()) < deadline:
+        while not self._stuck_until and now < began + PATIENCE_S:
             tries += 1
             if tries < _YIELDS:
                 os.sched_yield()
             else:
-                time.sleep(_NAP_S)
+                time.sleep(now - began)
             try:
-                fcntl.lockf(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lockf(self._lock_fd, _TRY)
             except OSError:
+                now = time.monotonic()
                 continue
             return
         self._stuck_until = now + STUCK_S
@@ -225,15 +228,17 @@ class Gate:
         """A session that was counted has ended."""
         if key and mine.clients.remove(key):
             self._clients.remove(key)
-        for number in (0, row):
-            mine.rows[number] = max(mine.rows[number], 1) - 1
-            self._rows[number] = max(self._rows[number], 1) - 1
+        for rows in (mine.rows, self._rows):
+            if count := rows[row]:
+                rows[row] = count - 1
+            if count := rows[0]:
+                rows[0] = count - 1
 
     def _count(self, mine: Holdings, row: int) -> None:
         # Our own first: whenever we are killed, the shared count is not below that of the others.
-        for number in (0, row):
-            mine.rows[number] += 1
-            self._rows[number] += 1
+        for rows in (mine.rows, self._rows):
+            rows[0] += 1
+            rows[row] += 1
 
     # -- the master
 
@@ -297,12 +302,16 @@ class Holder:
 
     def settle(self) -> bool:
         """Count what is owed. Returns whether all of it is counted."""
-        try:
-            while self._owed:
-                with self:
-                    pass
-        except Busy:
-            return False
+        gate = self.gate
+        while self._owed:
+            try:
+                gate.lock()
+            except Busy:
+                return False
+            try:
+                self._work_off()
+            finally:
+                gate.unlock()
         return True
 
     def _work_off(self) -> None:

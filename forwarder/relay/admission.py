@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # While clients wait in the queue: when to look whether another worker has room again. A session of
 # this worker that ends is noticed at once. Arbitrary.
 LOOK_AGAIN_S: Final = 0.05
+_NO_ROOM: Final = "max_sessions_per_client, which cannot be kept for so many clients"
 
 
 def client_host(address: SockAddr) -> str:
@@ -37,8 +38,10 @@ class Admission:
     """
 
     __slots__ = (
+        "_has_rates",
         "_holder",
         "_limits",
+        "_limits_clients",
         "_max_total",
         "_name",
         "_row",
@@ -57,11 +60,13 @@ class Admission:
         """
         self._holder = holder
         self._settle = settle
-        self._limits = rule.limits
+        self._limits = limits = rule.limits
+        self._limits_clients = bool(limits.max_sessions_per_client or limits.rate_per_client)
+        self._has_rates = bool(limits.rate or limits.rate_per_client)
         self._name = rule.name
         self._row = row
         self._max_total = max_total
-        self.queues = rule.limits.on_limit is OnLimit.QUEUE
+        self.queues = limits.on_limit is OnLimit.QUEUE
         self.met = ""
         # Whom to call, once each, when there may be room; in the order in which they came.
         self._waiting: dict[Callable[[], None], None] = {}
@@ -80,14 +85,20 @@ class Admission:
 
         Raises Busy: ask again later.
         """
-        key = self.key(client)
-        with self._holder as gate:
-            now = time.monotonic()
-            met = self._rule_limit_met(gate, now) or self._client_limit_met(gate, client, key, now)
-            if not met and not gate.hold(self._holder.mine, self._row, key):
-                met = "max_sessions_per_client, which cannot be kept for so many clients"
-            if not met and self._limits.rate:
-                gate.pass_row(self._row, now, self._limits.rate)
+        holder, limits = self._holder, self._limits
+        key, now = 0, 0.0
+        if self._limits_clients:
+            key = self.key(client)
+        with holder as gate:
+            if self._has_rates:
+                now = time.monotonic()
+            met = self._rule_limit_met(gate, now)
+            if not met and self._limits_clients:
+                met = self._client_limit_met(gate, client, key, now)
+            if not met and not gate.hold(holder.mine, self._row, key):
+                met = _NO_ROOM
+            if not met and limits.rate:
+                gate.pass_row(self._row, now, limits.rate)
         self.met = met
         return None if met else key
 
@@ -115,7 +126,7 @@ class Admission:
     def admit_reserved(self, client: str) -> int | None:
         """As :meth:`admit`, for a client for whom there is a reservation, which is used up."""
         limits = self._limits
-        if not (limits.max_sessions_per_client or limits.rate_per_client):
+        if not self._limits_clients:
             return 0
         key = self.key(client)
         mine = self._holder.mine
@@ -123,7 +134,7 @@ class Admission:
             met = self._client_limit_met(gate, client, key, time.monotonic())
             gate.let_go(mine, self._row, 0)
             if not met and not gate.hold(mine, self._row, key):
-                met = "max_sessions_per_client, which cannot be kept for so many clients"
+                met = _NO_ROOM
             if met and limits.rate:
                 gate.unpass_row(self._row, limits.rate)
         self.met = met

@@ -42,7 +42,7 @@ class Restrictions:
         # Meters are for good: sessions that have one keep it, whatever becomes of their rule.
         self._made: dict[int, tuple[Meter, Meter]] = {}
         self._undecided: list[Callable[[], None]] = []
-        self._is_armed = False
+        self._is_armed = self._is_settling = False
 
     @property
     def holder(self) -> Holder:
@@ -126,12 +126,14 @@ class Restrictions:
     # -- sessions that end, clients that have to wait
 
     def let_go(self, session: Session | Flow) -> None:
-        """A session that was held has ended."""
+        """A session that was held has ended. All of a batch are counted at once, at its end."""
         row, key = session.pool.row, session.held_as
         if key is not None:
             session.held_as = None
             self.holder.let_go(row, key)
-            self._settle()
+            if not self._is_settling:
+                self._is_settling = True
+                session.relay.poller.defer(self._settle)
             admission = self.admissions.get(row)
             if admission is not None:
                 admission.wake_one()
@@ -145,6 +147,7 @@ class Restrictions:
         self._arm()
 
     def _settle(self) -> None:
+        self._is_settling = False
         if not self.holder.settle():
             self._arm()
 
