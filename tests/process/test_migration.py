@@ -145,7 +145,10 @@ class Site:
             file_block(PAGES / page, file).write(self.root)
         path = placed(file, self.root)
         checked = run_command("check", "-c", path)
-        assert (checked.returncode, checked.stderr) == (0, "")
+        lines = checked.stderr.splitlines()
+        if not path.endswith(".toml"):  # of what differs from the program that the file was written for
+            lines = [line for line in lines if ": warning: " not in line]
+        assert (checked.returncode, lines) == (0, [])
         forwarder = self._launch("-c", path)
         yield
         assert forwarder.stop() == 0
