@@ -108,7 +108,7 @@ def test_flows_and_bridges_count_and_are_limited(
         path.write_text(
             f'workers = 2\ncontrol = "{path}.sock"\n[[forwarding_rules]]\nname = "one"\n'
             f'listen = "{written(address)}"\nupstream = "{written(upstream.getsockname())}"\n'
-            f'protocol = "{protocol}"\nmax_sessions = 5\ntimeout = "1s"\n'
+            f'protocol = "{protocol}"\nmax_sessions = 5\ntimeout = "4s"\n'
         )
         it = Limited(Configured(launch("-c", str(path)), path), address, upstream, "")
 

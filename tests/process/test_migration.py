@@ -146,7 +146,7 @@ class Site:
         path = placed(file, self.root)
         checked = run_command("check", "-c", path)
         lines = checked.stderr.splitlines()
-        if not path.endswith(".toml"):  # of what differs from the program that the file was written for
+        if not path.endswith(".toml"):  # of what differs from its own program
             lines = [line for line in lines if ": warning: " not in line]
         assert (checked.returncode, lines) == (0, [])
         forwarder = self._launch("-c", path)
