@@ -32,6 +32,8 @@ _RULE: Final = frozenset(
         "timeout",
     }
 )
+# Without which no rule in our own words is complete.
+_OURS: Final = frozenset({"listen", "upstream"})
 _ACCESS: Final = frozenset({"pattern", "type"})
 _HEADER: Final = re.compile(r"[ \t]*\[")
 _UNUSED: Final = {
@@ -53,6 +55,14 @@ def read(text: str, source: str) -> tuple[str, Draft]:
         draft.raw = toml_conf.parse(text, source, draft.issues)  # which tells what is wrong
         return text, draft
     places = Places(text, source)
+    for index, rule in _tables(data, "forwarding_rules"):
+        for key in _OURS & rule.keys():
+            place = places.at(("forwarding_rules", index, key))
+            what = f"{key} is a word of the forwarder's own format, which needs no conversion"
+            draft.issues.error(place, what)
+            draft.raw.rules_seen = 1
+    if draft.raw.rules_seen:
+        return text, draft
     lines = text.split("\n")
     is_done = True
     for path in list(_unknown(data)):
