@@ -25,6 +25,7 @@ from bench.peers import NGINX_HEAD, nginx_stream_module
 from process.conftest import kill_session
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Iterator
     from pathlib import Path
 
@@ -223,7 +224,7 @@ def test_the_configuration_of_rinetd_can_be_used_as_it_is(site: Site) -> None:
         assert site.observe(case) == before
 
 
-STOP: Final = {"haproxy": signal.SIGUSR1, "nginx": signal.SIGQUIT, "socat": signal.SIGTERM}
+STOP: Final = {"haproxy": signal.SIGUSR1, "nginx": signal.SIGQUIT}
 
 
 @debian("socat", "haproxy", "nginx", "ip")
@@ -236,18 +237,92 @@ def test_sessions_of_the_old_program_go_on_while_ours_has_the_port(name: str, si
         with connect((US, 8080)) as client:
             client.sendall(b"old")
             assert client.recv(100).endswith(b": old")
-            eventually(lambda: has_let_go(processes, STOP[name]), "the old one listens")
+            if name == "socat":
+                assert ask_udp((US, 5353), source=CLIENT).endswith(": hello")
+                type_page(case.page, "kill ")
+                for process in processes:  # of those, the page has no command
+                    process.terminate()
+            eventually(lambda: has_let_go(processes, STOP.get(name)), "the old one listens")
             with site.ours(page=case.page):
                 assert ask_tcp((US, 8080), source=CLIENT).endswith(": hello")
                 client.sendall(b"still there")
                 assert client.recv(100).endswith(b": still there")
 
 
-def has_let_go(processes: list[subprocess.Popen[bytes]], number: signal.Signals) -> bool:
+@debian("socat", "nft", "ip")
+def test_nobody_is_refused_or_cut_on_the_way_of_the_packet_filter(
+    site: Site, launch: Launch
+) -> None:
+    """The steps of the page, with socat as the old program. Result: every session goes on.
+
+    Clients of this host pass the hook `output` in place of `prerouting`.
+    """
+    page = PAGES / "README.md"
+    first, second = [block for block in blocks(page) if block.name == OURS]
+    path = first.write(site.root)
+    with ExitStack() as stack:
+
+        def session() -> socket.socket:
+            client = stack.enter_context(connect((US, 8080)))
+            client.sendall(b"a")
+            assert client.recv(100).endswith(b": a")
+            return client
+
+        old = subprocess.Popen(["socat", "TCP-LISTEN:8080,fork,reuseaddr", "TCP:192.0.2.10:80"])
+        stack.callback(old.wait)
+        eventually(lambda: is_listening(8080))
+        sessions = [session()]
+        control = str(site.root / "control.sock")
+        forwarder = launch("-c", str(path), "--control", control)
+        for command in nft_commands(page)[:3]:
+            subprocess.run(["bash", "-c", command], check=True)
+        sessions.append(session())
+        assert is_of(control, 1)
+        old.terminate()
+        eventually(lambda: not is_listening(8080))
+        sessions.append(session())
+        second.write(site.root)
+        assert run_command("reload", "--control", control).returncode == 0
+        subprocess.run(["bash", "-c", nft_commands(page)[3]], check=True)
+        sessions.append(session())
+        assert is_of(control, 3)
+        for client in sessions:
+            client.sendall(b"still there")
+            assert client.recv(100).endswith(b": still there")
+            client.close()
+        assert forwarder.stop() == 0
+
+
+def nft_commands(page: Path) -> list[str]:
+    """The commands of a page for the packet filter, in order, for clients of this host."""
+    found = [line for block in blocks(page) for line in commands(block)]
+    return [
+        line.replace("hook prerouting priority dstnat", "hook output priority -100")
+        for line in found
+        if line.startswith("nft ")
+    ]
+
+
+def is_of(control: str, count: int) -> bool:
+    """Whether so many sessions are the forwarder's."""
+    done = run_command("sessions", "--json", "--control", control)
+    return len(done.stdout.splitlines()) == count
+
+
+def has_let_go(processes: list[subprocess.Popen[bytes]], number: signal.Signals | None) -> bool:
     """Tell them to; HAProxy's master serves before it hears signals, so perhaps once more."""
-    for process in processes:
-        process.send_signal(number)
+    if number is not None:
+        for process in processes:
+            process.send_signal(number)
     return not is_listening(8080)
+
+
+def type_page(page: str, *beginnings: str) -> None:
+    """Type those commands of a page that begin so."""
+    for block in blocks(PAGES / page):
+        for command in commands(block) if block.language == "sh" and not block.name else ():
+            if command.startswith(beginnings):
+                subprocess.run(["bash", "-c", command], check=True)
 
 
 def is_listening(port: int) -> bool:
