@@ -1,4 +1,4 @@
-# make run | test | docs-test | check | format | clean; needs make and CPython >= 3.11 with venv.
+# make run | test | docs-test | check | format | man | clean; needs make and CPython >= 3.11 with venv.
 # ARGS is passed on: make run ARGS="--seconds 5", make test ARGS="-k demo".
 
 PYTHON ?= python3
@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: run test docs-test check format clean
+.PHONY: run test docs-test check format man clean
 
 run: $(VENV)/installed
 	$(BIN)/forwarder demo $(ARGS)
@@ -26,6 +26,9 @@ check: $(VENV)/installed-dev
 format: $(VENV)/installed-dev
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
+
+man: $(VENV)/installed-dev
+	$(BIN)/python docs/man/generate.py
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

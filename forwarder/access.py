@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     # For the types only: at run time the configuration imports this module.
     from forwarder.config.model import AccessRule
 
+# Clients whose decision a list remembers, some 100 bytes each: most come again. Arbitrary.
+MAX_KNOWN = 512
+
 PATTERN_FORMS = (
     "an address (10.0.0.1, fe80::1), a network (10.0.0.0/8, fe80::/10) or a text with * and ?"
 )
@@ -245,10 +248,11 @@ def _matcher(patterns: tuple[str, ...]) -> _Matcher | None:
 class AccessList:
     """Who may use one rule: the global access rules, then those of the rule itself."""
 
-    __slots__ = ("_stages", "is_empty")
+    __slots__ = ("_known", "_stages", "is_empty")
 
     def __init__(self, stages: tuple[tuple[_Matcher | None, _Matcher | None], ...]) -> None:
         self._stages = stages
+        self._known: dict[str, Decision] = {}
         self.is_empty = not stages
         """Whether everybody is allowed; then ``decide`` need not be asked."""
 
@@ -273,6 +277,15 @@ class AccessList:
         """
         if self.is_empty:
             return Decision.ALLOWED
+        known = self._known
+        decision = known.get(host)
+        if decision is None:
+            if len(known) >= MAX_KNOWN:
+                known.clear()
+            decision = known[host] = self._judge(host)
+        return decision
+
+    def _judge(self, host: str) -> Decision:
         client = _Client.of(host)
         for allow, deny in self._stages:
             if allow is not None and not allow.matches(client):

@@ -15,17 +15,24 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 import click
 
-from forwarder import __version__, cli_control, config, daemonlog, demo, master, probing
-from forwarder.addr import UnixAddress
-from forwarder.config.model import MAX_FLOWS, Config, Dialect, Framing, RelayMode, Rule
-from forwarder.config.options import describe_options
+from forwarder import (
+    cli_completion,
+    cli_control,
+    cli_convert,
+    cli_files,
+    daemonlog,
+    demo,
+    features,
+    master,
+)
+from forwarder.config.model import RelayMode
 from forwarder.errors import ConfigError, ExitCode, ForwarderError
 from forwarder.relay.splice import HAS_SPLICE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from click.shell_completion import CompletionItem
 
-    from forwarder.config import Loaded
+    from forwarder.config.model import Config
 
 _NOT_FOR_RUN: Final = frozenset({"-h", "--help", "--version"})
 
@@ -38,11 +45,24 @@ class _RunByDefault(click.Group):
             args = ["run", *args]
         return super().parse_args(ctx, args)
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Complete the options of ``run``, too, where its name may be left out."""
+        found = super().shell_complete(ctx, incomplete)
+        if incomplete.startswith("-"):
+            found += self.commands["run"].shell_complete(ctx, incomplete)
+        return found
+
 
 class _WorkerCount(click.ParamType[int]):
     """``auto`` or a number of processes."""
 
     name = "N|auto"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """Complete the only word."""
+        return click.Choice(["auto"]).shell_complete(ctx, param, incomplete)
 
     def convert(  # noqa: RET503 - fail() does not return
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
@@ -55,23 +75,11 @@ class _WorkerCount(click.ParamType[int]):
         self.fail(f"{text!r} is neither 'auto' nor a number from 1 to 1024", param, ctx)
 
 
-def _config_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that say what to forward, shared by ``run`` and ``check``."""
-    for option in (
-        click.option(
-            "-c",
-            "--config",
-            "--conf-file",
-            "config_file",
-            metavar="FILE",
-            help="TOML if the name ends in .toml, else rinetd.conf.",
-        ),
-        click.option("--format", "dialect", type=click.Choice([d.value for d in Dialect])),
-        click.option("-l", "--listen", "listens", metavar="ADDR", multiple=True),
-        click.option("-r", "--remote", "remotes", metavar="ADDR", multiple=True),
-    ):
-        command = option(command)
-    return command
+def _print_version(ctx: click.Context, _: click.Parameter, is_asked: bool) -> None:  # noqa: FBT001 - click's way
+    if is_asked and not ctx.resilient_parsing:
+        for line in features.report():
+            click.echo(line)
+        ctx.exit()
 
 
 @click.group(
@@ -79,15 +87,28 @@ def _config_options(command: Callable[..., None]) -> Callable[..., None]:
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Options of `run` may be given without its name: forwarder -c FILE",
 )
-@click.version_option(__version__, "--version", prog_name="forwarder")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_version,
+    help="Show versions, and what this system has to offer.",
+)
 def cli() -> None:
     """Forward TCP ports: the kernel moves the bytes, one worker per CPU."""
 
 
 @cli.command()
-@_config_options
-@click.option("--workers", type=_WorkerCount(), help="Worker processes; auto = usable CPUs.")
-@click.option("--relay", type=click.Choice([mode.value for mode in RelayMode]))
+@cli_files.config_options
+@click.option(
+    "--workers", metavar="N|auto", type=_WorkerCount(), help="Worker processes; auto = usable CPUs."
+)
+@click.option(
+    "--relay",
+    type=click.Choice([mode.value for mode in RelayMode]),
+    help="How bulk is moved; auto = splice where the system has it.",
+)
 @cli_control.control_option
 @click.option("--user", metavar="NAME", help="User the workers run as; needs root.")
 @click.option("--group", metavar="NAME", help="Group the workers run as.")
@@ -120,8 +141,8 @@ def run(  # noqa: PLR0913 - one parameter per option is click's way
 
     def load() -> Config:
         """Read the configuration; the command line wins over what it says."""
-        loaded = _load(config_file, dialect, listens, remotes)
-        _warn(loaded)
+        loaded = cli_files.load(config_file, dialect, listens, remotes)
+        cli_files.warn(loaded)
         given = {
             "workers": workers,
             "relay": relay and RelayMode(relay),
@@ -150,30 +171,30 @@ def run(  # noqa: PLR0913 - one parameter per option is click's way
     sys.exit(master.Master(spec).run())
 
 
-@cli.command()
-@_config_options
-def check(
-    config_file: str | None, dialect: str | None, listens: tuple[str, ...], remotes: tuple[str, ...]
-) -> None:
-    """Validate a configuration and print what it means. Opens no port; needs no privilege."""
-    loaded = _load(config_file, dialect, listens, remotes)
-    _warn(loaded)
-    probing.check(loaded.config)
-    for line in describe(loaded.config, config_file or "command line"):
-        click.echo(line)
-
-
 @cli.command("demo")
 @click.option("--seconds", type=click.FloatRange(min=0.1), help="End by itself after this long.")
-@click.option("--workers", type=_WorkerCount(), default="auto")
-@click.option("--port", type=click.IntRange(1, 65534), default=9000, show_default=True)
+@click.option(
+    "--workers", metavar="N|auto", type=_WorkerCount(), default="auto", help="Worker processes."
+)
+@click.option(
+    "--port",
+    type=click.IntRange(1, 65534),
+    default=9000,
+    show_default=True,
+    help="Where to listen; the server is on the next one.",
+)
 def demo_command(seconds: float | None, workers: int, port: int) -> None:
     """Forward 127.0.0.1:9000 to a small built-in server and push data through."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     sys.exit(demo.run(workers=workers or usable_cpus(), port=port, seconds=seconds))
 
 
-for _command in cli_control.COMMANDS:
+for _command in (
+    *cli_control.COMMANDS,
+    *cli_files.COMMANDS,
+    cli_completion.completion_command,
+    cli_convert.convert_command,
+):
     cli.add_command(_command)
 
 
@@ -184,57 +205,6 @@ def usable_cpus() -> int:
     return os.cpu_count() or 1
 
 
-def describe(loaded: Config, title: str) -> list[str]:
-    """What a configuration means, a line per fact."""
-    settings = loaded.settings
-    lines = [
-        f"{title}: {len(loaded.rules)} rule(s), workers {settings.workers or 'auto'}, "
-        f"relay {settings.relay.value}"
-    ]
-    lines += [f"global {rule.verdict.value} {rule.pattern}" for rule in loaded.access]
-    for rule in loaded.rules:
-        lines.append(f"{rule.name}: {_describe_rule(rule)}")
-        lines += [f"{rule.name}: {entry.verdict.value} {entry.pattern}" for entry in rule.access]
-    return lines
-
-
-def _describe_rule(rule: Rule) -> str:
-    """Where a rule listens and leads, and what is not as usual."""
-    upstreams = ", ".join(map(str, rule.upstreams))
-    text = f"{rule.protocol.value} {rule.listen} -> {upstreams}"
-    if rule.source:
-        text += f", from {rule.source}"
-    if isinstance(rule.listen, UnixAddress) and rule.listen.path.startswith("/"):
-        text += f", mode {rule.unix_mode:04o}"
-    if rule.max_flows != MAX_FLOWS:
-        text += f", at most {rule.max_flows} flows"
-    if rule.framing is not Framing.RAW:
-        text += f", framing {rule.framing.value}"
-    if options := describe_options(rule.options):
-        text += f", {options}"
-    if rule.retries_bind:
-        text += ", may wait for its address"
-    return text
-
-
-def _load(
-    config_file: str | None, dialect: str | None, listens: tuple[str, ...], remotes: tuple[str, ...]
-) -> Loaded:
-    if config_file is None:
-        if not listens and not remotes:
-            raise click.UsageError("nothing to forward: give -c FILE, or -l ADDR -r ADDR in pairs")
-        return config.from_pairs(listens, remotes)
-    if listens or remotes:
-        raise click.UsageError("-c FILE and -l/-r exclude each other")
-    path = Path(config_file)
-    return config.load(path, dialect=Dialect(dialect) if dialect else None)
-
-
-def _warn(loaded: Loaded) -> None:
-    for issue in loaded.warnings:
-        click.echo(str(issue), err=True)
-
-
 def _refuse_missing_splice(relay: RelayMode) -> None:
     if relay is RelayMode.SPLICE and not HAS_SPLICE:
         raise click.UsageError("this system has no splice(2); use --relay auto or --relay copy")
@@ -243,7 +213,7 @@ def _refuse_missing_splice(relay: RelayMode) -> None:
 def main() -> NoReturn:
     """Run the command line and exit with a code of ExitCode."""
     try:
-        cli(standalone_mode=False)
+        code = cli(standalone_mode=False, prog_name=cli_completion.PROGRAM)
     except click.ClickException as err:
         err.show()
         sys.exit(err.exit_code)
@@ -264,4 +234,5 @@ def main() -> NoReturn:
     except Exception:  # a bug; the traceback is what a report needs
         logging.getLogger(__name__).exception("forwarder: internal error, please report it")
         sys.exit(ExitCode.INTERNAL)
-    sys.exit(ExitCode.OK)
+    # What a command gives ctx.exit; others return None.
+    sys.exit(code if isinstance(code, int) else ExitCode.OK)

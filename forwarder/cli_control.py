@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from forwarder import control_path, status
+from forwarder.cli_options import FILE
 from forwarder.errors import ExitCode, ForwarderError
 
 if TYPE_CHECKING:
@@ -89,7 +90,9 @@ def _ask(
 
 def control_option(command: Callable[..., None]) -> Callable[..., None]:
     """The option that says where the control socket is."""
-    option = click.option("--control", metavar="PATH", help="The control socket of the instance.")
+    option = click.option(
+        "--control", metavar="PATH", type=FILE, help="The control socket of the instance."
+    )
     return option(command)
 
 
@@ -119,7 +122,7 @@ def _choice_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
         click.option("--rule", metavar="NAME", help="Those of one rule."),
         click.option("--client", metavar="PATTERN", help="An address, a network, or with * and ?."),
-    ):
+    )[::-1]:
         command = option(command)
     return command
 
@@ -127,7 +130,13 @@ def _choice_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.command("sessions")
 @control_option
 @_choice_options
-@click.option("--limit", type=click.IntRange(1, 10_000), default=1000, show_default=True)
+@click.option(
+    "--limit",
+    type=click.IntRange(1, 10_000),
+    default=1000,
+    show_default=True,
+    help="Show at most so many.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON for each session.")
 def sessions_command(
     control: str | None, rule: str | None, client: str | None, limit: int, *, as_json: bool

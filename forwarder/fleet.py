@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 from forwarder import messages, supervision, worker
 from forwarder.asking import Questions
 from forwarder.connlog.files import LogFiles
-from forwarder.gate import Busy, Gate, Holdings
+from forwarder.gate import STUCK_S, Busy, Gate, Holdings
 from forwarder.heartbeat import Heartbeats
 from forwarder.ledger import Ledger
 from forwarder.net import pipes
@@ -128,6 +128,8 @@ class Fleet:
         if not self._slots:
             return None
         waiting = [slot.backoff.not_before for slot in self._slots if slot.process is None]
+        if self._must_recount:
+            waiting.append(time.monotonic() + STUCK_S)
         return min([*waiting, self.next_look()])
 
     def next_look(self) -> float:
@@ -184,11 +186,16 @@ class Fleet:
             return
         self._watch(process)
 
+    def forget_rules(self) -> None:
+        """Drop what was counted for rules that are served no more and have no session left."""
+        for row in self.ledger.forget(self.serving.counted_names()):
+            self._gate.forget(row)
+
     def _recount(self) -> None:
         """What a dead worker held is free again."""
         if self._must_recount:
             living = [process.tables.holdings for process in self.processes()]
-            with suppress(Busy):  # the next turn tries again
+            with suppress(Busy):  # a turn soon tries again
                 self._gate.recount(living, self.ledger.rows_in_use())
                 self._must_recount = False
 

@@ -11,8 +11,10 @@ clients by a hash, and a client with five sessions may have all of them in one w
 
 The lock is a record lock on a file that has no name (fcntl(2)): the kernel lets go of it when its
 holder dies, whatever it was doing. It costs two system calls, for rules that have a limit only. It
-is never waited for: it is held for microseconds, and who does not get it within LOCK_TRIES is
-treated as over the limit.
+is held for microseconds, or for a time slice by who loses its processor; but a worker that hangs or
+is stopped may have it until the master kills it. So nobody waits for longer than PATIENCE_S, and
+who has waited in vain tries only once at a time for STUCK_S. What cannot be decided then is decided
+later, what cannot be given back is owed (:class:`Holder`).
 """
 
 from __future__ import annotations
@@ -20,23 +22,35 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import time
+from collections import deque
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 from forwarder.board import ROWS
-from forwarder.limits import CountTable, RateTable, pass_at
+from forwarder.limits import CountTable, RateTable, pass_at, table_words
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+    from types import TracebackType
 
 # Clients of limited rules that have sessions at the same time, all rules together. Beyond it new
 # clients are refused: their limit could not be kept.
 CLIENTS: Final = 65536
 # Clients of rules with a rate per client whose last session is remembered.
 RATED_CLIENTS: Final = 65536
-LOCK_TRIES: Final = 200
-
-
+# How long a loop may stand still for the lock: a time slice or two of somebody who holds it.
+PATIENCE_S: Final = 0.005
+# How long the lock is then taken to be stuck. A tenth of the time is lost by waiting at most.
+STUCK_S: Final = 0.05
+# How long it then takes until all workers have counted what they owe, each of which tries every
+# STUCK_S: until then a limit may only seem to be met.
+RECOVERY_S: Final = 3 * STUCK_S
+# Tries before the processor is given away for longer; the lock is mostly free at the first.
+_YIELDS: Final = 20
+_NAP_S: Final = 0.0001
+# What is owed is worked off in parts, so that the lock is not held for long.
+_PART: Final = 256
 # How much of the time that a line was idle can be made up for: late timers must not cost rate.
 CATCH_UP_S: Final = 0.005
 
@@ -55,7 +69,7 @@ class Holdings:
 
     def __init__(self) -> None:
         self.rows = _words(ROWS)
-        self.clients = CountTable(_words(2 * CLIENTS))
+        self.clients = CountTable(_words(table_words(CLIENTS)))
 
 
 class Busy(Exception):  # noqa: N818 - an event, not a fault
@@ -68,39 +82,99 @@ class Gate:
     def __init__(self) -> None:
         self._rows = _words(ROWS)  # sessions by row; the first is of all rules
         self._dues = _times(ROWS)
-        self._clients = CountTable(_words(2 * CLIENTS))
+        self._clients = CountTable(_words(table_words(CLIENTS)))
         self._rated = RateTable(_words(RATED_CLIENTS), _times(RATED_CLIENTS))
         self._lines = _times(2 * ROWS)
         self._lock_fd = os.memfd_create("forwarder-gate", os.MFD_CLOEXEC)
+        self._stuck_until = self._owed_until = 0.0  # of this process; 0: not at all
 
     def close(self) -> None:
         """Close the file that is locked."""
         os.close(self._lock_fd)
 
+    # -- the lock
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether the lock could not be had a moment ago."""
+        return self._stuck_until > 0 and time.monotonic() < self._stuck_until
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the lock is not stuck, and no worker owes anything because it was."""
+        if self._owed_until and time.monotonic() >= self._owed_until:
+            self._owed_until = 0.0
+        return not (self._owed_until or self.is_stuck)
+
+    def lock(self) -> None:
+        """Begin to decide alone. Raises Busy. Blocks for PATIENCE_S at most."""
+        try:
+            fcntl.lockf(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # EACCES or EAGAIN: somebody has it
+            self._wait()
+        if self._stuck_until:
+            self._stuck_until = 0.0
+            self._owed_until = time.monotonic() + RECOVERY_S
+
+    def unlock(self) -> None:
+        """Let the others decide."""
+        fcntl.lockf(self._lock_fd, fcntl.LOCK_UN)
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Decide alone. Raises Busy."""
-        for _ in range(LOCK_TRIES):
-            try:
-                fcntl.lockf(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:  # EACCES or EAGAIN: somebody has it
-                os.sched_yield()
-        else:
-            raise Busy
+        self.lock()
         try:
             yield
         finally:
-            fcntl.lockf(self._lock_fd, fcntl.LOCK_UN)
+            self.unlock()
+
+    def _wait(self) -> None:
+        if self.is_stuck:
+            raise Busy
+        deadline = time.monotonic() + PATIENCE_S
+        tries = 0
+        while (now := time.monotonic()) < deadline:
+            tries += 1
+            if tries < _YIELDS:
+                os.sched_yield()
+            else:
+                time.sleep(_NAP_S)
+            try:
+                fcntl.lockf(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                continue
+            return
+        self._stuck_until = now + STUCK_S
+        raise Busy
+
+    # -- bandwidth
 
     def draw(self, line: int, now: float, seconds: float) -> float:
-        """Take a line for so long, if it is free. Returns 0, or when it will be. Raises Busy."""
-        with self.locked():
-            free_at = self._lines[line]
-            if free_at > now:
-                return free_at - now
-            self._lines[line] = max(free_at, now - CATCH_UP_S) + seconds
+        """Take a line for so long, if it is free. Returns 0, or in how many seconds it will be.
+
+        Goes on without the lock if that is stuck: a quantum too much now and then is better than
+        all sessions that stand still for the sake of one worker.
+        """
+        try:
+            self.lock()
+        except Busy:
+            return self._draw(line, now, seconds)
+        try:
+            return self._draw(line, now, seconds)
+        finally:
+            self.unlock()
+
+    def _draw(self, line: int, now: float, seconds: float) -> float:
+        free_at = self._lines[line]
+        if free_at > now:
+            return free_at - now
+        self._lines[line] = max(free_at, now - CATCH_UP_S) + seconds
         return 0.0
+
+    def free_line(self, line: int, at: float) -> None:
+        """Have a line free at some time at the latest: it has become faster."""
+        self._lines[line] = min(self._lines[line], at)
 
     # -- all of these under the lock
 
@@ -112,12 +186,17 @@ class Gate:
         """How many sessions a client has."""
         return self._clients.get(key)
 
-    def pass_row(self, row: int, now: float, rate: float, burst: float) -> bool:
-        """Let one more session of a rule begin, if its rate allows that."""
-        due = pass_at(self._dues[row], now, rate, burst)
-        if due is not None:
-            self._dues[row] = due
-        return due is not None
+    def may_pass(self, row: int, now: float, rate: float, burst: float) -> bool:
+        """Whether one more session of a rule may begin by its rate; :meth:`pass_row` lets it."""
+        return pass_at(self._dues[row], now, rate, burst) is not None
+
+    def pass_row(self, row: int, now: float, rate: float) -> None:
+        """One more session of a rule begins."""
+        self._dues[row] = max(self._dues[row], now) + 1 / rate
+
+    def unpass_row(self, row: int, rate: float) -> None:
+        """It did not begin after all."""
+        self._dues[row] = max(self._dues[row] - 1 / rate, 0.0)
 
     def next_pass(self, row: int, now: float, rate: float, burst: float) -> float:
         """In how many seconds one may pass."""
@@ -134,19 +213,27 @@ class Gate:
         if key and not self._clients.add(key):
             mine.clients.remove(key)
             return False
-        for number in (0, row):
-            mine.rows[number] += 1
-            self._rows[number] += 1
+        self._count(mine, row)
         return True
+
+    def hold_anyway(self, mine: Holdings, row: int, key: int) -> None:
+        """Count a session that is there already; not for its client if there is no room."""
+        if not self.hold(mine, row, key):
+            self._count(mine, row)
 
     def let_go(self, mine: Holdings, row: int, key: int) -> None:
         """A session that was counted has ended."""
-        if key:
-            mine.clients.remove(key)
+        if key and mine.clients.remove(key):
             self._clients.remove(key)
         for number in (0, row):
-            mine.rows[number] -= 1
-            self._rows[number] -= 1
+            mine.rows[number] = max(mine.rows[number], 1) - 1
+            self._rows[number] = max(self._rows[number], 1) - 1
+
+    def _count(self, mine: Holdings, row: int) -> None:
+        # Our own first: whenever we are killed, the shared count is not below that of the others.
+        for number in (0, row):
+            mine.rows[number] += 1
+            self._rows[number] += 1
 
     # -- the master
 
@@ -156,41 +243,72 @@ class Gate:
             everyone = list(living)
             for row in (0, *rows):
                 self._rows[row] = sum(mine.rows[row] for mine in everyone)
-            self._clients.clear()
+            if len(self._clients):
+                self._clients.clear()
             for mine in everyone:
                 for key, count in mine.clients.items():
-                    self._clients.put(key, count)
+                    self._clients.add(key, count)
 
     def forget(self, row: int) -> None:
-        """A row begins anew for another rule."""
-        self._rows[row] = 0
+        """A row begins anew for another rule: nobody has to wait for what the former one did."""
         self._dues[row] = 0.0
+        self._lines[2 * row] = self._lines[2 * row + 1] = 0.0
 
 
 class Holder:
-    """The gate as one worker uses it: what it holds is in ``mine``."""
+    """The gate as one worker uses it: what it holds is in ``mine``.
+
+    As a context manager it is the lock of the gate; entering it works off what is owed. What shall
+    be counted while somebody else has the lock is owed, so that no loop stands still for it.
+    """
+
+    __slots__ = ("_owed", "gate", "mine")
 
     def __init__(self, gate: Gate, mine: Holdings) -> None:
         self.gate = gate
         self.mine = mine
+        # Row, key, whether it begins, and the rate of which one is given back; 0: none.
+        self._owed: deque[tuple[int, int, bool, float]] = deque()
+
+    def __enter__(self) -> Gate:
+        self.gate.lock()
+        if self._owed:
+            self._work_off()
+        return self.gate
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.gate.unlock()
 
     def hold(self, row: int, key: int) -> None:
-        """Count a session that has begun already, whatever the limits are."""
-        with self._locked():
-            self.gate.hold(self.mine, row, key)
+        """Count a session that has begun already, whatever the limits are, at :meth:`settle`."""
+        self._owed.append((row, key, True, 0.0))
 
-    def let_go(self, row: int, key: int) -> None:
-        """A session that was counted has ended."""
-        with self._locked():
-            self.gate.let_go(self.mine, row, key)
+    def let_go(self, row: int, key: int, rate: float = 0.0) -> None:
+        """A session that was counted has ended; as for :meth:`hold`.
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """The lock, however long it takes: a place that is never given back would be worse."""
-        while True:
-            try:
-                with self.gate.locked():
-                    yield
-                    return
-            except Busy:
-                continue
+        With a ``rate`` it has not begun at all, and another one may in its place.
+        """
+        self._owed.append((row, key, False, rate))
+
+    def settle(self) -> bool:
+        """Count what is owed. Returns whether all of it is counted."""
+        try:
+            while self._owed:
+                with self:
+                    pass
+        except Busy:
+            return False
+        return True
+
+    def _work_off(self) -> None:
+        owed, gate, mine = self._owed, self.gate, self.mine
+        for _ in range(min(len(owed), _PART)):
+            row, key, begins, rate = owed.popleft()
+            (gate.hold_anyway if begins else gate.let_go)(mine, row, key)
+            if rate:
+                gate.unpass_row(row, rate)

@@ -65,8 +65,12 @@ class Ledger:
         """The row in which all workers count a rule."""
         return self._rows.of(rule)
 
-    def forget(self, known: Iterable[str]) -> None:
-        """Drop the counters of rules that are not ``known`` any more and have no session left."""
+    def forget(self, known: Iterable[str]) -> list[int]:
+        """Drop the counters of rules that are not ``known`` any more and have no session left.
+
+        Returns their rows, which go to rules that come.
+        """
+        forgotten = []
         for name, number in self._rows.forgettable(known).items():
             if not self._rows.is_shared(number):
                 rows = [board.row(number) for board in self._boards]
@@ -78,6 +82,8 @@ class Ledger:
                     row[SESSIONS + 1 :] = _ZEROS[SESSIONS + 1 :]
                 self._tally.forget(number)
             self._rows.forget(name)
+            forgotten.append(number)
+        return forgotten
 
     def worker(self, board: Board) -> dict[str, int]:
         """The counters of one worker that lives."""

@@ -15,53 +15,76 @@ _WAYS: Final = 8
 _KEY_MASK: Final = 2**64 - 1
 
 
-def key_of(row: int, client: str) -> int:
+def key_of(rule: str, client: str) -> int:
     """The key of a client of a rule in the tables: never 0, the same in all forks of a process."""
-    return hash((row, client)) & _KEY_MASK or 1
+    return hash((rule, client)) & _KEY_MASK or 1
+
+
+def table_words(keys: int) -> int:
+    """How many words a :class:`CountTable` for so many keys, a power of two, needs."""
+    return 4 * keys + 1
 
 
 class CountTable:
     """How many of something each key has. Keys that have none take no room.
 
     Linear probing; a key that goes is filled up from behind, so there are no tombstones. ``words``
-    holds a key and a count for each place; as many places as a power of two.
+    holds a key and a count for each place, and then the number of keys. Half of the places stay
+    free, so that looking for a key is short, however many there are.
+
+    Whoever writes may be killed at any point. What is read then is wrong by a little until it is
+    made anew, hence no count is taken below 0 here.
     """
 
-    __slots__ = ("_mask", "_words")
+    __slots__ = ("_mask", "_places", "_words")
 
     def __init__(self, words: memoryview[int]) -> None:
+        """``words``: as many as :func:`table_words` says, all 0 for an empty table."""
         self._words = words
-        self._mask = len(words) // 2 - 1
+        self._places = len(words) // 2
+        self._mask = self._places - 1
+
+    def __len__(self) -> int:
+        return self._words[-1]
 
     def get(self, key: int) -> int:
         """How many a key has."""
         at = self._find(key)
-        return self._words[2 * at + 1] if at >= 0 and self._words[2 * at] == key else 0
+        return self._words[2 * at + 1] if self._words[2 * at] == key else 0
 
-    def add(self, key: int) -> bool:
-        """One more for a key. False if there is no room for a new key."""
-        at = self._find(key)
-        if at < 0:
-            return False
+    def add(self, key: int, count: int = 1) -> bool:
+        """``count`` more for a key. False if there is no room for a new key."""
         words = self._words
-        words[2 * at] = key
-        words[2 * at + 1] += 1
+        at = self._find(key)
+        if words[2 * at] != key:
+            if 2 * words[-1] >= self._places:
+                return False
+            words[-1] += 1
+            words[2 * at + 1] = 0
+            words[2 * at] = key
+        words[2 * at + 1] += count
         return True
 
-    def remove(self, key: int) -> None:
-        """One less for a key."""
-        at = self._find(key)
+    def remove(self, key: int) -> bool:
+        """One less for a key; False if it has none."""
         words = self._words
-        if at < 0 or words[2 * at] != key:
-            return
-        words[2 * at + 1] -= 1
-        if not words[2 * at + 1]:
-            self._close_gap(at)
+        at = self._find(key)
+        if words[2 * at] != key:
+            return False
+        count = words[2 * at + 1]
+        if count > 1:
+            words[2 * at + 1] = count - 1
+            return True
+        self._close_gap(at)
+        words[-1] = max(words[-1], 1) - 1
+        return True
 
     def items(self) -> Iterator[tuple[int, int]]:
         """All keys that have some, with their counts."""
+        if not self._words[-1]:
+            return  # without a look at memory that was never touched
         words = self._words.tolist()
-        for at in range(0, len(words), 2):
+        for at in range(0, 2 * self._places, 2):
             if words[at]:
                 yield words[at], words[at + 1]
 
@@ -70,15 +93,8 @@ class CountTable:
         words = self._words
         words[:] = memoryview(bytes(8 * len(words))).cast("Q")
 
-    def put(self, key: int, count: int) -> None:
-        """Add ``count`` to what a key has; nothing where there is no room."""
-        at = self._find(key)
-        if at >= 0:
-            self._words[2 * at] = key
-            self._words[2 * at + 1] += count
-
     def _find(self, key: int) -> int:
-        """The place of a key, or the free one where it belongs; -1 if it is full."""
+        """The place of a key, or the free one where it belongs."""
         words, mask = self._words, self._mask
         at = key & mask
         for _ in range(mask + 1):
@@ -86,7 +102,7 @@ class CountTable:
             if found in (key, 0):
                 return at
             at = at + 1 & mask
-        return -1
+        raise RuntimeError("a table of limits is full")  # half of it is free
 
     def _close_gap(self, gap: int) -> None:
         """Free a place, and move up those behind it that had to give way to it."""

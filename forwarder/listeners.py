@@ -292,6 +292,7 @@ class ListenerTable:
         """
         for fd in self._fds:
             os.close(fd)
+        # Nobody accepts on these: a copy in a worker would keep them open, and clients waiting.
         for sock in itertools.chain(*self._inherited.values()):
             os.close(sock.fileno())
 

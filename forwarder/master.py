@@ -477,7 +477,7 @@ class Master:
         self._requests.on_accepted(self._report, self._service.generation)
         self._fleet.serving = self._service.serving()
         # Those that go now are served for a moment yet; the next reload forgets them.
-        self._fleet.ledger.forget(self._fleet.serving.counted_names())
+        self._fleet.forget_rules()
         self._fleet.resize(size)
 
 

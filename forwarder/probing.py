@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final
 
 from forwarder.addr import UnixAddress
 from forwarder.config.model import BACKLOG, SocketOptions
-from forwarder.errors import ConfigError, ExitCode, Issue, Place, RightsError, StartupError
+from forwarder.errors import ConfigError, ExitCode, Issue, RightsError, StartupError
 from forwarder.net import options as socket_options
 
 if TYPE_CHECKING:
@@ -102,12 +102,7 @@ def check(config: Config, drop: Callable[[], None] | None = None) -> None:
 
 
 def _issue(rule: Rule, problem: _Problem) -> Issue:
-    places: dict[str, Place] = dict(rule.options.places)
-    place = places.get(problem.key, rule.place)
-    if problem.key == "mark":
-        place = places.get("mark") or places.get("upstream_mark", place)
-    if problem.key == "device":
-        place = places.get("device") or places.get("upstream_device", place)
+    place = dict(rule.options.places).get(problem.key, rule.place)
     return Issue(place, problem.what, problem.allowed, problem.hint)
 
 
@@ -267,7 +262,7 @@ def _explain(setting: Setting, err: OSError) -> _Problem:
             + ("add it there" if number == errno.EPERM else f"`modprobe tcp_{shown}`"),
             is_denied=number == errno.EPERM,
         )
-    if key == "device" and number == errno.ENODEV:
+    if key.endswith("device") and number == errno.ENODEV:
         names = ", ".join(name for _, name in socket.if_nameindex())
         hint = 'bind = "retry" waits for one that comes later'
         what = f"there is no network device {shown!r}"
@@ -282,6 +277,6 @@ def _shown(setting: Setting) -> str:
     value = setting.value
     if not isinstance(value, bytes):
         return str(value)
-    if setting.key == "mark":
+    if setting.key.endswith("mark"):
         return str(struct.unpack("I", value)[0])
     return value.decode()

@@ -16,7 +16,7 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from forwarder.addr import UnixAddress
-from forwarder.config.plan import diff
+from forwarder.config.plan import FIXED_SETTINGS, diff
 from forwarder.errors import StartupError
 from forwarder.fleet import Serving
 from forwarder.listeners import CLOSE_GRACE_S, ListenerTable, start_lock
@@ -36,11 +36,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# What is read once, by a process that is not started again by a reload.
 # Of master and worker each, besides listening sockets: channels, epoll, loop, log, pipes, and room
 # for a few sessions. Arbitrary, above the 16 that an idle worker has.
 RESERVED_DESCRIPTORS: Final = 24
-_FIXED_SETTINGS: Final = ("relay", "user", "group", "pid_file", "control")
 
 
 class Service:
@@ -111,7 +109,7 @@ class Service:
         wanted = self._rules_by_address()
         self._begin_closing(before, wanted)
         self.table.set_modes(wanted)
-        for setting in _FIXED_SETTINGS:
+        for setting in FIXED_SETTINGS:
             if getattr(old.settings, setting) != getattr(new.settings, setting):
                 log.warning("reload: a change of %s takes effect at the next start", setting)
         return f"{diff(old, new)}, generation {self.generation}"

@@ -226,10 +226,10 @@ class Worker:
             self._flush_logs()
 
     def _flush_logs(self) -> None:
-        self._relay.connlog.flush()
         self._is_flushing = self._relay.connlog.is_on
         if self._is_flushing:
             self._loop.call_later(FLUSH_S, self._flush_logs)
+        self._relay.connlog.flush()
 
     def _answer(self, question: Message) -> None:
         """List or end some sessions. A bug in that costs the answer, not the worker."""
@@ -399,7 +399,7 @@ class Worker:
         self._loop.call_later(LAST_SILENCE_S / 2, self._end_silent_flows)
 
     def _leave_when_idle(self) -> None:
-        if self._relay.sessions:
+        if self._relay.sessions or self._relay.restrictions.has_undecided:
             self._loop.call_later(0.05, self._leave_when_idle)
         else:
             self._finish()

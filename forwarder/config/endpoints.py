@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from forwarder.addr import Endpoint
     from forwarder.config.raw import Issues, Placed, RawRule
 
+WILDCARDS = ("0.0.0.0", "::")
+
 
 def transport(protocol: Protocol) -> str:
     """What clients speak, as in the name of a rule."""
@@ -142,17 +144,9 @@ def _check_loop(rule: RawRule, upstream: Placed[Endpoint], issues: Issues) -> No
     listen, there = rule.listen.value, upstream.value
     what = "a session would connect to itself until nothing is left"
     hint = "change the path of one of them"
-    if isinstance(there, UnixAddress) or isinstance(listen, UnixAddress):
-        if not (isinstance(there, UnixAddress) and isinstance(listen, UnixAddress)):
-            return
-        if _canonical_path(there) != _canonical_path(listen):
-            return
-    else:
-        if there.port > listen.last_port or there.last_port < listen.port:
-            return
-        host, listen_host = canonical_host(there.host), canonical_host(listen.host)
-        if host != listen_host and not _takes(listen_host, host):
-            return
+    if not listens_for(listen, there):
+        return
+    if isinstance(there, Address) and isinstance(listen, Address):
         if there.ports > 1 and there.port != listen.port:
             what = "a session would go through this rule again and again, to the end of its ports"
         hint = "change the port or the address of one of them"
@@ -163,9 +157,26 @@ def _check_loop(rule: RawRule, upstream: Placed[Endpoint], issues: Issues) -> No
     )
 
 
+def listens_for(listen: Endpoint, there: Endpoint) -> bool:
+    """Whether connections to ``there``, or to some port of it, arrive where is listened."""
+    if isinstance(there, UnixAddress) or isinstance(listen, UnixAddress):
+        return type(there) is type(listen) and spelling(there) == spelling(listen)
+    if there.port > listen.last_port or there.last_port < listen.port:
+        return False
+    host, listen_host = spelling(there), spelling(listen)
+    return host == listen_host or _takes(listen_host, host)
+
+
+def spelling(endpoint: Endpoint) -> str:
+    """One spelling for hosts and paths that are the same."""
+    if isinstance(endpoint, UnixAddress):
+        return _canonical_path(endpoint)
+    return canonical_host(endpoint.host)
+
+
 def _takes(listen_host: str, host: str) -> bool:
     """Whether a wildcard listener takes connections to the loopback host."""
-    if listen_host not in {"0.0.0.0", "::"}:
+    if listen_host not in WILDCARDS:
         return False
     ip = _literal(host)
     is_ours = host == "localhost" or (ip is not None and (ip.is_loopback or ip.is_unspecified))

@@ -48,9 +48,7 @@ def load(path: Path, *, dialect: Dialect | None = None) -> Loaded:
     ``dialect`` None goes by the name: ``.toml`` is TOML, anything else rinetd.conf.
     Raises ConfigError with every problem found. Blocks on the file system only.
     """
-    if dialect is None:
-        dialect = Dialect.TOML if path.suffix == ".toml" else Dialect.RINETD
-    return parse(_read(path), str(path), dialect)
+    return parse(read_text(path), str(path), dialect or Dialect.of(path))
 
 
 def parse(text: str, source: str, dialect: Dialect) -> Loaded:
@@ -101,7 +99,7 @@ def _address(text: str, place: Place, issues: Issues, *, is_upstream: bool) -> E
         return None
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
     """Return the text of a file. Raises ConfigError for anything that is not a text."""
     source = str(path)
     try:

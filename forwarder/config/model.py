@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 from forwarder.addr import UnixAddress
 
 if TYPE_CHECKING:
+    from pathlib import PurePath
+
     from forwarder.addr import Endpoint
     from forwarder.errors import Place
 
@@ -33,6 +35,11 @@ class Dialect(Enum):
 
     TOML = "toml"
     RINETD = "rinetd"
+
+    @classmethod
+    def of(cls, path: PurePath) -> Dialect:
+        """The language of a file by its name: ``.toml`` is TOML, anything else rinetd.conf."""
+        return cls.TOML if path.suffix == ".toml" else cls.RINETD
 
 
 class Protocol(Enum):

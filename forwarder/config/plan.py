@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from forwarder.config.model import Config
+
+# What is read once, by a process that a reload does not start again.
+FIXED_SETTINGS: Final = ("relay", "user", "group", "pid_file", "control")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 RATE_FORMS = 'new sessions per second, or a text such as "100/s", "30/m" or "600/h"'
@@ -23,7 +24,7 @@ def parse_rate(value: object) -> float:
     if isinstance(value, str) and (match := _RATE.fullmatch(value)):
         rate = float(match[1]) / _SECONDS[match[2]]
     elif isinstance(value, int | float) and not isinstance(value, bool):
-        rate = float(value)
+        rate = float(value) if abs(value) < 1e9 else math.inf  # no float is as large as any int
     else:
         raise ValueError("is not a rate")
     if not MIN_RATE <= rate <= MAX_RATE:

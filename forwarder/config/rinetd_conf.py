@@ -34,7 +34,7 @@ _RULE = re.compile(
 _PORT = re.compile(r"([0-9]+|[A-Za-z_][A-Za-z0-9_-]*)(?:/(tcp|udp))?")
 _RANGE = re.compile(r"[0-9]+-[0-9]")
 _PATTERN_LINE = re.compile(r"[ \t]+([^ \t#]+)[ \t]*(?:#.*)?", re.DOTALL)
-_FILE_LINE = re.compile(r'[ \t]+("[^"]+"|[^ \t"#][^ \t]*)[ \t]*(?:#.*)?', re.DOTALL)
+FILE_LINE = re.compile(r'[ \t]+("[^"]+"|[^ \t"#][^ \t]*)[ \t]*(?:#.*)?', re.DOTALL)
 _BARE_LINE = re.compile(r"[ \t]*(?:#.*)?", re.DOTALL)
 _OPTION = re.compile(r"[ \t]*([^ \t=]*)[ \t]*(?:=[ \t]*(.*?))?[ \t]*", re.DOTALL)
 _LAST_LABEL = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
@@ -50,13 +50,13 @@ _PROTOCOLS = {
 
 def parse(text: str, source: str, issues: Issues, service_port: ServicePort) -> RawConfig:
     """Read a whole file. Problems go to ``issues``; what is sound is returned all the same."""
-    reader = _Reader(source, issues, service_port)
+    reader = Reader(source, issues, service_port)
     for number, line in enumerate(text.split("\n"), 1):
         reader.read_line(number, line.removesuffix("\r"))
     return reader.raw
 
 
-class _Reader:
+class Reader:
     """Reads line by line. Owns the configuration that grows."""
 
     def __init__(self, source: str, issues: Issues, service_port: ServicePort) -> None:
@@ -94,7 +94,7 @@ class _Reader:
             self._log_format = LogFormat.COMMON
             self._set_logs()
             return
-        match = _FILE_LINE.fullmatch(line, end)
+        match = FILE_LINE.fullmatch(line, end)
         if match is None:
             self._issues.error(
                 self._place(end),

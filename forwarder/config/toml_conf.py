@@ -276,7 +276,9 @@ def _rule(table: Table, raw: RawConfig) -> RawRule | None:
         for key in ("connect_timeout", "half_close_timeout", "idle_timeout")
         if (duration := table.duration(key)) is not None
     }
-    limits = read_limits(table)
+    limits = read_limits(
+        table, is_udp=protocol.listens_on_udp, has_total=bool(raw.settings.max_sessions)
+    )
     access = _access(table, "rules")
     if listen is None or not upstreams:
         raw.dropped_access += access

@@ -32,8 +32,11 @@ LIMIT_KEYS: Final = (
 MOST_SESSIONS: Final = 100_000_000
 
 
-def read_limits(table: Table) -> Limits:
-    """Read the keys that limit a rule; what is not there limits nothing."""
+def read_limits(table: Table, *, is_udp: bool, has_total: bool) -> Limits:
+    """Read the keys that limit a rule; what is not there limits nothing.
+
+    ``is_udp``: it listens on UDP. ``has_total``: there is a limit of all rules together.
+    """
     rate = _quantity(table, "rate", parse_rate, RATE_FORMS)
     rate_per_client = _quantity(table, "rate_per_client", parse_rate, RATE_FORMS)
     limits = Limits(
@@ -46,13 +49,29 @@ def read_limits(table: Table) -> Limits:
         bandwidth=_quantity(table, "bandwidth", parse_bandwidth, BANDWIDTH_FORMS),
         on_limit=table.choice("on_limit", OnLimit) or OnLimit.RESET,
     )
-    if "on_limit" in table and not (limits.max_sessions or limits.rate):
+    _warn_of_what_has_no_effect(table, limits, is_udp=is_udp, has_total=has_total)
+    return limits
+
+
+def _warn_of_what_has_no_effect(
+    table: Table, limits: Limits, *, is_udp: bool, has_total: bool
+) -> None:
+    if is_udp and limits.on_limit is OnLimit.QUEUE:
+        table.issues.warn(
+            table.place("on_limit"),
+            "on_limit has no effect on a UDP rule: datagrams that would begin a flow are dropped",
+        )
+    elif "on_limit" in table and not (has_total or "max_sessions" in table or "rate" in table):
         table.issues.warn(
             table.place("on_limit"),
             "on_limit has no effect: the rule has neither max_sessions nor rate",
             hint="limits of single clients always reset",
         )
-    return limits
+    if 0 < limits.max_sessions <= limits.max_sessions_per_client:
+        table.issues.warn(
+            table.place("max_sessions_per_client"),
+            "max_sessions_per_client has no effect: max_sessions is not above it",
+        )
 
 
 def _count(table: Table, key: str) -> int:
@@ -63,7 +82,7 @@ def _count(table: Table, key: str) -> int:
 def _burst(table: Table, key: str, of: str, rate: float) -> float:
     """What may come at once; as much as in a second unless it is written."""
     found = table.number(key, 1, MOST_SESSIONS)
-    if found and not rate:
+    if found and of not in table:
         table.issues.warn(found.place, f"{key} has no effect without {of}")
     return float(found.value) if found else max(1.0, rate)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
+from forwarder.config.model import LogFormat
 from forwarder.connlog import drains
 from forwarder.connlog.formats import FORMATTERS
 from forwarder.connlog.sinks import Sink
@@ -12,11 +13,15 @@ from forwarder.connlog.sinks import Sink
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from forwarder.config.model import LogFormat
     from forwarder.connlog.record import Record
+
+Later: TypeAlias = "Callable[[], Record]"
+"""Makes a record when it is about to be written."""
 
 # How long a line may wait for others. A crash loses as much.
 FLUSH_S: Final = 0.5
+# Records that are made and formatted in one go: see ``reporting``. Many would hold up the loop.
+BATCH: Final = 64
 # At a stop: how long to wait for what is left to be written. Less than the master waits for us.
 LAST_WORDS_S: Final = 1.0
 
@@ -24,10 +29,12 @@ LAST_WORDS_S: Final = 1.0
 class ConnectionLog:
     """Writes nothing until it is told where to, by :meth:`set_places`."""
 
-    def __init__(self, worker: int) -> None:
+    def __init__(self) -> None:
         self.is_on = False
         """Whether a record has to be made at all."""
-        self._worker = worker
+        self.tells_opened = False
+        """Whether one of a session that has begun has to be made; JSON tells only of the end."""
+        self._waiting: list[Later] = []
         self._sinks: list[tuple[Callable[[Record], str | None], Sink]] = []
         self._ended: list[Sink] = []  # those that may still write
         self._dropped = 0  # of sinks that are no more
@@ -43,25 +50,33 @@ class ConnectionLog:
 
         Without a descriptor the name is ``syslog`` or ``journal``.
         """
+        self._format()
         for _, old in self._sinks:
             old.end()
             self._ended.append(old)
         self._forget_finished()
         self._sinks = [(FORMATTERS[how], Sink(_drain(name, fd))) for how, name, fd in places]
         self.is_on = bool(self._sinks)
+        self.tells_opened = any(how is not LogFormat.JSON for how, _, _ in places)
 
-    def write(self, record: Record) -> None:
-        """Put a record into every place, in its format."""
-        record.worker = self._worker
-        for format_record, sink in self._sinks:
-            line = format_record(record)
-            if line is not None:
-                sink.add(line)
+    def write(self, record: Later) -> None:
+        """Put a record into every place, in its format; soon."""
+        waiting = self._waiting
+        waiting.append(record)
+        if len(waiting) >= BATCH:
+            self._format()
 
     def flush(self) -> None:
         """Hand over what has come together; to be called every FLUSH_S."""
+        self._format()
         for _, sink in self._sinks:
             sink.flush()
+
+    def _format(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        records = [make() for make in waiting]
+        for format_record, sink in self._sinks:
+            sink.add(*filter(None, map(format_record, records)))
 
     def close(self) -> None:
         """Write what is left, as far as that is possible in a moment."""

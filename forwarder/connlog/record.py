@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final, NamedTuple
 
-from forwarder.errors import UPSTREAM_HAD_ENDED, Phase, Who
+from forwarder.errors import REASONS, UPSTREAM_HAD_ENDED, Phase, Who
 
 if TYPE_CHECKING:
     from forwarder.errors import CloseReason
@@ -20,8 +19,7 @@ class Event(Enum):
     REFUSED = "refused"
 
 
-@dataclass(slots=True, kw_only=True)
-class Record:
+class Record(NamedTuple):
     """One line. ``at`` is seconds since the epoch.
 
     ``listen`` and ``upstream`` are host and port as the configuration writes them, the port being
@@ -56,13 +54,20 @@ def rinetd_result(reason: CloseReason) -> str:
     It says who ended first. rinetd knows no ends of our own but the timeout of UDP flows, which it
     calls the client's.
     """
-    if reason.phase is Phase.CONNECT and reason.who is not Who.CLIENT:
+    return "done-local-closed" if reason is UPSTREAM_HAD_ENDED else _WORDS[reason.code]
+
+
+def _word(code: str) -> str:
+    who, phase = code.split("/")[:2]
+    if phase == Phase.CONNECT.value and who != Who.CLIENT.value:
         return "local-connect-failed -"
-    if reason.phase is Phase.ACCEPT:
+    if phase == Phase.ACCEPT.value:
         return "accept-failed -"
-    if reason.phase is Phase.HALF_CLOSE:  # the other side had ended before
-        is_upstream = reason.who is Who.CLIENT or reason is UPSTREAM_HAD_ENDED
-        return "done-local-closed" if is_upstream else "done-remote-closed"
-    if reason.who is Who.CLIENT or reason.phase is Phase.IDLE:
+    if phase == Phase.HALF_CLOSE.value:  # the other side had ended before
+        return "done-local-closed" if who == Who.CLIENT.value else "done-remote-closed"
+    if who == Who.CLIENT.value or phase == Phase.IDLE.value:
         return "done-remote-closed"
     return "done-local-closed"
+
+
+_WORDS: Final = {code: _word(code) for code in REASONS}

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-BLOCK_BYTES: Final = 64 * 1024
+# Each block costs some 0.5 ms of switching between the threads under load, however long it is.
+BLOCK_BYTES: Final = 256 * 1024
 MAX_WAITING_BYTES: Final = 4 * 1024 * 1024
 
 
@@ -56,10 +57,10 @@ class Sink:
         """What was handed over and is neither written nor lost."""
         return self._handed - self._dealt_with
 
-    def add(self, line: str) -> None:
-        """Take a whole line."""
-        self._lines.append(line)
-        self._size += len(line)
+    def add(self, *lines: str) -> None:
+        """Take whole lines."""
+        self._lines += lines
+        self._size += sum(map(len, lines))
         if self._size >= BLOCK_BYTES:
             self.flush()
 

@@ -37,9 +37,9 @@ SLOTS: Final = 64
 SLOT_BYTES: Final = 65536
 MAX_DATAGRAM: Final = 65507
 
-_SOL_UDP: Final = 17
-_UDP_SEGMENT: Final = 103  # linux/udp.h
-_UDP_GRO: Final = 104
+SOL_UDP: Final = 17
+UDP_SEGMENT: Final = 103  # linux/udp.h
+UDP_GRO: Final = 104
 _IP_PKTINFO: Final = 8  # linux/in.h
 _IPV6_PKTINFO: Final = 50  # linux/in6.h
 
@@ -206,7 +206,7 @@ class Batch:
     def prepare(self, sock: socket.SocketType) -> None:
         """Let the kernel hand over several datagrams of a connected socket as one, if it can."""
         try:
-            sock.setsockopt(_SOL_UDP, _UDP_GRO, 1)
+            sock.setsockopt(SOL_UDP, UDP_GRO, 1)
         except OSError:  # before Linux 5.0: they come one by one
             return
 
@@ -293,7 +293,7 @@ class Batch:
             if length >= _SEGMENT.size - 6:
                 at = slot * _CONTROL_BYTES
                 _, level, kind, size = _SEGMENT.unpack_from(self._controls.view, at)
-                if (level, kind) == (_SOL_UDP, _UDP_GRO) and 0 < size < self._lens[slot]:
+                if (level, kind) == (SOL_UDP, UDP_GRO) and 0 < size < self._lens[slot]:
                     self._segments[slot] = size
 
     # -- sending
@@ -397,7 +397,7 @@ class Batch:
         words[_IOVLEN] = count
         words[_CONTROLLEN] = self._controllen + _SEGMENT.size
         at = self._controllen
-        _SEGMENT.pack_into(self._ancillary.view, at, 18, _SOL_UDP, _UDP_SEGMENT, size)
+        _SEGMENT.pack_into(self._ancillary.view, at, 18, SOL_UDP, UDP_SEGMENT, size)
         for _ in range(MAX_REPORTS):
             if _libc.sendmsg(to.fd, self._run_pointer, _DONTWAIT) >= 0:
                 return True

@@ -78,7 +78,8 @@ def listening(options: SocketOptions, family: int, *, is_udp: bool) -> list[Sett
     """What a new socket for clients gets: a listener of TCP, or any socket of UDP."""
     if family == socket.AF_UNIX:
         return []
-    found = list(_common(options, family, options.mark, options.device))
+    found = list(_common(options, family))
+    found += _own("mark", options.mark, "device", options.device)
     if not is_udp:
         found += _tcp(options, is_mptcp=options.mptcp.on_listen)
         if options.fast_open.on_listen:
@@ -91,7 +92,10 @@ def connecting(options: SocketOptions, family: int, *, is_udp: bool) -> list[Set
     """What a new socket towards an upstream gets."""
     if family == socket.AF_UNIX:
         return []
-    found = list(_common(options, family, options.mark_of_upstreams, options.upstream_device))
+    found = list(_common(options, family))
+    mark_key = "mark" if options.upstream_mark is None else "upstream_mark"
+    device = options.upstream_device
+    found += _own(mark_key, options.mark_of_upstreams, "upstream_device", device)
     if not is_udp:
         found += _tcp(options, is_mptcp=options.mptcp.on_connect)
     if options.transparent:
@@ -147,18 +151,20 @@ def _tcp(options: SocketOptions, *, is_mptcp: bool) -> Iterator[Setting]:
         yield Setting("congestion", tcp, _TCP_CONGESTION, options.congestion.encode())
 
 
-def _common(
-    options: SocketOptions, family: int, mark: int, device: str | None
-) -> Iterator[Setting]:
-    """What TCP and UDP have in common."""
+def _own(mark_key: str, mark: int, device_key: str, device: str | None) -> Iterator[Setting]:
+    """What each side has a key of its own for."""
+    if mark:
+        yield Setting(mark_key, socket.SOL_SOCKET, _SO_MARK, struct.pack("I", mark))
+    if device is not None:
+        yield Setting(device_key, socket.SOL_SOCKET, _SO_BINDTODEVICE, device.encode())
+
+
+def _common(options: SocketOptions, family: int) -> Iterator[Setting]:
+    """What TCP and UDP, and both sides, have in common."""
     if options.rcvbuf_bytes is not None:
         yield Setting("rcvbuf", socket.SOL_SOCKET, socket.SO_RCVBUF, options.rcvbuf_bytes)
     if options.sndbuf_bytes is not None:
         yield Setting("sndbuf", socket.SOL_SOCKET, socket.SO_SNDBUF, options.sndbuf_bytes)
-    if mark:
-        yield Setting("mark", socket.SOL_SOCKET, _SO_MARK, struct.pack("I", mark))
-    if device is not None:
-        yield Setting("device", socket.SOL_SOCKET, _SO_BINDTODEVICE, device.encode())
     if options.dscp is not None:
         # The upper six bits of the byte (RFC 2474). An IPv6 socket has a value for IPv4, too.
         yield Setting("dscp", socket.IPPROTO_IP, socket.IP_TOS, options.dscp << 2)

@@ -16,6 +16,7 @@ import sys
 import termios
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from forwarder.net import options as socket_options
@@ -81,8 +82,7 @@ class Target:
     def __str__(self) -> str:
         if isinstance(self.sockaddr, str):
             return f"unix:{self.sockaddr.replace(NUL, '@', 1)}"
-        host, port = self.sockaddr[0], self.sockaddr[1]
-        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        return ip_text(self.sockaddr)
 
     @property
     def port(self) -> int:
@@ -102,6 +102,13 @@ class Target:
 
 class LentSocket(socket.socket):
     """A listening socket whose address is somebody else's to remove: a service manager's."""
+
+
+@lru_cache(maxsize=1024)  # the same few upstreams over and over
+def ip_text(address: IpSockAddr) -> str:
+    """Host and port as they are written."""
+    host, port = address[0], address[1]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def unix_target(path: str) -> Target:

@@ -9,125 +9,170 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from forwarder.config.model import OnLimit
-from forwarder.gate import Busy
+from forwarder.gate import STUCK_S, Busy
 from forwarder.limits import key_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from forwarder.config.model import Limits
-    from forwarder.gate import Holder
+    from forwarder.config.model import Rule
+    from forwarder.gate import Gate, Holder
+    from forwarder.net.sockets import SockAddr
 
 # While clients wait in the queue: when to look whether another worker has room again. A session of
 # this worker that ends is noticed at once. Arbitrary.
 LOOK_AGAIN_S: Final = 0.05
 
 
+def client_host(address: SockAddr) -> str:
+    """As whom the limits of single clients know a client: all of a unix socket are one."""
+    return address[0] if isinstance(address, tuple) else "unix"
+
+
 class Admission:
-    """The limits of a rule, whose row is ``row``, and those of the whole process."""
+    """The limits of a rule, whose row is ``row``, and those of the whole process.
+
+    ``queues``: whether clients wait in the queue at a limit of the rule; see :meth:`reserve`.
+    ``met``: which limit the last one that was refused, or has to wait, has met.
+    """
 
     __slots__ = (
-        "_gate",
         "_holder",
         "_limits",
         "_max_total",
+        "_name",
         "_row",
+        "_settle",
+        "_waiting",
+        "met",
         "queues",
-        "refused_for",
-        "waiting",
     )
 
-    def __init__(self, holder: Holder, limits: Limits, row: int, max_total: int) -> None:
-        """``max_total`` is of all rules together; 0 is no limit, as everywhere here."""
+    def __init__(
+        self, holder: Holder, rule: Rule, row: int, max_total: int, settle: Callable[[], None]
+    ) -> None:
+        """``max_total`` is of all rules together; 0 is no limit, as everywhere here.
+
+        ``settle`` has the gate count what the holder owes, now or as soon as that is possible.
+        """
         self._holder = holder
-        self._gate = holder.gate
-        self._limits = limits
+        self._settle = settle
+        self._limits = rule.limits
+        self._name = rule.name
         self._row = row
         self._max_total = max_total
-        self.queues = limits.on_limit is OnLimit.QUEUE
-        """Whether clients wait in the queue at a limit of the rule. See :meth:`reserve`."""
-        self.refused_for = ""
-        """Which limit the last one that was refused has met."""
-        self.waiting: list[Callable[[], None]] = []
-        """Called, once, when a session of the rule has ended in this worker."""
+        self.queues = rule.limits.on_limit is OnLimit.QUEUE
+        self.met = ""
+        # Whom to call, once each, when there may be room; in the order in which they came.
+        self._waiting: dict[Callable[[], None], None] = {}
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether a decision now would be right: see the gate."""
+        return self._holder.gate.is_settled
 
     def key(self, client: str) -> int:
         """As what a session of this client is held."""
-        return key_of(self._row, client) if self._limits.max_sessions_per_client else 0
+        return key_of(self._name, client) if self._limits.max_sessions_per_client else 0
 
-    def admit(self, client: str, *, is_reserved: bool = False) -> int | None:
+    def admit(self, client: str) -> int | None:
         """Take a client in, if no limit is met. Returns the key that it is held by, or None.
 
-        ``is_reserved``: it has a reservation, which becomes its place or is given back.
+        Raises Busy: ask again later.
         """
         key = self.key(client)
-        try:
-            with self._gate.locked():
-                met = "" if is_reserved else self._rule_limit_met()
-                met = met or self._client_limit_met(client, key)
-                if not met and not is_reserved:
-                    met = self._rate_met()
-                if is_reserved:
-                    self._gate.let_go(self._holder.mine, self._row, 0)
-                if not met and not self._gate.hold(self._holder.mine, self._row, key):
-                    met = "max_sessions_per_client, which cannot be kept for so many clients"
-        except Busy:
-            met = "the lock of the limits"
-        self.refused_for = met
+        with self._holder as gate:
+            now = time.monotonic()
+            met = self._rule_limit_met(gate, now) or self._client_limit_met(gate, client, key, now)
+            if not met and not gate.hold(self._holder.mine, self._row, key):
+                met = "max_sessions_per_client, which cannot be kept for so many clients"
+            if not met and self._limits.rate:
+                gate.pass_row(self._row, now, self._limits.rate)
+        self.met = met
         return None if met else key
+
+    # -- where clients wait in the queue: a place first, then a client
 
     def reserve(self) -> float:
         """Take a place for a client that is not known yet. Returns 0, or when to try again."""
+        limits = self._limits
         try:
-            with self._gate.locked():
-                if self._rule_limit_met():
+            with self._holder as gate:
+                now = time.monotonic()
+                self.met = self._rule_limit_met(gate, now)
+                if self.met == "rate":
+                    return gate.next_pass(self._row, now, limits.rate, limits.burst) or LOOK_AGAIN_S
+                if self.met:
                     return LOOK_AGAIN_S
-                if self._rate_met():
-                    limits = self._limits
-                    wait_s = self._gate.next_pass(
-                        self._row, time.monotonic(), limits.rate, limits.burst
-                    )
-                    return max(wait_s, 0.001)
-                self._gate.hold(self._holder.mine, self._row, 0)
+                gate.hold(self._holder.mine, self._row, 0)
+                if limits.rate:
+                    gate.pass_row(self._row, now, limits.rate)
         except Busy:
-            return LOOK_AGAIN_S
+            self.met = ""
+            return STUCK_S
         return 0.0
+
+    def admit_reserved(self, client: str) -> int | None:
+        """As :meth:`admit`, for a client for whom there is a reservation, which is used up."""
+        limits = self._limits
+        if not (limits.max_sessions_per_client or limits.rate_per_client):
+            return 0
+        key = self.key(client)
+        mine = self._holder.mine
+        with self._holder as gate:
+            met = self._client_limit_met(gate, client, key, time.monotonic())
+            gate.let_go(mine, self._row, 0)
+            if not met and not gate.hold(mine, self._row, key):
+                met = "max_sessions_per_client, which cannot be kept for so many clients"
+            if met and limits.rate:
+                gate.unpass_row(self._row, limits.rate)
+        self.met = met
+        return None if met else key
 
     def give_back(self) -> None:
         """A reservation was not needed."""
-        self._holder.let_go(self._row, 0)
+        self._holder.let_go(self._row, 0, self._limits.rate)
+        self._settle()
 
-    def on_release(self) -> None:
-        """A session of the rule has ended in this worker."""
-        waiting, self.waiting = self.waiting, []
+    def wait(self, callback: Callable[[], None]) -> None:
+        """Have ``callback`` called when a session of the rule has ended in this worker."""
+        self._waiting[callback] = None
+
+    def stop_waiting(self, callback: Callable[[], None]) -> None:
+        """It has found out by itself."""
+        self._waiting.pop(callback, None)
+
+    def wake_one(self) -> None:
+        """There is room for one more."""
+        for callback in self._waiting:
+            del self._waiting[callback]
+            callback()
+            return
+
+    def wake_all(self) -> None:
+        """The limits have changed."""
+        waiting, self._waiting = self._waiting, {}
         for callback in waiting:
             callback()
 
     # -- under the lock: which limit is met, or ""
 
-    def _rule_limit_met(self) -> str:
-        if self._max_total and self._gate.sessions(0) >= self._max_total:
-            return "max_sessions of all rules"
-        limit = self._limits.max_sessions
-        return "max_sessions" if limit and self._gate.sessions(self._row) >= limit else ""
-
-    def _client_limit_met(self, client: str, key: int) -> str:
+    def _rule_limit_met(self, gate: Gate, now: float) -> str:
         limits = self._limits
-        if key and self._gate.sessions_of(key) >= limits.max_sessions_per_client:
-            return "max_sessions_per_client"
-        if limits.rate_per_client and not self._gate.pass_client(
-            key_of(self._row, client),
-            time.monotonic(),
-            limits.rate_per_client,
-            limits.burst_per_client,
-        ):
-            return "rate_per_client"
+        if self._max_total and gate.sessions(0) >= self._max_total:
+            return "max_sessions of all rules"
+        if limits.max_sessions and gate.sessions(self._row) >= limits.max_sessions:
+            return "max_sessions"
+        if limits.rate and not gate.may_pass(self._row, now, limits.rate, limits.burst):
+            return "rate"
         return ""
 
-    def _rate_met(self) -> str:
+    def _client_limit_met(self, gate: Gate, client: str, key: int, now: float) -> str:
         limits = self._limits
-        if limits.rate and not self._gate.pass_row(
-            self._row, time.monotonic(), limits.rate, limits.burst
+        if key and gate.sessions_of(key) >= limits.max_sessions_per_client:
+            return "max_sessions_per_client"
+        if limits.rate_per_client and not gate.pass_client(
+            key_of(self._name, client), now, limits.rate_per_client, limits.burst_per_client
         ):
-            return "rate"
+            return "rate_per_client"
         return ""

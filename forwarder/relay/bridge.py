@@ -47,7 +47,7 @@ class Bridge(Flow):
         """The address of ours that the client is connected to. Raises OSError if it is closed."""
         if self.client is None:
             raise OSError(errno.ENOTCONN, "no client")
-        return sockets.bound_to(self.client)
+        return self.pool.local or sockets.bound_to(self.client)
 
     def open_upstream(self, target: Target, source: SockAddr | None) -> None:
         """Make a socket that is connected to ``target``; nothing is sent by that."""

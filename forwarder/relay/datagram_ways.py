@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Final
 from forwarder.net.datagrams import MAX_DATAGRAM, SLOTS, Destination
 from forwarder.relay import framing
 from forwarder.relay.poller import BROKEN, READABLE, WRITABLE
+from forwarder.stats import DATAGRAMS_DROPPED
 
 if TYPE_CHECKING:
     import socket
@@ -36,15 +37,17 @@ MAX_PENDING: Final = 256
 MAX_PENDING_BYTES: Final = 256 * 1024
 # Reads of a stream in a row.
 _READS_PER_TURN: Final = 16
+UNLIMITED: Final = 1 << 62
 
 
 class Way:
     """One way of a flow. ``moved`` counts bytes of payload, ``src`` is None while there is none.
 
-    ``reverse`` is set by the flow before anything is registered.
+    ``reverse`` is set by the flow before anything is registered. ``held_up``: the events that came
+    while it waits for a meter, 0 if it does not.
     """
 
-    __slots__ = ("counted", "flow", "is_queued", "moved", "relay", "reverse", "src")
+    __slots__ = ("counted", "flow", "held_up", "is_queued", "moved", "relay", "reverse", "src")
 
     reverse: Way
     spliced = 0  # datagrams pass through the process
@@ -54,6 +57,7 @@ class Way:
         self.flow = flow
         self.src: socket.SocketType | None = None
         self.moved = self.counted = 0
+        self.held_up = 0
         self.is_queued = False
 
     def on_events(self, mask: int) -> None:
@@ -65,7 +69,27 @@ class Way:
             self.pump(mask)
 
     def pump(self, mask: int) -> None:
-        """Move what ``src`` has, within the budget. ``mask``: the events seen."""
+        """Move what ``src`` has, if the meter of the rule lets it. ``mask``: the events seen."""
+        meter = self.relay.meter(self.flow.pool.row, is_u2c=self is self.flow.u2c)
+        if meter is None:
+            self.move(mask)
+        elif room := meter.room(self):
+            before = self.moved
+            self.move(mask, room)
+            meter.spend(self.moved - before)
+        else:
+            self.held_up |= mask
+
+    def go_on(self, now: float) -> None:
+        """The meter lets it move again."""
+        mask, self.held_up = self.held_up, 0
+        if self.src is not None:
+            self.relay.poller.now = now
+            self.flow.touch()
+            self.pump(mask)
+
+    def move(self, mask: int, room: int = UNLIMITED) -> None:
+        """Move what ``src`` has, within the budget; nothing more when ``room`` bytes were moved."""
         raise NotImplementedError
 
     def resume(self) -> None:
@@ -104,19 +128,36 @@ class _FromDatagrams(Way):
 
     __slots__ = ()
 
-    def pump(self, mask: int) -> None:  # noqa: ARG002 - errors are told by the receive itself
-        """Move what ``src`` has: a batch at a time."""
+    def take(self, first: int, last: int) -> None:
+        """Send on what the listener has received for us; dropped where a meter has no room."""
+        pool = self.flow.pool
+        meter = self.relay.meter(pool.row, is_u2c=False)
+        if meter is None:
+            self.deliver(first, last)
+        elif meter.room_now():
+            before = self.moved
+            self.deliver(first, last)
+            meter.spend_now(self.moved - before)
+        else:
+            self.relay.datagrams_dropped += last - first
+            pool.counts[DATAGRAMS_DROPPED] += last - first
+
+    def move(self, mask: int, room: int = UNLIMITED) -> None:  # noqa: ARG002 - see below
+        """Move what ``src`` has: a batch at a time. Errors are told by the receive itself."""
         src = self.src
         if src is None or self.holds_data:
             return
         batch = self.relay.batch
         fd = src.fileno()
+        enough = self.moved + room
         for _ in range(BATCHES_PER_TURN):
             count = batch.receive(fd)
             if count and not self.deliver(0, count):
                 return
             if count < SLOTS:
                 return
+            if self.moved >= enough:
+                break
         self.yield_turn()
 
     def deliver(self, first: int, last: int) -> bool:
@@ -246,7 +287,7 @@ class StreamToDatagram(Way):
         self._decoder = framing.decoder(how)
         self._pending: deque[bytes] = deque()
 
-    def pump(self, mask: int) -> None:
+    def move(self, mask: int, room: int = UNLIMITED) -> None:
         """Read until dry, each time sending what is complete."""
         src = self.src
         if self.is_ended and mask & BROKEN:
@@ -269,6 +310,9 @@ class StreamToDatagram(Way):
             self._pending.extend(self._decoder.feed(view[:count]))
             if not self._send():
                 return
+            room -= count
+            if room <= 0:
+                break
         self.yield_turn()
 
     def resume(self) -> None:

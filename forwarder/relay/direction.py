@@ -76,6 +76,8 @@ class Direction:
     chunk_bytes: int = BULK_BYTES
     spliced: int = 0
     """How many of the bytes moved never entered the process, since the relay has counted them."""
+    is_held_up: bool = False
+    """Whether it waits for a meter."""
 
     def __init__(self, relay: Relay, session: Session) -> None:
         self.relay = relay

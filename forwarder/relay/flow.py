@@ -234,6 +234,8 @@ class Flow:
             return 0.0
         if now < self.active_at + limit_s:
             return self.active_at + limit_s
+        if self.c2u.held_up or self.u2c.held_up:
+            return now + limit_s  # it is we who keep it waiting
         self.close(CloseReason(Who.US, Phase.IDLE))
         return 0.0
 
@@ -267,8 +269,6 @@ class Flow:
         relay.wheel.discard(self)
         relay.sessions.discard(self)
         relay.datagrams_dropped += self.c2u.waiting + self.u2c.waiting
-        if self.held_as is not None:
-            relay.let_go(self)
         self.c2u.src = self.u2c.src = None
         for sock in (self.client, self.upstream):
             if sock is not None:
@@ -280,6 +280,11 @@ class Flow:
         self.close(reason)
 
     def unlink(self) -> None:
-        """Break the reference cycles, so that the memory is free at once, without the collector."""
+        """Break the reference cycles, so that the memory is free at once, without the collector.
+
+        The place among the sessions is free only now: before, its sockets were open.
+        """
+        if self.held_as is not None:
+            self.relay.let_go(self)
         del self.c2u.reverse, self.c2u.flow
         del self.u2c.reverse, self.u2c.flow

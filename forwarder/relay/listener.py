@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 
 from forwarder.access import Decision
 from forwarder.addr import Address
+from forwarder.gate import STUCK_S
 from forwarder.net import sockets
 from forwarder.relay.udp_listener import UdpListener
 
 if TYPE_CHECKING:
     import socket
-    from asyncio import AbstractEventLoop
+    from asyncio import AbstractEventLoop, TimerHandle
 
     from forwarder.access import AccessList
     from forwarder.config.model import Rule
@@ -46,6 +47,8 @@ class Listener:
         "_loop",
         "_pauses",
         "_relay",
+        "_timer",
+        "_waits_for",
         "access",
         "pool",
         "sock",
@@ -69,6 +72,8 @@ class Listener:
         self._pauses = 0
         self._is_paused = False
         self._is_stopped = False
+        self._timer: TimerHandle | None = None  # ends the pause
+        self._waits_for: Admission | None = None  # wakes us earlier
 
     def start(self) -> None:
         """Begin to accept."""
@@ -76,22 +81,31 @@ class Listener:
 
     def stop(self) -> None:
         """Accept what is queued, then no more. The socket stays open."""
+        is_registered = not (self._is_stopped or self._is_paused)
+        self._is_stopped = True  # from here on it rests no more, it is over
         for _ in range(self.pool.rule.options.backlog // ACCEPT_BATCH + 1):
             accepted = self._relay.total
             self.on_events(select.EPOLLIN)
             if self._relay.total == accepted:
                 break
-        if not (self._is_stopped or self._is_paused):
+        if is_registered:
             self._relay.poller.unregister(self.sock.fileno())
-        self._is_stopped = True
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._wait_no_more()
 
     def on_events(self, mask: int) -> None:  # noqa: ARG002 - only one kind of event is asked for
         """Accept what is queued, at most ACCEPT_BATCH."""
         admissions = self._relay.admissions
         admission = admissions.get(self.pool.row) if admissions else None
-        if admission is not None and admission.queues:
-            self._accept_reserved(admission)
-            return
+        if admission is not None:
+            if not admission.is_settled:
+                self._rest(STUCK_S)
+                return
+            if admission.queues:
+                self._accept_reserved(admission)
+                return
         for nth in range(ACCEPT_BATCH):
             if self._accept(nth) is _STOP:
                 return
@@ -101,14 +115,24 @@ class Listener:
         for nth in range(ACCEPT_BATCH):
             wait_s = admission.reserve()
             if wait_s:
-                self._rest(wait_s)
-                admission.waiting.append(self._wake)
+                if nth == 0:  # only the first one was announced by an event: somebody waits
+                    self._wait_for_room(admission, wait_s)
                 return
             outcome = self._accept(nth)
             if outcome is not _TAKEN:
                 admission.give_back()
             if outcome is _STOP:
                 return
+
+    def _wait_for_room(self, admission: Admission, wait_s: float) -> None:
+        """Rest until it is time to look again, or until a session of this worker has ended."""
+        if self._is_paused or self._is_stopped:
+            return
+        if admission.met:
+            self._relay.on_limit(self.pool, f"{admission.met}; clients wait in the queue")
+        self._rest(wait_s)
+        admission.wait(self._wake)
+        self._waits_for = admission
 
     def _accept(self, nth: int) -> int:
         """Accept a client, the ``nth`` of this event."""
@@ -176,25 +200,29 @@ class Listener:
             return
         self._is_paused = True
         self._relay.poller.unregister(self.sock.fileno())
-        self._loop.call_later(seconds, self._resume)
+        self._timer = self._loop.call_later(seconds, self._resume)
 
     def _wake(self) -> None:
-        """There may be room for those that wait in the queue."""
-        if self._is_paused:
-            self._loop.call_soon(self._resume)
+        """There may be room for those that wait in the queue; it is called amid other things."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = self._loop.call_later(0, self._resume)
+
+    def _wait_no_more(self) -> None:
+        if self._waits_for is not None:
+            self._waits_for.stop_waiting(self._wake)
+            self._waits_for = None
 
     def _resume(self) -> None:
-        if not self._is_paused:
-            return  # it was woken before its time
-        self._is_paused = False
-        if self._is_stopped:
-            return
+        """The rest is over."""
+        self._timer = None
+        self._wait_no_more()
         if self._relay.recover_spare_fd():
+            self._is_paused = False
             self.start()
         else:
             self._pauses += 1
-            self._is_paused = True
-            self._loop.call_later(PAUSE_S, self._resume)
+            self._timer = self._loop.call_later(PAUSE_S, self._resume)
 
 
 class RangeListener(Listener):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -53,7 +52,7 @@ class Choice:
 
 def identify(session: Session | Flow) -> str:
     """What a session is called: unique on this machine while its worker lives."""
-    return f"{os.getpid()}.{session.id}"
+    return f"{session.relay.pid}.{session.id}"
 
 
 def describe(session: Session | Flow, now: float) -> dict[str, object]:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
     from collections.abc import Callable
 
+    from forwarder.relay.direction import Direction
+
 log = logging.getLogger(__name__)
 
 EDGE_ALL: Final = (
@@ -97,6 +99,14 @@ class Poller:
     def hand_over(self, fd: int, handler: Handler) -> None:
         """Report further events of a registered ``fd`` to another handler."""
         self._handlers[fd] = handler
+
+    def replace(self, sock: socket.SocketType, old: Direction, new: Direction) -> None:
+        """Have ``new`` in place of ``old``, which handles the events of ``sock``."""
+        fd = sock.fileno()
+        if 0 <= fd < len(self._handlers) and self._handlers[fd] is old:
+            self._handlers[fd] = new
+        if old.is_queued:
+            self._again = [new if waiting is old else waiting for waiting in self._again]
 
     def unregister(self, fd: int) -> None:
         """Take out an ``fd`` that stays open."""

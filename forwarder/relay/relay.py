@@ -16,22 +16,17 @@ from forwarder.config.model import Protocol, RelayMode
 from forwarder.connlog.log import ConnectionLog
 from forwarder.connlog.record import rinetd_result
 from forwarder.errors import NOT_ALLOWED, CloseReason, Phase, Who
+from forwarder.gate import Busy
 from forwarder.net import datagrams, sockets, udp
 from forwarder.net.datagrams import Batch
 from forwarder.net.pipes import PipePool
 from forwarder.net.plain_datagrams import PlainBatch
 from forwarder.relay import reporting
+from forwarder.relay.admission import client_host
 from forwarder.relay.bridge import Bridge
 from forwarder.relay.direction import BULK_BYTES, SMALL_BYTES, Direction
 from forwarder.relay.flow import Flow
 from forwarder.relay.flow_table import FlowTable, share
-from forwarder.relay.metered import (
-    Metered,
-    MeteredDirection,
-    MeteredSpliceDirection,
-    MeteredUnixDirection,
-    MeteredUnixSpliceDirection,
-)
 from forwarder.relay.poller import Poller
 from forwarder.relay.restrictions import Restrictions
 from forwarder.relay.session import Session
@@ -59,6 +54,7 @@ if TYPE_CHECKING:
     from forwarder.net.options import How
     from forwarder.net.sockets import SockAddr, Target
     from forwarder.relay.admission import Admission
+    from forwarder.relay.meter import Meter
     from forwarder.stats import Row
     from forwarder.upstream.pool import Pool
 
@@ -99,18 +95,17 @@ class Relay:
 
         ``holder`` is needed as soon as a rule has limits.
         """
+        self.slot = slot
+        self.pid = os.getpid()
         self.poller = Poller(loop)
         self.wheel = Wheel(loop.time())
         self.sessions: set[Session | Flow] = set()
         self.pipes = PipePool(pipe_budget_pages)
         self.make_direction: Callable[[Relay, Session], Direction] = Direction
         self.make_unix_direction: Callable[[Relay, Session], Direction] = UnixDirection
-        self._metered: tuple[type[Direction], type[Direction]]
-        self._metered = (MeteredDirection, MeteredUnixDirection)
         if HAS_SPLICE and mode is not RelayMode.COPY:
             self.make_direction = SpliceDirection
             self.make_unix_direction = UnixSpliceDirection
-            self._metered = (MeteredSpliceDirection, MeteredUnixSpliceDirection)
         bulk = bytearray(BULK_BYTES)
         self.bulk_view = memoryview(bulk)
         self.small_view = self.bulk_view[:SMALL_BYTES]
@@ -123,7 +118,7 @@ class Relay:
         # How many UDP listeners are on the IPv6 wildcard, by port.
         self.wildcard_ports: Counter[int] = Counter()
         self._flow_tables: dict[Pool, FlowTable] = {}
-        self.connlog = ConnectionLog(slot)
+        self.connlog = ConnectionLog()
         self._bytes_c2u = self._bytes_u2c = self._bytes_spliced = 0
         self.restrictions = Restrictions(loop, holder)
         # Looked at for every client, hence not one step further away.
@@ -144,31 +139,40 @@ class Relay:
 
     def open_session(self, pool: Pool, client: socket.SocketType, address: SockAddr) -> None:
         """Forward an accepted client, or reset it at a limit; ``client`` is ours from here on."""
-        held_as = None
         if self.admissions and pool.row in self.admissions:
-            admission = self.admissions[pool.row]
-            held_as = admission.admit(address[0], is_reserved=admission.queues)
-            if held_as is None:
-                self.on_limited(pool, address, partial(sockets.bound_to, client), admission)
-                sockets.set_abort_on_close(client)
-                client.close()
-                return
+            self._admit(pool, client, address, self.admissions[pool.row])
+        else:
+            self._open(pool, client, address)
+
+    def _admit(
+        self, pool: Pool, client: socket.SocketType, address: SockAddr, admission: Admission
+    ) -> None:
+        """Forward a client if its rule's limits let it, or reset it; if need be a moment later."""
+        admit = admission.admit_reserved if admission.queues else admission.admit
+        try:
+            held_as = admit(client_host(address))
+        except Busy:
+            self.restrictions.decide_later(lambda: self._admit(pool, client, address, admission))
+            return
+        if held_as is None:
+            self.on_limited(pool, address, partial(sockets.bound_to, client), admission)
+            sockets.set_abort_on_close(client)
+            client.close()
+        else:
+            self._open(pool, client, address, held_as)
+
+    def _open(
+        self, pool: Pool, client: socket.SocketType, address: SockAddr, held_as: int | None = None
+    ) -> None:
         make = Session if pool.rule.protocol is _TCP else Bridge
         session = make(self, pool, client, address)
         session.held_as = held_as
         self.begin(session)
 
-    def make_metered(self, pool: Pool) -> type[Direction]:
-        """What moves bytes for a rule that has a bandwidth."""
-        return self._metered[pool.has_unix]
-
-    def set_meters(self, session: Session) -> None:
-        """Give the directions of a session their meters, if its rule has some."""
-        meters = self.meters.get(session.pool.row)
-        if meters is not None:
-            assert isinstance(session.c2u, Metered)  # noqa: S101 - see make_metered
-            assert isinstance(session.u2c, Metered)  # noqa: S101
-            session.c2u.meter, session.u2c.meter = meters
+    def meter(self, row: int, *, is_u2c: bool) -> Meter | None:
+        """What meters one way of a rule; None where the rule has no bandwidth."""
+        meters = self.meters.get(row) if self.meters else None
+        return None if meters is None else meters[is_u2c]
 
     def begin(self, session: Session | Flow) -> None:
         """Count a session that was made just now, and start it."""
@@ -231,7 +235,7 @@ class Relay:
 
     def on_open(self, session: Session | Flow) -> None:
         """A session has reached its upstream."""
-        if self.connlog.is_on:
+        if self.connlog.tells_opened:
             with suppress(OSError):  # as in on_end
                 self.connlog.write(reporting.opened(session))
 
@@ -243,7 +247,7 @@ class Relay:
         if self.connlog.is_on:
             with suppress(OSError):  # as in on_end
                 result = decision.value
-                record = reporting.refused(pool, client, local(), result, NOT_ALLOWED)
+                record = reporting.refused(self, pool, client, local(), result, NOT_ALLOWED)
                 self.connlog.write(record)
 
     def on_accept_failed(self, pool: Pool, listener: socket.socket, err: OSError) -> None:
@@ -253,7 +257,7 @@ class Relay:
         if self.connlog.is_on:
             with suppress(OSError):  # as in on_end
                 local, result = sockets.bound_to(listener), rinetd_result(reason)
-                self.connlog.write(reporting.refused(pool, None, local, result, reason))
+                self.connlog.write(reporting.refused(self, pool, None, local, result, reason))
 
     def _count_refused(self, pool: Pool, reason: CloseReason) -> None:
         self.refused += 1
@@ -264,13 +268,17 @@ class Relay:
         self, pool: Pool, client: SockAddr, local: Callable[[], Target], admission: Admission
     ) -> None:
         """A client was turned away at a limit. ``local`` tells where it came to."""
-        reason = CloseReason(Who.US, Phase.LIMIT, admission.refused_for)
+        reason = CloseReason(Who.US, Phase.LIMIT, admission.met)
         self._count_refused(pool, reason)
         if self.connlog.is_on:
             with suppress(OSError):  # as in on_end
-                self.connlog.write(reporting.refused(pool, client, local(), "denied", reason))
+                self.connlog.write(reporting.refused(self, pool, client, local(), "denied", reason))
+        self.on_limit(pool, reason.detail)
+
+    def on_limit(self, pool: Pool, met: str) -> None:
+        """Log, now and then, that a limit of a rule was reached."""
         name = pool.rule.name
-        self._warn_rarely(f"limit {name}", f"limit.reached rule={name}: {reason.detail}")
+        self._warn_rarely(f"limit {name}", f"limit.reached rule={name}: {met}")
 
     def on_end(self, session: Session | Flow, reason: CloseReason) -> None:
         """Count the end of a session, once, and log it if that is wanted."""
@@ -279,8 +287,10 @@ class Relay:
         counts[SESSIONS] -= 1
         self._count_moved(session)
         if self.connlog.is_on:
-            with suppress(OSError):  # a client whose socket is gone has nothing to be said of
+            try:
                 self.connlog.write(reporting.ended(session, reason, self.poller.now))
+            except OSError:  # a client whose socket is gone has nothing to be said of
+                log.debug("session.unlogged id=%d", session.id)
         if self.logs_sessions:
             self._log_session(session, reason)
 

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Final
 
 from forwarder.config.model import Limits
-from forwarder.relay.admission import Admission
+from forwarder.gate import STUCK_S
+from forwarder.relay.admission import Admission, client_host
 from forwarder.relay.meter import Meter
+from forwarder.relay.metered import put_under_meters
+from forwarder.relay.session import Session
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
+    from forwarder.config.model import Rule
     from forwarder.gate import Holder
     from forwarder.relay.flow import Flow
-    from forwarder.relay.session import Session
     from forwarder.upstream.pool import Pool
+
+log = logging.getLogger(__name__)
 
 _NONE: Final = Limits()
 
@@ -31,8 +37,12 @@ class Restrictions:
         self.meters: dict[int, tuple[Meter, Meter]] = {}
         self._loop = loop
         self._holder = holder
-        self._known: dict[int, Limits] = {}
+        self._known: dict[int, Rule] = {}
         self._max_total = 0
+        # Meters are for good: sessions that have one keep it, whatever becomes of their rule.
+        self._made: dict[int, tuple[Meter, Meter]] = {}
+        self._undecided: list[Callable[[], None]] = []
+        self._is_armed = False
 
     @property
     def holder(self) -> Holder:
@@ -41,55 +51,70 @@ class Restrictions:
             raise RuntimeError("a relay without a gate has got a rule with limits")
         return self._holder
 
+    @property
+    def has_undecided(self) -> bool:
+        """Whether clients that were accepted wait for a decision."""
+        return bool(self._undecided)
+
+    # -- limits that change
+
     def apply(
         self, pools: Iterable[Pool], max_total: int, sessions: Iterable[Session | Flow]
     ) -> None:
         """Have the limits of these rules from now on; ``max_total`` is of all rules together.
 
-        Sessions that have begun are counted as the limits want it, and none is ended.
+        Sessions that have begun are counted as the limits want it, and none is ended. Those of
+        rules that are gone keep their bandwidth.
         """
-        wanted = {
-            pool.row: pool.rule.limits for pool in pools if max_total or pool.rule.limits != _NONE
-        }
-        if wanted == self._known and max_total == self._max_total:
+        every = {pool.row: pool.rule for pool in pools}
+        wanted = {row: rule for row, rule in every.items() if max_total or rule.limits != _NONE}
+        if not (wanted or self._known or self._made):
             return
-        for row, limits in wanted.items():
-            if limits != self._known.get(row) or max_total != self._max_total:
-                self._make(row, limits, max_total)
-        for row in self._known.keys() - wanted.keys():
-            self.admissions.pop(row, None)
-            self.meters.pop(row, None)
+        for row in wanted.keys() | self._known.keys():
+            self._make_admission(row, wanted.get(row), max_total)
+        for row, rule in every.items():
+            self._make_meters(row, rule.limits.bandwidth)
         self._known, self._max_total = wanted, max_total
         for session in sessions:
             self._hold_as_wanted(session)
+            meters = self.meters.get(session.pool.row)
+            if meters is not None and isinstance(session, Session):
+                put_under_meters(session, meters)
+        if self._holder is not None:
+            self._settle()
 
-    def let_go(self, session: Session | Flow) -> None:
-        """A session that was held has ended."""
-        row, key = session.pool.row, session.held_as
-        if key is not None:
-            session.held_as = None
-            self.holder.let_go(row, key)
-            admission = self.admissions.get(row)
-            if admission is not None:
-                admission.on_release()
+    def _make_admission(self, row: int, rule: Rule | None, max_total: int) -> None:
+        if rule is not None and max_total == self._max_total:
+            known = self._known.get(row)
+            if known is not None and (known.name, known.limits) == (rule.name, rule.limits):
+                return
+        former = self.admissions.pop(row, None)
+        if rule is not None and (rule.limits.has_admission or max_total):
+            self.admissions[row] = Admission(self.holder, rule, row, max_total, self._settle)
+        if former is not None:
+            former.wake_all()
 
-    def _make(self, row: int, limits: Limits, max_total: int) -> None:
-        self.admissions.pop(row, None)
-        if limits.has_admission or max_total:
-            self.admissions[row] = Admission(self.holder, limits, row, max_total)
-        old = self._known.get(row)
-        if old is not None and old.bandwidth == limits.bandwidth:
-            return  # what is owed stays owed
-        self.meters.pop(row, None)
-        if limits.bandwidth:
+    def _make_meters(self, row: int, bandwidth: float) -> None:
+        pair = self._made.get(row)
+        if pair is not None:
+            for meter in pair:
+                meter.set_rate(bandwidth)
+        elif bandwidth:
             gate = self.holder.gate
-            c2u, u2c = (Meter(self._loop, gate, 2 * row + n, limits.bandwidth) for n in (0, 1))
-            self.meters[row] = (c2u, u2c)
+            c2u, u2c = (Meter(self._loop, gate, 2 * row + way, bandwidth) for way in (0, 1))
+            pair = self._made[row] = (c2u, u2c)
+        if bandwidth and pair is not None:
+            self.meters[row] = pair
+        else:
+            self.meters.pop(row, None)
 
     def _hold_as_wanted(self, session: Session | Flow) -> None:
         row = session.pool.row
         admission = self.admissions.get(row)
-        key = None if admission is None else admission.key(str(session.client_address[0]))
+        if admission is not None:
+            key: int | None = admission.key(client_host(session.client_address))
+        else:  # of a rule that is gone
+            key = 0 if self._max_total else None
         if key == session.held_as:
             return
         if session.held_as is not None:
@@ -97,3 +122,46 @@ class Restrictions:
         if key is not None:
             self.holder.hold(row, key)
         session.held_as = key
+
+    # -- sessions that end, clients that have to wait
+
+    def let_go(self, session: Session | Flow) -> None:
+        """A session that was held has ended."""
+        row, key = session.pool.row, session.held_as
+        if key is not None:
+            session.held_as = None
+            self.holder.let_go(row, key)
+            self._settle()
+            admission = self.admissions.get(row)
+            if admission is not None:
+                admission.wake_one()
+
+    def decide_later(self, decide: Callable[[], None]) -> None:
+        """The lock cannot be had: call again. Listeners accept nobody meanwhile, so these are few.
+
+        ``decide`` may come here again.
+        """
+        self._undecided.append(decide)
+        self._arm()
+
+    def _settle(self) -> None:
+        if not self.holder.settle():
+            self._arm()
+
+    def _arm(self) -> None:
+        if not self._is_armed:
+            self._is_armed = True
+            self._loop.call_later(STUCK_S, self._try_again)
+
+    def _try_again(self) -> None:
+        self._is_armed = False
+        self._settle()
+        if self._undecided and not self.holder.gate.is_settled:
+            self._arm()
+            return
+        undecided, self._undecided = self._undecided, []
+        for decide in undecided:
+            try:
+                decide()
+            except Exception:  # as in Poller: a bug must cost one session, not the worker
+                log.exception("relay.bug while deciding about a client")

@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Final
 from forwarder.errors import CLIENT_HAD_ENDED, UPSTREAM_HAD_ENDED, CloseReason, Phase, Who
 from forwarder.net import sockets
 from forwarder.relay import fast_open
+from forwarder.relay.metered import put_under_meters
 from forwarder.relay.poller import BROKEN, READABLE, WRITABLE
 from forwarder.relay.wheel import TICK_S
 from forwarder.stats import connect_bucket
@@ -126,20 +127,18 @@ class Session:
         self.unsent = 0  # in our send queues when a timeout was last looked at
         self.held_as: int | None = None  # by the gate; None: not at all
         make = relay.make_unix_direction if pool.has_unix else relay.make_direction
-        if relay.meters and pool.row in relay.meters:
-            make = relay.make_metered(pool)
         c2u = self.c2u = make(relay, self)
         u2c = self.u2c = make(relay, self)
         c2u.reverse = u2c
         u2c.reverse = c2u
         c2u.src = u2c.dst = client
-        if relay.meters:
-            relay.set_meters(self)
+        if relay.meters and pool.row in relay.meters:
+            put_under_meters(self, relay.meters[pool.row])
         relay.sessions.add(self)
 
     def local(self) -> Target:
         """The address of ours that the client is connected to. Raises OSError if it is closed."""
-        return sockets.bound_to(self.client)
+        return self.pool.local or sockets.bound_to(self.client)
 
     # -- connecting
 
@@ -239,7 +238,7 @@ class Session:
         self.state = _RELAYING
         self.active_at = self.connected_at = self.relay.poller.now
         self.pool.counts[connect_bucket(self.connected_at - self.started_at)] += 1
-        if self.relay.connlog.is_on:
+        if self.relay.connlog.tells_opened:
             self.relay.on_open(self)
         self.relay.poller.hand_over(upstream.fileno(), self.u2c)
         self._arm(self.pool.rule.idle_timeout_s)
@@ -364,6 +363,8 @@ class Session:
             return 0.0
         if now < deadline:
             return deadline
+        if self.c2u.is_held_up or self.u2c.is_held_up:
+            return now + limit_s  # it is we who keep it waiting
         unsent = sum(sockets.unsent_bytes(sock) for sock in (self.client, self.upstream) if sock)
         if unsent and unsent != self.unsent:
             self.unsent = unsent
@@ -433,14 +434,17 @@ class Session:
         relay = self.relay
         relay.wheel.discard(self)
         relay.sessions.discard(self)
-        if self.held_as is not None:
-            relay.let_go(self)
         relay.poller.release(self.client)
         if self.upstream is not None:
             relay.poller.release(self.upstream)
         relay.poller.defer(self._unlink)
 
     def _unlink(self) -> None:
-        """Break the reference cycles, so that the memory is free at once, without the collector."""
+        """Break the reference cycles, so that the memory is free at once, without the collector.
+
+        The place among the sessions is free only now: before, its sockets were open.
+        """
+        if self.held_as is not None:
+            self.relay.let_go(self)
         del self.c2u.reverse, self.c2u.session
         del self.u2c.reverse, self.u2c.session

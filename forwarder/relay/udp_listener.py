@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Final
 from forwarder.access import Decision
 from forwarder.config.model import Protocol
 from forwarder.errors import CloseReason, Phase, Who
+from forwarder.gate import Busy
 from forwarder.net import peers, sockets, udp
 from forwarder.net.datagrams import SLOTS
 from forwarder.net.sockets import Target
+from forwarder.relay.admission import client_host
 from forwarder.relay.poller import READABLE, WRITABLE
 from forwarder.relay.udp_flow import UdpFlow, UdpToTcpFlow
 from forwarder.stats import DATAGRAMS_DROPPED
@@ -187,7 +189,7 @@ class UdpListener:
         else:
             flow.touch()
             is_ripe = True
-        flow.c2u.deliver(first, last)
+        flow.c2u.take(first, last)
         if is_ripe and self._settles and not flow.is_settled:
             self._ripe.add(flow)
 
@@ -205,7 +207,10 @@ class UdpListener:
         held_as = None
         if relay.admissions and self.pool.row in relay.admissions:
             admission = relay.admissions[self.pool.row]
-            held_as = admission.admit(address[0])
+            try:
+                held_as = admission.admit(client_host(address))
+            except Busy:
+                return None
             if held_as is None:
                 relay.on_limited(self.pool, address, lambda: self.local(peer), admission)
                 return None

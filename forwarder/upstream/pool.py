@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+from ipaddress import ip_address
 from typing import TYPE_CHECKING, TypeAlias
 
 from forwarder.addr import UnixAddress
@@ -43,8 +44,9 @@ class Pool:
     ``counts`` is the row of the rule, shared with its earlier pools; ``row`` is its number.
     ``origin`` is the pool of the whole rule, which this one is itself unless :meth:`at` has made
     it. ``has_unix``: one end of the sessions is a unix socket, or may be. ``listen_host`` and
-    ``upstream_text`` (host and port of the first) are as written. ``how`` says how upstream sockets
-    are made, by family; ``opens_fast``: with data in the first segment, where there is some.
+    ``upstream_text`` (host and port of the first) are as written. ``local`` is the address that all
+    clients connect to, or None if only their sockets tell it. ``how`` says how upstream sockets are
+    made, by family; ``opens_fast``: with data in the first segment, where there is some.
     """
 
     __slots__ = (
@@ -58,6 +60,7 @@ class Pool:
         "has_unix",
         "how",
         "listen_host",
+        "local",
         "opens_fast",
         "row",
         "rule",
@@ -81,6 +84,7 @@ class Pool:
         self.listen_host, _ = _as_written(rule.listen, 0)
         self.opens_fast = rule.options.fast_open.on_connect
         self.how = to_connect(rule.options, is_udp=rule.protocol.connects_by_udp)
+        self.local = None if rule.options.transparent else _only_local(rule.listen)
         self.upstream_text = _as_written(rule.upstreams[0], offset)
         self._origin = origin
         self._resolver = resolver
@@ -166,6 +170,15 @@ def _own_address(client: SockAddr, family: int) -> SockAddr:
         if ":" in host and family == socket.AF_INET6:
             return host, 0, 0, client[3] if len(client) == 4 else 0
     raise OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT))
+
+
+def _only_local(listen: Endpoint) -> Target | None:
+    """Where clients connect to, if it is the same for all of them."""
+    if isinstance(listen, UnixAddress) or listen.ports > 1 or "%" in listen.host:
+        return None
+    if not listen.is_literal or ip_address(listen.host).is_unspecified:
+        return None
+    return literal_target(listen.host, listen.port)
 
 
 def _as_written(end: Endpoint, offset: int) -> tuple[str, int]:

@@ -1,7 +1,7 @@
 """Runs the cases in ``valid`` and ``invalid``; a case is a configuration and what must come of it.
 
-``valid/X`` goes with ``valid/X.json``: the fields that differ from their defaults, and the
-warnings. ``invalid/X`` goes with ``invalid/X.txt``: one problem per line.
+``valid/X`` goes with ``valid/X.json``: the fields that differ from their defaults, the warnings
+and, if there is any, the advice. ``invalid/X`` goes with ``invalid/X.txt``: one problem per line.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from forwarder.addr import Address, UnixAddress
-from forwarder.config import load
+from forwarder.config import Dialect, load
+from forwarder.config.advice import advise
 from forwarder.errors import ConfigError, Issue, Place
 
 HERE = Path(__file__).parent
@@ -47,7 +48,9 @@ def lines_of(issues: tuple[Issue, ...], path: Path) -> list[str]:
 
 def outcome_of_valid(path: Path) -> object:
     loaded = load(path)
-    return {"config": plain(loaded.config), "warnings": lines_of(loaded.warnings, path)}
+    found = {"config": plain(loaded.config), "warnings": lines_of(loaded.warnings, path)}
+    advice = lines_of(advise(loaded.config, Dialect.of(path)), path)
+    return found | ({"advice": advice} if advice else {})
 
 
 def outcome_of_invalid(path: Path) -> list[str]:

@@ -8,13 +8,16 @@ import tempfile
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import pytest
+from support.configured import Configured
 from support.ends import Link, accept, carry, connect, listen
 from support.forwarder import Forwarder, reserve_port
+from support.limited import Limited
 from support.logged import Logged
-from support.processes import members
+from support.namespaces import Namespace, join
+from support.processes import members, run_command
 from support.waiting import eventually
 
 if TYPE_CHECKING:
@@ -243,3 +246,95 @@ def any_address() -> Iterator[tuple[str, int]]:
     """The wildcard, with a port that nobody else gets on any IPv4 address of this host."""
     with reserve_port("0.0.0.0") as holder:
         yield holder.getsockname()
+
+
+class Limit(Protocol):
+    """See :func:`limit`."""
+
+    def __call__(self, more: str, *, workers: int = 2, top: str = "") -> Limited:
+        """Start it."""
+
+
+@pytest.fixture
+def limit(launch: Launch, tmp_path: Path) -> Iterator[Limit]:
+    """Start a forwarder with one rule; ``more`` is more TOML of the rule, ``top`` of all."""
+    started: list[Limited] = []
+    with ExitStack() as stack:
+
+        def start(more: str, *, workers: int = 2, top: str = "") -> Limited:
+            address = stack.enter_context(reserve_port("0.0.0.0")).getsockname()
+            upstream = stack.enter_context(listen())
+            path = tmp_path / f"{len(started)}.toml"
+            head = f'workers = {workers}\ncontrol = "{path}.sock"\n'
+            found = Limited(None, ("127.0.0.1", address[1]), upstream, head)  # type: ignore[arg-type]
+            path.write_text(found.text(more, top))
+            found.it = Configured(launch("-c", str(path)), path)
+            started.append(found)
+            return found
+
+        yield start
+        for found in started:
+            found.close_links()
+
+
+# -- a network of one's own
+
+
+@dataclass
+class Network:
+    """Three namespaces: clients -- the forwarder -- upstreams, joined by two pairs of veth(4)."""
+
+    clients: Namespace
+    middle: Namespace
+    upstreams: Namespace
+    path: Path
+    launch: Launch
+
+    def start(self, text: str) -> Configured:
+        """Start a forwarder with two workers; its notifications do not reach us from there."""
+        self.path.write_text("workers = 2\n" + text)
+        it = self.launch("-c", str(self.path), prefix=self.middle.prefix, expect_ready=False)
+        it.wait_logged(r"master\.ready")
+        return Configured(it, self.path)
+
+    def check(self, *command: str, text: str) -> tuple[int, str]:
+        """Run a command with this configuration; how it ends, and what it says."""
+        self.path.write_text(text)
+        done = run_command(*command, "-c", str(self.path), prefix=self.middle.prefix)
+        return done.returncode, done.stderr
+
+
+# Of the client, the forwarder on either side, and the upstream.
+ADDRESSES: Final = {
+    "IPv4": ("10.1.0.2", "10.1.0.1", "10.2.0.1", "10.2.0.2"),
+    "IPv6": ("fd01::2", "fd01::1", "fd02::1", "fd02::2"),
+}
+
+
+@pytest.fixture
+def network(tmp_path: Path, launch: Launch) -> Iterator[Network]:
+    """The three, with addresses and routes; answers of upstreams come to the forwarder itself."""
+    with Namespace() as clients, Namespace() as middle, Namespace() as upstreams:
+        join(clients, middle, ("c0", "near"))
+        join(middle, upstreams, ("far", "u0"))
+        for version, (client, near, far, upstream) in ADDRESSES.items():
+            size, more = ("24", "") if version == "IPv4" else ("64", " nodad")
+            clients.ip(f"addr add {client}/{size} dev c0{more}")
+            middle.ip(
+                f"addr add {near}/{size} dev near{more}", f"addr add {far}/{size} dev far{more}"
+            )
+            upstreams.ip(f"addr add {upstream}/{size} dev u0{more}")
+            six, every = ("-6 ", "::/0") if version == "IPv6" else ("", "0.0.0.0/0")
+            upstreams.ip(f"{six}route add default via {far}")
+            middle.ip(
+                f"{six}rule add iif far from {upstream} lookup 100",
+                f"{six}route add local {every} dev lo table 100",
+            )
+        yield Network(clients, middle, upstreams, tmp_path / "forwarder.toml", launch)
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    """What is closed at the end."""
+    with ExitStack() as found:
+        yield found

@@ -17,6 +17,8 @@ from support.processes import listeners
 from support.programs import debian
 from support.waiting import PATIENCE_S, eventually
 
+from forwarder.config import Dialect, load
+from forwarder.config.advice import advise
 from process.conftest import as_pairs, stop
 
 if TYPE_CHECKING:
@@ -112,6 +114,35 @@ def test_rinetd_and_we_serve_the_same_clients_the_same_bytes(
     served = {key: value is not None for key, value in theirs.items()}
     assert {key: value is not None for key, value in ours.items()} == served
     assert ours == theirs
+
+
+@debian("rinetd")
+@pytest.mark.parametrize(
+    ("everywhere", "first", "is_ignored"),
+    [
+        ([], ["deny 127.0.0.2", "deny 127.0.0.3"], True),
+        ([], ["deny 127.0.0.2"], False),
+        (["deny 127.0.0.9"], ["deny 127.0.0.2", "deny 127.0.0.3"], False),
+    ],
+    ids=["two", "one", "global"],
+)
+def test_rinetd_ignores_the_access_rule_that_check_says_it_does(
+    tmp_path: Path, everywhere: list[str], first: list[str], is_ignored: bool
+) -> None:
+    """A second forwarding rule has one more, for rinetd then takes a rule too many."""
+    with ExitStack() as stack:
+        upstream = stack.enter_context(listen())
+        holders = [stack.enter_context(reserve_port()) for _ in range(2)]
+        addresses: list[Address] = [holder.getsockname() for holder in holders]
+        rules = ["{} {} {} {}".format(*a, *upstream.getsockname()) for a in addresses]
+        path = tmp_path / "rinetd.conf"
+        lines = [*everywhere, rules[0], *first, rules[1], "deny 127.0.0.23"]
+        path.write_text("\n".join(lines) + "\n")
+        with rinetd(path, addresses):
+            is_served = visit(addresses[0], upstream, "127.0.0.2", b"x") is not None
+        config = load(path).config
+    told = [issue for issue in advise(config, Dialect.RINETD) if "issue 23" in issue.what]
+    assert (is_served, len(told)) == (is_ignored, int(is_ignored))
 
 
 @debian("iperf3")

@@ -138,29 +138,29 @@ def test_a_file_that_cannot_be_read_says_why(
     assert len(ended.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("words", [["check"], ["run"]], ids=["check", "run"])
 @pytest.mark.parametrize("protocol", ["udp", "udptotcp", "tcptoudp"])
-def test_what_is_not_built_yet_is_refused(
-    tmp_path: Path, words: Sequence[str], protocol: str
-) -> None:
+def test_it_shows_what_is_spoken_on_the_two_sides(tmp_path: Path, protocol: str) -> None:
     path = tmp_path / "udp.toml"
     path.write_text(
-        '[[forwarding_rules]]\nlisten = "127.0.0.1:1"\nupstream = "127.0.0.1:2"\n'
         '[[forwarding_rules]]\nname = "dns"\nlisten = "127.0.0.1:3"\nupstream = "127.0.0.1:4"\n'
         f'protocol = "{protocol}"\n'
     )
-    ended = run_command(*words, "-c", str(path))
-    assert (ended.returncode, ended.stdout) == (78, "")
-    (line,) = ended.stderr.splitlines()
-    assert line.startswith(f"{path}:4:1: rule 'dns': protocol {protocol} is not built yet")
-
-
-def test_udp_of_rinetd_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "udp.conf"
-    path.write_text("127.0.0.1 53/udp 127.0.0.1 54/udp\n")
     ended = run_command("check", "-c", str(path))
-    assert ended.returncode == 78
-    assert ended.stderr.startswith(f"{path}:1:1: rule 'udp 127.0.0.1:53': protocol udp")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.splitlines()[1] == f"dns: {protocol} 127.0.0.1:3 -> 127.0.0.1:4"
+
+
+def test_foot_guns_are_named_by_check_alone(tmp_path: Path) -> None:
+    """They are legal, so ``diff``, which reads the file as a reload does, does not mention them."""
+    path = tmp_path / "a.conf"
+    path.write_text("0.0.0.0 80 127.0.0.1 81\nallow ::1\n0.0.0.0 81 10.0.0.1 80\n")
+    ended = run_command("check", "-c", str(path))
+    assert ended.returncode == 0
+    first, second = ended.stderr.splitlines()
+    assert first.startswith(f"{path}:1:1: warning: upstream 127.0.0.1:81 is where the rule")
+    assert second.startswith(f"{path}:2:7: warning: allow ::1 matches nobody")
+    ended = run_command("diff", str(path), str(path))
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 def test_ten_thousand_rules_are_checked(tmp_path: Path) -> None:

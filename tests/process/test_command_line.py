@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from typing import TYPE_CHECKING
 
@@ -10,10 +11,11 @@ import pytest
 from support import procfs
 from support.ends import accept, carry, connect, listen
 from support.forwarder import reserve_port
-from support.processes import listeners, run_command, title
+from support.processes import as_nobody, listeners, run_command, title
 from support.waiting import eventually
 
 from forwarder import __version__
+from forwarder.features import FEATURES
 
 if TYPE_CHECKING:
     import socket
@@ -179,10 +181,18 @@ def test_help_is_printed(words: list[str]) -> None:
     assert ended.stdout.startswith("Usage: ")
 
 
-def test_the_version_is_printed() -> None:
-    ended = run_command("--version")
+def test_versions_features_and_limits_are_printed_one_a_line() -> None:
+    """As nobody, too: whatever is tried needs no privilege."""
+    ended = run_command("--version", prefix=as_nobody())
     assert (ended.returncode, ended.stderr) == (0, "")
-    assert ended.stdout == f"forwarder, version {__version__}\n"
+    lines = ended.stdout.splitlines()
+    assert lines[0] == f"forwarder {__version__}"
+    assert re.fullmatch(r"Python 3\.[0-9.]+.*", lines[1])
+    assert re.fullmatch(r"uvloop [0-9]+\.[0-9.]+", lines[2])
+    assert lines[3].startswith(f"{os.uname().sysname} {os.uname().release} ")
+    found = dict(line.split(": ", 1) for line in lines[4:])
+    assert {found.pop(name) for name, _ in FEATURES} <= {"yes", "no"}
+    assert found.keys() == {"open files", "pipe budget", "listen queue", "UDP buffer"}
 
 
 # -- stderr that nobody reads

@@ -7,7 +7,6 @@ import re
 import signal
 import socket
 import struct
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Final
 
 import pytest
@@ -30,7 +29,7 @@ from support.processes import run_command
 from support.waiting import PATIENCE_S, eventually
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from contextlib import ExitStack
     from pathlib import Path
 
     from process.conftest import Launch
@@ -74,13 +73,6 @@ def mptcp_socket(address: tuple[str, int] | None = None) -> socket.socket:
         sock.bind(("127.0.0.1", 0))
         sock.listen()
     return sock
-
-
-@pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    """What is closed at the end."""
-    with ExitStack() as found:
-        yield found
 
 
 def text(address: tuple[str, int], upstream: socket.socket, sides: str) -> str:

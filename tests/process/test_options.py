@@ -8,7 +8,6 @@ import signal
 import socket
 import struct
 import subprocess
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -24,7 +23,8 @@ from forwarder.net.sockets import queue_of
 from process.test_activation import activate
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
+    from contextlib import ExitStack
     from pathlib import Path
 
     from process.conftest import Launch
@@ -174,13 +174,6 @@ class Site:
 def host(request: pytest.FixtureRequest) -> str:
     """Where both sides are."""
     return str(request.param)
-
-
-@pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    """What is closed at the end."""
-    with ExitStack() as found:
-        yield found
 
 
 def start(launch: Launch, tmp_path: Path, stack: ExitStack, host: str, options: str) -> Site:

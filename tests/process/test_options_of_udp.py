@@ -1,4 +1,4 @@
-"""Socket options of UDP rules: on listener, own socket of a flow, and towards the upstream."""
+"""Socket options of UDP rules: of the listener, of the own socket of a flow, and of upstreams'."""
 
 from __future__ import annotations
 
@@ -78,28 +78,34 @@ def free_address(host: str) -> tuple[str, int]:
         return name[0], name[1]
 
 
-def ask(client: socket.socket, upstream: socket.socket, address: tuple[str, int]) -> None:
-    """A question and its answer."""
+def ask(
+    client: socket.socket, upstream: socket.socket, address: tuple[str, int]
+) -> tuple[str, int]:
+    """A question and its answer; returns where the upstream is asked from."""
     client.sendto(b"question", address)
     question, flow = upstream.recvfrom(100)
     assert question == b"question"
     upstream.sendto(b"answer", flow)
     assert client.recv(100) == b"answer"
+    return flow[0], flow[1]
 
 
-def both(pid: int, client: socket.socket, upstream: socket.socket) -> tuple[Values, Values]:
-    """Options of the two sockets of the flow that began last."""
+def both(
+    pid: int, client: socket.socket, upstream: socket.socket, address: tuple[str, int]
+) -> tuple[Values, Values]:
+    """Options of the two sockets of a flow. The second datagram makes it settle."""
+    ask(client, upstream, address)
+    asked_from = ask(client, upstream, address)
 
     def found() -> tuple[list[Values], list[Values]]:
         with sockets_of(pid) as socks:
-            socks.sort(key=lambda sock: os.fstat(sock.fileno()).st_ino)
             own = [values(s) for s in socks if peer_of(s) == client.getsockname()[:2]]
-            out = [values(s) for s in socks if peer_of(s) == upstream.getsockname()[:2]]
+            out = [values(s) for s in socks if s.getsockname()[:2] == asked_from]
             return own, out
 
     eventually(lambda: all(found()), "the flow has no two sockets")
     own, out = found()
-    return own[-1], out[-1]
+    return own[0], out[0]
 
 
 @as_root
@@ -113,17 +119,13 @@ def test_the_sockets_of_a_flow_have_the_options_of_the_rule_and_a_reload_changes
     path.write_text(rule(address, (host, port), WRITTEN))
     it = Configured(launch("-c", str(path), "--workers", "1"), path)
     (worker,) = it.forwarder.workers()
-    for _ in range(2):  # the second datagram makes the flow settle
-        ask(client, upstream, address)
     assert listening([it.forwarder.pid], address, values) == [CLIENT_SIDE]
-    assert both(worker, client, upstream) == (CLIENT_SIDE, CLIENT_SIDE | {"mark": 6})
+    assert both(worker, client, upstream, address) == (CLIENT_SIDE, CLIENT_SIDE | {"mark": 6})
 
     assert "~1" in it.reload(rule(address, (host, port), 'protocol = "udp"'))
     expected = plain(client.family)
     assert listening([it.forwarder.pid], address, values) == [expected]
     with datagram_socket(host) as other:
-        for _ in range(2):
-            ask(other, upstream, address)
-        assert both(worker, other, upstream) == (expected, expected)
+        assert both(worker, other, upstream, address) == (expected, expected)
     ask(client, upstream, address)
     assert it.forwarder.stop() == 0

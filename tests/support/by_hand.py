@@ -28,13 +28,25 @@ if TYPE_CHECKING:
     from forwarder.upstream.pool import Pool
 
 
+class HandTimer:
+    """A call that is due some time."""
+
+    def __init__(self, callback: Callable[[], None]) -> None:
+        self.callback: Callable[[], None] | None = callback
+
+    def cancel(self) -> None:
+        """Do not call."""
+        self.callback = None
+
+
 class HandLoop:
-    """What a relay uses of an event loop."""
+    """What a relay uses of an event loop. ``calls``: how often a timer was made."""
 
     def __init__(self) -> None:
         self.now = 5000.0
+        self.calls = 0
         self._order = itertools.count()
-        self._timers: list[tuple[float, int, Callable[[], None]]] = []
+        self._timers: list[tuple[float, int, HandTimer]] = []
 
     def time(self) -> float:
         return self.now
@@ -48,16 +60,20 @@ class HandLoop:
     def call_soon(self, callback: Callable[[], None]) -> None:
         self.call_later(0, callback)
 
-    def call_later(self, delay: float, callback: Callable[[], None]) -> None:
-        heapq.heappush(self._timers, (self.now + delay, next(self._order), callback))
+    def call_later(self, delay: float, callback: Callable[[], None]) -> HandTimer:
+        timer = HandTimer(callback)
+        self.calls += 1
+        heapq.heappush(self._timers, (self.now + delay, next(self._order), timer))
+        return timer
 
     def pass_time(self, seconds: float) -> None:
         """Let time pass, calling what is due on the way."""
         end = self.now + seconds
         while self._timers and self._timers[0][0] <= end:
-            at, _, callback = heapq.heappop(self._timers)
+            at, _, timer = heapq.heappop(self._timers)
             self.now = max(self.now, at)
-            callback()
+            if timer.callback is not None:
+                timer.callback()
         self.now = end
 
 
@@ -79,6 +95,7 @@ class StubPool:
         self.row, self.counts = 1, new_row()
         self.has_unix = self.opens_fast = False
         self.how = to_connect(rule.options, is_udp=rule.protocol.connects_by_udp)
+        self.local: Target | None = None
         self.listen_host, self.upstream_text = "127.0.0.1", ("127.0.0.1", 2)
         self.resolved = targets
         self.waiting: list[Callable[[tuple[Target, ...]], None]] = []

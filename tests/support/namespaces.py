@@ -27,6 +27,7 @@ class Namespace:
         self.pid = self._holder.pid
         ours = Path("/proc/self/ns/net").readlink()
         eventually(lambda: Path(f"/proc/{self.pid}/ns/net").readlink() != ours, "no namespace")
+        self.sysctl("ipv6/conf/default/accept_dad", 0)  # addresses are good at once
         self.ip("link set lo up")
 
     @property

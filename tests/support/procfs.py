@@ -88,3 +88,17 @@ def children(pid: int) -> list[int]:
         with suppress(OSError):
             found += map(int, (thread / "children").read_text().split())
     return sorted(found)
+
+
+def cpu_s(pid: int) -> float:
+    """Processor time that a process has used, in user and system mode."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def switches(pid: int) -> int:
+    """How often a process has waited for something."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("voluntary_ctxt_switches:"):
+            return int(line.split()[1])
+    raise LookupError(pid)

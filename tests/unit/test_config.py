@@ -441,3 +441,16 @@ def test_pairs_may_be_ranges_and_unix_sockets() -> None:
     ]
     with pytest.raises(ConfigError, match=r"2 ports and .* has 3"):
         from_pairs(["127.0.0.1:80-82"], ["a:180-181"])
+
+
+@pytest.mark.parametrize(("text", "expected"), [("", False), ("true", True), ("false", False)])
+def test_a_flag_is_true_or_false(text: str, expected: bool) -> None:
+    line = f"cut_denied = {text}\n" if text else ""
+    loaded = parse(line + TOML_RULE, "c.toml", Dialect.TOML)
+    assert loaded.config.settings.cut_denied is expected
+
+
+@pytest.mark.parametrize("value", ['"true"', "1", "[]"])
+def test_anything_else_is_no_flag(value: str) -> None:
+    with pytest.raises(ConfigError, match=r"c\.toml:1:1: cut_denied is .*; allowed: true or"):
+        parse(f"cut_denied = {value}\n{TOML_RULE}", "c.toml", Dialect.TOML)

@@ -6,7 +6,6 @@ import json
 import locale
 import time
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING
 
@@ -43,15 +42,14 @@ OPENED = Record(
     upstream=("127.0.0.1", 22),
     result="opened",
 )
-ENDED = replace(
-    OPENED,
+ENDED = OPENED._replace(
     event=Event.ENDED,
     result="done-remote-closed",
     local="127.0.0.1:2222",
     reached="127.0.0.1:22",
     bytes_c2u=12,
     bytes_u2c=3456,
-    connect_s=0.0015,
+    connect_s=0.002,
     duration_s=2.5,
     end="client/data",
     worker=3,
@@ -93,8 +91,8 @@ def test_the_json_of_a_session_has_everything_in_this_order() -> None:
         assert json_line(ENDED) == (
             '{"time":"2022-09-09T07:01:32.250-03:30","event":"ended","id":"7.1","rule":"ssh",'
             '"protocol":"tcp","client":"127.0.0.1","client_port":4711,"local":"127.0.0.1:2222",'
-            '"upstream":"127.0.0.1:22","bytes_c2u":12,"bytes_u2c":3456,"connect_ms":1.500,'
-            '"duration_ms":2500.000,"worker":3,"end":"client/data","detail":""}\n'
+            '"upstream":"127.0.0.1:22","bytes_c2u":12,"bytes_u2c":3456,"connect_ms":2,'
+            '"duration_ms":2500,"worker":3,"end":"client/data","detail":""}\n'
         )
 
 
@@ -103,8 +101,8 @@ def test_json_has_no_line_for_a_session_that_has_only_begun() -> None:
 
 
 def test_what_is_not_known_is_null() -> None:
-    refused = replace(
-        OPENED, event=Event.REFUSED, session="", end="us/access", detail="denied", result="denied"
+    refused = OPENED._replace(
+        event=Event.REFUSED, session="", end="us/access", detail="denied", result="denied"
     )
     found = json.loads(json_line(refused) or "")
     assert (found["event"], found["upstream"], found["connect_ms"]) == ("refused", None, None)
@@ -134,7 +132,7 @@ def test_every_time_zone_is_written_as_it_is(
 
 def test_the_clock_goes_on_and_comes_back() -> None:
     with zone("UTC0"):
-        texts = [rinetd_line(replace(OPENED, at=at)).split("\t")[0] for at in (0, 59.999, 60, 1.5)]
+        texts = [rinetd_line(OPENED._replace(at=at)).split("\t")[0] for at in (0, 59.999, 60, 1.5)]
     assert [text[12:] for text in texts] == ["00:00:00 ", "00:00:59 ", "00:01:00 ", "00:00:01 "]
 
 
@@ -146,7 +144,7 @@ def test_months_are_english_in_every_locale() -> None:
                 locale.setlocale(locale.LC_ALL, name)
         with zone("UTC0"):
             texts = [
-                rinetd_line(replace(OPENED, at=at)).split("/")[1]
+                rinetd_line(OPENED._replace(at=at)).split("/")[1]
                 for at in (86400 * 31 * month + 86400.0 for month in range(12))
             ]
     finally:
@@ -168,15 +166,15 @@ def test_months_are_english_in_every_locale() -> None:
 
 
 def test_clients_of_unix_sockets_and_of_ipv6() -> None:
-    unix = replace(OPENED, client_host="unix", client_port=0, listen=("unix:/run/a.sock", 0))
+    unix = OPENED._replace(client_host="unix", client_port=0, listen=("unix:/run/a.sock", 0))
     assert rinetd_line(unix).split("\t")[1:4] == ["unix", "unix:/run/a.sock", "0"]
-    six = replace(OPENED, client_host="fe80::1%eth0", upstream=("2001:db8::7", 80))
+    six = OPENED._replace(client_host="fe80::1%eth0", upstream=("2001:db8::7", 80))
     assert rinetd_line(six).split("\t")[1:6:4] == ["fe80::1%eth0", "80"]
     assert "/127.0.0.1/2222/2001:db8::7/80/opened" in common_line(six)
 
 
 def test_control_characters_never_end_a_field_or_a_line() -> None:
-    odd = replace(ENDED, listen=("a\tb\nc\rd\x1b\x7f", 1), client_host="x\ny")
+    odd = ENDED._replace(listen=("a\tb\nc\rd\x1b\x7f", 1), client_host="x\ny")
     for line in (rinetd_line(odd), common_line(odd), json_line(odd) or ""):
         assert line.isprintable() or line.count("\n") == 1
         assert line.endswith("\n")
@@ -191,8 +189,7 @@ TEXT = st.text(st.characters(codec=None), max_size=30)
 def test_every_line_of_json_is_one_and_says_what_it_was_told(
     rule: str, detail: str, reached: str, host: str, at: float, seconds: float, count: int
 ) -> None:
-    record = replace(
-        ENDED,
+    record = ENDED._replace(
         rule=rule,
         detail=detail,
         reached=reached,
@@ -210,7 +207,7 @@ def test_every_line_of_json_is_one_and_says_what_it_was_told(
     assert (found["rule"], found["detail"], found["upstream"]) == (rule, detail, reached)
     assert (found["client"], found["bytes_c2u"]) == (host, count)
     assert abs(datetime.fromisoformat(found["time"]).timestamp() - at) <= 0.0011
-    assert abs(found["duration_ms"] - seconds * 1000) <= 0.001
+    assert abs(found["duration_ms"] - seconds * 1000) <= 0.51
     for other in (rinetd_line(record), common_line(record)):
         encoded = other.encode(errors="backslashreplace")
         assert encoded.index(b"\n") == len(encoded) - 1

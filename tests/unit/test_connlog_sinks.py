@@ -172,7 +172,7 @@ def test_a_stalled_place_does_not_hold_up_the_others(tmp_path: Path) -> None:
             os.write(far, bytes(65536))
     os.set_blocking(far, True)  # as stderr may be
     path = tmp_path / "log"
-    log = ConnectionLog(0)
+    log = ConnectionLog()
     fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
     log.set_places([(LogFormat.JSON, "stuck", far), (LogFormat.JSON, str(path), fd)])
     (_, stuck), (_, free) = log._sinks
@@ -448,7 +448,7 @@ def test_a_daemon_that_does_not_read_costs_a_wait_and_the_lines_that_did_not_fit
 
 
 def test_places_that_change_lose_nothing(tmp_path: Path) -> None:
-    log = ConnectionLog(0)
+    log = ConnectionLog()
     for number in range(20):
         fd = os.open(tmp_path / str(number), os.O_RDWR | os.O_APPEND | os.O_CREAT)
         log.set_places([(LogFormat.JSON, str(number), fd)])

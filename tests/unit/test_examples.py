@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from forwarder.config import load
+from forwarder.config import Dialect, load
+from forwarder.config.advice import advise
 from forwarder.config.model import (
     CONNECT_TIMEOUT_S,
     HALF_CLOSE_TIMEOUT_S,
@@ -43,6 +44,7 @@ def rows_under(heading: str) -> dict[str, list[str]]:
 def test_an_example_loads_without_a_warning(path: Path) -> None:
     loaded = load(path)
     assert loaded.warnings == ()
+    assert advise(loaded.config, Dialect.of(path)) == ()
     assert loaded.config.rules
     assert {rule.protocol for rule in loaded.config.rules} >= {Protocol.TCP, Protocol.UDP}
 

@@ -1,0 +1,22 @@
+"""The command that prints what makes a shell complete options, choices and names of files."""
+
+from __future__ import annotations
+
+import click
+from click.shell_completion import ShellComplete, get_completion_class
+
+SHELLS = ("bash", "zsh", "fish")
+
+PROGRAM = "forwarder"
+VARIABLE = "_FORWARDER_COMPLETE"
+
+
+@click.command("completion")
+@click.argument("shell", type=click.Choice(SHELLS))
+@click.pass_context
+def completion_command(ctx: click.Context, shell: str) -> None:
+    """Print the completion script of a shell: source <(forwarder completion bash)."""
+    made_by = get_completion_class(shell) or ShellComplete
+    complete = made_by(ctx.find_root().command, {}, PROGRAM, VARIABLE)
+    # The class of bash would look for a bash to ask for its version; 4.4 is of 2016.
+    click.echo(ShellComplete.source(complete))

@@ -1,0 +1,127 @@
+"""What differs between two configurations, key by key, in the words of the TOML format. Pure.
+
+Which rules a reload leaves alone is decided in ``plan``; this is for people who want to know why.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Final
+
+from forwarder.addr import Address, UnixAddress
+from forwarder.config.model import AccessRule, LogPlace
+from forwarder.config.plan import FIXED_SETTINGS, ReloadPlan, diff
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from forwarder.config.model import Config, Rule, Settings
+
+# Fields that are called otherwise in the format; of the others the unit goes.
+_KEYS: Final = {
+    "access": "rules",
+    "retries_bind": "bind",
+    "source": "source_address",
+    "udp_timeout_s": "timeout",
+    "unix_mode": "mode",
+    "upstreams": "upstream",
+}
+_UNIT: Final = re.compile("_(s|ms|bytes)$")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """A key whose value is another one, and both values as text."""
+
+    key: str
+    old: str
+    new: str
+
+    def __str__(self) -> str:
+        return f"{self.key} {self.old} -> {self.new}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """What a reload would do: the plan, why rules are changed, and what else is set otherwise.
+
+    ``rules`` has the changed rules by name; ``settings`` the keys of the top level.
+    """
+
+    plan: ReloadPlan
+    rules: dict[str, tuple[Change, ...]]
+    settings: tuple[Change, ...]
+
+    @property
+    def is_same(self) -> bool:
+        """Whether a reload would change nothing."""
+        plan = self.plan
+        return not (plan.added or plan.removed or plan.changed or self.settings)
+
+    @property
+    def needs_restart(self) -> tuple[str, ...]:
+        """Settings that a reload leaves as they are."""
+        return tuple(change.key for change in self.settings if change.key in FIXED_SETTINGS)
+
+
+def compare(old: Config, new: Config) -> Comparison:
+    """Compare two configurations."""
+    plan = diff(old, new)
+    before = {rule.name: rule for rule in old.rules}
+    after = {rule.name: rule for rule in new.rules}
+    settings = list(_changes(old.settings, new.settings))
+    if old.access != new.access:
+        change = Change(key="global_rules", old=as_text(old.access), new=as_text(new.access))
+        settings.append(change)
+    return Comparison(
+        plan=plan,
+        rules={name: tuple(_changes(before[name], after[name])) for name in plan.changed},
+        settings=tuple(settings),
+    )
+
+
+def _changes(old: Rule | Settings, new: Rule | Settings) -> Iterator[Change]:
+    before, after = dict(values(old)), dict(values(new))
+    for key, value in after.items():
+        if before[key] != value:
+            yield Change(key=key, old=before[key], new=value)
+
+
+def values(thing: object) -> Iterator[tuple[str, str]]:
+    """Keys and values of a rule or of the settings; what is nested is one level in the format."""
+    if not dataclasses.is_dataclass(thing):
+        return
+    for field in dataclasses.fields(thing):
+        value = getattr(thing, field.name)
+        if not field.compare or field.name == "name":
+            continue
+        if dataclasses.is_dataclass(value) and not isinstance(value, Address | UnixAddress):
+            yield from values(value)
+        elif field.name == "unix_mode":
+            yield "mode", f"{value:04o}"
+        elif field.name == "retries_bind":
+            yield "bind", "retry" if value else "require"
+        elif field.name == "workers":
+            yield "workers", str(value or "auto")
+        else:
+            yield _KEYS.get(field.name) or _UNIT.sub("", field.name), as_text(value)
+
+
+def as_text(value: object) -> str:
+    """A value for people."""
+    if value is None or value == ():
+        return "none"
+    if isinstance(value, tuple):
+        return ", ".join(map(as_text, value))
+    if isinstance(value, Enum):
+        return str(value.value)
+    if isinstance(value, AccessRule):
+        return f"{value.verdict.value} {value.pattern}"
+    if isinstance(value, LogPlace):
+        return f"{value.to} ({value.format.value})"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.15g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,191 @@
+"""The words of rinetd-uv 2.1: what they mean here, the same for its two formats. Pure."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from forwarder.addr import Address, UnixAddress
+from forwarder.config.model import Protocol
+from forwarder.config.raw import Placed, RawRule
+from forwarder.migrate.draft import Remark
+
+if TYPE_CHECKING:
+    from forwarder.addr import Endpoint
+    from forwarder.errors import Place
+    from forwarder.migrate.draft import Draft
+
+UDP_TIMEOUT_S: Final = 10.0
+MOST_SECONDS: Final = 86400
+MOST_FLOWS: Final = 1_000_000
+MOST_WAITING: Final = 65535
+
+NO_ADDRESS: Final = "clients of a unix socket have no address, and rinetd-uv does not ask either"
+_BUFFERS: Final = "buffers need no setting"
+_NAMES: Final = "names are looked up again every 30 s"
+_STATUS: Final = "`forwarder status --json` tells it at any time"
+_BALANCE: Final = "new sessions go to the upstreams in turn"
+
+# Of the .conf; those with a value in the next table are left out.
+CONF_WORDS: Final = {
+    "buffersize": _BUFFERS,
+    "connect-timeout": "",
+    "dns-multi-ip-expand": "all addresses of a name are tried, beginning with the first",
+    "dns-multi-ip-proto": "addresses of both families are used",
+    "dns-refresh": _NAMES,
+    "include": "",
+    "listen-backlog": "",
+    "max-udp-connections": "",
+    "pool-max-free": _BUFFERS,
+    "pool-min-free": _BUFFERS,
+    "pool-trim-delay": _BUFFERS,
+    "statsloginterval": _STATUS,
+    "statusfile": _STATUS,
+    "statusformat": _STATUS,
+    "statusinterval": _STATUS,
+}
+"""Words that rinetd 0.73 has not, and why they are left out; those that are not have no reason."""
+
+YAML_GLOBAL_GAPS: Final = {
+    "buffer_size": _BUFFERS,
+    "dns_multi_ip_expand": CONF_WORDS["dns-multi-ip-expand"],
+    "dns_multi_ip_proto": CONF_WORDS["dns-multi-ip-proto"],
+    "dns_refresh": _NAMES,
+    "pool_max_free": _BUFFERS,
+    "pool_min_free": _BUFFERS,
+    "pool_trim_delay": _BUFFERS,
+    "stats_log_interval": _STATUS,
+    "status": _STATUS,
+}
+YAML_BALANCE_GAPS: Final = {
+    "affinity_max_entries": _BALANCE,
+    "affinity_ttl": _BALANCE,
+    "algorithm": _BALANCE,
+    "health_threshold": "an upstream that cannot be connected to is passed over by each session",
+    "recovery_timeout": "an upstream that cannot be connected to is passed over by each session",
+}
+YAML_UPSTREAM_GAPS: Final = {
+    "dns_refresh": _NAMES,
+    "name": "upstreams are called by their address",
+    "weight": "all upstreams get as many sessions",
+}
+
+
+def seconds(
+    draft: Draft, name: str, value: str, place: Place, *, least: int = 0
+) -> Placed[float] | None:
+    """A time in whole seconds as rinetd-uv takes it."""
+    found = whole(draft, name, value, place, least, MOST_SECONDS)
+    return None if found is None else Placed(float(found), place)
+
+
+def whole(draft: Draft, name: str, value: str, place: Place, least: int, most: int) -> int | None:
+    """A whole number within bounds, or an error."""
+    is_number = len(value) <= 9 and value.isascii() and value.isdigit()
+    if is_number and least <= int(value) <= most:
+        return int(value)
+    draft.issues.error(
+        place, f"{name} is {value[:40]!r}", allowed=f"a whole number from {least} to {most}"
+    )
+    return None
+
+
+def mode(draft: Draft, value: str, place: Place, listen: Endpoint) -> Placed[int] | None:
+    """Permissions in octal digits. None where rinetd-uv ignores them, too, or after an error."""
+    if not (value and set(value) <= set("01234567") and int(value, 8) <= 0o7777):
+        draft.issues.error(place, f"mode is {value[:40]!r}", allowed="octal digits, 0 to 7777")
+        return None
+    number = int(value, 8)
+    if not (isinstance(listen, UnixAddress) and listen.path.startswith("/")):
+        draft.leave_out(place, f"mode {value}", f"{listen} has no file", in_rule=True)
+        return None
+    if number > 0o777:
+        draft.differ(place, f"mode {value} becomes {number & 0o777:04o}: only permissions count")
+    # 0 is "not given", so the umask decides.
+    return Placed(number & 0o777, place) if number else None
+
+
+def flows(draft: Draft, name: str, value: str, place: Place) -> Placed[int] | None:
+    """The limit of flows, which is said in each rule here."""
+    found = whole(draft, name, value, place, 1, MOST_FLOWS)
+    if found is None:
+        return None
+    draft.gaps.append(Remark(place, f"# max_flows = {found} in every UDP rule"))
+    return Placed(found, place)
+
+
+def backlog(draft: Draft, name: str, value: str, place: Place) -> None:
+    """How many clients may wait."""
+    found = whole(draft, name, value, place, 1, MOST_WAITING)
+    if found:
+        draft.raw.options["backlog"] = Placed(found, place)
+
+
+def keepalive(draft: Draft, rule: RawRule, written: str, place: Place, *, is_on: bool) -> None:
+    """Keepalive is on by default, there and here."""
+    ends = (rule.listen.value, *(upstream.value for upstream in rule.upstreams))
+    is_tcp = rule.protocol is Protocol.TCP and any(isinstance(end, Address) for end in ends)
+    if is_on:
+        return
+    if is_tcp:
+        rule.options["keepalive"] = Placed(value=False, place=place)
+    else:
+        draft.leave_out(place, written, "it is for TCP", in_rule=True)
+
+
+def finish_rule(draft: Draft, rule: RawRule, connect_kind: str, connect_place: Place) -> None:
+    """What holds for every rule, once it is read: defaults, and what rinetd-uv ignores."""
+    is_udp = rule.protocol is Protocol.UDP
+    if is_udp and not (rule.udp_timeout_s and rule.udp_timeout_s.value):
+        rule.udp_timeout_s = Placed(UDP_TIMEOUT_S, rule.place)
+    kind = "udp" if is_udp else "tcp"
+    if connect_kind and connect_kind != kind:
+        draft.differ(
+            connect_place,
+            f"the connecting side says {connect_kind} and the listening side {kind}; the rule"
+            f" becomes a {kind} rule, as which rinetd-uv runs it",
+            hint='for a rule between the two set protocol to "udptotcp" or "tcptoudp"',
+        )
+    if rule.source and all(isinstance(there.value, UnixAddress) for there in rule.upstreams):
+        draft.leave_out(
+            rule.source.place,
+            f"src {rule.source.value}",
+            "the upstream is a unix socket",
+            in_rule=True,
+        )
+        rule.source = None
+    listen = rule.listen.value
+    is_file = isinstance(listen, UnixAddress) and listen.path.startswith("/")
+    if is_file and rule.unix_mode is None:
+        what = "the socket gets the permissions 0660, not those that the umask leaves"
+        draft.differ(rule.listen.place, what, hint="set mode")
+    draft.raw.rules.append(rule)
+
+
+def finish(draft: Draft, place: Place, most_flows: Placed[int] | None) -> None:
+    """What holds for the whole file; ``place`` is that of the file."""
+    for rule in draft.raw.rules:
+        if isinstance(rule.listen.value, UnixAddress):
+            for entry in rule.access:
+                written = f"{entry.verdict.value} {entry.pattern}"
+                draft.leave_out(entry.place, written, NO_ADDRESS, in_rule=True)
+            rule.access.clear()
+        if most_flows and rule.protocol is Protocol.UDP:
+            rule.max_flows = most_flows
+    if "connect_timeout" not in draft.settings:
+        draft.differ(
+            place,
+            "connecting may take 10 s; rinetd-uv leaves it to the kernel, which gives up after"
+            " some two minutes",
+            hint="connect_timeout = 0 does so, too",
+        )
+    if draft.raw.settings.logs:
+        log_place = draft.raw.settings.logs[0].place
+        what = "times in the connection log are those of rinetd, not ISO 8601 as in rinetd-uv's"
+        draft.differ(log_place, what, hint='log_format = "json" has ISO 8601')
+    if "pid_file" not in draft.settings:
+        draft.differ(
+            place,
+            "rinetd-uv writes /var/run/rinetd-uv.pid unless told otherwise, the forwarder no pid"
+            " file",
+            hint="add pid_file if something reads it",
+        )

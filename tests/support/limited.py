@@ -1,0 +1,101 @@
+"""A forwarder of one rule that has limits."""
+
+from __future__ import annotations
+
+import json
+import socket
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from support.ends import Link, accept, carry, connect, receive_to_reset
+from support.flood import Flood
+from support.waiting import eventually
+
+if TYPE_CHECKING:
+    from support.configured import Configured
+
+HOSTS = tuple(f"127.0.1.{number}" for number in range(1, 6))
+LIMIT = 20
+
+
+@dataclass
+class Limited:
+    """A forwarder of one rule with limits, and its upstream."""
+
+    it: Configured
+    address: tuple[str, int]
+    upstream: socket.socket
+    head: str
+    links: list[Link] = field(default_factory=list)
+
+    def text(self, more: str, top: str = "") -> str:
+        """The configuration with these limits."""
+        host, port = self.address
+        return (
+            f'{self.head}{top}\n[[forwarding_rules]]\nname = "one"\nlisten = "{host}:{port}"\n'
+            'upstream = "{}:{}"\n{}\n'.format(*self.upstream.getsockname()[:2], more)
+        )
+
+    def reload(self, more: str, top: str = "") -> None:
+        assert "reloaded" in self.it.reload(self.text(more, top))
+
+    def flood(self, hold: int = LIMIT, hosts: tuple[str, ...] = HOSTS) -> Flood:
+        return Flood(self.address, self.upstream, hold, hosts)
+
+    def link(self) -> Link:
+        """A session, which is there."""
+        self.upstream.settimeout(30)
+        client = connect(self.address)
+        try:
+            link = Link(client, accept(self.upstream))
+        except BaseException:
+            client.close()
+            raise
+        self.links.append(link)
+        carry(link.client, link.upstream, b"x")
+        return link
+
+    def refused(self) -> None:
+        """One more client is reset."""
+        try:
+            client = connect(self.address)
+        except ConnectionResetError:
+            return
+        with client:
+            assert receive_to_reset(client) == b""
+
+    def close_links(self) -> None:
+        while self.links:
+            self.links.pop().close()
+
+    def status(self) -> dict[str, object]:
+        """What the status says of the rule."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+            sock.connect(self.control)
+            sock.sendall(b'{"op":"status"}\n')
+            with sock.makefile("rb") as file:
+                (found,) = json.loads(file.readline())["rules"]
+        assert isinstance(found, dict)
+        return found
+
+    @property
+    def control(self) -> str:
+        return f"{self.it.path}.sock"
+
+    def ends(self, code: str) -> int:
+        """How often sessions of the rule ended so."""
+        found = self.status()["ends"]
+        assert isinstance(found, dict)
+        return int(found.get(code, 0))
+
+    def assert_all_places_free(self, limit: int = LIMIT) -> None:
+        """The full number of sessions can be had, and not one more."""
+
+        def is_full() -> bool:
+            with self.flood(limit * 3) as flood:
+                flood.fill(limit * 2)
+                found = flood.open
+                assert found <= limit
+                return found == limit
+
+        eventually(is_full, "not all places are free")
