@@ -413,7 +413,8 @@ class Master:
             log.warning("master: %s", UNDER_WAY)
             return UNDER_WAY
         try:
-            self._service.grow(size)
+            if size > self._fleet.size:  # fewer need nothing, whatever the limits are by now
+                self._service.grow(size)
         except StartupError as err:
             log.error("master: cannot have %d workers: %s", size, err)
             return f"cannot have {size} workers: {err}"

@@ -57,6 +57,7 @@ ELSEWHERE: Final = {
 INSTEAD: Final = {
     "make run": "forwarder demo",
     ".venv/bin/forwarder": "forwarder",
+    "forwarder convert FILE": "forwarder convert /etc/rinetd.conf",
 }
 PLACEHOLDERS: Final = {
     "OLD": "/etc/rinetd.conf",
