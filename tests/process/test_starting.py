@@ -60,7 +60,12 @@ def test_an_address_that_another_program_has_stops_everything(
         path = write_rules(tmp_path / "taken.toml", *rules)
         ended = run_command("-c", str(path), "--workers", "3", prefix=["setsid"])
         assert_refused(
-            ended, 69, f"{path}:6:1: rule 'rule 1' ", where[1], "Address already in use", "ss -lntup"
+            ended,
+            69,
+            f"{path}:6:1: rule 'rule 1' ",
+            where[1],
+            "Address already in use",
+            "ss -lntup",
         )
         assert [listeners(address) for address in free] == [0, 0]
         assert listeners(taken.getsockname()) == 1

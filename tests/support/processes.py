@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -87,12 +88,15 @@ def queued(address: tuple[str, int]) -> int:
 def owner(pids: Sequence[int], client: socket.socket) -> int:
     """Which process has accepted the connection of our client socket."""
     local, remote = _hexadecimal(client.getpeername()), _hexadecimal(client.getsockname())
-    for row in _rows():
-        if row[1:3] == [local, remote] and row[3] == _ESTABLISHED:
-            wanted = f"socket:[{row[9]}]"
-            for pid in pids:
-                for entry in Path(f"/proc/{pid}/fd").iterdir():
-                    with suppress(OSError):
-                        if str(entry.readlink()) == wanted:
-                            return pid
+    # The kernel tells its table in pieces: rows are missed while others come and go. Hence again.
+    for _ in range(20):
+        for row in _rows():
+            if row[1:3] == [local, remote] and row[3] == _ESTABLISHED:
+                wanted = f"socket:[{row[9]}]"
+                for pid in pids:
+                    for entry in Path(f"/proc/{pid}/fd").iterdir():
+                        with suppress(OSError):
+                            if str(entry.readlink()) == wanted:
+                                return pid
+        time.sleep(0.05)
     raise LookupError(local)
