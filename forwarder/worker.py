@@ -33,9 +33,9 @@ from forwarder.inherit import OrphanDoor
 from forwarder.messages import Op, read_assignment, read_logs, send_answer
 from forwarder.net.channel import Channel, ChannelClosed, Received
 from forwarder.relay import listing
+from forwarder.relay.conversation import State
 from forwarder.relay.listener import listener_class
 from forwarder.relay.relay import Relay
-from forwarder.relay.session import State
 from forwarder.upstream.pool import Pool
 from forwarder.upstream.resolver import Resolver
 
@@ -49,9 +49,8 @@ if TYPE_CHECKING:
     from forwarder.messages import Assignment
     from forwarder.net.channel import Message
     from forwarder.privileges import Identity
-    from forwarder.relay.flow import Flow
+    from forwarder.relay.conversation import Conversation
     from forwarder.relay.listener import AnyListener
-    from forwarder.relay.session import Session
 
 log = logging.getLogger(__name__)
 
@@ -368,7 +367,7 @@ class Worker:
             self._relay.pipes.close()  # the idle ones; they make room for the next try
         self._say(Op.APPLIED, serial=serial, missing=missing)
 
-    def _end_sessions_after(self, limit_s: object, sessions: Iterable[Session | Flow]) -> None:
+    def _end_sessions_after(self, limit_s: object, sessions: Iterable[Conversation]) -> None:
         """Reset what is left of ``sessions`` then; 0 or None leaves them all the time they want."""
         doomed = tuple(sessions)
         if isinstance(limit_s, int | float) and limit_s and doomed:

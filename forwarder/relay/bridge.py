@@ -13,7 +13,7 @@ from forwarder.errors import CloseReason, Phase, Who
 from forwarder.net import sockets, udp
 from forwarder.net.datagrams import Destination
 from forwarder.relay.datagram_ways import DatagramToStream, StreamToDatagram
-from forwarder.relay.flow import Flow, FlowState
+from forwarder.relay.flow import Flow
 from forwarder.relay.poller import EDGE_IN
 
 if TYPE_CHECKING:
@@ -86,18 +86,7 @@ class Bridge(Flow):
         """The client has reset the connection."""
         self.abort(CloseReason(Who.CLIENT, Phase.DATA, why, is_reset=True))
 
-    def close(self, reason: CloseReason) -> None:
-        """End; bytes that the client has not taken yet are lost, so it is reset then."""
-        if self.state is not FlowState.CLOSED and self.u2c.holds_data:
-            self._reset_client()
-        super().close(reason)
-
-    def abort(self, reason: CloseReason) -> None:
-        """End, and reset the client."""
-        if self.state is not FlowState.CLOSED:
-            self._reset_client()
-        super().close(reason)
-
-    def _reset_client(self) -> None:
-        if self.client is not None and self.client.fileno() >= 0:
-            sockets.set_abort_on_close(self.client)
+    @property
+    def to_stream(self) -> DatagramToStream:
+        """To the client."""
+        return self.u2c

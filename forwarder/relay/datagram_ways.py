@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Final
 from forwarder.net.datagrams import MAX_DATAGRAM, SLOTS, Destination
 from forwarder.relay import framing
 from forwarder.relay.poller import BROKEN, READABLE, WRITABLE
-from forwarder.stats import DATAGRAMS_DROPPED
 
 if TYPE_CHECKING:
     import socket
@@ -139,8 +138,7 @@ class _FromDatagrams(Way):
             self.deliver(first, last)
             meter.spend_now(self.moved - before)
         else:
-            self.relay.datagrams_dropped += last - first
-            pool.counts[DATAGRAMS_DROPPED] += last - first
+            self.relay.turn_datagrams_away(pool, last - first)
 
     def move(self, mask: int, room: int = UNLIMITED) -> None:  # noqa: ARG002 - see below
         """Move what ``src`` has: a batch at a time. Errors are told by the receive itself."""
@@ -200,12 +198,8 @@ class DatagramWay(_FromDatagrams):
         pending = self.pending
         if pending is None or self.to.fd < 0:
             return
-        batch = self.relay.batch
-        while pending:
-            if not batch.send_copy(self.to, pending[0]):
-                self.flow.on_blocked(self)
-                return
-            pending.popleft()
+        if not _send_all(self, pending):
+            return
         self.pending = None
         if self.src is not None:
             self.pump(READABLE)
@@ -334,15 +328,7 @@ class StreamToDatagram(Way):
 
     def _send(self) -> bool:
         """Send as much as goes; True if nothing is left."""
-        if self.to.fd < 0:
-            return not self._pending
-        batch = self.relay.batch
-        while self._pending:
-            if not batch.send_copy(self.to, self._pending[0]):
-                self.flow.on_blocked(self)
-                return False
-            self._pending.popleft()
-        return True
+        return not self._pending if self.to.fd < 0 else _send_all(self, self._pending)
 
     @property
     def holds_data(self) -> bool:
@@ -353,3 +339,14 @@ class StreamToDatagram(Way):
     def waiting(self) -> int:
         """How many datagrams would be lost if the flow ended now."""
         return len(self._pending)
+
+
+def _send_all(way: DatagramWay | StreamToDatagram, pending: deque[bytes]) -> bool:
+    """Send what waits, in order. False if the socket of the other side is full: it is watched."""
+    batch = way.relay.batch
+    while pending:
+        if not batch.send_copy(way.to, pending[0]):
+            way.flow.on_blocked(way)
+            return False
+        pending.popleft()
+    return True

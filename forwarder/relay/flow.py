@@ -19,14 +19,13 @@ the one that has been silent longest and there are too many.
 from __future__ import annotations
 
 import os
-from enum import Enum
 from typing import TYPE_CHECKING
 
 from forwarder.errors import CloseReason, Phase, Who
 from forwarder.net import sockets
+from forwarder.relay.conversation import Conversation, State
 from forwarder.relay.poller import EDGE_IN, WRITABLE
 from forwarder.relay.wheel import TICK_S
-from forwarder.stats import connect_bucket
 
 if TYPE_CHECKING:
     import socket
@@ -37,65 +36,26 @@ if TYPE_CHECKING:
     from forwarder.upstream.pool import Pool
 
 
-class FlowState(Enum):
-    """See the picture above."""
-
-    RESOLVING = "resolving"
-    CONNECTING = "connecting"
-    OPEN = "open"
-    CLOSED = "closed"
+# As in ``conversation``: looking members up would cost.
+_RESOLVING, _CONNECTING = State.RESOLVING, State.CONNECTING
+_OPEN, _CLOSED = State.OPEN, State.CLOSED
 
 
-_RESOLVING, _CONNECTING, _OPEN, _CLOSED = FlowState
-
-
-class Flow:
+class Flow(Conversation):
     """One conversation. Owns its sockets from when they are set until it has ended.
 
-    ``c2u`` and ``u2c`` are made by the subclass. ``active_at``: when something was last heard, in
-    the loop's time. ``tick`` is the wheel's.
+    ``c2u`` and ``u2c`` are made by the subclass.
     """
 
-    __slots__ = (
-        "active_at",
-        "attempt",
-        "c2u",
-        "client",
-        "client_address",
-        "connected_at",
-        "deadline",
-        "has_waited",
-        "held_as",
-        "id",
-        "pool",
-        "relay",
-        "started_at",
-        "state",
-        "targets",
-        "tick",
-        "u2c",
-        "upstream",
-    )
+    __slots__ = ("client", "has_waited")
 
     c2u: Way
     u2c: Way
 
     def __init__(self, relay: Relay, pool: Pool, client_address: SockAddr) -> None:
-        self.relay = relay
-        self.id = relay.total
-        self.pool = pool
-        self.client_address = client_address
+        super().__init__(relay, pool, client_address)
         self.client: socket.SocketType | None = None
-        self.upstream: socket.SocketType | None = None
-        self.state = _RESOLVING
-        self.started_at = self.active_at = relay.poller.now
-        self.connected_at = 0.0  # 0: not yet
-        self.tick = -1
-        self.deadline = 0.0  # before OPEN
         self.has_waited = False  # for a descriptor
-        self.targets: tuple[Target, ...] = ()
-        self.held_as: int | None = None  # by the gate; None: not at all
-        self.attempt = -1  # index of the target being tried, then of the one connected
         relay.sessions.add(self)
 
     def join(self, c2u: Way, u2c: Way) -> None:
@@ -103,31 +63,7 @@ class Flow:
         self.c2u, self.u2c = c2u, u2c
         c2u.reverse, u2c.reverse = u2c, c2u
 
-    def local(self) -> Target:
-        """The address of ours that the client speaks to. Raises OSError when it is closed."""
-        raise NotImplementedError
-
     # -- opening
-
-    def start(self) -> None:
-        """Find an upstream and open it, now or when the name is resolved."""
-        self.limit_attempt()
-        targets = self.pool.targets()
-        if targets is None:
-            self.pool.wait_for_targets(self.on_targets)
-        else:
-            self.on_targets(targets)
-
-    def on_targets(self, targets: tuple[Target, ...]) -> None:
-        """Go on with the addresses of the upstream; none means that no name could be resolved."""
-        if self.state is not _RESOLVING:
-            return
-        self.targets = targets
-        if targets:
-            self.state = _CONNECTING
-            self.connect_next(0)
-        else:
-            self.fail("no upstream address could be resolved")
 
     def connect_next(self, error: int) -> None:
         """Try the targets that have not been tried; ``error`` is why the last one failed."""
@@ -171,20 +107,8 @@ class Flow:
         """Both sides are there."""
         self.state = _OPEN
         self.active_at = self.connected_at = self.relay.poller.now
-        self.pool.counts[connect_bucket(self.connected_at - self.started_at)] += 1
         self.arm(self.silence_limit_s)
         self.relay.on_open(self)
-
-    def fail(self, why: str, who: Who = Who.UPSTREAM) -> None:
-        """No upstream could be opened."""
-        self.relay.note_connect_failed(self, why)
-        self.abort(CloseReason(who, Phase.CONNECT, why))
-
-    def limit_attempt(self) -> None:
-        """Bound the look-up or the attempt that begins now."""
-        limit_s = self.pool.rule.connect_timeout_s
-        self.deadline = self.relay.poller.now + limit_s if limit_s else float("inf")
-        self.arm(limit_s)
 
     # -- what the ways tell
 
@@ -194,7 +118,7 @@ class Flow:
 
     def on_blocked(self, way: Way) -> None:
         """``way``, to a UDP socket, waits until that takes more."""
-        sock = self.upstream if way is self.c2u else self.client
+        sock = self._end_of(way)
         if sock is not None:
             self.relay.poller.modify(sock.fileno(), EDGE_IN | WRITABLE)
 
@@ -203,10 +127,6 @@ class Flow:
 
     def on_stream_broken(self, why: str) -> None:
         """The stream on one side was reset."""
-
-    def on_bug(self) -> None:
-        """An event handler failed: end this flow, the worker goes on."""
-        self.abort(CloseReason(Who.US, Phase.ERROR, "bug"))
 
     # -- timers
 
@@ -243,12 +163,6 @@ class Flow:
         """The look-up of a name has taken too long, or no descriptor was to be had."""
         self.fail("no descriptor or no name server answered in time", Who.US)
 
-    def arm(self, limit_s: float) -> None:
-        """Have :meth:`on_timer` called within ``limit_s``; 0 is never."""
-        if limit_s > 0:
-            self.relay.wheel.add(self, self.relay.poller.now + limit_s)
-            self.relay.tick_soon()
-
     def end_if_silent_for(self, limit_s: float) -> bool:
         """Whether nothing has moved for ``limit_s``; if so, it has ended."""
         is_silent = self.relay.poller.now - self.active_at >= limit_s
@@ -259,10 +173,17 @@ class Flow:
 
     # -- ending
 
+    @property
+    def to_stream(self) -> Way | None:
+        """The way that leads to a stream; None where both sides are UDP."""
+        return None
+
     def close(self, reason: CloseReason) -> None:
-        """End; what the kernel has taken it will deliver."""
+        """End; what the kernel has taken it will deliver. A stream that lacks a part is reset."""
         if self.state is _CLOSED:
             return
+        if self.to_stream is not None and self.to_stream.holds_data:
+            self._reset_stream(self.to_stream)
         self.state = _CLOSED
         relay = self.relay
         relay.on_end(self, reason)
@@ -276,8 +197,19 @@ class Flow:
         relay.poller.defer(self.unlink)
 
     def abort(self, reason: CloseReason) -> None:
-        """End; a stream on one side is reset."""
+        """End; a stream on one side is reset: no clean end for one that was cut."""
+        if self.state is not _CLOSED and self.to_stream is not None:
+            self._reset_stream(self.to_stream)
         self.close(reason)
+
+    def _reset_stream(self, way: Way) -> None:
+        sock = self._end_of(way)
+        if sock is not None and sock.fileno() >= 0:
+            sockets.set_abort_on_close(sock)
+
+    def _end_of(self, way: Way) -> socket.SocketType | None:
+        """Where a way leads to."""
+        return self.upstream if way is self.c2u else self.client
 
     def unlink(self) -> None:
         """Break the reference cycles, so that the memory is free at once, without the collector.

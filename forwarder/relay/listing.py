@@ -11,8 +11,7 @@ from forwarder.net.sockets import client_text
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-    from forwarder.relay.flow import Flow
-    from forwarder.relay.session import Session
+    from forwarder.relay.conversation import Conversation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +35,7 @@ class Choice:
             client=client if isinstance(client, str) else None,
         )
 
-    def of(self, sessions: Iterable[Session | Flow]) -> Iterator[Session | Flow]:
+    def of(self, sessions: Iterable[Conversation]) -> Iterator[Conversation]:
         """Those that are chosen. Raises PatternError for a pattern that is none."""
         is_client = pattern_matcher(self.client) if self.client is not None else None
         for session in sessions:
@@ -50,12 +49,12 @@ class Choice:
                 yield session
 
 
-def identify(session: Session | Flow) -> str:
+def identify(session: Conversation) -> str:
     """What a session is called: unique on this machine while its worker lives."""
     return f"{session.relay.pid}.{session.id}"
 
 
-def describe(session: Session | Flow, now: float) -> dict[str, object]:
+def describe(session: Conversation, now: float) -> dict[str, object]:
     """One session, as in the answer to ``forwarder sessions``."""
     target = session.targets[session.attempt] if session.attempt >= 0 else None
     return {

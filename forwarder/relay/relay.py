@@ -38,10 +38,12 @@ from forwarder.stats import (
     BYTES_SPLICED,
     BYTES_U2C,
     CONNECTS_FAILED,
+    DATAGRAMS_DROPPED,
     ENDS,
     REFUSED,
     SESSIONS,
     SESSIONS_TOTAL,
+    connect_bucket,
 )
 
 if TYPE_CHECKING:
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
     from forwarder.net.options import How
     from forwarder.net.sockets import SockAddr, Target
     from forwarder.relay.admission import Admission
+    from forwarder.relay.conversation import Conversation
     from forwarder.relay.meter import Meter
     from forwarder.stats import Row
     from forwarder.upstream.pool import Pool
@@ -99,7 +102,7 @@ class Relay:
         self.pid = os.getpid()
         self.poller = Poller(loop)
         self.wheel = Wheel(loop.time())
-        self.sessions: set[Session | Flow] = set()
+        self.sessions: set[Conversation] = set()
         self.pipes = PipePool(pipe_budget_pages)
         self.make_direction: Callable[[Relay, Session], Direction] = Direction
         self.make_unix_direction: Callable[[Relay, Session], Direction] = UnixDirection
@@ -174,7 +177,7 @@ class Relay:
         meters = self.meters.get(row) if self.meters else None
         return None if meters is None else meters[is_u2c]
 
-    def begin(self, session: Session | Flow) -> None:
+    def begin(self, session: Conversation) -> None:
         """Count a session that was made just now, and start it."""
         self.total += 1
         counts = session.pool.counts
@@ -215,7 +218,7 @@ class Relay:
         for index, value in enumerate(counters):
             row[index] = value
 
-    def _count_moved(self, session: Session | Flow) -> None:
+    def _count_moved(self, session: Conversation) -> None:
         """Count what a session has moved since this was done last."""
         c2u, u2c, counts = session.c2u, session.u2c, session.pool.counts
         if c2u.moved != c2u.counted:
@@ -233,8 +236,9 @@ class Relay:
             counts[BYTES_SPLICED] += spliced
             self._bytes_spliced += spliced
 
-    def on_open(self, session: Session | Flow) -> None:
+    def on_open(self, session: Conversation) -> None:
         """A session has reached its upstream."""
+        session.pool.counts[connect_bucket(session.connected_at - session.started_at)] += 1
         if self.connlog.tells_opened:
             with suppress(OSError):  # as in on_end
                 self.connlog.write(reporting.opened(session))
@@ -243,44 +247,49 @@ class Relay:
         self, pool: Pool, client: SockAddr, local: Callable[[], Target], decision: Decision
     ) -> None:
         """A client was turned away by the access rules. ``local`` tells where it came to."""
-        self._count_refused(pool, NOT_ALLOWED)
-        if self.connlog.is_on:
-            with suppress(OSError):  # as in on_end
-                result = decision.value
-                record = reporting.refused(self, pool, client, local(), result, NOT_ALLOWED)
-                self.connlog.write(record)
+        self._on_turned_away(pool, client, local, decision.value, NOT_ALLOWED)
 
     def on_accept_failed(self, pool: Pool, listener: socket.socket, err: OSError) -> None:
         """There was a client, and it was gone before it could be accepted."""
         reason = CloseReason(Who.US, Phase.ACCEPT, err.strerror or str(err))
-        self._count_refused(pool, reason)
-        if self.connlog.is_on:
-            with suppress(OSError):  # as in on_end
-                local, result = sockets.bound_to(listener), rinetd_result(reason)
-                self.connlog.write(reporting.refused(self, pool, None, local, result, reason))
-
-    def _count_refused(self, pool: Pool, reason: CloseReason) -> None:
-        self.refused += 1
-        pool.counts[REFUSED] += 1
-        pool.counts[ENDS + reason.index] += 1
+        local = partial(sockets.bound_to, listener)
+        self._on_turned_away(pool, None, local, rinetd_result(reason), reason)
 
     def on_limited(
         self, pool: Pool, client: SockAddr, local: Callable[[], Target], admission: Admission
     ) -> None:
         """A client was turned away at a limit. ``local`` tells where it came to."""
         reason = CloseReason(Who.US, Phase.LIMIT, admission.met)
-        self._count_refused(pool, reason)
+        self._on_turned_away(pool, client, local, "denied", reason)
+        self.on_limit(pool, reason.detail)
+
+    def _on_turned_away(
+        self,
+        pool: Pool,
+        client: SockAddr | None,
+        local: Callable[[], Target],
+        result: str,
+        reason: CloseReason,
+    ) -> None:
+        """Count a client that got no session, and log it if that is wanted."""
+        self.refused += 1
+        pool.counts[REFUSED] += 1
+        pool.counts[ENDS + reason.index] += 1
         if self.connlog.is_on:
             with suppress(OSError):  # as in on_end
-                self.connlog.write(reporting.refused(self, pool, client, local(), "denied", reason))
-        self.on_limit(pool, reason.detail)
+                self.connlog.write(reporting.refused(self, pool, client, local(), result, reason))
+
+    def turn_datagrams_away(self, pool: Pool, count: int) -> None:
+        """Count datagrams that no flow takes: for want of one, or of bandwidth."""
+        self.datagrams_dropped += count
+        pool.counts[DATAGRAMS_DROPPED] += count
 
     def on_limit(self, pool: Pool, met: str) -> None:
         """Log, now and then, that a limit of a rule was reached."""
         name = pool.rule.name
         self._warn_rarely(f"limit {name}", f"limit.reached rule={name}: {met}")
 
-    def on_end(self, session: Session | Flow, reason: CloseReason) -> None:
+    def on_end(self, session: Conversation, reason: CloseReason) -> None:
         """Count the end of a session, once, and log it if that is wanted."""
         counts = session.pool.counts
         counts[ENDS + reason.index] += 1
@@ -295,7 +304,7 @@ class Relay:
             self._log_session(session, reason)
 
     def abort_sessions(
-        self, phase: Phase, why: str, sessions: Iterable[Session | Flow] | None = None
+        self, phase: Phase, why: str, sessions: Iterable[Conversation] | None = None
     ) -> None:
         """End sessions by RST, all or some; one that has ended is passed over."""
         for session in tuple(self.sessions if sessions is None else sessions):
@@ -308,7 +317,7 @@ class Relay:
             if isinstance(session, Flow):
                 session.end_if_silent_for(limit_s)
 
-    def _log_session(self, session: Session | Flow, reason: CloseReason) -> None:
+    def _log_session(self, session: Conversation, reason: CloseReason) -> None:
         target = session.targets[session.attempt] if session.attempt >= 0 else "-"
         log.debug(
             "session.closed rule=%s client=%s upstream=%s end=%s c2u=%d u2c=%d total_s=%.3f",
@@ -321,7 +330,7 @@ class Relay:
             self.poller.now - session.started_at,
         )
 
-    def note_connect_failed(self, session: Session | Flow, why: str) -> None:
+    def note_connect_failed(self, session: Conversation, why: str) -> None:
         """Count a session that found no upstream; log it, repeats only every WARN_INTERVAL_S."""
         self.failed += 1
         session.pool.counts[CONNECTS_FAILED] += 1

@@ -16,9 +16,8 @@ if TYPE_CHECKING:
     from forwarder.connlog.log import Later
     from forwarder.errors import CloseReason
     from forwarder.net.sockets import SockAddr, Target
-    from forwarder.relay.flow import Flow
+    from forwarder.relay.conversation import Conversation
     from forwarder.relay.relay import Relay
-    from forwarder.relay.session import Session
     from forwarder.upstream.pool import Pool
 
 _UNIX: Final = ("unix", 0)
@@ -26,12 +25,12 @@ _UNIX: Final = ("unix", 0)
 _OPENED, _ENDED = Event.OPENED, Event.ENDED
 
 
-def opened(session: Session | Flow) -> Later:
+def opened(session: Conversation) -> Later:
     """A session has reached its upstream."""
     return ended(session, None, 0.0)  # without a reason it has not
 
 
-def ended(session: Session | Flow, reason: CloseReason | None, now: float) -> Later:
+def ended(session: Conversation, reason: CloseReason | None, now: float) -> Later:
     """A session has ended; ``now`` is in the loop's time. Raises OSError if its socket is gone."""
     pool = session.pool
     return partial(
@@ -41,7 +40,7 @@ def ended(session: Session | Flow, reason: CloseReason | None, now: float) -> La
         session.relay,
         session.id,
         session.client_address,
-        pool.local or session.local(),
+        session.local(),
         session.targets[session.attempt] if session.attempt >= 0 else None,
         session.c2u.moved,
         session.u2c.moved,
@@ -97,7 +96,7 @@ def _record(  # noqa: PLR0913 - what is told of a session, by position: it is do
     reason: CloseReason | None,
 ) -> Record:
     rule = pool.rule
-    host, port = client[:2] if isinstance(client, tuple) else _UNIX
+    host, port = _host_and_port(client)
     upstream = pool.upstream_text
     if reached is not None and len(rule.upstreams) > 1:
         upstream = _host_and_port(reached.sockaddr)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from forwarder.config.model import Rule
     from forwarder.gate import Holder
-    from forwarder.relay.flow import Flow
+    from forwarder.relay.conversation import Conversation
     from forwarder.upstream.pool import Pool
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class Restrictions:
     # -- limits that change
 
     def apply(
-        self, pools: Iterable[Pool], max_total: int, sessions: Iterable[Session | Flow]
+        self, pools: Iterable[Pool], max_total: int, sessions: Iterable[Conversation]
     ) -> None:
         """Have the limits of these rules from now on; ``max_total`` is of all rules together.
 
@@ -108,7 +108,7 @@ class Restrictions:
         else:
             self.meters.pop(row, None)
 
-    def _hold_as_wanted(self, session: Session | Flow) -> None:
+    def _hold_as_wanted(self, session: Conversation) -> None:
         row = session.pool.row
         admission = self.admissions.get(row)
         if admission is not None:
@@ -125,7 +125,7 @@ class Restrictions:
 
     # -- sessions that end, clients that have to wait
 
-    def let_go(self, session: Session | Flow) -> None:
+    def let_go(self, session: Conversation) -> None:
         """A session that was held has ended. All of a batch are counted at once, at its end."""
         row, key = session.pool.row, session.held_as
         if key is not None:

@@ -25,19 +25,17 @@ from __future__ import annotations
 
 import errno
 import logging
-import math
 import os
 import socket
-from enum import Enum
 from typing import TYPE_CHECKING, Final
 
 from forwarder.errors import CLIENT_HAD_ENDED, UPSTREAM_HAD_ENDED, CloseReason, Phase, Who
 from forwarder.net import sockets
 from forwarder.relay import fast_open
+from forwarder.relay.conversation import Conversation, State
 from forwarder.relay.metered import put_under_meters
 from forwarder.relay.poller import BROKEN, READABLE, WRITABLE
 from forwarder.relay.wheel import TICK_S
-from forwarder.stats import connect_bucket
 
 if TYPE_CHECKING:
     from forwarder.net.sockets import Target
@@ -56,76 +54,34 @@ _IN_PROGRESS: Final = frozenset({0, errno.EINPROGRESS})
 _RESET_AFTER_CONNECT: Final = frozenset({errno.ECONNRESET, errno.EPIPE})
 
 
-class State(Enum):
-    """See the picture above."""
-
-    RESOLVING = "resolving"
-    CONNECTING = "connecting"
-    RELAYING = "relaying"
-    HALF_CLOSED = "half-closed"
-    ABORTING = "aborting"
-    CLOSED = "closed"
-
-
 # Both sides have ended; it is the first one who did that wanted it.
 _BY_CLIENT: Final = CloseReason(Who.CLIENT, Phase.DATA)
 _BY_UPSTREAM: Final = CloseReason(Who.UPSTREAM, Phase.DATA)
-# Looking a member up in the class costs 100 ns in Python 3.11, several times per session.
-_RESOLVING, _CONNECTING, _RELAYING, _HALF_CLOSED, _ABORTING, _CLOSED = State
+# As in ``conversation``: looking members up would cost.
+_RESOLVING, _CONNECTING, _RELAYING = State.RESOLVING, State.CONNECTING, State.RELAYING
+_HALF_CLOSED, _ABORTING, _CLOSED = State.HALF_CLOSED, State.ABORTING, State.CLOSED
 
 
-class Session:
+class Session(Conversation):
     """A client and its upstream. Owns both sockets from the constructor on.
 
-    ``active_at``: when an event last came, in the loop's time; ``tick`` is the wheel's.
     ``is_reset``: one side is gone by RST, so the session cannot end with a FIN.
     """
 
-    __slots__ = (
-        "active_at",
-        "attempt",
-        "c2u",
-        "client",
-        "client_address",
-        "connected_at",
-        "deadline",
-        "early",
-        "held_as",
-        "id",
-        "is_reset",
-        "pool",
-        "relay",
-        "started_at",
-        "state",
-        "survivor",
-        "targets",
-        "tick",
-        "u2c",
-        "unsent",
-        "upstream",
-    )
+    __slots__ = ("client", "early", "is_reset", "survivor", "unsent")
+
+    c2u: Direction
+    u2c: Direction
 
     def __init__(
         self, relay: Relay, pool: Pool, client: socket.SocketType, client_address: sockets.SockAddr
     ) -> None:
-        self.relay = relay
-        self.id = relay.total
-        self.pool = pool
+        super().__init__(relay, pool, client_address)
         self.client = client
-        self.client_address = client_address
-        self.upstream: socket.SocketType | None = None
         self.survivor: socket.SocketType | None = None  # ABORTING: the side that still receives
-        self.state = _RESOLVING
-        self.started_at = self.active_at = relay.poller.now
-        self.connected_at = 0.0  # 0: not yet
-        self.tick = -1
-        self.deadline = 0.0  # of RESOLVING, of one attempt of CONNECTING, of ABORTING
-        self.targets: tuple[Target, ...] = ()
-        self.attempt = -1  # index of the target being tried, then of the one connected
         self.is_reset = False
         self.early = 0  # bytes of the client that went with the SYN, and are still in its queue
         self.unsent = 0  # in our send queues when a timeout was last looked at
-        self.held_as: int | None = None  # by the gate; None: not at all
         make = relay.make_unix_direction if pool.has_unix else relay.make_direction
         c2u = self.c2u = make(relay, self)
         u2c = self.u2c = make(relay, self)
@@ -142,27 +98,8 @@ class Session:
 
     # -- connecting
 
-    def start(self) -> None:
-        """Find a target and connect, now or when the name is resolved."""
-        self._limit_attempt()
-        targets = self.pool.targets()
-        if targets is None:
-            self.pool.wait_for_targets(self.on_targets)
-        else:
-            self.on_targets(targets)
-
-    def on_targets(self, targets: tuple[Target, ...]) -> None:
-        """Go on with the addresses of the upstream; none means that no name could be resolved."""
-        if self.state is not _RESOLVING:
-            return  # timed out, or ended by a drain
-        if not targets:
-            self._fail("no upstream address could be resolved")
-            return
-        self.targets = targets
-        self.state = _CONNECTING
-        self._connect_next(0)
-
-    def _connect_next(self, error: int) -> None:
+    def connect_next(self, error: int) -> None:
+        """Try the targets that have not been tried; ``error`` is why the last one failed."""
         while self.attempt + 1 < len(self.targets):
             self.attempt += 1
             target = self.targets[self.attempt]
@@ -174,7 +111,7 @@ class Session:
                 error = err.errno or 0
                 if error in sockets.OUT_OF_RESOURCES:
                     self.attempt -= 1  # on_timer tries again: descriptors come back
-                    self._arm(TICK_S)
+                    self.arm(TICK_S)
                     return
                 continue
             if pool.opens_fast and target.family != socket.AF_UNIX:
@@ -189,9 +126,9 @@ class Session:
                 # The queue of its listener is full. Nothing is under way that could tell when it
                 # is not, unlike with TCP: try again (connect(2)).
                 self.attempt -= 1
-                self._arm(TICK_S)
+                self.arm(TICK_S)
                 return
-        self._fail(os.strerror(error))
+        self.fail(os.strerror(error))
 
     def _watch(self, upstream: socket.SocketType) -> None:
         """Wait for the outcome of a connect; the first time also watch the client."""
@@ -199,7 +136,7 @@ class Session:
         if self.upstream is None:
             poller.register(self.client.fileno(), self.c2u)
         else:
-            self._limit_attempt()
+            self.limit_attempt()
         self.upstream = self.c2u.dst = self.u2c.src = upstream
         poller.register(upstream.fileno(), self)
 
@@ -237,11 +174,9 @@ class Session:
     def _on_connected(self, upstream: socket.SocketType, mask: int) -> None:
         self.state = _RELAYING
         self.active_at = self.connected_at = self.relay.poller.now
-        self.pool.counts[connect_bucket(self.connected_at - self.started_at)] += 1
-        if self.relay.connlog.tells_opened:
-            self.relay.on_open(self)
+        self.relay.on_open(self)
         self.relay.poller.hand_over(upstream.fileno(), self.u2c)
-        self._arm(self.pool.rule.idle_timeout_s)
+        self.arm(self.pool.rule.idle_timeout_s)
         self.u2c.is_blocked = False
         self.c2u.resume()
         if mask & READABLE and not self.u2c.is_blocked:
@@ -251,21 +186,10 @@ class Session:
         targets = self.targets
         return self.attempt + 1 < len(targets) and targets[self.attempt + 1].is_unix
 
-    def _limit_attempt(self) -> None:
-        """Give the attempt that begins now its time."""
-        limit_s = self.pool.rule.connect_timeout_s
-        self.deadline = self.relay.poller.now + (limit_s or math.inf)
-        self._arm(limit_s)
-
     def _give_up_attempt(self, error: int) -> None:
         if self.upstream is not None:
             self.relay.poller.release(self.upstream)
-        self._connect_next(error)
-
-    def _fail(self, why: str, who: Who = Who.UPSTREAM) -> None:
-        """No upstream: the client is reset, as it would be by the closed port itself."""
-        self.relay.note_connect_failed(self, why)
-        self.abort(CloseReason(who, Phase.CONNECT, why))
+        self.connect_next(error)
 
     def _who(self, direction: Direction) -> Who:
         return Who.CLIENT if direction is self.c2u else Who.UPSTREAM
@@ -286,7 +210,7 @@ class Session:
             except OSError:  # ENOTCONN: reset meanwhile, which the reverse direction will read
                 self.is_reset = True
             self.state = _HALF_CLOSED
-            self._arm(self.pool.rule.half_close_timeout_s)
+            self.arm(self.pool.rule.half_close_timeout_s)
 
     def on_reset(self, direction: Direction, err: OSError) -> None:
         """The source of ``direction`` is gone: everything it had sent is read, nothing follows."""
@@ -300,7 +224,7 @@ class Session:
         if reverse.is_done:
             self._abort_after_delivery(reverse, err.strerror or "reset")
             return
-        self._arm(self.pool.rule.half_close_timeout_s)
+        self.arm(self.pool.rule.half_close_timeout_s)
         if reverse.is_blocked:
             reverse.missed |= READABLE
         else:
@@ -315,11 +239,7 @@ class Session:
                 self._abort_after_delivery(direction, "reset")
             else:
                 self.is_reset = True  # delivers what it had sent first, if its peer takes it
-                self._arm(self.pool.rule.half_close_timeout_s)
-
-    def on_bug(self) -> None:
-        """An event handler failed: end the session, the worker goes on."""
-        self.abort(CloseReason(Who.US, Phase.ERROR, "bug"))
+                self.arm(self.pool.rule.half_close_timeout_s)
 
     # -- timers
 
@@ -339,15 +259,15 @@ class Session:
             is_waiting = self.upstream is None or self.upstream.fileno() < 0
             if now < self.deadline:
                 if self.state is _CONNECTING and is_waiting:
-                    self._connect_next(0)
+                    self.connect_next(0)
                     return 0.0
                 return self.deadline
             if is_waiting and self.state is _CONNECTING and self._next_is_unix():
                 self.attempt += 1
-                self._limit_attempt()
-                self._connect_next(errno.ETIMEDOUT)
+                self.limit_attempt()
+                self.connect_next(errno.ETIMEDOUT)
             elif is_waiting:
-                self._fail("no descriptor or no name server answered in time", Who.US)
+                self.fail("no descriptor or no name server answered in time", Who.US)
             else:
                 self._give_up_attempt(errno.ETIMEDOUT)
         return 0.0
@@ -376,12 +296,6 @@ class Session:
         else:
             self.abort(CloseReason(Who.US, phase))
         return 0.0
-
-    def _arm(self, limit_s: float) -> None:
-        """Have ``on_timer`` called within ``limit_s``. An earlier call that is due stays due."""
-        if limit_s > 0:
-            self.relay.wheel.add(self, self.relay.poller.now + limit_s)
-            self.relay.tick_soon()
 
     # -- ending
 
@@ -418,7 +332,7 @@ class Session:
         self.deadline = self.relay.poller.now + ABORT_GRACE_S
         self.relay.poller.hand_over(survivor.fileno(), self)
         self.relay.poller.release(direction.src)
-        self._arm(TICK_S)
+        self.arm(TICK_S)
 
     def _end(self, reason: CloseReason) -> None:
         """Stop both directions and report the end, once."""

@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Final
 from forwarder.errors import CloseReason, Phase, Who
 from forwarder.net import sockets, udp
 from forwarder.net.datagrams import Destination
+from forwarder.relay.conversation import State
 from forwarder.relay.datagram_ways import DatagramToStream, DatagramWay, StreamToDatagram
-from forwarder.relay.flow import Flow, FlowState
+from forwarder.relay.flow import Flow
 from forwarder.relay.poller import BROKEN, EDGE_IN, READABLE, WRITABLE
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class UdpFlow(Flow):
 
     def close(self, reason: CloseReason) -> None:
         """End, and be unknown to the listener; the client's next datagram begins another flow."""
-        if self.state is FlowState.CLOSED:
+        if self.state is State.CLOSED:
             return
         self.listener.forget(self)
         self.table.discard(self)
@@ -141,7 +142,7 @@ class UdpToTcpFlow(UdpFlow):
     def on_events(self, mask: int) -> None:
         """Handle the outcome of a connect."""
         upstream = self.upstream
-        if upstream is None or self.state is not FlowState.CONNECTING:
+        if upstream is None or self.state is not State.CONNECTING:
             return
         if mask & BROKEN:
             self._give_up_attempt(upstream.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
@@ -176,18 +177,7 @@ class UdpToTcpFlow(UdpFlow):
         """The upstream has reset the connection."""
         self.close(CloseReason(Who.UPSTREAM, Phase.DATA, why, is_reset=True))
 
-    def close(self, reason: CloseReason) -> None:
-        """End the connection by FIN, or by RST if the upstream lacks a part of what was sent."""
-        if self.state is not FlowState.CLOSED and self.c2u.holds_data:
-            self._reset_upstream()
-        super().close(reason)
-
-    def abort(self, reason: CloseReason) -> None:
-        """End, and reset the connection: no clean end for a stream that was cut."""
-        if self.state is not FlowState.CLOSED:
-            self._reset_upstream()
-        super().close(reason)
-
-    def _reset_upstream(self) -> None:
-        if self.upstream is not None and self.upstream.fileno() >= 0:
-            sockets.set_abort_on_close(self.upstream)
+    @property
+    def to_stream(self) -> DatagramToStream:
+        """To the upstream."""
+        return self.c2u

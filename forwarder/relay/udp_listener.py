@@ -22,7 +22,6 @@ from forwarder.net.sockets import Target
 from forwarder.relay.admission import client_host
 from forwarder.relay.poller import READABLE, WRITABLE
 from forwarder.relay.udp_flow import UdpFlow, UdpToTcpFlow
-from forwarder.stats import DATAGRAMS_DROPPED
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
@@ -181,8 +180,7 @@ class UdpListener:
         if flow is None:
             flow = self._open(peer)
             if flow is None:
-                self._relay.datagrams_dropped += last - first
-                self.pool.counts[DATAGRAMS_DROPPED] += last - first
+                self._relay.turn_datagrams_away(self.pool, last - first)
                 return
             # What comes next from a stray goes to whom the kernel gives it, perhaps another worker.
             is_ripe = last - first > 1 or self._strays_to is not None
