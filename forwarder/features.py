@@ -12,16 +12,13 @@ import resource
 import socket
 from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from forwarder import __version__
+from forwarder import __version__, kernel
 from forwarder.net import datagrams, pipes, udp
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-_SYSCTL: Final = Path("/proc/sys")
 
 
 def report() -> list[str]:
@@ -113,10 +110,8 @@ def _limits() -> list[str]:
         ("listen queue", "net/core/somaxconn", ""),
         ("UDP buffer", "net/core/rmem_max", " bytes"),
     ):
-        try:
-            lines.append(f"{name}: {int((_SYSCTL / path).read_text())}{unit}")
-        except (OSError, ValueError):
-            lines.append(f"{name}: not known")
+        value = kernel.setting(path)
+        lines.append(f"{name}: {value}{unit}" if value.isdigit() else f"{name}: not known")
     return lines
 
 

@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
+from forwarder import kernel
 from forwarder.errors import ExitCode, StartupError
 
 _PR_SET_NO_NEW_PRIVS: Final = 38  # linux/prctl.h
@@ -89,16 +90,9 @@ def network_capabilities() -> int:
     The lesser one is enough where the kernel takes it for SO_MARK, too (Linux 5.17).
     """
     permitted = _permitted()
-    if permitted & _NET_RAW and _is_kernel((5, 17)):
+    if permitted & _NET_RAW and kernel.is_linux((5, 17)):
         return _NET_RAW
     return permitted & (_NET_ADMIN | _NET_RAW)
-
-
-def _is_kernel(version: tuple[int, int]) -> bool:
-    """Whether the kernel is a Linux of this version or newer."""
-    name = os.uname()
-    numbers = tuple(int(text.partition("-")[0]) for text in name.release.split(".")[:2])
-    return name.sysname == "Linux" and numbers >= version
 
 
 def _permitted() -> int:
@@ -147,6 +141,6 @@ def drop(identity: Identity | None, kept: int = 0) -> None:
     # No exec may ever raise rights again (setuid programs, file capabilities). prctl(2), Linux 3.5.
     libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     if os.geteuid() != 0:
-        kept &= _permitted() if kept else 0
+        kept &= _permitted()
         rights = struct.pack("6I", kept, kept, 0, 0, 0, 0)
         libc.capset(struct.pack("Ii", _CAPABILITY_VERSION_3, 0), rights)

@@ -15,9 +15,9 @@ import socket
 import struct
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from forwarder import kernel
 from forwarder.addr import UnixAddress
 from forwarder.config.model import BACKLOG, SocketOptions
 from forwarder.errors import ConfigError, ExitCode, Issue, RightsError, StartupError
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from forwarder.config.model import Config, Rule
     from forwarder.net.options import Setting
 
-_SYSCTL: Final = Path("/proc/sys/net")
 _DENIED: Final = (errno.EPERM, errno.EACCES)
 _LIMITS: Final = {socket.SO_RCVBUF: "core/rmem_max", socket.SO_SNDBUF: "core/wmem_max"}
 _CLIENT_BIT, _SERVER_BIT = 1, 2  # of net.ipv4.tcp_fastopen, ip-sysctl
@@ -217,7 +216,7 @@ def _try_fast_open(sock: socket.socket, case: _Case) -> Iterator[_Problem]:
         bit = _CLIENT_BIT
         with suppress(OSError):  # what is refused then is told by the bit
             sock.setsockopt(socket.IPPROTO_TCP, socket_options.FAST_OPEN_CONNECT, 1)
-    value = _sysctl("ipv4/tcp_fastopen")
+    value = kernel.setting("net/ipv4/tcp_fastopen")
     if bit and value.isdigit() and not int(value) & bit:
         side = "accept" if case.listens else "begin"
         yield _Problem(
@@ -230,7 +229,7 @@ def _try_fast_open(sock: socket.socket, case: _Case) -> Iterator[_Problem]:
 
 def _too_many(key: str, number: int) -> Iterator[_Problem]:
     """The kernel would cut the length of a queue without a word, listen(2)."""
-    most = _sysctl("core/somaxconn")
+    most = kernel.setting("net/core/somaxconn")
     if most.isdigit() and number > int(most):
         yield _Problem(
             key,
@@ -238,14 +237,6 @@ def _too_many(key: str, number: int) -> Iterator[_Problem]:
             f"at most net.core.somaxconn, {most}",
             f"`sysctl net.core.somaxconn={number}`",
         )
-
-
-def _sysctl(name: str) -> str:
-    """A setting of the kernel, of this network namespace; empty where there is none."""
-    try:
-        return (_SYSCTL / name).read_text().strip()
-    except OSError:
-        return ""
 
 
 def _explain(setting: Setting, err: OSError) -> _Problem:
@@ -257,7 +248,7 @@ def _explain(setting: Setting, err: OSError) -> _Problem:
             key,
             f"congestion {shown!r}: "
             + ("this process may not use it" if number == errno.EPERM else "there is none here"),
-            ", ".join(_sysctl(f"ipv4/tcp_{allowed}_congestion_control").split()),
+            ", ".join(kernel.setting(f"net/ipv4/tcp_{allowed}_congestion_control").split()),
             f"`sysctl net.ipv4.tcp_{allowed}_congestion_control`; "
             + ("add it there" if number == errno.EPERM else f"`modprobe tcp_{shown}`"),
             is_denied=number == errno.EPERM,

@@ -29,7 +29,7 @@ import struct
 import sys
 from typing import Final
 
-from forwarder.net.peers import SOCKADDR_BYTES
+from forwarder.net.peers import IP_PKTINFO, SOCKADDR_BYTES
 
 # 32, 64 and 128 slots gave the same rate within noise; the kernel takes at least 64 segments.
 SLOTS: Final = 64
@@ -40,7 +40,6 @@ MAX_DATAGRAM: Final = 65507
 SOL_UDP: Final = 17
 UDP_SEGMENT: Final = 103  # linux/udp.h
 UDP_GRO: Final = 104
-_IP_PKTINFO: Final = 8  # linux/in.h
 _IPV6_PKTINFO: Final = 50  # linux/in6.h
 
 # struct mmsghdr on 64-bit Linux, in words: name, namelen, iov, iovlen, control, controllen, flags,
@@ -266,7 +265,7 @@ class Batch:
         at = 0
         while at + _HEADER.size <= told:  # an inherited socket may tell more than we asked for
             length, level, kind = _HEADER.unpack_from(control, at)
-            if (level, kind) == (socket.IPPROTO_IP, _IP_PKTINFO):
+            if (level, kind) == (socket.IPPROTO_IP, IP_PKTINFO):
                 return name + bytes(control[at + 20 : at + 24])
             if (level, kind) == (socket.IPPROTO_IPV6, _IPV6_PKTINFO):
                 return name + bytes(control[at + 16 : at + 32])
@@ -368,7 +367,7 @@ class Batch:
         """Write the control message that sets the source address. Returns its length."""
         view = self._ancillary.view
         if len(local) == 4:
-            kind = (socket.IPPROTO_IP, _IP_PKTINFO)
+            kind = (socket.IPPROTO_IP, IP_PKTINFO)
             _PKTINFO4.pack_into(view, 0, 28, *kind, 0, local, bytes(4))
             return _PKTINFO4.size
         if local:

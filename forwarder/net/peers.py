@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from forwarder.net.sockets import IpSockAddr
 
+# Asks for, tells and sets which of our addresses a datagram is for (ip(7)); linux/in.h.
+IP_PKTINFO: Final = 8
+
 _FAMILY: Final = struct.Struct("=H")
 _IPV4: Final = struct.Struct("=H2s4s8x")
 _IPV6: Final = struct.Struct("=H2s4x16sI")  # flow information plays no part

@@ -11,8 +11,9 @@ from __future__ import annotations
 import fcntl
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
+
+from forwarder import kernel
 
 # 256 KiB gave the throughput of 1 MiB, 64 KiB lost a fifth (bulk over loopback, 2 cores).
 PIPE_BYTES: Final = 256 * 1024
@@ -23,8 +24,6 @@ SMALL_FROM: Final = 0.75
 # pipe(7) lets an administrator set the limit to 0 (none), and a root process is exempt; the pool
 # still needs a bound, since every pipe costs two descriptors.
 BUDGET_WITHOUT_LIMIT_PAGES: Final = 16384
-
-_SOFT_LIMIT_FILE: Final = Path("/proc/sys/fs/pipe-user-pages-soft")
 
 
 class Pipe:
@@ -123,8 +122,6 @@ def budget_pages(workers: int) -> int:
 
     Reads /proc once. A quarter of the budget is left to whatever else the user runs.
     """
-    try:
-        limit = int(_SOFT_LIMIT_FILE.read_text())
-    except (OSError, ValueError):
-        limit = 0
+    text = kernel.setting("fs/pipe-user-pages-soft")
+    limit = int(text) if text.isdigit() else 0
     return (limit or BUDGET_WITHOUT_LIMIT_PAGES) * 3 // 4 // workers

@@ -9,17 +9,19 @@ from __future__ import annotations
 import socket
 import struct
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final
+from functools import partial
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from forwarder.net import peers
 from forwarder.net.datagrams import FULL, MAX_REPORTS, REPORTED, SLOT_BYTES, SLOTS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from forwarder.net.datagrams import Destination
 
-_IP_PKTINFO: Final = 8  # linux/in.h
+T = TypeVar("T")
+
 _PKTINFO4: Final = struct.Struct("=I4s4s")
 _PKTINFO6: Final = struct.Struct("=16sI")
 _CONTROL_BYTES: Final = 128
@@ -52,14 +54,16 @@ class PlainBatch:
         """Receive from a connected socket what is there. Returns how many slots were filled."""
         self._slots = []
         with _borrowed(fd) as sock:
-            while len(self._slots) < SLOTS and (count := self._receive(sock)) is not None:
+            receive = partial(sock.recv_into, self._view)
+            while len(self._slots) < SLOTS and (count := self._receive(receive)) is not None:
                 self._slots.append(bytes(self._view[:count]))
         return len(self._slots)
 
-    def _receive(self, sock: socket.socket) -> int | None:
+    def _receive(self, receive: Callable[[], T]) -> T | None:
+        """One datagram; None if there is none, or nothing but errors, which are counted."""
         for _ in range(MAX_REPORTS):
             try:
-                return sock.recv_into(self._view)
+                return receive()
             except BlockingIOError:
                 return None
             except OSError:
@@ -70,16 +74,9 @@ class PlainBatch:
         """Receive from a socket that is not connected; :meth:`peer` says from whom."""
         self._slots, self._peers = [], []
         with _borrowed(fd) as sock:
-            while len(self._slots) < SLOTS:
-                try:
-                    count, ancillary, _, address = sock.recvmsg_into([self._view], _CONTROL_BYTES)
-                except BlockingIOError:
-                    break
-                except OSError:
-                    self.errors += 1
-                    if self.errors % MAX_REPORTS == 0:
-                        break
-                    continue
+            receive = partial(sock.recvmsg_into, [self._view], _CONTROL_BYTES)
+            while len(self._slots) < SLOTS and (found := self._receive(receive)) is not None:
+                count, ancillary, _, address = found
                 self._slots.append(bytes(self._view[:count]))
                 self._peers.append(peers.pack(sock.family, address, _local(ancillary)))
         return len(self._slots)
@@ -128,7 +125,7 @@ def _send(sock: socket.socket, peer: bytes | None, content: bytes | memoryview) 
     local = peers.split(peer)[1]
     ancillary: list[tuple[int, int, bytes]] = []
     if len(local) == 4:
-        ancillary = [(socket.IPPROTO_IP, _IP_PKTINFO, _PKTINFO4.pack(0, local, bytes(4)))]
+        ancillary = [(socket.IPPROTO_IP, peers.IP_PKTINFO, _PKTINFO4.pack(0, local, bytes(4)))]
     elif local:
         ancillary = [(socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, _PKTINFO6.pack(local, 0))]
     sock.sendmsg([content], ancillary, 0, peers.address_of(peer))
@@ -137,7 +134,7 @@ def _send(sock: socket.socket, peer: bytes | None, content: bytes | memoryview) 
 def _local(ancillary: list[tuple[int, int, bytes]]) -> bytes:
     """Which of our addresses a datagram was sent to, if the socket was asked to say so."""
     for level, kind, content in ancillary:
-        if (level, kind) == (socket.IPPROTO_IP, _IP_PKTINFO):
+        if (level, kind) == (socket.IPPROTO_IP, peers.IP_PKTINFO):
             return bytes(_PKTINFO4.unpack_from(content)[1])
         if (level, kind) == (socket.IPPROTO_IPV6, socket.IPV6_PKTINFO):
             return bytes(_PKTINFO6.unpack_from(content)[0])

@@ -42,13 +42,14 @@ _CLOSED: Final = 7  # TCP_CLOSE, linux/tcp.h; the first byte of struct tcp_info 
 
 _SO_ATTACH_FILTER: Final = 26  # asm-generic/socket.h; Python has no names for them
 _SO_DETACH_FILTER: Final = 27
-# Classic BPF, struct sock_filter (linux/filter.h): code, jump if true, jump if false, operand. For
-# TCP the packet begins at the TCP header, whose byte 13 holds the flags (RFC 9293 section 3.1).
-_SYN_FILTER: Final = (
-    struct.pack("HBBI", 0x30, 0, 0, 13),  # load byte 13
-    struct.pack("HBBI", 0x45, 0, 1, 0x02),  # SYN set? else skip one
-    struct.pack("HBBI", 0x06, 0, 0, 0),  # drop
-    struct.pack("HBBI", 0x06, 0, 0, 0xFFFFFFFF),  # pass all of it
+Program: TypeAlias = tuple[tuple[int, int, int, int], ...]
+"""Classic BPF, struct sock_filter (linux/filter.h): code, jump if true, jump if false, operand."""
+# For TCP the packet begins at the TCP header, whose byte 13 holds the flags (RFC 9293 section 3.1).
+_SYN_FILTER: Final[Program] = (
+    (0x30, 0, 0, 13),  # load byte 13
+    (0x45, 0, 1, 0x02),  # SYN set? else skip one
+    (0x06, 0, 0, 0),  # drop
+    (0x06, 0, 0, 0xFFFFFFFF),  # pass all of it
 )
 
 # accept(2): errors of the connection that was being accepted, or of the network below it. The
@@ -224,8 +225,7 @@ def upstream_socket(target: Target, source: SockAddr | None, how: How) -> socket
     try:
         if not sys.platform.startswith("linux"):
             sock.setblocking(False)
-        for level, name, value in how.settings:
-            sock.setsockopt(level, name, value)
+        how.apply(sock)
         if source is not None:
             with suppress(OSError):  # best effort: an old kernel takes the port at bind
                 sock.setsockopt(socket.IPPROTO_IP, _IP_BIND_ADDRESS_NO_PORT, 1)
@@ -262,6 +262,19 @@ def queue_of(sock: socket.socket) -> Queue:
         return Queue(0, 0, 0)
 
 
+def attach_filter(sock: socket.SocketType, program: Program) -> None:
+    """Have the kernel ask a program what to do with each packet for a socket. Raises OSError."""
+    lines = array.array("B", b"".join(struct.pack("HBBI", *line) for line in program))
+    address, _ = lines.buffer_info()
+    packed = struct.pack("HP", len(program), address)
+    sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, packed)
+
+
+def detach_filter(sock: socket.SocketType) -> None:
+    """Undo :func:`attach_filter`. Raises OSError, ENOENT if there was no filter."""
+    sock.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
+
+
 def drop_syn(sock: socket.socket) -> None:
     """Have the kernel drop SYN segments for a listener, and nothing else.
 
@@ -270,18 +283,14 @@ def drop_syn(sock: socket.socket) -> None:
     second later meets the closed port. Handshakes that have begun are completed. Sockets accepted
     meanwhile inherit the filter, which does them no harm. socket(7), SO_ATTACH_FILTER.
     """
-    filters = array.array("B", b"".join(_SYN_FILTER))
-    address, _ = filters.buffer_info()
     with suppress(OSError):  # without it the window is a few microseconds wide, not none
-        sock.setsockopt(
-            socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", len(_SYN_FILTER), address)
-        )
+        attach_filter(sock, _SYN_FILTER)
 
 
 def pass_syn(sock: socket.socket) -> None:
     """Undo :func:`drop_syn`."""
-    with suppress(OSError):  # ENOENT: there was no filter
-        sock.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
+    with suppress(OSError):  # there was no filter
+        detach_filter(sock)
 
 
 def set_abort_on_close(sock: socket.SocketType) -> None:

@@ -20,42 +20,37 @@ listener that a root master makes for workers of another user is given to that u
 
 from __future__ import annotations
 
-import array
 import errno
 import os
 import socket
-import struct
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from forwarder import kernel
 from forwarder.net import options as socket_options
 from forwarder.net import peers
 from forwarder.net.proc import local_addresses
-from forwarder.net.sockets import is_v6only, set_v6only
+from forwarder.net.sockets import attach_filter, detach_filter, is_v6only, set_v6only
 
 if TYPE_CHECKING:
     from forwarder.config.model import SocketOptions
     from forwarder.net.options import How
-    from forwarder.net.sockets import IpSockAddr, SockAddr, Target
+    from forwarder.net.sockets import IpSockAddr, Program, SockAddr, Target
 
 # Asked for on every socket; the kernel grants twice net.core.rmem_max (212,992 by default) at most.
 # A burst that comes while the worker is busy elsewhere waits there.
 BUFFER_BYTES: Final = 4 * 1024 * 1024
 
 _NONBLOCKING_DATAGRAM: Final = socket.SOCK_DGRAM | getattr(socket, "SOCK_NONBLOCK", 0)
-_IP_PKTINFO: Final = 8  # linux/in.h
 _WILDCARDS: Final = frozenset({"0.0.0.0", "::"})
-_SO_ATTACH_FILTER: Final = 26  # asm-generic/socket.h
-_SO_DETACH_FILTER: Final = 27
 _MAPPED: Final = "::ffff:"  # an IPv4 address as an IPv6 one (RFC 4291 section 2.5.5.2)
 _UDP_TABLES: Final = (Path("/proc/net/udp"), Path("/proc/net/udp6"))
 
 
 def finds_flows_by_hash() -> bool:
     """Whether the kernel finds connected UDP sockets by a hash of all four parts (Linux 6.13)."""
-    numbers = os.uname().release.split(".")[:2]
-    return os.uname().sysname == "Linux" and [int(text) for text in numbers] >= [6, 13]
+    return kernel.is_linux((6, 13))
 
 
 FINDS_FLOWS_BY_HASH: Final = finds_flows_by_hash()
@@ -94,7 +89,7 @@ def prepare_listener(sock: socket.socket, host: str) -> None:
     sock.setblocking(False)
     if host in _WILDCARDS:
         if sock.family == socket.AF_INET:
-            sock.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
+            sock.setsockopt(socket.IPPROTO_IP, peers.IP_PKTINFO, 1)
         else:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
 
@@ -187,11 +182,11 @@ def _flow_socket_apart(
         return None
     try:
         if is_filtered:
-            _hear_port(sock, client[1])
+            attach_filter(sock, _port_filter(client[1]))
         sock.bind((host, port))
         sock.connect(client)
         if is_filtered:
-            sock.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
+            detach_filter(sock)
         if sock.getsockname()[0].partition("%")[0] == asked:
             return sock
     except OSError:  # another user has the port at another address, say
@@ -200,15 +195,8 @@ def _flow_socket_apart(
     return None
 
 
-def _hear_port(sock: socket.SocketType, port: int) -> None:
-    """Have the kernel drop what does not come from a port. Raises OSError."""
-    program = array.array("B", b"".join(struct.pack("HBBI", *line) for line in _port_filter(port)))
-    address, _ = program.buffer_info()
-    sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", 4, address))
-
-
-def _port_filter(port: int) -> tuple[tuple[int, int, int, int], ...]:
-    """Classic BPF (linux/filter.h): code, jumps if true and if false, operand; at 0: UDP header."""
+def _port_filter(port: int) -> Program:
+    """Drops what does not come from a port. For UDP the packet begins at the UDP header."""
     return (
         (0x28, 0, 0, 0),  # load the two bytes of the source port
         (0x15, 0, 1, port),  # is it this one? else skip one

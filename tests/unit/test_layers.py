@@ -16,6 +16,7 @@ PACKAGE = Path(forwarder.__file__).parent
 RANK = {
     "errors": 0,
     "addr": 0,
+    "kernel": 0,
     "config.model": 1,
     "supervision": 1,
     "asking": 1,
