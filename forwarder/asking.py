@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+
+Answered: TypeAlias = "Callable[[list[object], list[int]], None]"
+"""Called with what the workers have answered, and with the pids of those that have not."""
 
 # A worker answers between two turns of its loop; one that is hung is replaced, not waited for.
 ANSWER_WITHIN_S: Final = 3.0
@@ -20,7 +23,7 @@ ANSWER_WITHIN_S: Final = 3.0
 class _Question:
     waiting: set[int]  # pids
     deadline: float
-    callback: Callable[[list[object], list[int]], None]
+    callback: Answered
     answers: list[object] = field(default_factory=list)
     silent: list[int] = field(default_factory=list)
 
@@ -37,9 +40,7 @@ class Questions:
         """When :meth:`expire` has something to do; None for never."""
         return min((question.deadline for question in self._open.values()), default=None)
 
-    def begin(
-        self, pids: Iterable[int], now: float, callback: Callable[[list[object], list[int]], None]
-    ) -> int:
+    def begin(self, pids: Iterable[int], now: float, callback: Answered) -> int:
         """Note a question to these workers. Returns its number, for :meth:`on_answer`.
 
         ``callback`` is called once: when the last answer is there, or it is time. It gets the
@@ -51,13 +52,16 @@ class Questions:
 
     def is_awaited(self, number: object, pid: int) -> bool:
         """Whether that worker was asked that question and has not answered."""
+        return self._awaiting(number, pid) is not None
+
+    def _awaiting(self, number: object, pid: int) -> _Question | None:
         question = self._open.get(number) if isinstance(number, int) else None
-        return question is not None and pid in question.waiting
+        return question if question is not None and pid in question.waiting else None
 
     def on_answer(self, number: object, pid: int, answer: object) -> None:
         """A worker has answered; None: it could not."""
-        question = self._open.get(number) if isinstance(number, int) else None
-        if question is not None and pid in question.waiting:
+        question = self._awaiting(number, pid)
+        if question is not None:
             question.waiting.discard(pid)
             if answer is None:
                 question.silent.append(pid)

@@ -27,6 +27,7 @@ from forwarder.slot import Slot, WorkerProcess, WorkerState, WorkerTables, fork_
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from forwarder.asking import Answered
     from forwarder.config.model import Config
     from forwarder.listeners import ListenerTable
     from forwarder.net.addresses import BindAddress
@@ -219,7 +220,7 @@ class Fleet:
         self,
         op: messages.Op,
         choice: dict[str, object],
-        callback: Callable[[list[object], list[int]], None],
+        callback: Answered,
     ) -> None:
         """Ask all workers about some of their sessions.
 

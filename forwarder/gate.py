@@ -23,7 +23,6 @@ import mmap
 import os
 import time
 from collections import deque
-from contextlib import contextmanager
 from fcntl import LOCK_EX, LOCK_NB, LOCK_UN
 from fcntl import lockf as _lockf
 from typing import TYPE_CHECKING, Final
@@ -32,8 +31,7 @@ from forwarder.board import ROWS
 from forwarder.limits import CountTable, RateTable, pass_at, table_words
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-    from types import TracebackType
+    from collections.abc import Iterable
 
 # Clients of limited rules that have sessions at the same time, all rules together. Beyond it new
 # clients are refused: their limit could not be kept.
@@ -124,14 +122,13 @@ class Gate:
         """Let the others decide."""
         _lockf(self._lock_fd, LOCK_UN)
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Decide alone. Raises Busy."""
+    def __enter__(self) -> Gate:
+        """Begin to decide alone, as :meth:`lock`."""
         self.lock()
-        try:
-            yield
-        finally:
-            self.unlock()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.unlock()
 
     def _wait(self) -> None:
         began = now = time.monotonic()
@@ -160,13 +157,10 @@ class Gate:
         all sessions that stand still for the sake of one worker.
         """
         try:
-            self.lock()
+            with self:
+                return self._draw(line, now, seconds)
         except Busy:
             return self._draw(line, now, seconds)
-        try:
-            return self._draw(line, now, seconds)
-        finally:
-            self.unlock()
 
     def _draw(self, line: int, now: float, seconds: float) -> float:
         free_at = self._lines[line]
@@ -244,7 +238,7 @@ class Gate:
 
     def recount(self, living: Iterable[Holdings], rows: Iterable[int]) -> None:
         """A worker has died: count what the others hold, and nothing else. Raises Busy."""
-        with self.locked():
+        with self:
             everyone = list(living)
             for row in (0, *rows):
                 self._rows[row] = sum(mine.rows[row] for mine in everyone)
@@ -281,12 +275,7 @@ class Holder:
             self._work_off()
         return self.gate
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.gate.unlock()
 
     def hold(self, row: int, key: int) -> None:
@@ -302,16 +291,12 @@ class Holder:
 
     def settle(self) -> bool:
         """Count what is owed. Returns whether all of it is counted."""
-        gate = self.gate
         while self._owed:
             try:
-                gate.lock()
+                with self.gate:
+                    self._work_off()
             except Busy:
                 return False
-            try:
-                self._work_off()
-            finally:
-                gate.unlock()
         return True
 
     def _work_off(self) -> None:

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable
 
+    from forwarder.asking import Answered
     from forwarder.config.model import Config
     from forwarder.reload import Candidate
 
@@ -391,15 +392,11 @@ class Master:
             "rules": self._service.describe_rules(self._fleet.ledger.rule, now),
         }
 
-    def list_sessions(
-        self, choice: dict[str, object], callback: Callable[[list[object], list[int]], None]
-    ) -> None:
+    def list_sessions(self, choice: dict[str, object], callback: Answered) -> None:
         """Ask the workers for some of their sessions."""
         self._fleet.ask(Op.LIST, choice, callback)
 
-    def kill_sessions(
-        self, choice: dict[str, object], callback: Callable[[list[object], list[int]], None]
-    ) -> None:
+    def kill_sessions(self, choice: dict[str, object], callback: Answered) -> None:
         """Have the workers end some of their sessions."""
         self._fleet.ask(Op.KILL, choice, callback)
 

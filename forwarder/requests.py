@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Final, Protocol
 
 from forwarder import control_path
 from forwarder.access import parse_pattern
@@ -18,12 +18,10 @@ from forwarder.control import ControlServer, refusal
 
 if TYPE_CHECKING:
     import selectors
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
 
+    from forwarder.asking import Answered
     from forwarder.control import Message, Reply
-
-# Called with what the workers have answered, and with the pids of those that have not.
-Answered: TypeAlias = "Callable[[list[object], list[int]], None]"
 
 log = logging.getLogger(__name__)
 

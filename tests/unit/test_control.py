@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from forwarder.asking import Answered
     from forwarder.control import Message, Reply
-    from forwarder.requests import Answered
 
 
 class Instance:

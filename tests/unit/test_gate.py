@@ -208,7 +208,7 @@ def stop_outside_the_lock(crowd: Crowd) -> None:
     """Stop all at a moment when none of them has the lock, by having it ourselves."""
     while True:
         try:
-            with crowd.gate.locked():
+            with crowd.gate:
                 for pid in crowd.holdings:
                     os.kill(pid, signal.SIGSTOP)
                     eventually(lambda pid=pid: state(pid) == "T")  # type: ignore[misc]
