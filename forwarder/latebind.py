@@ -6,13 +6,13 @@ time is decided by ``retries``, what is bound by the service.
 
 from __future__ import annotations
 
-import selectors
 from typing import TYPE_CHECKING, Protocol
 
 from forwarder.addr import UnixAddress
-from forwarder.reload import Candidate, Loading, Rejected, look_up
+from forwarder.reload import Candidate, Loader, Rejected, look_up
 
 if TYPE_CHECKING:
+    import selectors
     from collections.abc import Callable
 
     from forwarder.config.model import Config
@@ -46,24 +46,21 @@ class LateBinds:
         on_bound: Callable[[], None],
     ) -> None:
         self._service = service
-        self._selector = selector
-        self._release = release
         self._slots = slots
         self._on_bound = on_bound
         self._tried: Config | None = None
-        self._lookup: Loading | None = None
+        self._loader = Loader(selector, release, self._end, "looking the name up took too long")
 
     @property
     def deadline(self) -> float | None:
         """When :meth:`turn` has something to do; None for never."""
-        return self._service.retries.deadline if self._lookup is None else self._lookup.deadline
+        loader = self._loader
+        return loader.deadline if loader.is_under_way else self._service.retries.deadline
 
     def turn(self, now: float) -> None:
         """Begin an attempt if it is time, or give one up that takes too long."""
-        if self._lookup is not None:
-            if now >= self._lookup.deadline:
-                self._lookup.cancel()
-                self._end(Rejected(("looking the name up took too long",)))
+        if self._loader.is_under_way:
+            self._loader.turn(now)
             return
         due = self._service.due(now)
         if not due.rules:
@@ -73,33 +70,18 @@ class LateBinds:
             self._end(look_up(due))
             return
         try:
-            self._lookup = Loading(lambda: due, self._release, now, names_only=True)
+            self._loader.start(lambda: due, now, names_only=True)
         except OSError as err:
             self._end(Rejected((f"cannot start a process to look names up: {err.strerror}",)))
-            return
-        self._selector.register(self._lookup, selectors.EVENT_READ, self._hear)
 
     def cancel(self) -> None:
         """Give up an attempt under way: another configuration is in force, or it is over."""
-        if self._lookup is not None:
-            self._lookup.cancel()
-            self._selector.unregister(self._lookup)
-            self.close()
+        self._loader.cancel()
 
     def close(self) -> None:
         """Close the pipe of an attempt under way, in a forked child too."""
-        if self._lookup is not None:
-            self._lookup.close()
-            self._lookup = None
-
-    def _hear(self) -> None:
-        found = self._lookup.result() if self._lookup is not None else None
-        if found is not None:
-            self._end(found)
+        self._loader.close()
 
     def _end(self, found: Candidate | Rejected) -> None:
-        if self._lookup is not None:
-            self._selector.unregister(self._lookup)
-            self.close()
         if self._tried is not None and self._service.bind_late(found, self._tried, self._slots()):
             self._on_bound()

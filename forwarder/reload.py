@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import selectors
 import signal
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -110,6 +111,71 @@ class Loading:
     def close(self) -> None:
         """Close the pipe."""
         os.close(self._read_fd)
+
+
+class Loader:
+    """At most one :class:`Loading` at a time. Owns it, and has the selector report its answer."""
+
+    def __init__(
+        self,
+        selector: selectors.BaseSelector,
+        release: Callable[[], None],
+        on_found: Callable[[Candidate | Rejected], None],
+        too_long: str,
+    ) -> None:
+        """``release`` as for Loading. ``on_found`` hears what was found, or that it took too long.
+
+        The selector's data is a function to call when there is something to read.
+        """
+        self._selector = selector
+        self._release = release
+        self._on_found = on_found
+        self._too_long = too_long
+        self._loading: Loading | None = None
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether something is being read."""
+        return self._loading is not None
+
+    @property
+    def deadline(self) -> float | None:
+        """When :meth:`turn` has something to do without an event; None for never."""
+        return None if self._loading is None else self._loading.deadline
+
+    def start(self, load: Callable[[], Config], now: float, *, names_only: bool = False) -> None:
+        """Begin, as Loading does, when nothing is under way. Raises OSError."""
+        self._loading = Loading(load, self._release, now, names_only=names_only)
+        self._selector.register(self._loading, selectors.EVENT_READ, self._hear)
+
+    def turn(self, now: float) -> None:
+        """Give up what takes too long."""
+        if self._loading is not None and now >= self._loading.deadline:
+            self.cancel()
+            self._on_found(Rejected((self._too_long,)))
+
+    def cancel(self) -> None:
+        """Give up what is under way; nobody hears of it."""
+        if self._loading is not None:
+            self._loading.cancel()
+            self._end()
+
+    def close(self) -> None:
+        """Close the pipe, in a forked child too."""
+        if self._loading is not None:
+            self._loading.close()
+            self._loading = None
+
+    def _hear(self) -> None:
+        found = self._loading.result() if self._loading is not None else None
+        if found is not None:
+            self._end()
+            self._on_found(found)
+
+    def _end(self) -> None:
+        if self._loading is not None:
+            self._selector.unregister(self._loading)
+            self.close()
 
 
 def _load(load: Callable[[], Config], *, names_only: bool = False) -> Candidate | Rejected:

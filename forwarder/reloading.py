@@ -6,16 +6,16 @@ Reads nothing itself, see ``reload``, and applies nothing; the master does.
 from __future__ import annotations
 
 import logging
-import selectors
 import time
 from typing import TYPE_CHECKING, Protocol
 
 from forwarder import notify
 from forwarder.errors import StartupError
 from forwarder.handover import UNDER_WAY, Handover
-from forwarder.reload import Candidate, Loading, Rejected
+from forwarder.reload import Candidate, Loader, Rejected
 
 if TYPE_CHECKING:
+    import selectors
     from collections.abc import Callable, Iterable
 
     from forwarder.config.model import Config
@@ -58,21 +58,20 @@ class Reloading:
         self._master = master
         self._handover = handover
         self._load = load
-        self._selector = selector
         self._requests = requests
-        self._release = release
-        self._loading: Loading | None = None
+        too_long = "reading the configuration took too long"
+        self._loader = Loader(selector, release, self._end, too_long)
         self._is_wanted_again = False
 
     @property
     def is_under_way(self) -> bool:
         """Whether a configuration is being read."""
-        return self._loading is not None
+        return self._loader.is_under_way
 
     @property
     def deadline(self) -> float | None:
         """When :meth:`turn` has something to do without an event; None for never."""
-        return None if self._loading is None else self._loading.deadline
+        return self._loader.deadline
 
     def begin(self) -> str:
         """Begin to read the configuration anew; if that is under way, do it again afterwards.
@@ -90,7 +89,7 @@ class Reloading:
             log.warning("master: %s", problem)
             _tell_reloading(time.monotonic())
             notify.notify("READY=1", f"STATUS=no reload: {problem}")
-        elif self._loading is not None:
+        elif self._loader.is_under_way:
             self._is_wanted_again = True
         elif self._load is not None:
             self._start(self._load)
@@ -98,42 +97,28 @@ class Reloading:
 
     def turn(self, now: float) -> None:
         """Give up a configuration that takes too long to read."""
-        if self._loading is not None and now >= self._loading.deadline:
-            self._loading.cancel()
-            self._end(Rejected(("reading the configuration took too long",)))
+        self._loader.turn(now)
 
     def cancel(self) -> None:
         """The master is stopping: give up what is being read."""
-        if self._loading is not None:
-            self._loading.cancel()
+        if self._loader.is_under_way:
+            self._loader.cancel()
             self._end(Rejected(("the forwarder is stopping",)))
 
     def close(self) -> None:
         """Close the pipe, in a forked child too."""
-        if self._loading is not None:
-            self._loading.close()
+        self._loader.close()
 
     def _start(self, load: Callable[[], Config]) -> None:
         self._requests.on_loading()
         now = time.monotonic()
         _tell_reloading(now)
         try:
-            self._loading = Loading(load, self._release, now)
+            self._loader.start(load, now)
         except OSError as err:
             self._reject((f"cannot start a process to read the configuration: {err.strerror}",))
-            return
-        self._selector.register(self._loading, selectors.EVENT_READ, self._hear)
-
-    def _hear(self) -> None:
-        found = self._loading.result() if self._loading is not None else None
-        if found is not None:
-            self._end(found)
 
     def _end(self, found: Candidate | Rejected) -> None:
-        if self._loading is not None:
-            self._selector.unregister(self._loading)
-            self._loading.close()
-            self._loading = None
         if isinstance(found, Rejected):
             self._reject(found.problems)
         elif self._master.is_running:  # told to stop meanwhile: nothing to begin
