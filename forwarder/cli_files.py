@@ -85,7 +85,9 @@ def load(
 
 def dialect_of(config_file: str | None, dialect: str | None) -> Dialect:
     """The language of a file: what was said, else what its name tells."""
-    return Dialect(dialect) if dialect else Dialect.of(Path(config_file or "x.toml"))
+    if dialect:
+        return Dialect(dialect)
+    return Dialect.of(Path(config_file)) if config_file else Dialect.TOML
 
 
 def warn(loaded: Loaded) -> None:

@@ -123,7 +123,7 @@ class ListenerTable:
         But where the port is still served, at another address, no SYN may be lost.
         """
         for address, inherited in self._inherited.items():
-            if refuse and address.has_handshakes and self._ports[_port_of(address)] <= 0:
+            if refuse and address.has_handshakes and self._ports[address.port] <= 0:
                 for sock in inherited:
                     sockets.drop_syn(sock)
         for address in self.unclaimed():
@@ -271,7 +271,7 @@ class ListenerTable:
                     with suppress(OSError):
                         slotted.sockets[0].shutdown(socket.SHUT_RD)
             if slotted and slotted.sockets:
-                self._ports[_port_of(address)] -= 1
+                self._ports[address.port] -= 1
             for sock in slotted.sockets if slotted else ():
                 closed.add(sock.fileno())
                 sock.close()
@@ -316,7 +316,7 @@ class ListenerTable:
             slotted.is_single = address.is_udp and not _is_shareable(slotted.sockets[0])
         elif not (
             address.target.is_unix
-            or self._ports[_port_of(address)] > 0
+            or self._ports[address.port] > 0
             or address.twin in self._inherited
         ):
             # A port that we listen on at another address would make a probe meet ourselves.
@@ -405,7 +405,7 @@ class ListenerTable:
 
     def _put(self, address: BindAddress, sock: socket.socket, slotted: Slotted) -> None:
         if not slotted.sockets:
-            self._ports[_port_of(address)] += 1
+            self._ports[address.port] += 1
         slotted.sockets.append(sock)
         self._fds.append(sock.fileno())
         slotted.ids.append(next(self._ids))
@@ -414,7 +414,3 @@ class ListenerTable:
 def _is_shareable(sock: socket.socket) -> bool:
     """Whether other sockets can be bound beside it."""
     return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT))
-
-
-def _port_of(address: BindAddress) -> tuple[bool, int]:
-    return address.is_udp, address.target.port

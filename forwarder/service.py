@@ -136,10 +136,10 @@ class Service:
         self, before: Mapping[BindAddress, Rule], wanted: Mapping[BindAddress, Rule]
     ) -> None:
         until = time.monotonic() + CLOSE_GRACE_S
-        ports = {(address.is_udp, address.target.port) for address in wanted}
+        ports = {address.port for address in wanted}
         for address in before.keys() - wanted.keys():
             # A port that is still served, by a wildcard or a single address, must not lose SYNs.
-            if (address.is_udp, address.target.port) not in ports:
+            if address.port not in ports:
                 self.table.refuse_handshakes(address)
             # UDP has no handshakes: who comes now has not begun before.
             self._closing[address] = (before[address], 0.0 if address.is_udp else until)

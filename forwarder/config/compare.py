@@ -6,13 +6,13 @@ Which rules a reload leaves alone is decided in ``plan``; this is for people who
 from __future__ import annotations
 
 import dataclasses
-import re
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Final
 
 from forwarder.addr import Address, UnixAddress
 from forwarder.config.model import AccessRule, LogPlace
+from forwarder.config.options import without_unit
 from forwarder.config.plan import FIXED_SETTINGS, ReloadPlan, diff
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from forwarder.config.model import Config, Rule, Settings
 
-# Fields that are called otherwise in the format; of the others the unit goes.
+# Fields that are called otherwise in the format; of the others only the unit goes.
 _KEYS: Final = {
     "access": "rules",
     "retries_bind": "bind",
@@ -29,7 +29,6 @@ _KEYS: Final = {
     "unix_mode": "mode",
     "upstreams": "upstream",
 }
-_UNIT: Final = re.compile("_(s|ms|bytes)$")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +106,7 @@ def values(thing: object) -> Iterator[tuple[str, str]]:
         elif field.name == "workers":
             yield "workers", str(value or "auto")
         else:
-            yield _KEYS.get(field.name) or _UNIT.sub("", field.name), as_text(value)
+            yield _KEYS.get(field.name) or without_unit(field.name), as_text(value)
 
 
 def as_text(value: object) -> str:

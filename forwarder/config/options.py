@@ -5,6 +5,7 @@ What this system can do, and this process may, is tried in ``probing``.
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields
 from typing import TYPE_CHECKING, Final
 
@@ -17,9 +18,16 @@ if TYPE_CHECKING:
     from forwarder.addr import Endpoint
     from forwarder.config.raw import Issues, OptionValue, RawOptions, RawRule
 
-# Units are in the names of the model, and not in those of a file.
+_UNIT: Final = re.compile("_(s|ms|bytes)$")
+
+
+def without_unit(field: str) -> str:
+    """The key of a field: units are in the names of the model, and not in those of a file."""
+    return _UNIT.sub("", field)
+
+
 FIELD_OF: Final = {
-    field.name.removesuffix("_s").removesuffix("_ms").removesuffix("_bytes"): field.name
+    without_unit(field.name): field.name
     for field in fields(SocketOptions)
     if field.name != "places"
 }

@@ -41,6 +41,11 @@ class BindAddress:
         return replace(self, is_mptcp=not self.is_mptcp)
 
     @property
+    def port(self) -> tuple[bool, int]:
+        """Whether it is a port of UDP, and its number; 0 for a unix socket."""
+        return self.is_udp, self.target.port
+
+    @property
     def has_handshakes(self) -> bool:
         """Whether clients wait a while before they can be accepted."""
         return not (self.is_udp or self.target.is_unix)
