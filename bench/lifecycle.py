@@ -11,7 +11,6 @@ import os
 import shlex
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,8 +24,16 @@ from bench.instance import Instance
 from bench.load import Storm
 from bench.peers import FD_LIMIT, HOST, require_programs
 from bench.phases import Phase, grown, print_report
-from bench.procs import BenchError, running, set_fd_limit, tail, wait_ready, wait_until
-from bench.quick import SOURCES, exit_on_signal, positive
+from bench.procs import (
+    BenchError,
+    compiled,
+    running,
+    set_fd_limit,
+    tail,
+    wait_ready,
+    wait_until,
+)
+from bench.quick import exit_on_signal, positive
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -244,14 +251,6 @@ def free_port() -> int:
     """A port that was free just now."""
     with held_port() as port:
         return port
-
-
-def compiled(directory: Path, tool: str) -> str:
-    """Compile one of the C programs beside this file; returns where it is."""
-    target = str(directory / tool)
-    flags = ["-O2", "-Wall", "-Wextra", "-Werror", "-o", target]
-    subprocess.run(["gcc", *flags, str(SOURCES / f"{tool}.c")], check=True)
-    return target
 
 
 def measure(args: argparse.Namespace, directory: Path, phases: list[Phase]) -> None:

@@ -12,7 +12,6 @@ import os
 import re
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.procs import BenchError, pss_kib, tree
+from bench.instance import connections, descriptors
+from bench.procs import TCP_LISTEN, BenchError, pss_kib, tree
+from bench.report import spread
 
 FIRST_PORT = 10_000
 READY_S = 30.0
@@ -53,13 +54,8 @@ def wait_ready(notify: socket.socket, process: subprocess.Popen[bytes]) -> float
 
 def listening(pid: int) -> set[str]:
     """Sockets of a process that are in the kernel's list of listening ones."""
-    inodes = set()
-    for row in Path("/proc/net/tcp").read_text().splitlines()[1:]:
-        fields = row.split()
-        if fields[3] == "0A":
-            inodes.add(f"socket:[{fields[9]}]")
-    own = {os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir()}  # noqa: PTH115
-    return own & inodes
+    every = {name for _, state, name in connections() if state == TCP_LISTEN}
+    return every.intersection(descriptors(pid))
 
 
 def rules(ports: int, other_upstream: int) -> str:
@@ -145,12 +141,6 @@ def main() -> None:
             for few, many in rounds
         ]
         print(f"| {title} per socket, bytes | - | {spread(extra, 0)} |")
-
-
-def spread(figures: list[float], digits: int) -> str:
-    """Median, with the smallest and the largest."""
-    middle = statistics.median(figures)
-    return f"{middle:.{digits}f} ({min(figures):.{digits}f}-{max(figures):.{digits}f})"
 
 
 if __name__ == "__main__":

@@ -208,6 +208,11 @@ def all_peers(forwarder: list[str]) -> dict[str, Peer]:
 def _forwarder(name: str, command: list[str], version: tuple[str, ...], more: str = "") -> Peer:
     """``more`` is added to both rules."""
     conf = FORWARDER_CONF.replace("protocol =", f"{more}protocol =")
+    return forwarder_peer(name, command, version, conf)
+
+
+def forwarder_peer(name: str, command: list[str], version: tuple[str, ...], conf: str) -> Peer:
+    """The forwarder with this configuration."""
     return Peer(
         name=name,
         program=command[0],

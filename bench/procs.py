@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
 PROC = Path("/proc")
+SOURCES = Path(__file__).parent
 TCP_LISTEN = "0A"  # the state column of /proc/net/tcp, include/net/tcp_states.h
 
 END_S = 10.0  # SIGTERM to SIGKILL: far above what an idle server needs, arbitrary
@@ -234,6 +235,14 @@ def set_fd_limit(limit: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, max(hard, limit)))
     except (ValueError, PermissionError) as err:
         raise BenchError(f"ulimit -Hn is {hard}, {limit} are needed") from err
+
+
+def compiled(directory: Path, tool: str) -> str:
+    """Compile one of the C programs beside this file into a directory; returns where it is."""
+    target = str(directory / tool)
+    flags = ["-O2", "-Wall", "-Wextra", "-Werror", "-o", target]
+    subprocess.run(["gcc", *flags, str(SOURCES / f"{tool}.c")], check=True)
+    return target
 
 
 def run_client(command: Sequence[str], within_s: float) -> str:

@@ -12,7 +12,6 @@ import os
 import platform
 import shlex
 import signal
-import subprocess
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -31,7 +30,7 @@ from bench.peers import (
     require_programs,
     version_of,
 )
-from bench.procs import BenchError, require_free, running, set_fd_limit, wait_ready
+from bench.procs import BenchError, compiled, require_free, running, set_fd_limit, wait_ready
 from bench.report import Results, table
 
 if TYPE_CHECKING:
@@ -39,7 +38,6 @@ if TYPE_CHECKING:
     from types import FrameType
 
 PORTS = (LISTEN_PORT, UPSTREAM_PORT)
-SOURCES = Path(__file__).parent
 NEEDS = {
     "bulk1": "iperf3",
     "bulk8": "iperf3",
@@ -103,14 +101,6 @@ def check_programs(plan: Plan) -> None:
     """Raise BenchError when something the plan needs is not installed."""
     tools = {tool for measure in plan.measures for tool in NEEDS[measure.name].split()}
     require_programs(tools | {peer.program for peer in plan.peers if peer.program})
-
-
-def compile_tools(directory: Path) -> None:
-    """Compile the load generator and the echo server into the directory."""
-    for name in ("rr", "echo"):
-        source = SOURCES / f"{name}.c"
-        command = ["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-o", str(directory / name)]
-        subprocess.run([*command, str(source)], check=True)
 
 
 def run_once(measure: Measure, peer: Peer, seconds: int, directory: Path) -> Figures:
@@ -187,7 +177,8 @@ def main(argv: Sequence[str]) -> int:
         check_programs(plan)
         set_fd_limit(FD_LIMIT)
         with tempfile.TemporaryDirectory(prefix="bench-") as name:
-            compile_tools(Path(name))
+            for tool in ("rr", "echo"):
+                compiled(Path(name), tool)
             run_rounds(plan, Path(name), results)
     except BenchError as err:
         print(f"bench: {err}", file=sys.stderr)

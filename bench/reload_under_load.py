@@ -31,8 +31,16 @@ from bench.peers import (
     nginx_stream_module,
     require_programs,
 )
-from bench.procs import BenchError, require_free, running, set_fd_limit, tree, wait_ready
-from bench.quick import PORTS, SOURCES, exit_on_signal, machine, positive
+from bench.procs import (
+    BenchError,
+    compiled,
+    require_free,
+    running,
+    set_fd_limit,
+    tree,
+    wait_ready,
+)
+from bench.quick import PORTS, exit_on_signal, machine, positive
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -176,8 +184,7 @@ def main(argv: Sequence[str]) -> int:
         set_fd_limit(FD_LIMIT)
         with tempfile.TemporaryDirectory(prefix="bench-") as name:
             for tool in ("storm", "echo"):
-                flags = ["-O2", "-Wall", "-Wextra", "-Werror", "-o", f"{name}/{tool}"]
-                subprocess.run(["gcc", *flags, str(SOURCES / f"{tool}.c")], check=True)
+                compiled(Path(name), tool)
             for number in range(args.rounds):
                 turn = number % len(everyone)
                 for contender in everyone[turn:] + everyone[:turn]:

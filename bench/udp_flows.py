@@ -28,8 +28,16 @@ from bench.peers import (
     require_programs,
     version_of,
 )
-from bench.procs import BenchError, cpu_ns, require_free, running, set_fd_limit, wait_ready
-from bench.quick import PORTS, SOURCES, exit_on_signal, machine, positive
+from bench.procs import (
+    BenchError,
+    compiled,
+    cpu_ns,
+    require_free,
+    running,
+    set_fd_limit,
+    wait_ready,
+)
+from bench.quick import PORTS, exit_on_signal, machine, positive
 from bench.report import Results, table
 
 if TYPE_CHECKING:
@@ -146,8 +154,7 @@ def main(argv: Sequence[str]) -> int:
         require_programs({"gcc", *(peer.program for peer in peers)})
         set_fd_limit(FD_LIMIT)
         with tempfile.TemporaryDirectory(prefix="bench-") as name:
-            flags = ["-O2", "-Wall", "-Wextra", "-Werror", "-o", f"{name}/udp_flows"]
-            subprocess.run(["gcc", *flags, str(SOURCES / "udp_flows.c")], check=True)
+            compiled(Path(name), "udp_flows")
             for number in range(args.rounds):
                 turn = number % len(peers)
                 for measure in MEASURES:
