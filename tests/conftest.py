@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 import pytest
 from hypothesis import HealthCheck, settings
 from support import procfs
-from support.ends import Link, accept, connect, listen, listen_unix
+from support.ends import Link, listen, listen_unix, open_link, written
 from support.forwarder import Forwarder, Leaks, reserve_port
 from support.waiting import eventually
 
@@ -159,12 +159,7 @@ class Tunnel:
 
     def link(self, receive_buffer: int = 0) -> Link:
         """Open a session. ``receive_buffer`` is the client's."""
-        client = connect(self.address, receive_buffer)
-        try:
-            link = Link(client, accept(self.listener))
-        except BaseException:
-            client.close()
-            raise
+        link = open_link(self.address, self.listener, receive_buffer)
         self.links.append(link)
         return link
 
@@ -251,14 +246,6 @@ EVERY_VARIANT = pytest.mark.parametrize(
 )
 
 
-def as_text(address: tuple[str, int] | str) -> str:
-    """A socket address as the forwarder reads it."""
-    if isinstance(address, str):
-        return "unix:" + address.replace("\0", "@", 1)
-    host = f"[{address[0]}]" if ":" in address[0] else address[0]
-    return f"{host}:{address[1]}"
-
-
 def _side(kind: str, directory: Path, name: str, stack: ExitStack) -> tuple[str, int] | str:
     """An address of that kind that nobody else has."""
     if kind == "path":
@@ -283,7 +270,7 @@ def shared_tunnel(request: pytest.FixtureRequest) -> Iterator[Tunnel]:
             listener = stack.enter_context(listen_unix(there))
         forwarder = Forwarder(
             [
-                *("-l", as_text(address), "-r", as_text(name_of(listener))),
+                *("-l", written(address), "-r", written(name_of(listener))),
                 *("--workers", str(workers), "--relay", relay),
             ]
         )

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
 import pytest
-from support.configured import Configured
-from support.ends import Link, accept, carry, connect, listen
+from support.configured import Configured, rule
+from support.datagrams import free_udp_address, udp
+from support.ends import Link, carry, listen, open_link
 from support.forwarder import Forwarder, reserve_port
 from support.limited import Limited
 from support.logged import Logged
@@ -74,12 +75,7 @@ class Service:
 
     def link(self) -> Link:
         """Open a session; it is closed at the end of the test if not before."""
-        client = connect(self.address)
-        try:
-            link = Link(client, accept(self.upstream))
-        except BaseException:
-            client.close()
-            raise
+        link = open_link(self.address, self.upstream)
         self.links.append(link)
         return link
 
@@ -275,6 +271,36 @@ def limit(launch: Launch, tmp_path: Path) -> Iterator[Limit]:
         yield start
         for found in started:
             found.close_links()
+
+
+class LimitAny(Protocol):
+    """See :func:`limit_any`."""
+
+    def __call__(self, protocol: str, more: str, *, workers: int = 2) -> Limited:
+        """Start it."""
+
+
+@pytest.fixture
+def limit_any(launch: Launch, tmp_path: Path) -> Iterator[LimitAny]:
+    """As :func:`limit`, with one rule of any protocol."""
+    with ExitStack() as stack:
+
+        def start(protocol: str, more: str, *, workers: int = 2) -> Limited:
+            upstream = stack.enter_context(listen() if protocol == "udptotcp" else udp())
+            holder = stack.enter_context(reserve_port())
+            address = holder.getsockname() if protocol == "tcptoudp" else free_udp_address()
+            path = tmp_path / "forwarder.toml"
+            path.write_text(
+                f'workers = {workers}\ncontrol = "{path}.sock"\n'
+                + rule(
+                    address,
+                    upstream.getsockname(),
+                    f'name = "one"\nprotocol = "{protocol}"\n{more}',
+                )
+            )
+            return Limited(Configured(launch("-c", str(path)), path), address, upstream, "")
+
+        yield start
 
 
 # -- a network of one's own

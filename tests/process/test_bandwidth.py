@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from support import procfs
-from support.configured import Configured
-from support.datagrams import drain, free_udp_address, udp, udp_client, written
+from support.datagrams import drain, udp_client
 from support.ends import (
     Link,
     Talker,
@@ -28,7 +27,6 @@ from support.ends import (
     talk,
 )
 from support.forwarder import reserve_port
-from support.limited import Limited
 from support.waiting import eventually
 
 from forwarder.relay.meter import quantum_of
@@ -37,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from process.conftest import Launch, Limit
+    from process.conftest import Launch, Limit, LimitAny
 
 pytestmark = pytest.mark.process
 
@@ -299,34 +297,25 @@ def test_nobody_is_busy_while_it_waits(limit: Limit) -> None:
 
 
 @pytest.mark.parametrize("protocol", ["udp", "udptotcp", "tcptoudp"])
-def test_flows_and_bridges_have_a_bandwidth(launch: Launch, tmp_path: Path, protocol: str) -> None:
+def test_flows_and_bridges_have_a_bandwidth(limit_any: LimitAny, protocol: str) -> None:
     """Offered faster than it may be. Result: less arrives than was sent, at most what may."""
+    it = limit_any(protocol, BANDWIDTH)
     with ExitStack() as stack:
-        upstream = stack.enter_context(listen() if protocol == "udptotcp" else udp())
-        holder = stack.enter_context(reserve_port())
-        address = holder.getsockname() if protocol == "tcptoudp" else free_udp_address()
-        path = tmp_path / "forwarder.toml"
-        path.write_text(
-            f'workers = 2\ncontrol = "{path}.sock"\n[[forwarding_rules]]\nname = "one"\n'
-            f'listen = "{written(address)}"\nupstream = "{written(upstream.getsockname())}"\n'
-            f'protocol = "{protocol}"\n{BANDWIDTH}\n'
-        )
-        it = Limited(Configured(launch("-c", str(path)), path), address, upstream, "")
         client = stack.enter_context(
-            connect(address) if protocol == "tcptoudp" else udp_client(address)
+            connect(it.address) if protocol == "tcptoudp" else udp_client(it.address)
         )
         began = time.monotonic()
         client.setblocking(False)
         arrived = 0
-        there = upstream
+        there = it.upstream
         while (took := time.monotonic() - began) < 1:
             for _ in range(20):
                 try:
                     client.send(bytes(1000))
                 except BlockingIOError:
                     break
-            if protocol == "udptotcp" and there is upstream:
-                there = stack.enter_context(accept(upstream))
+            if protocol == "udptotcp" and there is it.upstream:
+                there = stack.enter_context(accept(it.upstream))
             arrived += sum(map(len, drain(there)))
         # One read takes a batch of what the queue of a socket holds.
         assert 0 < arrived <= RATE * took + ahead(2) + 64_000
@@ -335,29 +324,20 @@ def test_flows_and_bridges_have_a_bandwidth(launch: Launch, tmp_path: Path, prot
 
 
 def test_datagrams_of_new_flows_that_find_no_room_are_dropped_and_counted(
-    launch: Launch, tmp_path: Path
+    limit_any: LimitAny,
 ) -> None:
     """300 clients with a question each, which is what the listener itself hands on."""
-    with ExitStack() as stack:
-        upstream = stack.enter_context(udp())
-        address = free_udp_address()
-        path = tmp_path / "forwarder.toml"
-        path.write_text(
-            f'workers = 1\ncontrol = "{path}.sock"\n[[forwarding_rules]]\nname = "one"\n'
-            f'listen = "{written(address)}"\nupstream = "{written(upstream.getsockname())}"\n'
-            'protocol = "udp"\nbandwidth = "400kbit"\n'
-        )
-        it = Limited(Configured(launch("-c", str(path)), path), address, upstream, "")
-        began = time.monotonic()
-        for _ in range(300):
-            with udp_client(address) as client:
-                client.send(bytes(1000))
-        arrived = 0
+    it = limit_any("udp", 'bandwidth = "400kbit"', workers=1)
+    began = time.monotonic()
+    for _ in range(300):
+        with udp_client(it.address) as client:
+            client.send(bytes(1000))
+    arrived = 0
 
-        def is_all_told() -> bool:
-            nonlocal arrived
-            arrived += len(drain(upstream))
-            return arrived + int(str(it.status()["datagrams_dropped"])) == 300
+    def is_all_told() -> bool:
+        nonlocal arrived
+        arrived += len(drain(it.upstream))
+        return arrived + int(str(it.status()["datagrams_dropped"])) == 300
 
-        eventually(is_all_told, lambda: f"{arrived} have arrived, {it.status()}")
-        assert 0 < arrived * 1000 <= 50_000 * (time.monotonic() - began) + ahead(1)
+    eventually(is_all_told, lambda: f"{arrived} have arrived, {it.status()}")
+    assert 0 < arrived * 1000 <= 50_000 * (time.monotonic() - began) + ahead(1)

@@ -7,14 +7,14 @@ import selectors
 import signal
 import socket
 import subprocess
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import pytest
 from support.ends import listen, receive_exactly, seeded
 from support.forwarder import reserve_port
 from support.processes import listeners
-from support.programs import debian
+from support.programs import debian, rinetd
 from support.waiting import PATIENCE_S, eventually
 
 from forwarder.config import Dialect, load
@@ -22,7 +22,6 @@ from forwarder.config.advice import advise
 from process.conftest import as_pairs, stop
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from process.conftest import Launch
@@ -79,16 +78,6 @@ def visit_all(addresses: list[Address], upstream: socket.socket) -> Outcome:
         for number, address in enumerate(addresses)
         for source in SOURCES
     }
-
-
-@contextmanager
-def rinetd(path: Path, addresses: list[Address]) -> Iterator[None]:
-    with subprocess.Popen(["rinetd", "-f", "-c", str(path)], stderr=subprocess.DEVNULL) as process:
-        try:
-            eventually(lambda: all(listeners(address) for address in addresses))
-            yield
-        finally:
-            process.kill()
 
 
 @debian("rinetd")

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from support import procfs
 from support.echo import Echo, ask_tcp, ask_udp
-from support.netns import needs_network, network
+from support.namespaces import needs_network, network
 from support.processes import COMMAND
 from support.programs import debian
 from support.sandbox import SCRIPT, USER

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 from support.echo import Echo
-from support.netns import needs_network, network
+from support.namespaces import needs_network, network
 from support.pages import DOCS, ROOT, Block, blocks, commands, pages, placed
 from support.processes import members
 from support.programs import debian

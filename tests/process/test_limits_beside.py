@@ -11,19 +11,17 @@ from typing import TYPE_CHECKING
 
 import pytest
 from support import procfs
-from support.configured import Configured
-from support.datagrams import free_udp_address, udp, udp_client, written
-from support.ends import carry, connect, listen, listen_unix
+from support.datagrams import udp_client
+from support.ends import carry, connect, listen_unix
 from support.flood import Flood
-from support.forwarder import reserve_port
-from support.limited import LIMIT, Limited
+from support.limited import LIMIT
 from support.waiting import eventually
 
 if TYPE_CHECKING:
     import socket
     from pathlib import Path
 
-    from process.conftest import Launch, Limit
+    from process.conftest import Launch, Limit, LimitAny
 
 pytestmark = pytest.mark.process
 
@@ -96,24 +94,13 @@ def test_clients_of_a_unix_socket_are_one_client(launch: Launch, tmp_path: Path)
 
 
 @pytest.mark.parametrize("protocol", ["udp", "udptotcp", "tcptoudp"])
-def test_flows_and_bridges_count_and_are_limited(
-    launch: Launch, tmp_path: Path, protocol: str
-) -> None:
+def test_flows_and_bridges_count_and_are_limited(limit_any: LimitAny, protocol: str) -> None:
     """Five may be; who comes then is dropped, or reset, until a flow ends by silence."""
+    it = limit_any(protocol, 'max_sessions = 5\ntimeout = "4s"')
     with ExitStack() as stack:
-        upstream = stack.enter_context(listen() if protocol == "udptotcp" else udp())
-        holder = stack.enter_context(reserve_port())
-        address = holder.getsockname() if protocol == "tcptoudp" else free_udp_address()
-        path = tmp_path / "forwarder.toml"
-        path.write_text(
-            f'workers = 2\ncontrol = "{path}.sock"\n[[forwarding_rules]]\nname = "one"\n'
-            f'listen = "{written(address)}"\nupstream = "{written(upstream.getsockname())}"\n'
-            f'protocol = "{protocol}"\nmax_sessions = 5\ntimeout = "4s"\n'
-        )
-        it = Limited(Configured(launch("-c", str(path)), path), address, upstream, "")
 
         def client() -> socket.socket:
-            sock = connect(address) if protocol == "tcptoudp" else udp_client(address)
+            sock = connect(it.address) if protocol == "tcptoudp" else udp_client(it.address)
             return stack.enter_context(sock)
 
         clients = [client() for _ in range(5)]

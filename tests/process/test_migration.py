@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 from support.echo import Echo, ask_tcp, ask_udp
 from support.ends import connect
-from support.netns import needs_network, network
+from support.namespaces import needs_network, network
 from support.pages import DOCS, blocks, commands, file_block, placed
 from support.processes import run_command
 from support.programs import debian

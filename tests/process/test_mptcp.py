@@ -23,7 +23,7 @@ from support.ends import (
     talk,
 )
 from support.forwarder import reserve_port
-from support.load import Load
+from support.loads import Load
 from support.namespaces import Namespace
 from support.processes import run_command
 from support.waiting import PATIENCE_S, eventually

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 from support.ends import carry
 from support.forwarder import reserve_port
-from support.load import Load
+from support.loads import Load
 from support.processes import listeners, members
 from support.waiting import eventually
 

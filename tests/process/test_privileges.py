@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 from support.configured import Configured, rule
 from support.ends import accept, carry, connect
-from support.load import Load
+from support.loads import Load
 from support.processes import NOBODY, as_nobody, listeners, members, run_command
 from support.waiting import eventually
 

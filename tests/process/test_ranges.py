@@ -11,7 +11,7 @@ import pytest
 from support import procfs
 from support.configured import Configured
 from support.ends import accept, carry, connect, listen
-from support.load import Load
+from support.loads import Load
 from support.processes import listeners, members, run_command
 from support.waiting import eventually
 

@@ -40,54 +40,42 @@ def upstream_ends(it: Logged) -> None:
     link.client.close()
 
 
-def client_resets(it: Logged) -> None:
-    link = it.link()
-    carry(link.client, link.upstream, b"x")
-    reset(link.client)
-    receive_to_reset(link.upstream)
-    link.upstream.close()
+def client_resets(it: Logged, name: str = "client") -> None:
+    near, far = it.link().end(name)
+    carry(near, far, b"x")
+    reset(near)
+    receive_to_reset(far)
+    far.close()
 
 
 def upstream_resets(it: Logged) -> None:
-    link = it.link()
-    carry(link.client, link.upstream, b"x")
-    reset(link.upstream)
-    receive_to_reset(link.client)
-    link.client.close()
+    client_resets(it, "upstream")
 
 
-def client_resets_after_the_end(it: Logged) -> None:
-    link = it.link()
-    link.upstream.shutdown(socket.SHUT_WR)
-    receive_to_end(link.client)
-    reset(link.client)
-    receive_to_reset(link.upstream)
-    link.upstream.close()
+def client_resets_after_the_end(it: Logged, name: str = "client") -> None:
+    near, far = it.link().end(name)
+    far.shutdown(socket.SHUT_WR)
+    receive_to_end(near)
+    reset(near)
+    receive_to_reset(far)
+    far.close()
 
 
 def upstream_resets_after_the_end(it: Logged) -> None:
+    client_resets_after_the_end(it, "upstream")
+
+
+def client_only_ends(it: Logged, name: str = "client") -> None:
     link = it.link()
-    link.client.shutdown(socket.SHUT_WR)
-    receive_to_end(link.upstream)
-    reset(link.upstream)
-    receive_to_reset(link.client)
-    link.client.close()
+    near, far = link.end(name)
+    near.shutdown(socket.SHUT_WR)
+    receive_to_end(far)
+    eventually(lambda: it.rule()["sessions"] == 0)
+    link.close()
 
 
 def upstream_only_ends(it: Logged) -> None:
-    link = it.link()
-    link.upstream.shutdown(socket.SHUT_WR)
-    receive_to_end(link.client)
-    eventually(lambda: it.rule()["sessions"] == 0)
-    link.close()
-
-
-def client_only_ends(it: Logged) -> None:
-    link = it.link()
-    link.client.shutdown(socket.SHUT_WR)
-    receive_to_end(link.upstream)
-    eventually(lambda: it.rule()["sessions"] == 0)
-    link.close()
+    client_only_ends(it, "upstream")
 
 
 def nobody_speaks(it: Logged) -> None:

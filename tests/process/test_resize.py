@@ -15,7 +15,7 @@ from support import procfs
 from support.configured import IS_SOAK, Configured, rule
 from support.ends import Link, accept, carry, connect, listen
 from support.forwarder import reserve_port
-from support.load import Load
+from support.loads import Load
 from support.processes import listeners, owner, queued, state, title
 from support.waiting import eventually
 

@@ -10,7 +10,6 @@ import contextlib
 import re
 import signal
 import socket
-import subprocess
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
@@ -19,7 +18,7 @@ from support.ends import accept, listen, receive_exactly, receive_to_end
 from support.forwarder import reserve_port
 from support.logged import COMMON, RINETD
 from support.processes import listeners
-from support.programs import debian
+from support.programs import debian, rinetd
 from support.waiting import PATIENCE_S, eventually
 
 from process.conftest import stop
@@ -38,16 +37,6 @@ FIRST_CLIENT, FIRST_UPSTREAM, SILENT, DENIED, NOT_ALLOWED, REFUSED = (
     f"127.0.0.{number}" for number in (11, 12, 13, 66, 77, 14)
 )
 SIZES = {FIRST_CLIENT: (5, 7000), FIRST_UPSTREAM: (40_000, 3), SILENT: (0, 0)}
-
-
-@contextmanager
-def rinetd(path: Path, addresses: list[Address]) -> Iterator[None]:
-    with subprocess.Popen(["rinetd", "-f", "-c", str(path)], stderr=subprocess.DEVNULL) as process:
-        try:
-            eventually(lambda: all(listeners(address) for address in addresses))
-            yield
-        finally:
-            process.kill()
 
 
 @contextmanager

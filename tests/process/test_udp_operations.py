@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 import pytest
 from support import procfs
 from support.configured import IS_SOAK, Configured
-from support.datagrams import drain, free_udp_address, udp, udp_client, written
-from support.ends import accept, connect, listen
+from support.datagrams import drain, free_udp_address, udp, udp_client
+from support.ends import accept, connect, listen, written
 from support.forwarder import reserve_port
+from support.loads import UdpLoad
 from support.processes import members, run_command, title
-from support.udp_load import UdpLoad
 from support.waiting import eventually
 
 from process.conftest import stop

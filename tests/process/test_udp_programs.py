@@ -7,9 +7,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import pytest
-from support.datagrams import drain, free_udp_address, numbered, udp, udp_client, written
+from support.datagrams import Address, drain, free_udp_address, numbered, udp, udp_client
 from support.dns import ADDRESS, LONG_NAME, NAME, dig, dns_server
-from support.ends import accept, connect, listen, receive_exactly
+from support.ends import accept, connect, listen, receive_exactly, written
 from support.forwarder import reserve_port
 from support.programs import debian
 from support.waiting import eventually
@@ -132,6 +132,12 @@ def wait_bound(address: tuple[str, int]) -> None:
     eventually(is_bound)
 
 
+def receive_content(upstream: socket.socket) -> tuple[bytes, Address]:
+    """A datagram and who sent it; rinetd begins a flow with an empty one of its own."""
+    content, source = upstream.recvfrom(65536)
+    return (content, source) if content else receive_content(upstream)
+
+
 @debian("rinetd")
 @either
 def test_small_datagrams_one_at_a_time(
@@ -149,9 +155,7 @@ def test_small_datagrams_one_at_a_time(
         sources = set()
         for content in numbered(50, [4, 100, 1200]):
             client.send(content)
-            got = upstream.recvfrom(65536)
-            while not got[0]:  # rinetd begins a flow with an empty datagram of its own
-                got = upstream.recvfrom(65536)
+            got = receive_content(upstream)
             assert got[0] == content
             sources.add(got[1])
             upstream.sendto(content[::-1], got[1])
@@ -208,9 +212,7 @@ def test_a_raw_stream_to_udp(
         client = stack.enter_context(clients[0])
         for content in numbered(30, [10, 700]):
             client.sendall(content)
-            got = upstream.recvfrom(65536)
-            while not got[0]:
-                got = upstream.recvfrom(65536)
+            got = receive_content(upstream)
             assert got[0] == content
             upstream.sendto(content[::-1], got[1])
             assert receive_exactly(client, len(content)) == content[::-1]

@@ -17,7 +17,7 @@ from support import procfs
 from support.configured import IS_SOAK, many_rules, rule
 from support.ends import Link, accept, carry, connect, listen, receive_to_end
 from support.forwarder import reserve_port
-from support.load import Load
+from support.loads import Load
 from support.processes import listeners, members, owner, run_command, state
 from support.waiting import PATIENCE_S, eventually
 

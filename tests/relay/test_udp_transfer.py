@@ -17,9 +17,8 @@ from support.datagrams import (
     receive_all,
     udp,
     udp_client,
-    written,
 )
-from support.ends import accept, connect, listen, receive_exactly, receive_to_end
+from support.ends import accept, connect, listen, receive_exactly, receive_to_end, written
 from support.forwarder import Forwarder, reserve_port
 from support.processes import run_command
 from support.waiting import eventually

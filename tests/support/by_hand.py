@@ -135,6 +135,18 @@ def pool_of(targets: tuple[Target, ...] | None, connect_timeout_s: float) -> Stu
     return StubPool(replace(RULE, connect_timeout_s=connect_timeout_s), targets)
 
 
+def accepted() -> tuple[socket.socket, socket.SocketType, SockAddr]:
+    """A TCP client, the socket that a listener makes of it, and where the client is."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        client = connect(listener.getsockname())
+        fd, address = listener._accept()  # type: ignore[attr-defined]
+    sock = socket.SocketType(socket.AF_INET, socket.SOCK_STREAM, 0, fd)
+    sock.setblocking(False)
+    return client, sock, address
+
+
 class Bench:
     """A relay, its loop, and the clients given to it."""
 
@@ -144,15 +156,9 @@ class Bench:
 
     def open(self, pool: StubPool) -> socket.socket:
         """Give the relay a new client; returns the client's end."""
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            listener.listen()
-            client = connect(listener.getsockname())
-            fd, address = listener._accept()  # type: ignore[attr-defined]
-        accepted = socket.SocketType(socket.AF_INET, socket.SOCK_STREAM, 0, fd)
-        accepted.setblocking(False)
+        client, sock, address = accepted()
         self.relay.poller._turn()
-        self.relay.open_session(cast("Pool", pool), accepted, address)
+        self.relay.open_session(cast("Pool", pool), sock, address)
         return client
 
 
@@ -221,15 +227,9 @@ class UdpBench:
 
     def bridge(self, pool: StubPool) -> socket.socket:
         """Give the relay a TCP client; returns the client's end."""
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            listener.listen()
-            client = self.own(connect(listener.getsockname()))
-            fd, address = listener._accept()  # type: ignore[attr-defined]
-        accepted = socket.SocketType(socket.AF_INET, socket.SOCK_STREAM, 0, fd)
-        accepted.setblocking(False)
-        self.relay.open_session(cast("Pool", pool), accepted, address)
-        return client
+        client, sock, address = accepted()
+        self.relay.open_session(cast("Pool", pool), sock, address)
+        return self.own(client)
 
     def turn(self, times: int = 3) -> None:
         """Let the relay handle what has happened, and what follows from that."""

@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from support import procfs
+from support.ends import written
 from support.waiting import PATIENCE_S, eventually
 
 if TYPE_CHECKING:
@@ -25,14 +26,9 @@ _OUTCOME: Final = re.compile(r"master\.reloaded|generation \d+ stays in force")
 def rule(listen: tuple[str, int], upstream: tuple[str, int], more: str = "") -> str:
     """A rule in TOML; ``more`` is added to its table."""
     return (
-        f'[[forwarding_rules]]\nlisten = "{_written(listen)}"\n'
-        f'upstream = "{_written(upstream)}"\n{more}\n'
+        f'[[forwarding_rules]]\nlisten = "{written(listen)}"\n'
+        f'upstream = "{written(upstream)}"\n{more}\n'
     )
-
-
-def _written(address: tuple[str, int]) -> str:
-    host = f"[{address[0]}]" if ":" in address[0] else address[0]
-    return f"{host}:{address[1]}"
 
 
 def many_rules(count: int = 3000) -> str:

@@ -50,12 +50,6 @@ def free_udp_address(host: str = "") -> Address:
         return sock.getsockname()[0], sock.getsockname()[1]
 
 
-def written(address: Address) -> str:
-    """An address as configurations have it."""
-    host, port = address[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
 def receive_all(sock: socket.socket, count: int) -> list[bytes]:
     """The next ``count`` datagrams."""
     return [sock.recv(65536) for _ in range(count)]

@@ -13,7 +13,6 @@ from support.waiting import PATIENCE_S, eventually
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from types import TracebackType
 
 # A datagram may come before its receiver listens, and nobody repeats it.
 _UDP_PATIENCE_S = 0.5
@@ -80,12 +79,7 @@ class Echo:
     def __enter__(self) -> Echo:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stop.close()
         self._thread.join(PATIENCE_S)
         for key in list(self._selector.get_map().values()):

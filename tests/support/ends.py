@@ -50,6 +50,14 @@ def family_of(address: tuple[str, int] | str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in address[0] else socket.AF_INET
 
 
+def written(address: tuple[str, int] | str) -> str:
+    """A socket address as configurations and the command line have it."""
+    if isinstance(address, str):
+        return "unix:" + address.replace("\0", "@", 1)
+    host, port = address[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def connect(address: tuple[str, int] | str, receive_buffer: int = 0) -> socket.socket:
     """Connect with a patient timeout."""
     family = family_of(address)
@@ -106,6 +114,18 @@ def accept(listener: socket.socket) -> socket.socket:
     if sock.family != socket.AF_UNIX:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return sock
+
+
+def open_link(
+    address: tuple[str, int] | str, listener: socket.socket, receive_buffer: int = 0
+) -> Link:
+    """Open a session through a forwarder. ``receive_buffer`` is the client's."""
+    client = connect(address, receive_buffer)
+    try:
+        return Link(client, accept(listener))
+    except BaseException:
+        client.close()
+        raise
 
 
 def reset(sock: socket.socket) -> None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import socket
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from support.ends import Link, accept, carry, connect, receive_to_reset
+from support import control
+from support.ends import Link, carry, connect, open_link, receive_to_reset
 from support.flood import Flood
 from support.waiting import eventually
 
 if TYPE_CHECKING:
+    import socket
+
     from support.configured import Configured
 
 HOSTS = tuple(f"127.0.1.{number}" for number in range(1, 6))
@@ -45,12 +46,7 @@ class Limited:
     def link(self) -> Link:
         """A session, which is there."""
         self.upstream.settimeout(30)
-        client = connect(self.address)
-        try:
-            link = Link(client, accept(self.upstream))
-        except BaseException:
-            client.close()
-            raise
+        link = open_link(self.address, self.upstream)
         self.links.append(link)
         carry(link.client, link.upstream, b"x")
         return link
@@ -70,11 +66,9 @@ class Limited:
 
     def status(self) -> dict[str, object]:
         """What the status says of the rule."""
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-            sock.connect(self.control)
-            sock.sendall(b'{"op":"status"}\n')
-            with sock.makefile("rb") as file:
-                (found,) = json.loads(file.readline())["rules"]
+        rules = control.ask(self.control, "status")["rules"]
+        assert isinstance(rules, list)
+        (found,) = rules
         assert isinstance(found, dict)
         return found
 

@@ -13,18 +13,11 @@ import os
 import random
 import select
 import socket
-import subprocess
-import sys
-import threading
 import time
 from collections import deque
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypeAlias
-
-if TYPE_CHECKING:
-    from types import TracebackType
+from typing import Final, TypeAlias
 
 # How long one connection may take, a SYN that is sent again twice included.
 LIFE_S: Final = 20.0
@@ -63,9 +56,6 @@ class Account:
     def dropped(self) -> int:
         """How many were not served as they should."""
         return self.refused + self.reset + self.cut + self.wrong + self.timed_out
-
-
-# -- the loop; everything below runs in the process of the load
 
 
 class Client:
@@ -339,88 +329,6 @@ def main() -> None:
     args = parser.parse_args()
     upstream = socket.socket(fileno=args.upstream_fd)
     Loop((args.host, args.port), upstream).run(args.rate, args.streams)
-
-
-# -- the side of the test
-
-
-class Load:
-    """The load as a child process. Use as a context manager; :meth:`stop` gives the account."""
-
-    def __init__(
-        self,
-        address: tuple[str, int],
-        upstream: socket.socket,
-        *,
-        rate: int = 300,
-        streams: int = 0,
-    ) -> None:
-        """``upstream`` listens; its connections are served by the load, and by nobody else."""
-        self._served = 0
-        self._last = ""
-        self._process = subprocess.Popen(
-            [
-                *(sys.executable, str(Path(__file__)), "--host", address[0]),
-                *("--port", str(address[1]), "--upstream-fd", str(upstream.fileno())),
-                *("--rate", str(rate), "--streams", str(streams)),
-            ],
-            pass_fds=[upstream.fileno()],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    @property
-    def served(self) -> int:
-        """How many connections were served so far."""
-        return self._served
-
-    def wait_served(self, more: int, within_s: float = 60.0) -> None:
-        """Wait until so many more connections were served."""
-        goal = self._served + more
-        deadline = time.monotonic() + within_s
-        while self._served < goal:
-            assert self._process.poll() is None, "the load has ended"
-            assert time.monotonic() < deadline, f"{self._served} of {goal} served"
-            time.sleep(0.005)
-
-    def stop(self) -> Account:
-        """Start no more, wait for those under way, and say what became of all."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        try:
-            assert self._process.wait(LIFE_S + 10) == 0
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            raise
-        self._reader.join()
-        return Account(**json.loads(self._last))
-
-    def __enter__(self) -> Load:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._reader.join()
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.stdout.close()
-
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._last = line
-            if line.strip().isdigit():
-                self._served = int(line)
 
 
 if __name__ == "__main__":

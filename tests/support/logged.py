@@ -8,8 +8,9 @@ import socket
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from support.ends import Link, accept, connect, receive_to_end
-from support.waiting import PATIENCE_S, eventually
+from support import control
+from support.ends import Link, open_link, receive_to_end
+from support.waiting import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -59,14 +60,7 @@ class Logged:
 
     def ask(self, op: str, **more: object) -> dict[str, object]:
         """The answer to a request over the control socket."""
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-            sock.settimeout(PATIENCE_S)
-            sock.connect(str(self.control))
-            sock.sendall(json.dumps({"op": op, **more}).encode() + b"\n")
-            with sock.makefile("rb") as file:
-                answer = json.loads(file.readline())
-        assert isinstance(answer, dict)
-        return answer
+        return control.ask(self.control, op, **more)
 
     def total(self, key: str) -> int:
         """One of the counters of all workers."""
@@ -99,13 +93,8 @@ class Logged:
 
     def link(self) -> Link:
         """Open a session."""
-        client = connect(self.address)
-        try:
-            link = Link(client, accept(self.upstream))
-        except BaseException:
-            client.close()
-            raise
-        self.used.append(client.getsockname()[1])
+        link = open_link(self.address, self.upstream)
+        self.used.append(link.client.getsockname()[1])
         return link
 
     def visit(self, count: int = 1, size: int = 3) -> list[int]:

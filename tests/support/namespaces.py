@@ -6,17 +6,31 @@ import ctypes
 import os
 import subprocess
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
+
+import pytest
 
 from support.waiting import eventually
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from types import TracebackType
+    from collections.abc import Callable, Iterator
 
 T = TypeVar("T")
 _CLONE_NEWNET: Final = 0x40000000  # linux/sched.h
+_OWN: Final = "/proc/thread-self/ns/net"
+
+needs_network = pytest.mark.skipif(
+    os.geteuid() != 0, reason="only root can make a network namespace"
+)
+
+
+def _call(name: str, *arguments: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if getattr(libc, name)(*arguments) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{name}: {os.strerror(number)}")
 
 
 class Namespace:
@@ -57,8 +71,7 @@ class Namespace:
             try:
                 fd = os.open(f"/proc/{self.pid}/ns/net", os.O_RDONLY)
                 try:
-                    if ctypes.CDLL(None, use_errno=True).setns(fd, _CLONE_NEWNET):
-                        raise OSError(ctypes.get_errno(), "setns")
+                    _call("setns", fd, _CLONE_NEWNET)
                 finally:
                     os.close(fd)
                 found.append(function())
@@ -75,12 +88,7 @@ class Namespace:
     def __enter__(self) -> Namespace:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._holder.kill()
         self._holder.wait()
 
@@ -90,3 +98,25 @@ def join(left: Namespace, right: Namespace, names: tuple[str, str]) -> None:
     left.ip(f"link add {names[0]} type veth peer name {names[1]} netns {right.pid}")
     left.ip(f"link set {names[0]} up")
     right.ip(f"link set {names[1]} up")
+
+
+@contextmanager
+def network(*addresses: str) -> Iterator[None]:
+    """Be in a new namespace, whose loopback interface has these addresses, too.
+
+    This thread, and the processes it starts. Sockets that it makes stay there.
+    """
+    before = os.open(_OWN, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _call("unshare", _CLONE_NEWNET)
+        subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+        for address in addresses:
+            bits = 128 if ":" in address else 32
+            # nodad: an IPv6 address could not be bound at once otherwise.
+            nodad = ["nodad"] if ":" in address else []
+            command = ["ip", "address", "add", f"{address}/{bits}", "dev", "lo", *nodad]
+            subprocess.run(command, check=True)
+        yield
+    finally:
+        _call("setns", before, _CLONE_NEWNET)
+        os.close(before)

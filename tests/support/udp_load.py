@@ -12,17 +12,10 @@ import json
 import select
 import socket
 import struct
-import subprocess
-import sys
-import threading
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Final
-
-if TYPE_CHECKING:
-    from types import TracebackType
+from typing import Final
 
 _HEAD: Final = struct.Struct("!II")  # flow, number
 _PAD: Final = bytes(200)
@@ -51,9 +44,6 @@ class Account:
     def is_spotless(self) -> bool:
         """Nothing lost, repeated or reordered, and every flow the same throughout."""
         return not (self.lost_there or self.lost_back or self.disordered or self.moved)
-
-
-# -- the loop; everything below runs in the process of the load
 
 
 def _socket(host: str) -> socket.socket:
@@ -110,9 +100,9 @@ class Loop:
             self._turn()
             if now - last_report > 0.02:
                 last_report = now
-                print(self.answers, flush=True)  # noqa: T201 - read by UdpLoad
+                print(self.answers, flush=True)  # noqa: T201 - read by loads.UdpLoad
         self._finish()
-        print(json.dumps(asdict(self.account)), flush=True)  # noqa: T201 - read by UdpLoad
+        print(json.dumps(asdict(self.account)), flush=True)  # noqa: T201 - read by loads.UdpLoad
 
     def _send(self, index: int) -> None:
         stream = self.streams[index]
@@ -179,79 +169,6 @@ def main() -> None:
     args = parser.parse_args()
     upstream = socket.socket(fileno=args.upstream_fd)
     Loop((args.host, args.port), upstream, args.flows).run(args.rate)
-
-
-# -- the side of the test
-
-
-class UdpLoad:
-    """The load as a child process. Use as a context manager; :meth:`stop` gives the account."""
-
-    def __init__(
-        self,
-        address: tuple[str, int],
-        upstream: socket.socket,
-        *,
-        flows: int = 10,
-        rate: int = 2000,
-    ) -> None:
-        """``upstream`` is a UDP socket that the load alone answers at; ``rate`` is of all flows."""
-        self._answered = 0
-        self._last = ""
-        self._process = subprocess.Popen(
-            [
-                *(sys.executable, str(Path(__file__)), "--host", address[0]),
-                *("--port", str(address[1]), "--upstream-fd", str(upstream.fileno())),
-                *("--rate", str(rate), "--flows", str(flows)),
-            ],
-            pass_fds=[upstream.fileno()],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def wait_answered(self, more: int, within_s: float = 60.0) -> None:
-        """Wait until so many more datagrams were answered."""
-        goal = self._answered + more
-        deadline = time.monotonic() + within_s
-        while self._answered < goal:
-            assert self._process.poll() is None, "the load has ended"
-            assert time.monotonic() < deadline, f"{self._answered} of {goal} answered"
-            time.sleep(0.005)
-
-    def stop(self) -> Account:
-        """Send no more, wait for what is under way, and say what became of all."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        assert self._process.wait(60) == 0
-        self._reader.join()
-        return Account(**json.loads(self._last))
-
-    def __enter__(self) -> UdpLoad:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._reader.join()
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.stdout.close()
-
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._last = line
-            if line.strip().isdigit():
-                self._answered = int(line)
 
 
 if __name__ == "__main__":
