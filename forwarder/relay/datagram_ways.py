@@ -138,7 +138,7 @@ class _FromDatagrams(Way):
             self.deliver(first, last)
             meter.spend_now(self.moved - before)
         else:
-            self.relay.turn_datagrams_away(pool, last - first)
+            self.relay.drop_datagrams(pool, last - first)
 
     def move(self, mask: int, room: int = UNLIMITED) -> None:  # noqa: ARG002 - see below
         """Move what ``src`` has: a batch at a time. Errors are told by the receive itself."""
@@ -188,7 +188,7 @@ class DatagramWay(_FromDatagrams):
         found = batch.datagrams(first, last)
         if self.src is None:  # from the listener, which reads on for the sake of others
             room = max(0, MAX_PENDING - len(self.pending))
-            self.relay.datagrams_dropped += len(found[room:])
+            self.relay.drop_datagrams(self.flow.pool, len(found[room:]))
             del found[room:]
         self.pending += found
         return False
@@ -237,7 +237,7 @@ class DatagramToStream(_FromDatagrams):
         for content in batch.datagrams(first, last):
             self.moved += len(content)
             if len(self._pending) + len(content) > MAX_PENDING_BYTES and not self._send():
-                self.relay.datagrams_dropped += 1
+                self.relay.drop_datagrams(self.flow.pool, 1)
             else:
                 self._pending += framing.encode(self._framing, content)
         return self._send()
@@ -322,7 +322,7 @@ class StreamToDatagram(Way):
         """The stream has ended; a frame that was cut off goes with it."""
         self.is_ended = True
         if self._decoder.is_inside_frame:
-            self.relay.datagrams_dropped += 1
+            self.relay.drop_datagrams(self.flow.pool, 1)
         if not self._pending:
             self.flow.on_stream_ended()
 

@@ -189,7 +189,7 @@ class Flow(Conversation):
         relay.on_end(self, reason)
         relay.wheel.discard(self)
         relay.sessions.discard(self)
-        relay.datagrams_dropped += self.c2u.waiting + self.u2c.waiting
+        relay.drop_datagrams(self.pool, self.c2u.waiting + self.u2c.waiting)
         self.c2u.src = self.u2c.src = None
         for sock in (self.client, self.upstream):
             if sock is not None:

@@ -279,8 +279,8 @@ class Relay:
             with suppress(OSError):  # as in on_end
                 self.connlog.write(reporting.refused(self, pool, client, local(), result, reason))
 
-    def turn_datagrams_away(self, pool: Pool, count: int) -> None:
-        """Count datagrams that no flow takes: for want of one, or of bandwidth."""
+    def drop_datagrams(self, pool: Pool, count: int) -> None:
+        """Count datagrams that are not passed on: for want of a flow, of bandwidth, or of room."""
         self.datagrams_dropped += count
         pool.counts[DATAGRAMS_DROPPED] += count
 

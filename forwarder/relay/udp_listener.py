@@ -180,7 +180,7 @@ class UdpListener:
         if flow is None:
             flow = self._open(peer)
             if flow is None:
-                self._relay.turn_datagrams_away(self.pool, last - first)
+                self._relay.drop_datagrams(self.pool, last - first)
                 return
             # What comes next from a stray goes to whom the kernel gives it, perhaps another worker.
             is_ripe = last - first > 1 or self._strays_to is not None

@@ -17,7 +17,7 @@ from forwarder.net.options import How, to_connect, to_listen
 from forwarder.net.sockets import SockAddr, Target
 from forwarder.relay.relay import Relay
 from forwarder.relay.udp_listener import UdpListener
-from forwarder.stats import COUNTERS, new_row
+from forwarder.stats import COUNTERS, DATAGRAMS_DROPPED, new_row
 from support.datagrams import free_udp_address, udp, udp_client
 from support.ends import connect
 
@@ -174,6 +174,7 @@ class UdpBench:
         self.relay.workers = workers
         self.sockets: list[socket.socket] = []
         self.listeners: list[UdpListener] = []
+        self.pools: list[StubPool] = []
 
     def own(self, sock: socket.socket) -> socket.socket:
         """Close a socket when the test is over."""
@@ -192,7 +193,9 @@ class UdpBench:
         local = cast("SockAddr | None", rule.pop("local", None))
         fields: dict[str, object] = {"protocol": Protocol.UDP, **rule}
         changed = replace(RULE, **fields)  # type: ignore[arg-type]  # the fields of a rule
-        return StubPool(changed, tuple(map(target_of, upstreams)), local)
+        pool = StubPool(changed, tuple(map(target_of, upstreams)), local)
+        self.pools.append(pool)
+        return pool
 
     def listen(
         self,
@@ -257,6 +260,8 @@ class UdpBench:
         assert not self.relay.sessions
         assert not self.relay.wheel
         assert not any(self.relay._flow_tables.values())
+        dropped = sum(pool.counts[DATAGRAMS_DROPPED] for pool in self.pools)
+        assert self.relay.datagrams_dropped == dropped
         self.relay.close()
         for sock in self.sockets:
             sock.close()
