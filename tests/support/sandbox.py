@@ -5,7 +5,8 @@
 As root. The file system is read-only but for the two directories, other users' processes cannot be
 seen, the user is nobody with the unit's capabilities, and system calls are filtered as systemd does
 it (src/shared/seccomp-util.c): SystemCallFilter=, RestrictAddressFamilies=, RestrictNamespaces=,
-MemoryDenyWriteExecute=. Not done: PrivateTmp= and PrivateDevices=, for tests are in /tmp.
+MemoryDenyWriteExecute=. The default directory of control sockets is hidden, for another instance
+may have one there. Not done: PrivateTmp= and PrivateDevices=, for tests are in /tmp.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ if __name__ == "__main__":
 from support.unitfile import read_unit, words
 
 SCRIPT: Final = Path(__file__).resolve()
+CONTROL: Final = Path("/run/forwarder")
 USER: Final = 61184  # the first that DynamicUser= may choose
 _CLONE_NEWNS: Final = 0x00020000
 _NAMESPACES: Final = 0x7E020080  # all of the CLONE_NEW* flags
@@ -102,6 +104,8 @@ def _mount_read_only(writable: list[str]) -> None:
     _hide_homes([sys.base_prefix, sys.prefix, str(SCRIPT.parents[2])], writable[0])
     for directory in writable:
         _mount("--bind", directory, directory)
+    if CONTROL.exists():
+        _mount("-t", "tmpfs", "hidden", str(CONTROL))
     lines = Path("/proc/self/mountinfo").read_text().splitlines()
     for target in {line.split()[4] for line in lines} - set(writable):
         # Some mounts are below others and cannot be reached; /dev/null has to stay what it is.
