@@ -27,9 +27,14 @@ BUDGET_WITHOUT_LIMIT_PAGES: Final = 16384
 
 
 class Pipe:
-    """Both ends of a pipe; owned by the pool or by the direction that took it."""
+    """Both ends of a pipe; owned by the pool or by the direction that took it.
 
-    __slots__ = ("pages", "read_fd", "write_fd")
+    ``filled`` is for who keeps it with data in it: how many bytes that are.
+    """
+
+    __slots__ = ("filled", "pages", "read_fd", "write_fd")
+
+    filled: int
 
     def __init__(self, size: int) -> None:
         """Make a non-blocking pipe of ``size`` bytes. Raises OSError when the system has none."""

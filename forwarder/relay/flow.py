@@ -56,7 +56,7 @@ class Flow(Conversation):
         super().__init__(relay, pool, client_address)
         self.client: socket.SocketType | None = None
         self.has_waited = False  # for a descriptor
-        relay.sessions.add(self)
+        relay.sessions[self] = None
 
     def join(self, c2u: Way, u2c: Way) -> None:
         """Set the two ways."""
@@ -188,7 +188,7 @@ class Flow(Conversation):
         relay = self.relay
         relay.on_end(self, reason)
         relay.wheel.discard(self)
-        relay.sessions.discard(self)
+        relay.sessions.pop(self, None)
         relay.drop_datagrams(self.pool, self.c2u.waiting + self.u2c.waiting)
         self.c2u.src = self.u2c.src = None
         for sock in (self.client, self.upstream):

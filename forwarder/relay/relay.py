@@ -102,7 +102,8 @@ class Relay:
         self.pid = os.getpid()
         self.poller = Poller(loop)
         self.wheel = Wheel(loop.time())
-        self.sessions: set[Conversation] = set()
+        # In order of age. Not a set, which takes 16 to 64 bytes more for each.
+        self.sessions: dict[Conversation, None] = {}
         self.pipes = PipePool(pipe_budget_pages)
         self.make_direction: Callable[[Relay, Session], Direction] = Direction
         self.make_unix_direction: Callable[[Relay, Session], Direction] = UnixDirection

@@ -68,7 +68,7 @@ class Session(Conversation):
     ``is_reset``: one side is gone by RST, so the session cannot end with a FIN.
     """
 
-    __slots__ = ("client", "early", "is_reset", "survivor", "unsent")
+    __slots__ = ("client", "early", "is_reset", "unsent")
 
     c2u: Direction
     u2c: Direction
@@ -78,7 +78,6 @@ class Session(Conversation):
     ) -> None:
         super().__init__(relay, pool, client_address)
         self.client = client
-        self.survivor: socket.SocketType | None = None  # ABORTING: the side that still receives
         self.is_reset = False
         self.early = 0  # bytes of the client that went with the SYN, and are still in its queue
         self.unsent = 0  # in our send queues when a timeout was last looked at
@@ -90,7 +89,7 @@ class Session(Conversation):
         c2u.src = u2c.dst = client
         if relay.meters and pool.row in relay.meters:
             put_under_meters(self, relay.meters[pool.row])
-        relay.sessions.add(self)
+        relay.sessions[self] = None
 
     def local(self) -> Target:
         """The address of ours that the client is connected to. Raises OSError if it is closed."""
@@ -174,6 +173,7 @@ class Session(Conversation):
     def _on_connected(self, upstream: socket.SocketType, mask: int) -> None:
         self.state = _RELAYING
         self.active_at = self.connected_at = self.relay.poller.now
+        self.deadline = 0.0  # of no use from here on, and a number of its own in every session
         self.relay.on_open(self)
         self.relay.poller.hand_over(upstream.fileno(), self.u2c)
         self.arm(self.pool.rule.idle_timeout_s)
@@ -251,8 +251,7 @@ class Session(Conversation):
         if self.state in (_RELAYING, _HALF_CLOSED):
             return self._check_silence(now, rule.half_close_timeout_s, Phase.HALF_CLOSE)
         if self.state is _ABORTING:
-            is_overdue = now >= self.deadline
-            if self.survivor and not is_overdue and sockets.unsent_bytes(self.survivor):
+            if now < self.deadline and self._unsent():
                 return now + TICK_S
             self._finish()
         elif self.state in (_RESOLVING, _CONNECTING):
@@ -285,7 +284,7 @@ class Session(Conversation):
             return deadline
         if self.c2u.is_held_up or self.u2c.is_held_up:
             return now + limit_s  # it is we who keep it waiting
-        unsent = sum(sockets.unsent_bytes(sock) for sock in (self.client, self.upstream) if sock)
+        unsent = self._unsent()
         if unsent and unsent != self.unsent:
             self.unsent = unsent
             return now + limit_s
@@ -296,6 +295,11 @@ class Session(Conversation):
         else:
             self.abort(CloseReason(Who.US, phase))
         return 0.0
+
+    def _unsent(self) -> int:
+        """What is still in our send queues; nothing in that of a socket that is closed."""
+        socks = (self.client, self.upstream)
+        return sum(sockets.unsent_bytes(sock) for sock in socks if sock and sock.fileno() >= 0)
 
     # -- ending
 
@@ -328,7 +332,6 @@ class Session(Conversation):
             self._finish()
             return
         self.state = _ABORTING
-        self.survivor = survivor
         self.deadline = self.relay.poller.now + ABORT_GRACE_S
         self.relay.poller.hand_over(survivor.fileno(), self)
         self.relay.poller.release(direction.src)
@@ -347,7 +350,7 @@ class Session(Conversation):
         self.state = _CLOSED
         relay = self.relay
         relay.wheel.discard(self)
-        relay.sessions.discard(self)
+        relay.sessions.pop(self, None)
         relay.poller.release(self.client)
         if self.upstream is not None:
             relay.poller.release(self.upstream)

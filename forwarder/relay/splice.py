@@ -41,12 +41,11 @@ _UNSUPPORTED: Final = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
 class SpliceDirection(Direction):
     """A direction with a second, copy-free way for bulk.
 
-    ``pipe`` is None unless ``dst`` was full; then ``in_pipe`` bytes wait in it.
+    ``pipe`` is None unless ``dst`` was full; then data waits in it.
     """
 
-    __slots__ = ("in_pipe", "pipe", "spliced")
+    __slots__ = ("pipe", "spliced")
 
-    in_pipe: int  # set with ``pipe``
     chunk_bytes = CHUNK_BYTES
 
     def __init__(self, relay: Relay, session: Session) -> None:
@@ -99,7 +98,7 @@ class SpliceDirection(Direction):
         if pipe is None:
             return self.pending is None or super().flush()
         self.pipe = None
-        if not self._drain(pipe, self.in_pipe):
+        if not self._drain(pipe, pipe.filled):
             return False
         self.relay.pipes.give(pipe)
         return True
@@ -118,7 +117,7 @@ class SpliceDirection(Direction):
                 left -= os.splice(pipe.read_fd, dst_fd, left, None, None, _FLAGS)
             except BlockingIOError:
                 self.pipe = pipe
-                self.in_pipe = left
+                pipe.filled = left
                 self.block()
                 return False
             except OSError as err:

@@ -76,3 +76,5 @@ class Wheel:
                     deadline = entry.on_timer(now)
                     if deadline:
                         self.add(entry, deadline)
+            if not bucket:
+                self._buckets[self._tick % BUCKETS] = set()  # one that was large stays large
