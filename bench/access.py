@@ -12,7 +12,8 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from bench.quick import machine, positive
+from bench.command_line import positive
+from bench.machine import machine
 from bench.report import spread
 from forwarder.access import AccessList, Decision
 from forwarder.config.model import AccessRule, Verdict

@@ -16,10 +16,12 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
+from bench.command_line import exit_on_signal, positive
+from bench.machine import machine
 from bench.measures import MEASURES
 from bench.peers import FD_LIMIT, FORWARDER_CONF, WORKERS, forwarder_peer
 from bench.procs import BenchError, set_fd_limit
-from bench.quick import Plan, exit_on_signal, machine, positive, run_rounds
+from bench.quick import Plan, run_rounds
 from bench.report import Results, spread
 
 if TYPE_CHECKING:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench import instance
+from bench.command_line import exit_on_signal, positive
 from bench.instance import Instance
 from bench.load import Storm
 from bench.peers import FD_LIMIT, HOST, require_programs
@@ -33,7 +34,6 @@ from bench.procs import (
     wait_ready,
     wait_until,
 )
-from bench.quick import exit_on_signal, positive
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from bench.load import Counts
-from bench.quick import machine
+from bench.machine import machine
 
 if TYPE_CHECKING:
     import argparse

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shlex
 import signal
 import sys
@@ -17,9 +16,12 @@ import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
-from bench.measures import MEASURES, Figures, Measure, Target
+from bench.command_line import exit_on_signal, positive
+from bench.loads import Figures, Target
+from bench.machine import machine
+from bench.measures import MEASURES, Measure
 from bench.peers import (
     FD_LIMIT,
     LISTEN_PORT,
@@ -35,8 +37,6 @@ from bench.report import Results, table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from types import FrameType
-
 PORTS = (LISTEN_PORT, UPSTREAM_PORT)
 NEEDS = {
     "bulk1": "iperf3",
@@ -89,14 +89,6 @@ def parse_args(argv: Sequence[str]) -> Plan:
     )
 
 
-def positive(text: str) -> int:
-    """Parse a count of at least one."""
-    value = int(text)
-    if value < 1:
-        raise ValueError(text)
-    return value
-
-
 def check_programs(plan: Plan) -> None:
     """Raise BenchError when something the plan needs is not installed."""
     tools = {tool for measure in plan.measures for tool in NEEDS[measure.name].split()}
@@ -136,12 +128,6 @@ def run_rounds(plan: Plan, directory: Path, results: Results) -> None:
                 except BenchError as err:
                     raise BenchError(f"{measure.name} {peer.name}: {err}") from err
                 results.add(measure.name, peer.name, number, figures)
-
-
-def machine() -> str:
-    """Describe what the figures are worth: kernel, processors, and how busy it was."""
-    load = ", ".join(f"{value:.2f}" for value in os.getloadavg())
-    return f"{platform.system()} {platform.release()}, {os.cpu_count()} CPUs, load average {load}"
 
 
 def print_report(plan: Plan, results: Results) -> None:
@@ -190,11 +176,6 @@ def main(argv: Sequence[str]) -> int:
             print_report(plan, results)
             write_json(plan, results)
     return 0
-
-
-def exit_on_signal(number: int, _frame: FrameType | None) -> NoReturn:
-    """Leave by an exception, so that every child is ended on the way out."""
-    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from bench.command_line import exit_on_signal, positive
+from bench.machine import machine
 from bench.peers import (
     FD_LIMIT,
     HAPROXY_CONF,
@@ -40,7 +42,7 @@ from bench.procs import (
     tree,
     wait_ready,
 )
-from bench.quick import PORTS, exit_on_signal, machine, positive
+from bench.quick import PORTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

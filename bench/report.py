@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from bench.measures import Figure, Figures, Measure
+    from bench.loads import Figures
+    from bench.measures import Figure, Measure
 
 SUBJECT = "forwarder"  # the peer that every ratio is about
 

@@ -17,7 +17,10 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from bench.measures import Figure, Figures, Measure, wait_pss_stable
+from bench.command_line import exit_on_signal, positive
+from bench.loads import Figures, wait_pss_stable
+from bench.machine import machine
+from bench.measures import Figure, Measure
 from bench.peers import (
     FD_LIMIT,
     HOST,
@@ -37,7 +40,7 @@ from bench.procs import (
     set_fd_limit,
     wait_ready,
 )
-from bench.quick import PORTS, exit_on_signal, machine, positive
+from bench.quick import PORTS
 from bench.report import Results, table
 
 if TYPE_CHECKING:
