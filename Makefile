@@ -1,12 +1,12 @@
-# make run | test | docs-test | check | format | man | clean; needs make and CPython >= 3.11 with venv.
-# ARGS is passed on: make run ARGS="--seconds 5", make test ARGS="-k demo".
+# make run | test | docs-test | check | format | man | bench | profile | clean; needs make and
+# CPython >= 3.11 with venv. ARGS is passed on: make run ARGS="--seconds 5", make test ARGS="-k demo".
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: run test docs-test check format man clean
+.PHONY: run test docs-test check format man bench profile clean
 
 run: $(VENV)/installed
 	$(BIN)/forwarder demo $(ARGS)
@@ -30,8 +30,15 @@ format: $(VENV)/installed-dev
 man: $(VENV)/installed-dev
 	$(BIN)/python docs/man/generate.py
 
+# Everything, in 70 minutes; make bench QUICK=1 for what matters most, in less than three.
+bench: $(VENV)/installed-bench
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m bench $(if $(QUICK),--short,--all --calls) --out bench-results $(ARGS)
+
+profile: $(VENV)/installed-bench
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m bench.profile --out bench-results/profile $(ARGS)
+
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf bench-results $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find forwarder tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps are touched last, so that what was interrupted is done again.
@@ -49,4 +56,8 @@ $(VENV)/installed: pyproject.toml $(VENV)/created
 
 $(VENV)/installed-dev: pyproject.toml $(VENV)/created
 	$(PIP) install --editable '.[dev]'
+	@touch $(VENV)/installed $@
+
+$(VENV)/installed-bench: pyproject.toml $(VENV)/created
+	$(PIP) install --editable '.[bench]'
 	@touch $(VENV)/installed $@

@@ -7,8 +7,6 @@ Counters are always on.
 from __future__ import annotations
 
 import argparse
-import os
-import shlex
 import signal
 import sys
 import tempfile
@@ -16,13 +14,13 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from bench.command_line import exit_on_signal, positive
+from bench.command_line import add_forwarder, exit_on_signal, positive
 from bench.machine import machine
-from bench.measures import MEASURES
-from bench.peers import FD_LIMIT, FORWARDER_CONF, WORKERS, forwarder_peer
+from bench.measures import BY_NAME
+from bench.peers import FD_LIMIT, WORKERS, forwarder_conf, forwarder_peer
 from bench.procs import BenchError, set_fd_limit
-from bench.quick import Plan, run_rounds
 from bench.report import Results, spread
+from bench.rounds import Part, run_rounds
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,7 +47,7 @@ def contenders(forwarder: list[str], directory: Path) -> tuple[Peer, ...]:
     access = access_rules(RULES)
     command = [*forwarder, "--workers", str(WORKERS)]
     return tuple(
-        forwarder_peer(name, command, (), FORWARDER_CONF + more)
+        forwarder_peer(name, command, (), forwarder_conf() + more)
         for name, more in (
             ("off", ""),
             ("JSON log", log),
@@ -59,18 +57,18 @@ def contenders(forwarder: list[str], directory: Path) -> tuple[Peer, ...]:
     )
 
 
-def print_report(plan: Plan, results: Results) -> None:
+def print_report(part: Part, results: Results) -> None:
     """A table for each measure, with the ratio of each setting to the first."""
-    for measure in plan.measures:
-        compared = [figure for figure in measure.figures if figure.has_ratio]
+    for measure in part.measures:
+        compared = [figure for figure in measure.columns if figure.has_ratio]
         heads = [f"{figure.heading} | against off" for figure in compared]
         print(f"### {measure.name}: {measure.title}\n\n| | {' | '.join(heads)} |")
         print("|---" * (1 + 2 * len(compared)) + "|")
-        for peer in plan.peers:
+        for peer in part.peers:
             cells = [peer.name]
             for figure in compared:
                 values = results.values(measure.name, peer.name, figure.key)
-                off = results.values(measure.name, plan.peers[0].name, figure.key)
+                off = results.values(measure.name, part.peers[0].name, figure.key)
                 ratios = [value / off[number] for number, value in values.items()]
                 cells += [spread(list(values.values()), figure.digits), f"{median(ratios):.3f}"]
             print(f"| {' | '.join(cells)} |")
@@ -83,26 +81,28 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--rounds", type=positive, default=3, metavar="N")
     parser.add_argument("--seconds", type=positive, default=3, metavar="S", help="per load")
     parser.add_argument("--only", default=",".join(MEASURED), metavar="MEASURE,...")
-    parser.add_argument(
-        "--forwarder", default=os.environ.get("FORWARDER", "forwarder"), metavar="CMD"
-    )
+    add_forwarder(parser)
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, exit_on_signal)
-    only = args.only.split(",")
-    measures = tuple(measure for measure in MEASURES if measure.name in only)
+    if unknown := {*args.only.split(",")} - {*BY_NAME}:
+        parser.error(f"unknown: {', '.join(sorted(unknown))}")
+    measures = tuple(BY_NAME[name] for name in args.only.split(","))
     results = Results()
+    failures: list[str] = []
     try:
         set_fd_limit(FD_LIMIT)
         with tempfile.TemporaryDirectory(prefix="bench-") as name:
-            peers = contenders(shlex.split(args.forwarder), Path(name))
-            plan = Plan(measures, peers, args.rounds, args.seconds, None)
-            run_rounds(plan, Path(name), results)
+            peers = contenders(args.forwarder, Path(name))
+            part = Part("features", measures, peers, args.rounds, args.seconds)
+            part.check_programs()
+            part.compile(Path(name))
+            run_rounds(part, Path(name), results, failures)
     except BenchError as err:
         print(f"bench: {err}", file=sys.stderr)
         return 1
     print(f"{args.rounds} rounds, {args.seconds} s each: median (min-max). {machine()}\n")
-    print_report(plan, results)
-    return 0
+    print_report(part, results)
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import signal
 import socket
 import sys
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench import instance
-from bench.command_line import exit_on_signal, positive
+from bench.command_line import add_forwarder, exit_on_signal, positive
 from bench.instance import Instance
 from bench.load import Storm
 from bench.peers import FD_LIMIT, HOST, require_programs
@@ -260,7 +259,7 @@ def measure(args: argparse.Namespace, directory: Path, phases: list[Phase]) -> N
         echo = [compiled(directory, "echo"), HOST, str(upstream)]
         wait_ready(stack.enter_context(running("upstream", echo, directory)), upstream)
         ports = [stack.enter_context(held_port()) for _ in range(2)]
-        it = Instance(shlex.split(args.forwarder), directory)
+        it = Instance(args.forwarder, directory)
         stack.callback(it.end)
         storm_command = [compiled(directory, "storm"), HOST, str(ports[0])]
         run = Run(it, args, ports, upstream, phases)
@@ -283,16 +282,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--reloads", type=positive, default=1000, metavar="N")
     parser.add_argument("--resizes", type=positive, default=100, metavar="N")
     parser.add_argument("--upgrades", type=positive, default=20, metavar="N")
-    parser.add_argument(
-        "--forwarder", default=os.environ.get("FORWARDER", "forwarder"), metavar="CMD"
-    )
+    add_forwarder(parser)
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, exit_on_signal)
     phases: list[Phase] = []
     is_whole = False
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         try:
-            require_programs({"gcc", shlex.split(args.forwarder)[0]})
+            require_programs({"gcc", args.forwarder[0]})
             set_fd_limit(FD_LIMIT)
             measure(args, Path(name), phases)
             is_whole = True

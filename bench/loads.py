@@ -8,15 +8,17 @@ from __future__ import annotations
 import json
 import re
 import socket
+import subprocess
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bench.peers import HOST, UPSTREAM_PORT
-from bench.procs import BenchError, cpu_ns, pss_kib, run_client
+from bench.procs import PROC, BenchError, cpu_ns, pss_kib, run_client
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 Figures = dict[str, float]
@@ -26,6 +28,8 @@ AB_REQUESTS_PER_S = 6000  # -n took 0.4 to 0.9 times the seconds asked for where
 RR_CONNECTIONS = 64
 RR_BYTES = 64
 IDLE_SESSIONS = 4000
+FLOOD_CLIENTS = 10_000
+LIVE_CLIENTS = 5_000
 UDP_BYTES = 1200
 UDP_RATE = "300M"
 
@@ -33,8 +37,10 @@ GRACE_S = 60.0  # what a load may take beyond the time it was given, before it i
 
 # Memory is stable when it moved less than 1 KiB per 100 sessions in half a second.
 PSS_WINDOW_S = 0.5
-PSS_STABLE_KIB = IDLE_SESSIONS // 100
+PSS_STABLE_SESSIONS = 100
 PSS_WITHIN_S = 20.0
+
+REST_S = 2.0  # of looking at a peer that has nothing to do
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +52,13 @@ class Target:
     seconds: int
     directory: Path
 
-    def cpu_ns(self) -> int:
-        return 0 if self.peer_pid is None else cpu_ns(self.peer_pid)
 
-    def with_cpu(self, figures: Figures, key: str, value: float) -> Figures:
-        """Add a figure about the peer's processes, unless there are none."""
-        return figures if self.peer_pid is None else {**figures, key: value}
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a load has found, and how many units of work it did; 0 if that says nothing."""
+
+    figures: Figures
+    units: float = 0.0
 
 
 def iperf_upstream(_directory: Path) -> list[str]:
@@ -64,46 +71,43 @@ def echo_upstream(directory: Path) -> list[str]:
     return [str(directory / "echo"), HOST, str(UPSTREAM_PORT)]
 
 
-def bulk_load(target: Target, streams: int) -> Figures:
-    """Send as fast as possible, client to upstream, over ``streams`` connections."""
-    command = ["iperf3", "-J", "-c", HOST, "-p", str(target.port)]
-    command += ["-t", str(target.seconds), "-P", str(streams)]
-    before = target.cpu_ns()
-    result = json.loads(run_client(command, target.seconds + GRACE_S))
-    used_s = (target.cpu_ns() - before) / 1e9
-    if "error" in result:  # with -J iperf3 exits 0 even so
-        raise BenchError(f"iperf3: {result['error']}")
-    received = result["end"]["sum_received"]
-    figures = {"gbit_s": float(received["bits_per_second"]) / 1e9}
-    return target.with_cpu(figures, "cpu_s_per_gb", used_s / (float(received["bytes"]) / 1e9))
+def bulk_load(target: Target, streams: int, *options: str) -> Outcome:
+    """Send as fast as possible over ``streams`` connections; of both directions the sum."""
+    command = ["iperf3", "-J", "-c", HOST, "-p", str(target.port), *options]
+    end = _iperf([*command, "-t", str(target.seconds), "-P", str(streams)], target)
+    parts = [end[key] for key in ("sum_received", "sum_received_bidir_reverse") if key in end]
+    gbit_s = sum(float(part["bits_per_second"]) for part in parts) / 1e9
+    return Outcome({"gbit_s": gbit_s}, sum(float(part["bytes"]) for part in parts) / 1e6)
 
 
-def udp_load(target: Target, bit_rate: str) -> Figures:
+def udp_load(target: Target, bit_rate: str) -> Outcome:
     """Send datagrams, client to upstream, at a rate or as fast as possible ("0")."""
     command = ["iperf3", "-J", "-u", "-c", HOST, "-p", str(target.port)]
     command += ["-t", str(target.seconds), "-l", str(UDP_BYTES), "-b", bit_rate]
-    before = target.cpu_ns()
-    result = json.loads(run_client(command, target.seconds + GRACE_S))
-    used_us = (target.cpu_ns() - before) / 1e3
-    if "error" in result:
-        raise BenchError(f"iperf3: {result['error']}")
-    total = result["end"]["sum"]
+    total = _iperf(command, target)["sum"]
     delivered = total["packets"] - total["lost_packets"]
     figures = {
         "per_s": delivered / float(total["seconds"]),
         "lost_percent": float(total["lost_percent"]),
     }
-    return target.with_cpu(figures, "cpu_us", used_us / max(delivered, 1))
+    return Outcome(figures, max(delivered, 1))
 
 
-def conn_load(target: Target) -> Figures:
+def _iperf(command: list[str], target: Target) -> dict[str, Figures]:
+    """Run a client; what it says at its end, sums by name."""
+    result = json.loads(run_client(command, target.seconds + GRACE_S))
+    if "error" in result:  # with -J iperf3 exits 0 even so
+        raise BenchError(f"iperf3: {result['error']}")
+    end: dict[str, Figures] = result["end"]
+    return end
+
+
+def conn_load(target: Target) -> Outcome:
     """Open, ask once, close: a new connection for every request."""
     count = AB_REQUESTS_PER_S * target.seconds
     csv = target.directory / "ab.csv"
     command = ["ab", "-q", "-n", str(count), "-c", str(AB_CONNECTIONS), "-e", str(csv)]
-    before = target.cpu_ns()
     text = run_client([*command, f"http://{HOST}:{target.port}/"], target.seconds * 10 + GRACE_S)
-    used_us = (target.cpu_ns() - before) / 1e3
     if _ab(text, r"Complete requests:\s+(\d+)") != count or _ab(text, r"Failed requests:\s+(\d+)"):
         raise BenchError(f"ab: not every request was answered\n{text}")
     if "Non-2xx responses" in text:
@@ -116,7 +120,7 @@ def conn_load(target: Target) -> Figures:
         "p99_ms": percentile_ms[99],
         "max_ms": _ab(text, r"100%\s+(\d+)"),
     }
-    return target.with_cpu(figures, "cpu_us", used_us / count)
+    return Outcome(figures, count)
 
 
 def _ab(text: str, pattern: str) -> float:
@@ -126,39 +130,112 @@ def _ab(text: str, pattern: str) -> float:
     return float(found[1])
 
 
-def rr_load(target: Target) -> Figures:
+def rr_load(target: Target, connections: int, size: int) -> Outcome:
     """Ask and wait for the answer, over and over, on connections that stay open."""
     command = [str(target.directory / "rr"), HOST, str(target.port)]
-    command += [str(RR_CONNECTIONS), str(RR_BYTES), str(target.seconds)]
-    before = target.cpu_ns()
+    command += [str(connections), str(size), str(target.seconds)]
     answer = json.loads(run_client(command, target.seconds + GRACE_S))
-    used_us = (target.cpu_ns() - before) / 1e3
     figures = {
         "per_s": float(answer["requests_per_s"]),
         "p50_us": float(answer["p50_us"]),
         "p99_us": float(answer["p99_us"]),
         "max_us": float(answer["max_us"]),
     }
-    return target.with_cpu(figures, "cpu_us", used_us / float(answer["requests"]))
+    return Outcome(figures, float(answer["requests"]))
 
 
-def idle_load(target: Target) -> Figures:
-    """Hold sessions open that say nothing, and weigh the peer before and with them."""
-    if target.peer_pid is None:
-        raise BenchError("idle needs a peer to weigh")
-    before_kib = wait_pss_stable(target.peer_pid)
+@contextmanager
+def holding(count: int, port: int) -> Iterator[None]:
+    """Hold sessions open that say nothing once they are up from end to end."""
     with ExitStack() as sessions:
-        for _ in range(IDLE_SESSIONS):
-            session = socket.create_connection((HOST, target.port), timeout=GRACE_S)
+        for _ in range(count):
+            session = socket.create_connection((HOST, port), timeout=GRACE_S)
             sessions.enter_context(session)
             session.sendall(b"x")  # answered: the session is up from end to end
             if session.recv(1) != b"x":
-                raise BenchError("idle: a session was closed instead of answered")
-        with_kib = wait_pss_stable(target.peer_pid)
-    return {"kib": (with_kib - before_kib) / IDLE_SESSIONS, "base_mib": before_kib / 1024}
+                raise BenchError("a session was closed instead of answered")
+        yield
 
 
-def wait_pss_stable(pid: int) -> int:
+def idle_load(target: Target, sessions: int) -> Outcome:
+    """Weigh the peer before and with sessions that say nothing."""
+    pid = _peer_of(target)
+    before_kib = wait_pss_stable(pid)
+    before_ms = _rest_ms(pid)
+    with holding(sessions, target.port):
+        with_kib = wait_pss_stable(pid, sessions)
+        with_ms = _rest_ms(pid)
+    return Outcome(
+        {
+            "kib": (with_kib - before_kib) / sessions,
+            "base_mib": before_kib / 1024,
+            "rest_ms": with_ms,
+            "base_ms": before_ms,
+        }
+    )
+
+
+def flows_load(target: Target, kind: str, clients: int) -> Outcome:
+    """Be many UDP clients and their upstream; weigh the peer while all flows are there."""
+    pid = _peer_of(target)
+    command = [str(target.directory / "udp_flows"), HOST, str(target.port), str(UPSTREAM_PORT)]
+    command += [kind, str(clients), str(target.seconds)]
+    before_kib, before_ns = wait_pss_stable(pid), cpu_ns(pid)
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as load:
+        try:
+            found = _read_line(load)
+            used_us = (cpu_ns(pid) - before_ns) / 1e3
+            settled = _flow_sockets(target.port)
+            with_kib = wait_pss_stable(pid)
+        finally:
+            load.kill()
+    served = found["arrived"] if kind == "flood" else found["answered"]
+    return Outcome(
+        {
+            "per_s": served / found["seconds"],
+            "cpu": used_us / max(found["arrived"] + found["answered"], 1),
+            "lost_percent": 100 * (1 - served / found["sent"]),
+            "flows": found["flows"],
+            "settled": settled,
+            "kib": (with_kib - before_kib) / max(found["flows"], 1),
+            "base_mib": before_kib / 1024,
+        }
+    )
+
+
+def _read_line(load: subprocess.Popen[str]) -> Figures:
+    line = load.stdout.readline() if load.stdout is not None else ""
+    if not line:
+        raise BenchError("the load has failed")
+    found: Figures = json.loads(line)
+    return found
+
+
+def _flow_sockets(port: int) -> int:
+    """How many connected UDP sockets have a local port: 01 in the tables of proc(5)."""
+    rows = [
+        line.split()
+        for name in ("udp", "udp6")
+        for line in (PROC / "net" / name).read_text().splitlines()[1:]
+    ]
+    return sum(row[1].endswith(f":{port:04X}") and row[3] == "01" for row in rows)
+
+
+def _peer_of(target: Target) -> int:
+    if target.peer_pid is None:
+        raise BenchError("there is no peer to weigh")
+    return target.peer_pid
+
+
+def _rest_ms(pid: int) -> float:
+    """CPU milliseconds per second of a peer that has nothing to do. Blocks for REST_S."""
+    before = cpu_ns(pid)
+    time.sleep(REST_S)
+    return (cpu_ns(pid) - before) / 1e6 / REST_S
+
+
+def wait_pss_stable(pid: int, sessions: int = IDLE_SESSIONS) -> int:
     """Wait until the memory of the tree no longer moves, and return it in KiB."""
     deadline = time.monotonic() + PSS_WITHIN_S
     now_kib = pss_kib(pid)
@@ -166,6 +243,6 @@ def wait_pss_stable(pid: int) -> int:
         last_kib = now_kib
         time.sleep(PSS_WINDOW_S)
         now_kib = pss_kib(pid)
-        if abs(now_kib - last_kib) < PSS_STABLE_KIB:
+        if abs(now_kib - last_kib) * PSS_STABLE_SESSIONS < sessions:
             return now_kib
     raise BenchError(f"memory of pid {pid} still moves after {PSS_WITHIN_S:g} s")

@@ -86,18 +86,36 @@ def tree(root: int) -> list[Proc]:
     return [proc for proc in procs if proc.pid in family]
 
 
-def cpu_ns(root: int) -> int:
-    """CPU time of the tree so far, over all threads, in ns.
+class Usage(NamedTuple):
+    """What a tree of processes has used: CPU time, and how often a thread gave way to another.
+
+    A process or thread that has ended is not in the sums: servers measured here keep theirs, but
+    for those that fork for each client.
+    """
+
+    cpu_ns: int
+    switches: int
+
+
+def usage(root: int) -> Usage:
+    """What a tree of processes has used so far, over all threads.
 
     The first field of schedstat is exact to the last switch or tick, where utime counts ticks.
-    A process or thread that has ended is not in the sum: servers measured here keep theirs.
     """
-    total = 0
+    total_ns = switches = 0
     for proc in tree(root):
         for task in (PROC / str(proc.pid) / "task").iterdir():
             with suppress(FileNotFoundError, ProcessLookupError):
-                total += int((task / "schedstat").read_text().split()[0])
-    return total
+                total_ns += int((task / "schedstat").read_text().split()[0])
+                for line in (task / "status").read_text().splitlines():
+                    if "ctxt_switches" in line:  # voluntary_ and nonvoluntary_
+                        switches += int(line.split()[1])
+    return Usage(total_ns, switches)
+
+
+def cpu_ns(root: int) -> int:
+    """CPU time of the tree so far, in ns."""
+    return usage(root).cpu_ns
 
 
 def pss_kib(root: int) -> int:
@@ -131,17 +149,19 @@ def is_listening(port: int) -> bool:
 
 
 def is_free(port: int) -> bool:
-    """Whether nobody listens on the port and it can be bound.
+    """Whether nobody listens on the port and it can be bound, TCP and UDP.
 
     Without SO_REUSEPORT, so that a stale listener of a reuseport group cannot be joined unseen;
     with SO_REUSEADDR, so that TIME_WAIT of the last run does not matter.
     """
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("0.0.0.0", port))
-        except OSError:
-            return False
+    for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+        with socket.socket(type=kind) as probe:
+            if kind == socket.SOCK_STREAM:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("0.0.0.0", port))
+            except OSError:
+                return False
     return not is_listening(port)
 
 

@@ -2,7 +2,7 @@
 # The procedure of the performance notes, step by step:
 #
 #   bench/quick.sh [SECONDS]        the forwarder alone, iperf3 -P 1 and -P 8, 30 s each
-#   bench/quick.sh --peers ...      the forwarder beside its peers: python -m bench.quick --peers ...
+#   bench/quick.sh --peers ...      the forwarder beside its peers: python -m bench --peers ...
 #
 # FORWARDER is the command that starts it, e.g. .venv/bin/forwarder; PYTHON the interpreter for
 # --peers. Paths are relative to the project root. Needs iperf3 and ss.
@@ -10,7 +10,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 if [[ ${1:-} == --* ]]; then
-    exec "${PYTHON:-python3}" -m bench.quick "$@"
+    exec "${PYTHON:-python3}" -m bench "$@"
 fi
 
 duration=${1:-30}

@@ -6,20 +6,17 @@ Run from the project root as ``python -m bench.reload_under_load``. Standard lib
 from __future__ import annotations
 
 import argparse
-import os
-import shlex
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from bench.command_line import exit_on_signal, positive
+from bench.command_line import add_forwarder, exit_on_signal, positive
 from bench.machine import machine
 from bench.peers import (
     FD_LIMIT,
@@ -42,13 +39,15 @@ from bench.procs import (
     tree,
     wait_ready,
 )
-from bench.quick import PORTS
+from bench.reloads import LATE_S, OUTCOMES, Reloads
+from bench.rounds import PORTS, say
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-OUTCOMES: Final = ("served", "refused", "reset", "cut", "wrong", "late")
-_LATE_S: Final = 15  # storm.c gives up on a connection after this long
+REPEATS: Final = 50  # reloads in each round
+ROUND_S: Final = 10
+RATE: Final = 1000  # new connections a second
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +75,13 @@ def forwarder_config(workers: int, _directory: Path) -> str:
 
 
 def nginx_config(workers: int, directory: Path) -> str:
-    """The configuration of quick.py, with another number of workers."""
+    """The configuration of peers.py, with another number of workers."""
     text = NGINX_STREAM_CONF.replace(f"worker_processes {WORKERS};", f"worker_processes {workers};")
     return nginx_stream_module() + NGINX_HEAD.format(directory=directory) + text
 
 
 def haproxy_config(workers: int, directory: Path) -> str:
-    """The configuration of quick.py, and a socket over which listeners are handed on."""
+    """The configuration of peers.py, and a socket over which listeners are handed on."""
     text = HAPROXY_CONF.replace(f"nbthread {WORKERS}", f"nbthread {workers}")
     socket = f"    stats socket {directory}/haproxy.sock mode 600 level admin expose-fd listeners\n"
     return text.replace("global\n", "global\n" + socket, 1)
@@ -112,7 +111,7 @@ def contenders(forwarder: list[str]) -> tuple[Contender, ...]:
     )
 
 
-def run_once(contender: Contender, args: argparse.Namespace, directory: Path) -> Counter[str]:
+def run_once(contender: Contender, plan: Reloads, directory: Path) -> dict[str, int]:
     """Reload at even intervals under load; returns the outcomes and the processes left."""
     require_free(PORTS)
     path = directory / contender.file
@@ -125,80 +124,67 @@ def run_once(contender: Contender, args: argparse.Namespace, directory: Path) ->
         )
         wait_ready(child, LISTEN_PORT)
         before = len(tree(child.pid))
-        storm = [str(directory / "storm"), HOST, str(LISTEN_PORT), str(args.rate)]
+        storm = [str(directory / "storm"), HOST, str(LISTEN_PORT), str(plan.rate)]
         load = stack.enter_context(
-            subprocess.Popen([*storm, str(args.seconds)], stdout=subprocess.PIPE, text=True)
+            subprocess.Popen([*storm, str(plan.seconds)], stdout=subprocess.PIPE, text=True)
         )
         began = time.monotonic()
-        for i in range(args.reloads):
-            time.sleep(max(0.0, began + (i + 0.5) * args.seconds / args.reloads - time.monotonic()))
+        for i in range(plan.reloads):
+            time.sleep(max(0.0, began + (i + 0.5) * plan.seconds / plan.reloads - time.monotonic()))
             workers = contender.workers[i % len(contender.workers)]
             path.write_text(contender.config(workers, directory))
             child.process.send_signal(contender.number)
-        output, _ = load.communicate(timeout=args.seconds + 3 * _LATE_S)
+        output, _ = load.communicate(timeout=plan.seconds + 3 * LATE_S)
         if load.returncode != 0:
             raise BenchError(f"storm: exit status {load.returncode}")
-        found = Counter(dict(zip(OUTCOMES, map(int, output.split()), strict=True)))
+        found = dict(zip(OUTCOMES, map(int, output.split()), strict=True))
         found["seconds"] = round(time.monotonic() - began)
         # What is still there when nobody is served any more and all had a second to leave.
         time.sleep(1.0)
         found["left"] = len(tree(child.pid)) - before
-        found["workers"] = before
     require_free(PORTS)
     return found
 
 
-def print_table(args: argparse.Namespace, results: dict[str, list[Counter[str]]]) -> None:
-    """Print the sums over all rounds; processes left are those of the worst round."""
-    print(
-        f"{args.rounds} rounds of {args.reloads} reloads in {args.seconds} s, "
-        f"{args.rate} new connections a second. {machine()}\n"
-    )
-    columns = ("connections", "refused", "reset", "cut", "wrong", f"over {_LATE_S} s")
-    print(f"| | {' | '.join(columns)} | processes more than before | seconds |")
-    print("|---|" + "---:|" * (len(columns) + 2))
-    for name, rounds in results.items():
-        if not rounds:
-            continue
-        total = sum(rounds, Counter())
-        counts = [sum(total[outcome] for outcome in OUTCOMES), *(total[o] for o in OUTCOMES[1:])]
-        left = max(found["left"] for found in rounds)
-        cells = [*counts, left, total["seconds"]]
-        print(f"| {name} | {' | '.join(map(str, cells))} |")
+def run_rounds(everyone: Sequence[Contender], rounds: int, plan: Reloads, directory: Path) -> None:
+    """Each contender in turn, each round starts with another; what is found goes to ``plan``."""
+    for tool in ("storm", "echo"):
+        compiled(directory, tool)
+    for number in range(rounds):
+        turn = number % len(everyone)
+        for contender in (*everyone[turn:], *everyone[:turn]):
+            say(f"round {number + 1}: reload {contender.name}")
+            plan.add(contender.name, run_once(contender, plan, directory))
 
 
 def main(argv: Sequence[str]) -> int:
     """Measure and report. Returns 1, after reporting what there is, when a run went wrong."""
     parser = argparse.ArgumentParser(prog="python -m bench.reload_under_load", description=__doc__)
     parser.add_argument("--rounds", type=positive, default=3, metavar="N")
-    parser.add_argument("--reloads", type=positive, default=50, metavar="N", help="in each round")
-    parser.add_argument("--seconds", type=positive, default=10, metavar="S", help="of each round")
-    parser.add_argument("--rate", type=positive, default=1000, metavar="N", help="connections/s")
     parser.add_argument(
-        "--forwarder", default=os.environ.get("FORWARDER", "forwarder"), metavar="CMD"
+        "--reloads", type=positive, default=REPEATS, metavar="N", help="in each round"
     )
+    parser.add_argument(
+        "--seconds", type=positive, default=ROUND_S, metavar="S", help="of each round"
+    )
+    parser.add_argument("--rate", type=positive, default=RATE, metavar="N", help="connections/s")
+    add_forwarder(parser)
     args = parser.parse_args(argv)
-    everyone = contenders(shlex.split(args.forwarder) or parser.error("--forwarder is empty"))
+    everyone = contenders(args.forwarder)
     signal.signal(signal.SIGTERM, exit_on_signal)
-    results: dict[str, list[Counter[str]]] = {contender.name: [] for contender in everyone}
+    plan = Reloads(args.reloads, args.seconds, args.rate)
     try:
         require_programs({"gcc", *(contender.program for contender in everyone)})
         set_fd_limit(FD_LIMIT)
         with tempfile.TemporaryDirectory(prefix="bench-") as name:
-            for tool in ("storm", "echo"):
-                compiled(Path(name), tool)
-            for number in range(args.rounds):
-                turn = number % len(everyone)
-                for contender in everyone[turn:] + everyone[:turn]:
-                    print(f"round {number + 1}: {contender.name}", file=sys.stderr)
-                    results[contender.name].append(run_once(contender, args, Path(name)))
+            run_rounds(everyone, args.rounds, plan, Path(name))
     except BenchError as err:
         print(f"bench: {err}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
     finally:
-        print_table(args, results)
+        print(f"{machine()}\n\n{plan.table().as_markdown()}")
     return 0
 
 

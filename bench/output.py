@@ -1,0 +1,33 @@
+"""Where a report goes: the page, its Markdown, the pictures, and the raw data beside them."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Final
+
+from bench import page
+from bench.pictures import draw
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from bench.run import Run
+
+RESULTS: Final = "results.json"
+
+
+def write(run: Run, directory: Path) -> None:
+    """Write everything into a directory, which is made."""
+    directory.mkdir(parents=True, exist_ok=True)
+    run.write(directory / RESULTS)
+    pictures = draw(run)
+    names = {title: f"{slug(title)}.svg" for title in pictures}
+    for title, svg in pictures.items():
+        (directory / names[title]).write_text(svg)
+    (directory / "report.md").write_text(page.markdown(run, names))
+    (directory / "report.html").write_text(page.html(run, pictures))
+
+
+def slug(title: str) -> str:
+    """A title as the name of a file."""
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
