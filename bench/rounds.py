@@ -29,9 +29,8 @@ if TYPE_CHECKING:
     from bench.report import Results
 
 PORTS = (LISTEN_PORT, UPSTREAM_PORT, HELD_PORT, HELD_UPSTREAM_PORT)
-CALLS_ROUND = (
-    -1
-)  # the number of the pass that counts system calls, whose other figures are not kept
+# The number of the pass that counts system calls, whose other figures are not kept.
+CALLS_ROUND = -1
 
 
 @dataclass(frozen=True, slots=True)
