@@ -32,7 +32,7 @@ from bench.procs import BenchError, set_fd_limit
 from bench.report import Results, Table, spread
 from bench.rounds import Part, run_rounds
 from forwarder import worker
-from forwarder.cli import main as forwarder
+from forwarder.cli.main import main as forwarder
 from forwarder.net import pipes, sockets
 from forwarder.relay import direction, listener, poller, relay, splice
 

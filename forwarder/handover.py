@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable
 
+    from forwarder.control.requests import Requests
     from forwarder.privileges import Identity
-    from forwarder.requests import Requests
 
 log = logging.getLogger(__name__)
 

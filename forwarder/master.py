@@ -24,6 +24,7 @@ import setproctitle
 from forwarder import __version__, notify, probing, upgrade
 from forwarder.config.model import STOP_TIMEOUT_S
 from forwarder.connlog.files import discard
+from forwarder.control.requests import Requests
 from forwarder.errors import ExitCode, StartupError
 from forwarder.fleet import Fleet
 from forwarder.handover import UNDER_WAY, Handover, inherited_sockets
@@ -38,7 +39,6 @@ from forwarder.privileges import (
     raise_descriptor_limit,
 )
 from forwarder.reloading import Reloading
-from forwarder.requests import Requests
 from forwarder.service import Service
 from forwarder.signals import SignalQueue
 from forwarder.slot import WorkerProcess

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from forwarder.config.model import Config
-    from forwarder.requests import Requests
+    from forwarder.control.requests import Requests
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from forwarder import __version__
-from forwarder.cli import cli
+from forwarder.cli.main import cli
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from forwarder.cli_convert import find_files
+from forwarder.cli.convert import find_files
 from forwarder.config import Dialect, parse
 from forwarder.errors import ConfigError
 from forwarder.migrate import Outside, convert, guess

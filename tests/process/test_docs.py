@@ -25,7 +25,7 @@ from support.processes import members
 from support.programs import debian
 from support.waiting import eventually
 
-from forwarder.cli import cli
+from forwarder.cli.main import cli
 from process.conftest import stop
 
 if TYPE_CHECKING:

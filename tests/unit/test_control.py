@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from forwarder.asking import ANSWER_WITHIN_S, Questions
-from forwarder.control import (
+from forwarder.control.path import ControlListener
+from forwarder.control.requests import Requests, new_size
+from forwarder.control.server import (
     IDLE_S,
     MAX_ANSWER_BYTES,
     MAX_CLIENTS,
@@ -18,15 +20,13 @@ from forwarder.control import (
     RequestError,
     parse,
 )
-from forwarder.control_path import ControlListener
-from forwarder.requests import Requests, new_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
     from forwarder.asking import Answered
-    from forwarder.control import Message, Reply
+    from forwarder.control.server import Message, Reply
 
 
 class Instance:

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from support.programs import debian
 
-from forwarder.cli import cli
+from forwarder.cli.main import cli
 from forwarder.config import parse
 from forwarder.config.model import Dialect
 

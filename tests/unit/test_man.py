@@ -11,7 +11,7 @@ import click
 import pytest
 from support.programs import debian
 
-from forwarder.cli import cli
+from forwarder.cli.main import cli
 from forwarder.config.toml_conf import ACCESS_KEYS, LOG_KEYS, RULE_KEYS, TOP_KEYS
 
 MAN = Path(__file__).parents[2] / "docs" / "man"

@@ -15,16 +15,8 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 import click
 
-from forwarder import (
-    cli_completion,
-    cli_control,
-    cli_convert,
-    cli_files,
-    daemonlog,
-    demo,
-    features,
-    master,
-)
+from forwarder import daemonlog, demo, features, master
+from forwarder.cli import completion, control, convert, files
 from forwarder.config.model import RelayMode
 from forwarder.errors import ConfigError, ExitCode, ForwarderError
 from forwarder.relay.splice import HAS_SPLICE
@@ -100,7 +92,7 @@ def cli() -> None:
 
 
 @cli.command()
-@cli_files.config_options
+@files.config_options
 @click.option(
     "--workers", metavar="N|auto", type=_WorkerCount(), help="Worker processes; auto = usable CPUs."
 )
@@ -109,7 +101,7 @@ def cli() -> None:
     type=click.Choice([mode.value for mode in RelayMode]),
     help="How bulk is moved; auto = splice where the system has it.",
 )
-@cli_control.control_option
+@control.control_option
 @click.option("--user", metavar="NAME", help="User the workers run as; needs root.")
 @click.option("--group", metavar="NAME", help="Group the workers run as.")
 @click.option(
@@ -141,8 +133,8 @@ def run(  # noqa: PLR0913 - one parameter per option is click's way
 
     def load() -> Config:
         """Read the configuration; the command line wins over what it says."""
-        loaded = cli_files.load(config_file, dialect, listens, remotes)
-        cli_files.warn(loaded)
+        loaded = files.load(config_file, dialect, listens, remotes)
+        files.warn(loaded)
         given = {
             "workers": workers,
             "relay": relay and RelayMode(relay),
@@ -190,10 +182,10 @@ def demo_command(seconds: float | None, workers: int, port: int) -> None:
 
 
 for _command in (
-    *cli_control.COMMANDS,
-    *cli_files.COMMANDS,
-    cli_completion.completion_command,
-    cli_convert.convert_command,
+    *control.COMMANDS,
+    *files.COMMANDS,
+    completion.completion_command,
+    convert.convert_command,
 ):
     cli.add_command(_command)
 
@@ -213,7 +205,7 @@ def _refuse_missing_splice(relay: RelayMode) -> None:
 def main() -> NoReturn:
     """Run the command line and exit with a code of ExitCode."""
     try:
-        code = cli(standalone_mode=False, prog_name=cli_completion.PROGRAM)
+        code = cli(standalone_mode=False, prog_name=completion.PROGRAM)
     except click.ClickException as err:
         err.show()
         sys.exit(err.exit_code)

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from forwarder.control_path import ControlListener
+    from forwarder.control.path import ControlListener
 
 log = logging.getLogger(__name__)
 

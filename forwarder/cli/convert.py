@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from forwarder import migrate
-from forwarder.cli_options import FILE
+from forwarder.cli.options import FILE
 from forwarder.config.loading import read_text
 from forwarder.errors import ForwarderError
 

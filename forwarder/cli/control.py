@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from forwarder import control_path, status
-from forwarder.cli_options import FILE
+from forwarder import status
+from forwarder.cli.options import FILE
+from forwarder.control.path import find as find_socket
 from forwarder.errors import ExitCode, ForwarderError
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def _refused(answer: dict[str, object]) -> ControlError:
 def _ask(
     path: str | None, message: dict[str, object], timeout_s: float | None
 ) -> dict[str, object]:
-    return request(Path(path) if path else control_path.find(), message, timeout_s)
+    return request(Path(path) if path else find_socket(), message, timeout_s)
 
 
 def control_option(command: Callable[..., None]) -> Callable[..., None]:

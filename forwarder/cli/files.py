@@ -13,7 +13,7 @@ import click
 
 from forwarder import config, probing
 from forwarder.addr import UnixAddress
-from forwarder.cli_options import FILE
+from forwarder.cli.options import FILE
 from forwarder.config.advice import advise
 from forwarder.config.compare import compare
 from forwarder.config.model import MAX_FLOWS, Config, Dialect, Framing, Rule

@@ -12,16 +12,16 @@ import logging
 import re
 from typing import TYPE_CHECKING, Final, Protocol
 
-from forwarder import control_path
 from forwarder.access import parse_pattern
-from forwarder.control import ControlServer, refusal
+from forwarder.control import path as control_path
+from forwarder.control.server import ControlServer, refusal
 
 if TYPE_CHECKING:
     import selectors
     from collections.abc import Iterable
 
     from forwarder.asking import Answered
-    from forwarder.control import Message, Reply
+    from forwarder.control.server import Message, Reply
 
 log = logging.getLogger(__name__)
 

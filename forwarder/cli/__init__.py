@@ -1,0 +1,1 @@
+"""The commands: options to settings, answers to text, errors to exit codes."""
