@@ -100,7 +100,7 @@ def test_the_wheel_says_what_it_is(built: Path) -> None:
     found = metadata(built / WHEEL)
     assert (found["Name"], found["Version"]) == ("forwarder", __version__)
     assert (found["License-Expression"], found["Requires-Python"]) == ("MIT", ">=3.11")
-    assert {"convert", "deploy", "dev"} == set(found.get_all("Provides-Extra") or [])
+    assert {"bench", "convert", "deploy", "dev"} == set(found.get_all("Provides-Extra") or [])
     assert "Operating System :: POSIX :: Linux" in (found.get_all("Classifier") or [])
 
 
