@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from bench import page
 from bench.pictures import draw
@@ -13,21 +12,14 @@ if TYPE_CHECKING:
 
     from bench.run import Run
 
-RESULTS: Final = "results.json"
-
 
 def write(run: Run, directory: Path) -> None:
     """Write everything into a directory, which is made."""
     directory.mkdir(parents=True, exist_ok=True)
-    run.write(directory / RESULTS)
+    run.write(directory / page.RESULTS)
     pictures = draw(run)
-    names = {title: f"{slug(title)}.svg" for title in pictures}
+    names = {title: f"{page.slug(title)}.svg" for title in pictures}
     for title, svg in pictures.items():
         (directory / names[title]).write_text(svg)
     (directory / "report.md").write_text(page.markdown(run, names))
     (directory / "report.html").write_text(page.html(run, pictures))
-
-
-def slug(title: str) -> str:
-    """A title as the name of a file."""
-    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")

@@ -6,11 +6,12 @@ Pictures are SVG, by the title of their section.
 from __future__ import annotations
 
 import base64
+import re
 from html import escape
 from typing import TYPE_CHECKING, Final
 
 from bench.measures import BY_NAME
-from bench.report import table
+from bench.report import rounds, table
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -33,6 +34,7 @@ EXPLAINED: Final = (
     "CPU, memory and latency. System calls were counted in a pass of their own."
 )
 RELOADS: Final = "Reloads under load"
+RESULTS: Final = "results.json"  # the raw data, beside the page
 
 
 def tables(section: Section) -> Iterator[Table]:
@@ -66,7 +68,7 @@ def body(run: Run, pictures: Mapping[str, str], level: int = 2) -> list[str]:
 
 def html(run: Run, pictures: Mapping[str, str]) -> str:
     """The report as a page; ``pictures`` are SVG documents."""
-    parts = [_list(_facts(run)), f"<p>{escape(EXPLAINED)}</p>"]
+    parts = [bullets(_facts(run)), f"<p>{escape(EXPLAINED)}</p>"]
     for section in run.sections:
         parts += [f"<h2>{escape(section.title)}</h2>", f"<p>{escape(_how(section))}</p>"]
         if section.title in pictures:
@@ -100,7 +102,13 @@ def picture(svg: str, title: str, *, is_live: bool = False) -> str:
     return f'<img alt="{escape(title)}" src="{url}">'
 
 
-def _list(lines: Iterable[str]) -> str:
+def slug(title: str) -> str:
+    """A title as the name of a file."""
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+
+
+def bullets(lines: Iterable[str]) -> str:
+    """A list."""
     return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>"
 
 
@@ -113,5 +121,4 @@ def _facts(run: Run) -> list[str]:
 
 
 def _how(section: Section) -> str:
-    rounds = f"{section.rounds} rounds" if section.rounds > 1 else "One round"
-    return f"{rounds} of {section.seconds} s for each load."
+    return f"{rounds(section.rounds)} of {section.seconds} s for each load."

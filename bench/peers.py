@@ -157,6 +157,7 @@ class Peer:
     command: Callable[[Path], list[str]] | None = None
     has_udp: bool = False
     forks: bool = False
+    is_python: bool = False
     max_sessions: int = ONE_PROCESS_SESSIONS
 
 
@@ -303,6 +304,7 @@ def forwarder_peer(name: str, command: list[str], version: tuple[str, ...], conf
         version=version,
         command=lambda directory: [*command, "-c", str(_forwarder_conf(directory, conf))],
         has_udp=True,
+        is_python=True,
         max_sessions=WORKERS * ONE_PROCESS_SESSIONS,
     )
 

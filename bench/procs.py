@@ -97,20 +97,43 @@ class Usage(NamedTuple):
     switches: int
 
 
-def usage(root: int) -> Usage:
-    """What a tree of processes has used so far, over all threads.
+class Thread(NamedTuple):
+    """A thread, by the name that it has given itself."""
+
+    tid: int
+    name: str
+    usage: Usage
+
+
+def threads(root: int) -> list[Thread]:
+    """Every thread of a tree of processes, with what it has used so far.
 
     The first field of schedstat is exact to the last switch or tick, where utime counts ticks.
     """
-    total_ns = switches = 0
+    found = []
     for proc in tree(root):
         for task in (PROC / str(proc.pid) / "task").iterdir():
             with suppress(FileNotFoundError, ProcessLookupError):
-                total_ns += int((task / "schedstat").read_text().split()[0])
-                for line in (task / "status").read_text().splitlines():
-                    if "ctxt_switches" in line:  # voluntary_ and nonvoluntary_
-                        switches += int(line.split()[1])
-    return Usage(total_ns, switches)
+                used_ns = int((task / "schedstat").read_text().split()[0])
+                status = (task / "status").read_text().splitlines()
+                # voluntary_ and nonvoluntary_
+                switches = sum(int(line.split()[1]) for line in status if "ctxt_switches" in line)
+                name = (task / "comm").read_text().strip()
+                found.append(Thread(int(task.name), name, Usage(used_ns, switches)))
+    return found
+
+
+def usage(root: int) -> Usage:
+    """What a tree of processes has used so far, over all threads."""
+    every = [thread.usage for thread in threads(root)]
+    return Usage(sum(one.cpu_ns for one in every), sum(one.switches for one in every))
+
+
+def machine_ticks() -> tuple[int, int]:
+    """Of all processors since boot: the ticks that they were busy, and all ticks. proc(5)."""
+    line = (PROC / "stat").read_text().partition("\n")[0]
+    ticks = [int(word) for word in line.split()[1:9]]  # guests are in user already
+    return sum(ticks) - ticks[3] - ticks[4], sum(ticks)
 
 
 def cpu_ns(root: int) -> int:

@@ -12,8 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from bench import page
-from bench.output import RESULTS, slug
+from bench.page import RESULTS, body, slug
 from bench.run import Run, read
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ def publish(directory: Path, docs: Path) -> None:
 
 def figures(run: Run, pictures: dict[str, str]) -> str:
     """The part of the page that is generated: the report, one level below the page."""
-    lines = [f"## Measured on {run.date}", "", *page.body(run, pictures, level=3)]
+    lines = [f"## Measured on {run.date}", "", *body(run, pictures, level=3)]
     return "\n".join(lines)
 
 
