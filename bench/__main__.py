@@ -7,6 +7,7 @@ bench/README.md for what the figures mean. Standard library only, but for the pi
 from __future__ import annotations
 
 import argparse
+import shutil
 import signal
 import sys
 import tempfile
@@ -19,7 +20,7 @@ from bench import page, parts, reload_under_load
 from bench.calls import can_count
 from bench.command_line import add_forwarder, exit_on_signal, positive
 from bench.measures import BY_NAME, USUAL
-from bench.peers import FD_LIMIT, all_peers, is_here
+from bench.peers import FD_LIMIT, all_peers, is_here, require_programs
 from bench.procs import BenchError, set_fd_limit
 from bench.reloads import Reloads
 from bench.rounds import run_calls, run_rounds, say
@@ -144,6 +145,8 @@ def measure(plan: Plan, run: Run) -> None:
     """Measure everything; what is found is in ``run``, whatever happens. Raises BenchError."""
     for part in plan.parts:
         part.check_programs()
+    if plan.reload_rounds:
+        require_programs({"gcc", plan.forwarder[0]})
     counts_calls = plan.counts_calls and can_count()
     if plan.counts_calls and not counts_calls:
         run.failures.append("system calls: no perf (package linux-perf) that may count them")
@@ -166,7 +169,7 @@ def _measure_reloads(plan: Plan, run: Run, directory: Path) -> None:
     everyone = [
         contender
         for contender in reload_under_load.contenders(plan.forwarder)
-        if contender.program not in plan.absent
+        if shutil.which(contender.program)
     ]
     run.reloads = Reloads(
         reload_under_load.REPEATS, reload_under_load.ROUND_S, reload_under_load.RATE

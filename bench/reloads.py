@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Final
 
-from bench.report import Table
+from bench.report import Table, rounds
 
 OUTCOMES: Final = ("served", "refused", "reset", "cut", "wrong", "late")
 LATE_S: Final = 15  # storm.c gives up on a connection after this long
@@ -32,17 +32,17 @@ class Reloads:
         """The sums over all rounds; processes left are those of the worst round."""
         columns = ("connections", "refused", "reset", "cut", "wrong", f"over {LATE_S} s")
         rows = [["", *columns, "processes more than before", "seconds"]]
-        for name, rounds in self.rounds.items():
+        for name, every in self.rounds.items():
             total: Counter[str] = Counter()
-            for found in rounds:
+            for found in every:
                 total.update(found)
             counts = [sum(total[outcome] for outcome in OUTCOMES)]
             counts += [total[outcome] for outcome in OUTCOMES[1:]]
-            counts += [max(found["left"] for found in rounds), total["seconds"]]
+            counts += [max(found["left"] for found in every), total["seconds"]]
             rows.append([name, *(f"{count:,}" for count in counts)])
-        many = max((len(rounds) for rounds in self.rounds.values()), default=0)
+        many = max(map(len, self.rounds.values()), default=0)
         return Table(
-            f"reload: {many} rounds of {self.reloads} reloads in {self.seconds} s, "
+            f"reload: {rounds(many)} of {self.reloads} reloads in {self.seconds} s, "
             f"{self.rate:,} new connections/s",
             rows,
         )

@@ -61,6 +61,11 @@ class Table:
         return "\n".join([*lines, *(_html_row(row, "td") for row in rows), "</table>"])
 
 
+def rounds(count: int) -> str:
+    """How many rounds, in words."""
+    return f"{count} round{'' if count == 1 else 's'}"
+
+
 def spread(values: Sequence[float], digits: int) -> str:
     """Write a median with its range, as ``12.3 (11.9-13.0)``; the range only from two values on."""
     if not values:

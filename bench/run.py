@@ -95,7 +95,7 @@ def read(path: Path) -> Run:
             for found in content.pop("sections")
         ]
         return Run(sections=sections, reloads=Reloads(**reloads) if reloads else None, **content)
-    except (KeyError, TypeError, AttributeError) as err:
+    except (ValueError, KeyError, TypeError, AttributeError) as err:
         raise ValueError(f"{path}: not the JSON of a run: {err!r}") from err
 
 
