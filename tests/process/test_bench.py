@@ -1,0 +1,164 @@
+"""The measurements really run, for as short as they can."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+from support.namespaces import needs_network, network
+from support.pages import ROOT
+from support.programs import debian
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = pytest.mark.process
+
+FORWARDER = f"{sys.executable} -m forwarder"
+# A perf that has recorded one sample and counted what a virtual machine can, and ends on SIGINT.
+FAKE_PERF = """\
+#!/bin/sh
+wait_for_the_end() {
+    trap 'exit 0' INT
+    while :; do sleep 0.05; done
+}
+case $1 in
+stat)
+    while [ "$1" != -o ]; do shift; done
+    printf '<not supported>,,cycles,0,100.00,,\\n700,,context-switches,1,100.00,,\\n' >"$2"
+    wait_for_the_end
+    ;;
+record) wait_for_the_end ;;
+script) printf 'forwarder\\n\\t1 tcp_sendmsg_locked ([kernel.kallsyms])\\n\\n' ;;
+esac
+"""
+FAKE_STRACE = """\
+#!/bin/sh
+while [ "$1" != -o ]; do shift; done
+echo ' 99.00    0.500000          28     17484       283 splice' >"$2"
+trap 'exit 0' INT
+while :; do sleep 0.05; done
+"""
+FAKE_FLAMEGRAPH = """\
+#!/bin/sh
+while [ "$1" != -o ]; do shift; done
+echo '<svg xmlns="http://www.w3.org/2000/svg"></svg>' >"$2"
+"""
+FAKE_SPY = """\
+#!/bin/sh
+echo 'Error: Permission Denied' >&2
+exit 1
+"""
+
+
+def bench(tool: str, *arguments: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a measurement, with programs in ``path`` before all others."""
+    env = dict(os.environ)
+    if path is not None:
+        env["PATH"] = f"{path}:{env['PATH']}"
+    return subprocess.run(
+        [sys.executable, "-m", tool, "--forwarder", FORWARDER, "--seconds", "1", *arguments],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def install(directory: Path, **programs: str) -> Path:
+    """Write programs, by name with _ for -."""
+    for name, text in programs.items():
+        program = directory / name.replace("_", "-")
+        program.write_text(text)
+        program.chmod(0o755)
+    return directory
+
+
+@debian("iperf3")
+@needs_network
+def test_a_round_of_a_second_gives_figures_of_both_peers_and_a_report(tmp_path: Path) -> None:
+    """Report, JSON and pictures are written; nobody listens afterwards, for bench looks itself."""
+    pytest.importorskip("matplotlib", reason="the extra bench is not installed")
+    words = ("--only", "bulk1", "--peers", "direct,forwarder", "--rounds", "1")
+    files = ("--json", str(tmp_path / "run.json"), "--out", str(tmp_path / "out"))
+    with network():
+        done = bench("bench", *words, *files)
+    assert done.returncode == 0, done.stderr
+    run = json.loads((tmp_path / "run.json").read_text())
+    (section,) = run["sections"]
+    by_peer = section["results"]["rounds"]["bulk1"]
+    assert by_peer["direct"]["0"]["gbit_s"] > 0
+    assert by_peer["forwarder"]["0"]["gbit_s"] > 0
+    assert by_peer["forwarder"]["0"]["cpu"] > 0
+    assert run["failures"] == []
+    assert run["peers"]["forwarder"][0].startswith("forwarder ")
+    out = tmp_path / "out"
+    assert {path.name for path in out.iterdir()} == {
+        *("measured.svg", "report.html", "report.md", "results.json"),
+    }
+    assert "<svg" in (out / "measured.svg").read_text()
+    assert "| forwarder | " in (out / "report.md").read_text()
+    assert (out / "results.json").read_text() == (tmp_path / "run.json").read_text()
+
+
+@debian("iperf3")
+@needs_network
+def test_a_peer_that_does_not_start_is_in_the_report_and_the_others_go_on(tmp_path: Path) -> None:
+    programs = install(tmp_path, rinetd="#!/bin/sh\necho 'no mood' >&2\nexit 3\n")
+    words = ("--only", "bulk1", "--peers", "rinetd,direct", "--rounds", "1")
+    with network():
+        done = bench("bench", *words, path=programs)
+    assert done.returncode == 1
+    assert "- went wrong: bulk1 rinetd: rinetd ended by itself, exit status 3" in done.stdout
+    assert "no mood" in done.stdout
+    assert "| direct | " in done.stdout
+
+
+@debian("iperf3")
+@needs_network
+def test_a_port_that_is_taken_ends_the_run(tmp_path: Path) -> None:
+    with network():
+        code = "import socket; s = socket.create_server(('127.0.0.1', 9000)); print(); input()"
+        with subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as holder:
+            assert holder.stdout is not None
+            holder.stdout.readline()
+            words = ("--only", "bulk1", "--peers", "direct", "--json", str(tmp_path / "run.json"))
+            done = bench("bench", *words)
+    assert done.returncode == 1
+    assert "port 9000 is taken" in done.stderr
+    assert not (tmp_path / "run.json").exists()
+
+
+@debian("iperf3")
+@needs_network
+def test_a_profile_says_what_it_saw_and_goes_on_without_a_tool_that_fails(tmp_path: Path) -> None:
+    """perf and strace have seen something, py-spy may not look; flamegraph has drawn."""
+    programs = install(
+        tmp_path,
+        perf=FAKE_PERF,
+        strace=FAKE_STRACE,
+        flamegraph=FAKE_FLAMEGRAPH,
+        py_spy=FAKE_SPY,
+    )
+    out = tmp_path / "out"
+    with network():
+        done = bench("bench.profile", "--only", "bulk1", "--out", str(out), path=programs)
+    assert done.returncode == 0, done.stderr
+    text = (out / "profile.md").read_text()
+    assert "100% of its samples are in the kernel" in text
+    assert "Permission Denied" in text
+    assert "| cycles | not supported |  |" in text
+    assert "| context-switches | 700 | " in text
+    assert "| splice | 17,484 | 283 | 99.0 |" in text
+    assert "forwarder: work" in text
+    assert (out / "forwarder-bulk1.folded").read_text() == "forwarder;tcp_sendmsg_locked 1\n"
+    assert (out / "forwarder-bulk1-perf.svg").read_text() == FAKE_FLAMEGRAPH.split("'")[1] + "\n"
+    assert "<object " in (out / "profile.html").read_text()
