@@ -30,7 +30,7 @@ format: $(VENV)/installed-dev
 man: $(VENV)/installed-dev
 	$(BIN)/python docs/man/generate.py
 
-# Everything, in 70 minutes; make bench QUICK=1 for what matters most, in less than three.
+# Everything, in 65 minutes; make bench QUICK=1 for what matters most, in less than three.
 bench: $(VENV)/installed-bench
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m bench $(if $(QUICK),--short,--all --calls) --out bench-results $(ARGS)
 
