@@ -31,7 +31,7 @@ img, object { max-width: 100%; height: auto }
 EXPLAINED: Final = (
     "A figure is the median of the rounds, with minimum and maximum. The columns with a ratio are "
     "computed round by round, then the median is taken: above 1 is better for rates, below 1 for "
-    "CPU, memory and latency. System calls were counted in a pass of their own."
+    "CPU, memory and latency. System calls, where there are any, are from a pass of their own."
 )
 RELOADS: Final = "Reloads under load"
 RESULTS: Final = "results.json"  # the raw data, beside the page
