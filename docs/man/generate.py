@@ -186,7 +186,7 @@ def key(cells: dict[str, str]) -> list[str]:
     """What a key is: meaning first, then its kind and default, and an example."""
     kind = ", ".join(cell for cell in (cells["type"], cells["unit"]) if cell)
     lines = paragraph([f"{cells['meaning']}."]) if cells["meaning"] else []
-    lines += paragraph([f"({kind}; default: {cells['default']})"])
+    lines += paragraph([f"({kind}; default: {cells['default']}; since {cells['since']})"])
     return [*lines, ".br", *paragraph([f"Example: {cells['example']}"])]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from forwarder import __version__
 from forwarder.config import Dialect, load
 from forwarder.config.advice import advise
 from forwarder.config.model import (
@@ -29,6 +30,12 @@ RULE = "### In a `[[forwarding_rules]]` table"
 ACCESS = "### In a `[[global_rules]]` or `[[forwarding_rules.rules]]` table"
 LOGS = "### In a `[[logs]]` table"
 RINETD = "## rinetd.conf"
+FIRST_VERSION = (0, 1, 0)
+
+
+def version(text: str) -> tuple[int, ...]:
+    """A version as what can be compared."""
+    return tuple(map(int, text.split(".")))
 
 
 def rows_under(heading: str) -> dict[str, list[str]]:
@@ -37,7 +44,7 @@ def rows_under(heading: str) -> dict[str, list[str]]:
     assert found, f"{DOCUMENT.name} has no heading {heading!r}"
     section = re.split(r"^#+ ", rest, maxsplit=1, flags=re.MULTILINE)[0]
     rows = re.findall(r"^\| `([a-z_]+)` \|(.*)\|$", section, flags=re.MULTILINE)
-    return {key: [cell.strip() for cell in cells.split(" | ")] for key, cells in rows}
+    return {key: [cell.strip() for cell in re.split(r"(?<!\\)\|", cells)] for key, cells in rows}
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
@@ -78,6 +85,13 @@ def test_the_rinetd_example_shows_every_keyword(keyword: str) -> None:
 )
 def test_the_documentation_has_every_key_and_no_other(heading: str, keys: tuple[str, ...]) -> None:
     assert set(rows_under(heading)) == set(keys)
+
+
+@pytest.mark.parametrize("heading", [TOP, RULE, ACCESS, LOGS, RINETD])
+def test_the_documentation_says_since_when_there_is_a_key(heading: str) -> None:
+    """None is told to be older than the first version, or to come with one that is not there."""
+    for key, (_, _, _, since, *_) in rows_under(heading).items():
+        assert FIRST_VERSION <= version(since) <= version(__version__), key
 
 
 @pytest.mark.parametrize(
