@@ -149,7 +149,7 @@ def measure(plan: Plan, run: Run) -> None:
         require_programs({"gcc", plan.forwarder[0]})
     counts_calls = plan.counts_calls and can_count()
     if plan.counts_calls and not counts_calls:
-        run.failures.append("system calls: no perf (package linux-perf) that may count them")
+        run.machine["system calls"] = "not counted, for there is no perf (linux-perf) that may"
     set_fd_limit(FD_LIMIT)
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         directory = Path(name)

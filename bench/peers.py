@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.machine import first_line
@@ -17,7 +18,6 @@ from bench.procs import BenchError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     Command = list[str] | None
 
@@ -219,7 +219,8 @@ def nginx_stream_module() -> str:
 def all_peers(forwarder: list[str], oxidinetd: str = "oi") -> dict[str, Peer]:
     """Return every peer by name, in report order, those that are measured by default first.
 
-    ``forwarder`` is the command that starts it, ``oxidinetd`` the path to its binary.
+    ``forwarder`` is the command that starts it, ``oxidinetd`` the path to its binary. Settings name
+    programs without their directories: reports go elsewhere.
     """
     version = (*forwarder, "--version")
     copy = [*forwarder, "--relay", "copy"]
@@ -277,7 +278,7 @@ def all_peers(forwarder: list[str], oxidinetd: str = "oi") -> dict[str, Peer]:
         Peer(
             name="oi",
             program=oxidinetd,
-            settings=f"SMOL_THREADS={WORKERS} {oxidinetd}\n\n{OXIDINETD_CONF}",
+            settings=f"SMOL_THREADS={WORKERS} {Path(oxidinetd).name}\n\n{OXIDINETD_CONF}",
             version=(oxidinetd, "--version"),
             command=lambda directory: oxidinetd_command(oxidinetd, directory),
         ),
@@ -297,10 +298,11 @@ def forwarder_peer(name: str, command: list[str], version: tuple[str, ...], conf
     """The forwarder with this configuration."""
     head, _, rest = conf.partition(f'{MORE_RULES_PORT}"')
     shown = f'{head}{MORE_RULES_PORT}" ... and so on\n' if rest else conf
+    words = " ".join([Path(command[0]).name, *command[1:]])
     return Peer(
         name=name,
         program=command[0],
-        settings=f"{' '.join(command)} -c forwarder.toml\n\n{shown}",
+        settings=f"{words} -c forwarder.toml\n\n{shown}",
         version=version,
         command=lambda directory: [*command, "-c", str(_forwarder_conf(directory, conf))],
         has_udp=True,

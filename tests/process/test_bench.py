@@ -28,8 +28,13 @@ wait_for_the_end() {
 }
 case $1 in
 stat)
+    for last; do :; done
+    [ "$last" != true ] || exit 0
     while [ "$1" != -o ]; do shift; done
-    printf '<not supported>,,cycles,0,100.00,,\\n700,,context-switches,1,100.00,,\\n' >"$2"
+    for event in context-switches raw_syscalls:sys_enter; do
+        echo "700,,$event,1,100.00,," >>"$2"
+    done
+    echo '<not supported>,,cycles,0,100.00,,' >>"$2"
     wait_for_the_end
     ;;
 record) wait_for_the_end ;;
@@ -118,6 +123,23 @@ def test_a_peer_that_does_not_start_is_in_the_report_and_the_others_go_on(tmp_pa
     assert "- went wrong: bulk1 rinetd: rinetd ended by itself, exit status 3" in done.stdout
     assert "no mood" in done.stdout
     assert "| direct | " in done.stdout
+
+
+@debian("iperf3")
+@needs_network
+def test_system_calls_are_counted_by_perf_and_are_left_out_where_it_may_not(
+    tmp_path: Path,
+) -> None:
+    """The perf says that there were 700 of them, then it is one that is not permitted."""
+    words = ("--only", "bulk1", "--peers", "forwarder", "--rounds", "1", "--calls")
+    with network():
+        done = bench("bench", *words, path=install(tmp_path, perf=FAKE_PERF))
+        assert done.returncode == 0, done.stderr
+        assert "system calls/MB" in done.stdout
+        done = bench("bench", *words, path=install(tmp_path, perf="#!/bin/sh\nexit 255\n"))
+    assert done.returncode == 0, done.stderr
+    assert "system calls/MB" not in done.stdout
+    assert "- system calls: not counted" in done.stdout
 
 
 @debian("iperf3")

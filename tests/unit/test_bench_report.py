@@ -198,6 +198,13 @@ def test_a_peer_is_left_out_where_it_cannot_be_measured() -> None:
     assert fits(BY_NAME["idle10000"], PEERS["forwarder"])
 
 
+def test_settings_name_no_directory_of_this_machine() -> None:
+    peers = all_peers(["/opt/own/forwarder"], "/opt/own/oi")
+    assert peers["forwarder"].settings.startswith("forwarder --workers 2 -c forwarder.toml\n")
+    assert peers["forwarder-copy"].settings.startswith("forwarder --relay copy --workers 2 ")
+    assert not [name for name, peer in peers.items() if "/opt" in peer.settings]
+
+
 def test_without_options_the_usual_measures_are_taken_of_who_is_here() -> None:
     plan = parse_args(["--forwarder", *FORWARDER])
     (part,) = plan.parts
