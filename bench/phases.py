@@ -35,13 +35,14 @@ class Phase:
 
 
 def grown(before: dict[int, Size], after: dict[int, Size]) -> str:
-    """Memory and descriptors of the master and of the worker that has grown most."""
+    """Memory and descriptors of the master, and of the worker that has grown most of those left."""
     master, *workers = before
-    most = max(workers, key=lambda pid: after[pid].rss_kib - before[pid].rss_kib)
+    left = [pid for pid in workers if pid in after]
+    most = sorted(left, key=lambda pid: after[pid].rss_kib - before[pid].rss_kib)[-1:]
     return ", ".join(
         f"{name} {before[pid].rss_kib} to {after[pid].rss_kib} KiB, "
         f"{before[pid].fds} to {after[pid].fds} descriptors"
-        for name, pid in (("master", master), ("worker", most))
+        for name, pid in zip(("master", "worker"), (master, *most), strict=False)
     )
 
 

@@ -13,6 +13,8 @@ from support.namespaces import needs_network, network
 from support.pages import ROOT
 from support.programs import debian
 
+from bench.variants import VARIANTS
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -184,3 +186,28 @@ def test_a_profile_says_what_it_saw_and_goes_on_without_a_tool_that_fails(tmp_pa
     assert (out / "forwarder-bulk1.folded").read_text() == "forwarder;tcp_sendmsg_locked 1\n"
     assert (out / "forwarder-bulk1-perf.svg").read_text() == FAKE_FLAMEGRAPH.split("'")[1] + "\n"
     assert "<object " in (out / "profile.html").read_text()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_forwarder_starts_in_every_variant(name: str) -> None:
+    """The patch finds what it changes, and the command is itself afterwards."""
+    command = [sys.executable, "-m", "bench.variants", "--run", name, "--version"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("forwarder ")
+
+
+@needs_network
+@debian("gcc")
+def test_a_variant_is_measured_against_the_program_as_it_is() -> None:
+    command = [sys.executable, "-m", "bench.variants", "--variants", "gc-off", "--only", "rr"]
+    with network():
+        done = subprocess.run(
+            [*command, "--rounds", "1", "--seconds", "1"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 0, done.stderr
+    assert "| gc-off | no garbage collector |" in done.stdout
