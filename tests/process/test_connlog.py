@@ -90,7 +90,7 @@ def test_a_unix_upstream_with_a_quote_in_its_name_is_still_json(
         at = "{}:{}".format(*holder.getsockname())
         toml = f"[[forwarding_rules]]\nlisten = '{at}'\nupstream = 'unix:{odd}'\n"
         assert it.reload(text.replace("[[logs]]", toml + "[[logs]]"))["ok"] is True
-        with connect(holder.getsockname()) as client, contextlib.suppress(ConnectionError):
+        with contextlib.suppress(ConnectionError), connect(holder.getsockname()) as client:
             client.recv(1)
     eventually(lambda: (tmp_path / "json").read_text() != "")
     (entry,) = read_json(tmp_path / "json")

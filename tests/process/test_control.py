@@ -221,7 +221,7 @@ def test_a_killed_worker_takes_its_sessions_with_it_but_not_its_counts(control: 
 def test_an_upstream_that_refuses_is_counted(control: Control) -> None:
     it = control()
     it.upstream.close()
-    with connect(it.address) as client, contextlib.suppress(ConnectionResetError):
+    with contextlib.suppress(ConnectionResetError), connect(it.address) as client:
         client.recv(1)
     eventually(lambda: rows(it.status(), "rules")[0]["connects_failed"] == 1)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from support.clogged import CloggedUpstream
-from support.ends import accept, carry, connect, receive_to_end, receive_to_reset, reset
+from support.ends import accept, be_reset, carry, connect, receive_to_end, receive_to_reset, reset
 from support.logged import places, read_json
 from support.waiting import PATIENCE_S, eventually
 
@@ -92,12 +92,11 @@ def client_goes_early(it: Logged) -> None:
 
 def nobody_listens(it: Logged) -> None:
     it.upstream.close()
-    with connect(it.address) as client:
-        receive_to_reset(client)
+    be_reset(it.address)
 
 
 def client_is_turned_away(it: Logged) -> None:
-    with connect(it.address) as client, contextlib.suppress(ConnectionResetError):
+    with contextlib.suppress(ConnectionResetError), connect(it.address) as client:
         assert client.recv(1) == b""
 
 

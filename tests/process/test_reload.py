@@ -186,7 +186,7 @@ def test_a_changed_access_list_is_for_new_sessions(configure: Configure, ends: E
     ):
         assert "~1 =0" in it.reload(text)
         for _ in range(10):
-            with connect(one) as client, suppress(ConnectionResetError):
+            with suppress(ConnectionResetError), connect(one) as client:
                 assert client.recv(1) == b""
         assert_alive(link)
         it.reload(rule(one, to))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from support.clogged import CloggedUpstream
-from support.ends import accept, carry, connect, listen, receive_to_end, receive_to_reset
+from support.ends import accept, be_reset, carry, connect, listen, receive_to_end, receive_to_reset
 from support.forwarder import reserve_port
 from support.processes import run_command, state
 from support.waiting import PATIENCE_S, eventually
@@ -127,8 +127,7 @@ def test_connect_times_are_of_those_that_were_connected(logged: Logging) -> None
     it.visit(3)
     it.upstream.close()
     for _ in range(2):
-        with connect(it.address) as client:
-            receive_to_reset(client)
+        be_reset(it.address)
     rule = it.rule()
     assert sum(rule["connect_ms"].values()) == 3  # type: ignore[attr-defined]
     assert (rule["sessions_total"], rule["connects_failed"]) == (5, 2)

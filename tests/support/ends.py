@@ -162,6 +162,16 @@ def receive_to_reset(sock: socket.socket) -> bytes:
     return bytes(received)
 
 
+def be_reset(address: tuple[str, int] | str) -> None:
+    """Be a client that is reset without a byte; it may hear of that while it connects still."""
+    try:
+        client = connect(address)
+    except ConnectionResetError:
+        return
+    with client:
+        assert receive_to_reset(client) == b""
+
+
 def send_to_reset(sock: socket.socket) -> None:
     """Send until the peer's reset is seen. Fails by a time-out if that never comes."""
     with contextlib.suppress(ConnectionResetError, BrokenPipeError):

@@ -54,7 +54,8 @@ class _Client:
         if host != "unix":
             self.sock.bind((host, 0))
         self.is_sent = False
-        with suppress(BlockingIOError):
+        # A reset that has come already shows by the first send, too.
+        with suppress(BlockingIOError, ConnectionResetError):
             self.sock.connect(flood.address)
         flood.selector.register(self.sock, selectors.EVENT_WRITE, self)
 

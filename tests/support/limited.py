@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from support import control
-from support.ends import Link, carry, connect, open_link, receive_to_reset
+from support.ends import Link, be_reset, carry, open_link
 from support.flood import Flood
 from support.waiting import eventually
 
@@ -53,12 +53,7 @@ class Limited:
 
     def refused(self) -> None:
         """One more client is reset."""
-        try:
-            client = connect(self.address)
-        except ConnectionResetError:
-            return
-        with client:
-            assert receive_to_reset(client) == b""
+        be_reset(self.address)
 
     def close_links(self) -> None:
         while self.links:
