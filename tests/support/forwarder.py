@@ -61,6 +61,7 @@ class Forwarder:
         if expect_ready:
             try:
                 self.wait_notified("READY=1")
+                self._wait_for_the_lines_before()
             except BaseException:
                 self.kill()
                 raise
@@ -125,6 +126,18 @@ class Forwarder:
         eventually(
             lambda: any(re.search(pattern, line) for line in self.lines),
             lambda: f"no {pattern!r} in {self.lines}",
+        )
+
+    def _wait_for_the_lines_before(self) -> None:
+        """Wait until ``lines`` has all that led to READY=1, unless they go elsewhere.
+
+        Else a test that counts lines would take one for the answer to what it does next.
+        """
+        eventually(
+            lambda: (
+                any("master.ready" in line for line in self.lines) or not self._reader.is_alive()
+            ),
+            lambda: f"ready, but not in the log: {self.lines}",
         )
 
     def _read_stderr(self) -> None:
