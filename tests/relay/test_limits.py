@@ -166,8 +166,8 @@ def test_a_silent_session_ends_at_the_idle_timeout(
 def test_the_idle_timeout_does_not_end_a_session_in_use(
     make_tunnel: MakeTunnel, first: str
 ) -> None:
-    """One byte every 50 ms for 1.5 s, in one direction only, with a timeout of 500 ms."""
-    tunnel = make_tunnel(rule='idle_timeout = "500ms"')
+    """One byte every 50 ms for 1.5 s, in one direction only, with a timeout of 1 s."""
+    tunnel = make_tunnel(rule='idle_timeout = "1s"')
     near, far = tunnel.link().end(first)
     pace = threading.Event()
     for _ in range(30):
@@ -197,7 +197,7 @@ def assert_reset(sock: socket.socket) -> None:
 def test_the_half_close_timeout_does_not_end_a_session_in_use(
     make_tunnel: MakeTunnel, first: str
 ) -> None:
-    tunnel = make_tunnel(rule='half_close_timeout = "500ms"')
+    tunnel = make_tunnel(rule='half_close_timeout = "1s"')
     near, far = tunnel.link().end(first)
     near.shutdown(socket.SHUT_WR)
     assert receive_to_end(far) == b""
@@ -228,7 +228,7 @@ def test_a_slow_reader_gets_all_that_the_kernel_holds_for_it(
     *Result*: bytes that flow keep a session alive, whoever holds them.
     """
     with listen(receive_buffer=32 * 1024) as listener:
-        tunnel = make_tunnel(listener=listener, rule=f'{timeout} = "500ms"')
+        tunnel = make_tunnel(listener=listener, rule=f'{timeout} = "1s"')
         near, far = tunnel.link(receive_buffer=32 * 1024).end(first)
         data = seeded(1_500_000, 25)
         near.sendall(data)
@@ -246,7 +246,7 @@ def test_a_stream_that_a_timeout_cuts_does_not_look_whole(
 
     *Result*: what it reads afterwards ends with a reset, or is everything.
     """
-    tunnel = make_tunnel("--workers", "1", "--relay", relay, rule='idle_timeout = "1s"')
+    tunnel = make_tunnel("--workers", "1", "--relay", relay, rule='idle_timeout = "3s"')
     (worker,) = tunnel.forwarder.workers()
     idle = procfs.socket_count(worker)
     near, far = tunnel.link().end(first)
