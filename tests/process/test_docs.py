@@ -179,6 +179,10 @@ class Reader:
             command = re.sub(rf"(?<![\w.]){word}(?![\w.])", file, command)
         for address in ("127.0.0.1:8088", "127.0.0.1:80"):
             command = re.sub(r"(?<=-[lr] )ADDR\b", address, command, count=1)
+        if self._instance is not None:  # not the instances of other tests that run now
+            session = os.getsid(self._instance.pid)
+            command = re.sub(r"\bps ax -o\b", f"ps -s {session} -o", command)
+            command = re.sub(r"\bps ax\b", f"ps -s {session} -o pid,tty,stat,time,args", command)
         return placed(command, self._root)
 
     def _start(self, arguments: list[str]) -> None:
