@@ -1,9 +1,11 @@
 # make run | test | docs-test | check | format | man | bench | profile | clean; needs make and
-# CPython >= 3.11 with venv. ARGS is passed on: make run ARGS="--seconds 5", make test ARGS="-k demo".
+# CPython >= 3.11 with venv. ARGS is passed on: make run ARGS="--seconds 5", make test ARGS="-k demo"
+# or ARGS="-n0".
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+TEST_WORKERS ?= 6
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .PHONY: run test docs-test check format man bench profile clean
@@ -11,12 +13,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 run: $(VENV)/installed
 	$(BIN)/forwarder demo $(ARGS)
 
+# Most tests wait: so more of them at a time than there are processors. Each process gets tests that
+# are next to each other, for the sake of module fixtures; one that has none left takes over others.
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal $(ARGS)
 
 # The commands and configurations of README.md and docs; part of `make test`, too.
 docs-test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest tests/process/test_docs.py tests/process/test_migration.py $(ARGS)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) tests/process/test_docs.py tests/process/test_migration.py $(ARGS)
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check

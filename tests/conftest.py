@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -16,6 +17,7 @@ from hypothesis import HealthCheck, settings
 from support import procfs
 from support.ends import Link, listen, listen_unix, open_link, written
 from support.forwarder import Forwarder, Leaks, reserve_port
+from support.namespaces import enter_network
 from support.waiting import eventually
 
 if TYPE_CHECKING:
@@ -38,6 +40,20 @@ def pytest_configure(config: pytest.Config) -> None:
         "expects_log(*patterns): the command may log warnings and errors that match, "
         "and must log each of them; without patterns any are fine",
     )
+    _hear_what_is_ignored()
+    if hasattr(config, "workerinput") and ON_LINUX and os.geteuid() == 0:
+        enter_network()
+
+
+def _hear_what_is_ignored() -> None:
+    """In the background, or under nohup, some signals are ignored, in every child, too.
+
+    With a handler that does nothing they still are here, and a program that is executed has them
+    as they are by default: signal(7).
+    """
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
 
 
 # -- FORWARDER_NO_SKIP=1: a skipped test is a failed one

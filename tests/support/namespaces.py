@@ -100,6 +100,12 @@ def join(left: Namespace, right: Namespace, names: tuple[str, str]) -> None:
     right.ip(f"link set {names[1]} up")
 
 
+def enter_network() -> None:
+    """Be in a new namespace for good, with loopback up: this thread, and those that it starts."""
+    _call("unshare", _CLONE_NEWNET)
+    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+
+
 @contextmanager
 def network(*addresses: str) -> Iterator[None]:
     """Be in a new namespace, whose loopback interface has these addresses, too.
@@ -108,8 +114,7 @@ def network(*addresses: str) -> Iterator[None]:
     """
     before = os.open(_OWN, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        _call("unshare", _CLONE_NEWNET)
-        subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+        enter_network()
         for address in addresses:
             bits = 128 if ":" in address else 32
             # nodad: an IPv6 address could not be bound at once otherwise.
