@@ -188,7 +188,8 @@ def test_thousands_of_ports_are_left_alone_by_a_reload_of_another_rule(
         changed = many + rule(f"{ranges.here}:7000", '"127.0.0.1:2"')
         assert "+0 -0 ~1 =1" in it.reload(changed)
         load.wait_served(20)
-        assert [own_sockets(pid) for pid in pids] == before
+        # The workers have sockets of sessions, too, but not always.
+        eventually(lambda: [own_sockets(pid) for pid in pids] == before)
         done = run_command("upgrade", "--control", str(control))
         assert done.returncode == 0, done.stderr
         load.wait_served(20)
