@@ -194,7 +194,7 @@ def upgrade_command(control: str | None) -> None:
 @click.command("stop")
 @control_option
 def stop_command(control: str | None) -> None:
-    """Let sessions end, up to 30 s, and stop; wait until it has. Once more: do not let them end."""
+    """Let sessions end, for drain_timeout or 30 s, and stop; wait for it. Once more: at once."""
     _ask(control, {"op": "stop"}, None)
     click.echo("stopped")
 

@@ -88,7 +88,7 @@ def _print_version(ctx: click.Context, _: click.Parameter, is_asked: bool) -> No
     help="Show versions, and what this system has to offer.",
 )
 def cli() -> None:
-    """Forward TCP ports: the kernel moves the bytes, one worker per CPU."""
+    """Forward TCP and UDP ports: the kernel moves the bytes, one worker per CPU."""
 
 
 @cli.command()

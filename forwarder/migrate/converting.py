@@ -77,6 +77,6 @@ def _read(text: str, source: str, kind: Kind, outside: Outside) -> Draft:
         if error.name != "yaml":
             raise
         raise NoYamlError(
-            f"{source}: reading YAML needs PyYAML; hint: pip install 'forwarder[convert]'"
+            f"{source}: reading YAML needs PyYAML; hint: pip install PyYAML"
         ) from None
     return uv_yaml.read(text, source, outside.service_port)

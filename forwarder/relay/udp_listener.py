@@ -268,8 +268,8 @@ class UdpListener:
             self._settles = False
             log.warning(
                 "udp.unsettled rule=%s: flows cannot have sockets of their own: %s; they are "
-                "served, but begin anew when the number of workers changes; hint: a port from "
-                "net.ipv4.ip_unprivileged_port_start on, or CAP_NET_BIND_SERVICE for the workers",
+                "served, but begin anew when the number of workers changes; hint: a port that "
+                "everybody may bind, net.ipv4.ip_unprivileged_port_start or above",
                 self.pool.rule.name,
                 os.strerror(err.errno),
             )
