@@ -20,6 +20,7 @@ from forwarder.config.model import (
 from forwarder.config.rinetd_conf import KEYWORDS
 from forwarder.config.toml_conf import ACCESS_KEYS, LOG_KEYS, RULE_KEYS, TOP_KEYS
 from forwarder.errors import REASONS
+from forwarder.stats import COUNTERS
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted(path for path in (ROOT / "deploy" / "examples").iterdir() if path.is_file())
@@ -114,3 +115,25 @@ def test_the_operations_guide_explains_every_reason_and_no_other() -> None:
     _, _, section = text.partition("## Why sessions end")
     found = re.findall(r"^\| `([a-z/-]+)` \|", section.partition("\n## ")[0], flags=re.MULTILINE)
     assert tuple(found) == REASONS
+
+
+def first_cells(section: str) -> list[str]:
+    """The words in code of the first column of the tables of a section of the operations guide."""
+    _, found, rest = (ROOT / "docs" / "operations.md").read_text().partition(f"\n{section}\n")
+    assert found, section
+    rows = re.findall(
+        r"^\| (`.*?`) \|", re.split(r"^## ", rest, flags=re.MULTILINE)[0], re.MULTILINE
+    )
+    return [word for row in rows for word in re.findall(r"`([^`]+)`", row)]
+
+
+def test_the_operations_guide_explains_every_counter() -> None:
+    assert set(COUNTERS) <= set(first_cells("### What is in the status"))
+
+
+def test_the_operations_guide_names_only_events_that_are_logged() -> None:
+    package = "".join(path.read_text() for path in (ROOT / "forwarder").rglob("*.py"))
+    events = first_cells("## The log of the program")
+    assert "master.ready" in events
+    for event in events:
+        assert re.search(rf'"{re.escape(event)}[ :]', package), event
