@@ -64,6 +64,17 @@ Without the name of a command it is
 .BR run .
 """
 _CLOSING: Final = """\
+.SH ENVIRONMENT
+.TP
+.BR RUNTIME_DIRECTORY ", " XDG_RUNTIME_DIR
+Where the control socket is made and looked for, unless it is said otherwise.
+.TP
+.BR LISTEN_FDS ", " LISTEN_PID
+Listening sockets of a service manager, which are used for the rules that have their addresses.
+.TP
+.BR NOTIFY_SOCKET ", " WATCHDOG_USEC
+A service manager that is told of readiness, reloads and the end, and that the master lives:
+.BR sd_notify (3).
 .SH FILES
 .TP
 .I /run/forwarder/control.sock
