@@ -15,6 +15,7 @@ import pytest
 import yaml
 from support.programs import debian
 
+from forwarder import __version__
 from forwarder.cli.main import cli
 from forwarder.config import parse
 from forwarder.config.model import Dialect
@@ -189,6 +190,14 @@ def test_the_commands_of_a_pod_exist(workload: Manifest) -> None:
     copied = [rest.split()[-1] for name, rest in instructions() if name == "COPY"]
     assert f"/usr/local/bin/{reload['command'][0]}" in copied
     assert main["image"] == reload["image"]
+
+
+@workload
+def test_the_image_is_of_this_version_and_the_guide_says_so(workload: Manifest) -> None:
+    image = f"forwarder:{__version__}"
+    assert container(workload, "forwarder")["image"] == image
+    found = re.findall(r"forwarder:[0-9.]+[0-9]", (ROOT / "docs" / "deployment.md").read_text())
+    assert set(found) == {image}
 
 
 @workload
