@@ -187,6 +187,7 @@ class Session(Conversation):
         return self.attempt + 1 < len(targets) and targets[self.attempt + 1].is_unix
 
     def _give_up_attempt(self, error: int) -> None:
+        self.early = 0  # still in the queue of the client, for the next one
         if self.upstream is not None:
             self.relay.poller.release(self.upstream)
         self.connect_next(error)

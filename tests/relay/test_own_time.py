@@ -6,16 +6,20 @@ import socket
 from typing import TYPE_CHECKING
 
 import pytest
-from support.by_hand import Bench, pool_of
+from support.by_hand import Bench, pool_of, target_of
 from support.clogged import CloggedUpstream
-from support.ends import receive_to_reset
+from support.ends import accept, listen_unix, receive_exactly, receive_to_reset
 
 from forwarder.errors import Phase
 from forwarder.net.sockets import Target
+from forwarder.relay import fast_open
 from forwarder.relay.wheel import BUCKETS, TICK_S
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
+
+    from forwarder.net.sockets import SockAddr
 
 
 TURN_S = BUCKETS * TICK_S
@@ -87,3 +91,30 @@ def test_an_answer_after_the_deadline_opens_nothing(bench: Bench) -> None:
         (late,) = pool.waiting
         late((Target(socket.AF_INET, ("127.0.0.1", 1)),))
         assert not bench.relay.sessions
+
+
+def test_what_went_with_the_syn_to_one_upstream_is_not_missing_at_the_next(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The first is given four bytes with its SYN and does not answer; the next is a unix socket.
+
+    *Result*: that one gets all that the client has sent.
+    """
+
+    def connect_fast(
+        _client: socket.SocketType, upstream: socket.SocketType, to: SockAddr, _view: memoryview
+    ) -> tuple[int, int]:
+        upstream.connect_ex(to)
+        return 0, 4  # as where the upstream has given a cookie before
+
+    monkeypatch.setattr(fast_open, "connect", connect_fast)
+    with CloggedUpstream() as clogged, listen_unix(str(tmp_path / "there")) as there:
+        pool = pool_of((target_of(clogged.listener), target_of(there)), 1.0)
+        pool.opens_fast = pool.has_unix = True
+        with bench.open(pool) as client:
+            client.sendall(b"request")
+            bench.relay.poller._turn()
+            bench.loop.pass_time(1.5)
+            with accept(there) as far:
+                bench.relay.poller._turn()
+                assert receive_exactly(far, 7) == b"request"
