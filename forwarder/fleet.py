@@ -110,6 +110,11 @@ class Fleet:
             for process in self._in_slots()
         ) and not any(process.channel.has_outbox for process in self._retiring)
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether no slot waits for its next worker."""
+        return all(slot.process is not None for slot in self._slots)
+
     def describe(self, now: float) -> list[dict[str, object]]:
         """All worker processes, with what they have counted; as in the status."""
         return [

@@ -223,7 +223,8 @@ class Master:
             return
         workers = self._fleet.processes()
         log.info("master.stopping how=%s workers=%d", op, len(workers))
-        if not self._handover.has_heir:
+        # A successor that has to give up speaks for nobody: the one that goes on does.
+        if not (self._handover.has_heir or upgrade.has_predecessor()):
             notify.notify("STOPPING=1")
         self._handover.give_up()
         self._requests.on_stopping()
@@ -331,7 +332,8 @@ class Master:
             notify.notify("READY=1", f"STATUS={self._report}")
             self._report = None
         self._requests.on_settled()
-        if not self._is_announced:
+        # Where all have died there is nobody who has not acknowledged.
+        if not self._is_announced and self._fleet.is_complete:
             self._is_announced = True
             log.info(
                 "master.ready pid=%d workers=%d rules=%d generation=%d",

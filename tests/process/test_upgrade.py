@@ -366,6 +366,40 @@ def test_a_successor_that_is_killed_changes_nothing(site: Site) -> None:
     site.stop()
 
 
+DOOMED = """
+import os
+from forwarder import worker
+worker.run_and_exit = lambda spec: os._exit(70)
+"""
+
+
+def test_a_successor_whose_workers_die_changes_nothing(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before they serve, again and again, so that at times there is none.
+
+    Result: it does not take over, and what it says to the service manager ends nobody.
+    """
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    old = site.start()
+    link = site.link()
+    (tmp_path / "sitecustomize.py").write_text(DOOMED)
+    site.signal(signal.SIGUSR2)
+    site.wait_logged(r"\(crash loop\)")
+    assert site.master() == old
+    lines = "\n".join(site.forwarder.lines)
+    assert lines.count("master.ready") == 1
+    successor = int(re.findall(r"upgrade: started pid=(\d+)", lines)[-1])
+    os.kill(successor, signal.SIGTERM)
+    site.wait_logged(rf"pid {successor} did not come to serve \(exit status 0\)")
+    assert site.run("reload").returncode == 0
+    assert "STOPPING=1" not in site.forwarder.wait_notified("READY=1")
+    assert_alive(link)
+    site.assert_serves()
+    link.close()
+    site.stop()
+
+
 # -- other signals meanwhile
 
 

@@ -75,15 +75,17 @@ class Forwarder:
         """Process ids of the workers."""
         return procfs.children(self.pid)
 
-    def wait_notified(self, assignment: str) -> None:
-        """Wait for a notification that contains ``assignment``."""
+    def wait_notified(self, assignment: str) -> list[str]:
+        """Wait for a notification that contains ``assignment``; returns all that came up to it."""
+        said: list[str] = []
         while True:
             try:
                 datagram = self._notify.recv(4096).decode()
             except TimeoutError:
                 raise AssertionError(f"no {assignment}; stderr: {self.lines}") from None
+            said += datagram.splitlines()
             if assignment in datagram.splitlines():
-                return
+                return said
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the master."""
