@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import stat
 from contextlib import suppress
 from pathlib import Path
 
@@ -34,6 +35,11 @@ class PidFile:
                 self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as err:
             raise self._error(err) from err
+        if not stat.S_ISREG(os.fstat(self._fd).st_mode):  # such as /dev/null, never to be removed
+            os.close(self._fd)
+            raise StartupError(
+                f"pid file {path} is not a regular file; hint: use another path, or leave it out"
+            )
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as err:

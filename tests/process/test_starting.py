@@ -243,6 +243,19 @@ def test_a_pid_file_that_cannot_be_written_says_why(
     assert listeners(address) == 0
 
 
+def test_a_pid_file_that_is_no_file_is_refused_and_stays(
+    tmp_path: Path, address: tuple[str, int]
+) -> None:
+    """As /dev/null, which somebody names who wants none and root would remove."""
+    fifo = tmp_path / "some.pid"
+    os.mkfifo(fifo)
+    path = with_pid_file(tmp_path / "some.toml", fifo, address)
+    ended = run_command("-c", str(path))
+    assert_refused(ended, 69, f"pid file {fifo} is not a regular file; hint: ")
+    assert fifo.is_fifo()
+    assert listeners(address) == 0
+
+
 # -- ten thousand rules
 
 
