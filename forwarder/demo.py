@@ -37,7 +37,7 @@ from forwarder.addr import Address
 from forwarder.config.model import Config, Rule, Settings
 from forwarder.errors import ExitCode, ForwarderError, Place, StartupError
 from forwarder.master import Master, MasterSpec
-from forwarder.signals import SignalQueue
+from forwarder.signals import SignalQueue, describe_end
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -214,9 +214,7 @@ class _Family:
         for pid in tuple(self._children):
             found, status = os.waitpid(pid, os.WNOHANG)
             if found:
-                code = os.waitstatus_to_exitcode(status)
-                how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"status {code}"
-                gone.append((self._children.pop(pid), how))
+                gone.append((self._children.pop(pid), describe_end(status)))
         return gone
 
 

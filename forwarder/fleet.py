@@ -6,7 +6,6 @@ Decides nothing about configurations or the life of the instance; the master doe
 from __future__ import annotations
 
 import logging
-import os
 import selectors
 import signal
 import time
@@ -22,6 +21,7 @@ from forwarder.heartbeat import Heartbeats
 from forwarder.ledger import Ledger
 from forwarder.net import pipes
 from forwarder.net.channel import Channel, ChannelClosed
+from forwarder.signals import describe_end
 from forwarder.slot import Slot, WorkerProcess, WorkerState, WorkerTables, fork_worker
 
 if TYPE_CHECKING:
@@ -292,7 +292,7 @@ class Fleet:
         """Note that a child has ended; one that is no worker is not ours to care for."""
         for process in self.processes():
             if process.pid == pid:
-                self._on_death(process, os.waitstatus_to_exitcode(status))
+                self._on_death(process, status)
 
     # -- birth and death
 
@@ -349,7 +349,7 @@ class Fleet:
             process.state = WorkerState.HUNG
             process.signal(signal.SIGKILL)
 
-    def _on_death(self, process: WorkerProcess, code: int) -> None:
+    def _on_death(self, process: WorkerProcess, status: int) -> None:
         self.hear(process)  # its last words
         self._hang_up(process)
         self.ledger.close(process.tables.board)
@@ -362,13 +362,12 @@ class Fleet:
         slot.process = None
         if process.is_leaving:
             return
-        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
         delay = slot.backoff.on_death(process.started_at, time.monotonic())
         log.error(
             "worker.died slot=%d pid=%d: %s; its sockets stay open, next start in %.1f s%s",
             process.slot,
             process.pid,
-            how,
+            describe_end(status),
             delay,
             " (crash loop)" if slot.backoff.is_crash_loop else "",
         )

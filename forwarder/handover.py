@@ -18,6 +18,7 @@ from forwarder import inherit, notify, upgrade
 from forwarder.errors import StartupError
 from forwarder.listeners import CLOSE_GRACE_S
 from forwarder.pidfile import PidFile
+from forwarder.signals import describe_end
 from forwarder.upgrade import Successor
 
 if TYPE_CHECKING:
@@ -159,7 +160,7 @@ class Handover:
     def on_exit(self, pid: int, status: int) -> None:
         """Note that a child has ended; we have reaped it."""
         if self._successor is not None and pid == self._successor.pid:
-            self._on_failed(self._successor, upgrade.describe_end(status))
+            self._on_failed(self._successor, describe_end(status))
 
     def _start(self) -> None:
         sockets = self._master.listening_sockets()

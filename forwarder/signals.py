@@ -2,6 +2,7 @@
 
 Python runs handlers between bytecodes of the main thread; acting there could interrupt any step of
 the master. So :meth:`SignalQueue.take` hands the numbers to the loop, in order.
+Also how a process has ended, which may be by one of them.
 """
 
 from __future__ import annotations
@@ -51,3 +52,14 @@ class SignalQueue:
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self._pending.append(signal.Signals(number))
+
+
+def describe_end(status: int) -> str:
+    """How a process has ended, from what waitpid(2) says."""
+    code = os.waitstatus_to_exitcode(status)
+    if code >= 0:
+        return f"exit status {code}"
+    try:
+        return f"killed by {signal.Signals(-code).name}"
+    except ValueError:  # most of those for real time have no name, signal(7)
+        return f"killed by signal {-code}"

@@ -128,12 +128,6 @@ def control_of_predecessor() -> str | None:
     return os.environ.get(_CONTROL_VARIABLE) or None
 
 
-def describe_end(status: int) -> str:
-    """How a process has ended, from what waitpid(2) says."""
-    code = os.waitstatus_to_exitcode(status)
-    return f"exit status {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
-
-
 def has_predecessor() -> bool:
     """Whether an upgrade has started us and waits to hear that we serve."""
     return READY_VARIABLE in os.environ

@@ -170,6 +170,17 @@ def test_all_workers_killed_at_once_are_all_replaced(serve: Serve) -> None:
     assert service.stop() == 0
 
 
+def test_a_worker_killed_by_a_signal_without_a_name_is_replaced(serve: Serve) -> None:
+    """As most of those for real time. Result: as for any other, and no bug on the way."""
+    service = serve()
+    ready = service.ready_lines()
+    os.kill(service.forwarder.workers()[0], 40)
+    eventually(lambda: service.ready_lines() > ready)
+    assert any("killed by signal 40" in line for line in service.forwarder.lines)
+    service.assert_serves()
+    assert service.stop() == 0
+
+
 def test_a_worker_told_to_leave_is_replaced(serve: Serve) -> None:
     service = serve(workers=2)
     for pid in service.forwarder.workers():
