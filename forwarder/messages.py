@@ -120,9 +120,17 @@ def read_answer(received: Received) -> object:
 
 
 def send_logs(channel: Channel, places: Sequence[tuple[LogPlace, int | None]]) -> None:
-    """Tell where the connection log goes; the descriptors stay the sender's."""
+    """Tell where the connection log goes; the descriptors stay the sender's. Raises OSError."""
     described = [[place.format.value, place.to, fd is not None] for place, fd in places]
-    fds = [os.dup(fd) for _, fd in places if fd is not None]
+    fds: list[int] = []
+    try:
+        for _, fd in places:
+            if fd is not None:
+                fds.append(os.dup(fd))
+    except OSError:
+        for fd in fds:
+            os.close(fd)
+        raise
     channel.send({"op": Op.LOGS, "places": described}, fds, gives=True)
 
 

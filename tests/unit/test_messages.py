@@ -18,9 +18,18 @@ from support import procfs
 from support.waiting import PATIENCE_S, eventually
 
 from forwarder.board import Board
+from forwarder.config.model import LogFormat, LogPlace
+from forwarder.errors import Place
 from forwarder.fleet import Fleet
 from forwarder.gate import Holdings
-from forwarder.messages import MAX_ANSWER_BYTES, MAX_SHORT_BYTES, Op, read_answer, send_answer
+from forwarder.messages import (
+    MAX_ANSWER_BYTES,
+    MAX_SHORT_BYTES,
+    Op,
+    read_answer,
+    send_answer,
+    send_logs,
+)
 from forwarder.net.channel import MAX_AT_ONCE, Channel, Received, channel_kind, to_memory_file
 from forwarder.slot import WorkerProcess, WorkerTables
 
@@ -216,3 +225,18 @@ def test_a_message_closes_what_nobody_has_taken_from_it() -> None:
     received.close()
     received.close()
     eventually(lambda: len(procfs.descriptors(os.getpid())) == before)
+
+
+def test_logs_of_which_one_cannot_be_sent_leave_no_descriptor() -> None:
+    """As when the limit of descriptors is met at the second one."""
+    place = LogPlace(to="/log", format=LogFormat.JSON, place=Place("test"))
+    one, two = (Channel(sock) for sock in socket.socketpair(socket.AF_UNIX, channel_kind()))
+    before = len(procfs.descriptors(os.getpid()))
+    try:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            send_logs(one, [(place, 0), (place, 1 << 20)])
+        assert len(procfs.descriptors(os.getpid())) == before
+        assert two.receive() == []
+    finally:
+        one.close()
+        two.close()
