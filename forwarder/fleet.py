@@ -11,6 +11,7 @@ import signal
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from forwarder import messages, supervision, worker
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from forwarder.asking import Answered
+    from forwarder.board import Board
     from forwarder.config.model import Config
     from forwarder.listeners import ListenerTable
     from forwarder.net.addresses import BindAddress
@@ -301,12 +303,15 @@ class Fleet:
 
     def _start(self, slot: Slot, now: float) -> None:
         cell = self._heartbeats.new_cell(now)
+        board: Board | None = None
         try:
-            tables = WorkerTables(self.ledger.open(), Holdings())
-            process = fork_worker(
-                slot.index, tables, now, lambda channel: self._become(slot, cell, tables, channel)
-            )
+            holdings, board = Holdings(), self.ledger.open()
+            tables = WorkerTables(board, holdings)
+            become = partial(self._become, slot, cell, tables)
+            process = fork_worker(slot.index, tables, now, become)
         except OSError as err:
+            if board is not None:
+                self.ledger.close(board)
             delay = slot.backoff.on_death(now, now)
             log.error(
                 "worker.failed slot=%d: cannot fork: %s; next try in %.1f s",
