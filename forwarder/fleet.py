@@ -141,8 +141,10 @@ class Fleet:
         return min([*waiting, self.next_look()])
 
     def next_look(self) -> float:
-        """When :meth:`end_hung` is to be called again at the latest."""
-        return time.monotonic() + self.serving.config.settings.hang_timeout_s / 4
+        """When :meth:`end_hung` is to be called again, or a worker told again, at the latest."""
+        now = time.monotonic()
+        deaf = [it.deaf_until for it in self.processes() if it.deaf_until > now]
+        return min([*deaf, now + self.serving.config.settings.hang_timeout_s / 4])
 
     # -- what it does
 

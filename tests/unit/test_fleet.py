@@ -1,4 +1,4 @@
-"""The fleet where no worker comes to be."""
+"""The fleet where a worker cannot be forked, or not be told what to do."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 
-from forwarder.fleet import Fleet
-from forwarder.slot import Slot
+from forwarder.board import Board
+from forwarder.config.model import Config, Settings
+from forwarder.fleet import RETRY_S, Fleet, Serving
+from forwarder.gate import Holdings
+from forwarder.net.channel import channel_pair
+from forwarder.slot import Slot, WorkerProcess, WorkerTables
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,3 +45,19 @@ def test_a_worker_that_cannot_be_forked_leaves_no_board(
     assert slot.process is None
     assert slot.backoff.quick_deaths == 3
     assert fleet.ledger._boards == []
+
+
+def test_who_could_not_be_told_is_told_again_in_time_however_long_a_worker_may_hang(
+    fleet: Fleet,
+) -> None:
+    config = Config(rules=(), settings=Settings(hang_timeout_s=3600.0))
+    fleet.serving = Serving(revision=1, generation=1, config=config, binds={}, counted_as={})
+    ours, theirs = channel_pair()
+    now = time.monotonic()
+    process = WorkerProcess(0, os.getpid(), WorkerTables(Board(), Holdings()), ours, now)
+    fleet._retiring.append(process)
+    assert fleet.next_look() > now + 100
+    process.deaf_until = now + RETRY_S
+    assert fleet.next_look() == process.deaf_until
+    ours.close()
+    theirs.close()
