@@ -83,13 +83,14 @@ class Listener:
         """Accept what is queued, then no more. The socket stays open."""
         is_registered = not (self._is_stopped or self._is_paused)
         self._is_stopped = True  # from here on it rests no more, it is over
+        relay = self._relay
         for _ in range(self.pool.rule.options.backlog // ACCEPT_BATCH + 1):
-            accepted = self._relay.total
+            before = relay.total + relay.refused
             self.on_events(select.EPOLLIN)
-            if self._relay.total == accepted:
+            if relay.total + relay.refused == before:
                 break
         if is_registered:
-            self._relay.poller.unregister(self.sock.fileno())
+            relay.poller.unregister(self.sock.fileno())
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import socket
-from typing import TYPE_CHECKING
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, cast
 
 import pytest
 from support.by_hand import Bench, pool_of, target_of
 from support.clogged import CloggedUpstream
-from support.ends import accept, listen_unix, receive_exactly, receive_to_reset
+from support.ends import accept, connect, listen, listen_unix, receive_exactly, receive_to_reset
 
-from forwarder.errors import Phase
+from forwarder.access import AccessList
+from forwarder.config.model import AccessRule, Verdict
+from forwarder.errors import Phase, Place
 from forwarder.net.sockets import Target
 from forwarder.relay import fast_open
+from forwarder.relay.listener import ACCEPT_BATCH, Listener
 from forwarder.relay.wheel import BUCKETS, TICK_S
 
 if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop
     from collections.abc import Iterator
     from pathlib import Path
 
     from forwarder.net.sockets import SockAddr
+    from forwarder.upstream.pool import Pool
 
 
 TURN_S = BUCKETS * TICK_S
@@ -118,3 +124,32 @@ def test_what_went_with_the_syn_to_one_upstream_is_not_missing_at_the_next(
             with accept(there) as far:
                 bench.relay.poller._turn()
                 assert receive_exactly(far, 7) == b"request"
+
+
+def test_a_listener_that_stops_takes_those_that_are_queued_behind_who_may_not_in(
+    bench: Bench,
+) -> None:
+    """More clients than are accepted at once come from a host that is denied, and then one more.
+
+    *Result*: the last one has a session.
+    """
+    deny = AccessRule(verdict=Verdict.DENY, pattern="127.0.0.2", place=Place("test"))
+    with ExitStack() as stack:
+        sock, upstream = (stack.enter_context(listen()) for _ in range(2))
+        sock.setblocking(False)
+        listener = Listener(
+            cast("AbstractEventLoop", bench.loop),
+            bench.relay,
+            sock,
+            cast("Pool", pool_of((target_of(upstream),), 10.0)),
+            AccessList.compile((), (deny,)),
+        )
+        listener.start()
+        for _ in range(ACCEPT_BATCH):
+            denied = stack.enter_context(socket.socket())
+            denied.bind(("127.0.0.2", 0))
+            denied.connect(sock.getsockname())
+        stack.enter_context(connect(sock.getsockname()))
+        listener.stop()
+        assert bench.relay.refused == ACCEPT_BATCH
+        assert len(bench.relay.sessions) == 1
