@@ -72,11 +72,16 @@ class Sink:
         if self.waiting_bytes > MAX_WAITING_BYTES:
             self._lose(len(lines), "it takes too long")
             return
+        if self._thread is None:
+            thread = threading.Thread(target=self._run, name="connection log", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as err:  # at a limit of threads, pthread_create(3); the next may
+                self._lose(len(lines), str(err))
+                return
+            self._thread = thread
         block = "".join(lines).encode(errors="backslashreplace")
         self._handed += len(block)
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="connection log", daemon=True)
-            self._thread.start()
         self._queue.put(block)
 
     def end(self) -> None:

@@ -186,6 +186,31 @@ def test_a_stalled_place_does_not_hold_up_the_others(tmp_path: Path) -> None:
     assert log.dropped == 1
 
 
+def test_without_a_thread_lines_are_lost_until_there_is_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As at a limit of threads. Result: nothing fails, and the next block is written."""
+
+    def start(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    drain = ScriptedDrain([])
+    sink = Sink(drain)
+    with collected_log() as heard:
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", start)
+            sink.add("a\n", "b\n")
+            sink.flush()
+        assert (sink.dropped, sink.waiting_bytes) == (2, 0)
+        sink.add("c\n")
+        sink.flush()
+        sink.end()
+        sink.join(PATIENCE_S)
+    assert drain.lines == [b"c\n"]
+    assert drain.is_closed
+    assert any("can't start new thread" in text for text in heard)
+
+
 def test_what_nobody_thought_of_does_not_end_the_thread() -> None:
     class Broken(ScriptedDrain):
         def write(self, lines: bytes) -> None:
