@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final, Protocol
 
 from forwarder import inherit, notify, upgrade
+from forwarder.control.requests import STOPPING
 from forwarder.errors import StartupError
 from forwarder.listeners import CLOSE_GRACE_S
 from forwarder.pidfile import PidFile
@@ -123,7 +124,7 @@ class Handover:
         if self.is_under_way:
             return ""
         if not self._master.is_running:
-            problem = "the forwarder is stopping"
+            problem = STOPPING
         elif self._master.is_reloading:
             problem = "a reload is under way; try again when it is over"
         elif os.getpid() == 1:

@@ -24,7 +24,7 @@ import setproctitle
 from forwarder import __version__, notify, probing, upgrade
 from forwarder.config.model import STOP_TIMEOUT_S
 from forwarder.connlog.files import discard
-from forwarder.control.requests import Requests
+from forwarder.control.requests import STOPPING, Requests
 from forwarder.errors import ExitCode, StartupError
 from forwarder.fleet import Fleet
 from forwarder.handover import UNDER_WAY, Handover, inherited_sockets
@@ -404,7 +404,10 @@ class Master:
 
     def resize(self, size: int) -> str:
         """Begin to have ``size`` workers. Returns why not, or ""."""
-        if self._state is not State.RUNNING or not 1 <= size <= MAX_SLOTS:
+        if self._state is not State.RUNNING:
+            log.warning("master: %s", STOPPING)
+            return STOPPING
+        if not 1 <= size <= MAX_SLOTS:
             problem = f"{size} workers are not possible; 1 to {MAX_SLOTS} are"
             log.warning("master: %s", problem)
             return problem

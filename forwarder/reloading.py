@@ -10,6 +10,7 @@ import time
 from typing import TYPE_CHECKING, Protocol
 
 from forwarder import notify
+from forwarder.control.requests import STOPPING
 from forwarder.errors import StartupError
 from forwarder.handover import UNDER_WAY, Handover
 from forwarder.reload import Candidate, Loader, Rejected
@@ -80,7 +81,7 @@ class Reloading:
         """
         problem = ""
         if not self._master.is_running:
-            return "the forwarder is stopping"
+            return STOPPING
         if self._load is None:
             problem = "nothing to reload, the rules came from the command line"
         elif self._handover.is_under_way:
@@ -103,7 +104,7 @@ class Reloading:
         """The master is stopping: give up what is being read."""
         if self._loader.is_under_way:
             self._loader.cancel()
-            self._end(Rejected(("the forwarder is stopping",)))
+            self._end(Rejected((STOPPING,)))
 
     def close(self) -> None:
         """Close the pipe, in a forked child too."""

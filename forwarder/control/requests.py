@@ -29,7 +29,7 @@ OPERATIONS: Final = ("kill", "reload", "sessions", "status", "stop", "upgrade", 
 # Sessions in one answer, whatever a client asks for.
 MAX_LISTED: Final = 10_000
 MAX_COUNT: Final = 1 << 32  # no worker has that many sessions
-_STOPPING: Final = "the forwarder is stopping"
+STOPPING: Final = "the forwarder is stopping"
 # What the workers are asked has to fit into a message to each of them.
 MAX_CHOICE_BYTES: Final = 24 * 1024
 _COUNT: Final = re.compile(r"[+-]?[0-9]{1,4}")
@@ -263,7 +263,7 @@ class Requests:
         for replies in (self._asked, self._loading, self._settling, self._upgrading):
             replies.clear()
         for reply in waiting:
-            reply(refusal(_STOPPING))
+            reply(refusal(STOPPING))
 
     def on_stopped(self) -> None:
         """All workers have gone."""

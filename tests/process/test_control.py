@@ -254,6 +254,7 @@ def test_an_impossible_number_of_workers_is_refused(control: Control, count: str
 
 
 def test_stop_waits_until_the_last_session_has_ended(control: Control) -> None:
+    """Nothing else can be begun meanwhile, and whoever tries is told why."""
     it = control()
     link = it.link()
     stop = subprocess.Popen(
@@ -262,6 +263,9 @@ def test_stop_waits_until_the_last_session_has_ended(control: Control) -> None:
     it.forwarder.wait_logged("master.stopping")
     carry(link.client, link.upstream, b"still")
     assert stop.poll() is None
+    for command in (("workers", "3"), ("reload",), ("upgrade",)):
+        done = it.run(*command)
+        assert (done.returncode, "the forwarder is stopping" in done.stderr) == (1, True)
     link.close()
     assert stop.communicate(timeout=PATIENCE_S)[0] == "stopped\n"
     assert (stop.returncode, it.forwarder.wait()) == (0, 0)
