@@ -61,7 +61,8 @@ class Handover:
     def __init__(
         self, master: Incumbent, selector: selectors.BaseSelector, requests: Requests
     ) -> None:
-        self._heir: int | None = None  # the process that serves after an upgrade
+        self._has_heir = False
+        self._heir: int | None = None  # the process that serves after an upgrade, while it lives
         self._master = master
         self._selector = selector
         self._requests = requests
@@ -103,7 +104,7 @@ class Handover:
     @property
     def has_heir(self) -> bool:
         """Whether an upgrade has succeeded."""
-        return self._heir is not None
+        return self._has_heir
 
     @property
     def is_under_way(self) -> bool:
@@ -155,11 +156,12 @@ class Handover:
     def note_reload(self) -> None:
         """A reload is asked for: one that comes during an upgrade is for the one that stays."""
         self._is_reload_wanted = self._successor is not None
-        if self._heir is not None:
-            self._ask_heir_to_reload()
+        self._ask_heir_to_reload()
 
     def on_exit(self, pid: int, status: int) -> None:
         """Note that a child has ended; we have reaped it."""
+        if pid == self._heir:
+            self._heir = None  # from now on the number may be another's
         if self._successor is not None and pid == self._successor.pid:
             self._on_failed(self._successor, describe_end(status))
 
@@ -189,7 +191,7 @@ class Handover:
         if self._pid_file is not None:
             self._pid_file.leave_to(successor.pid)
             self._pid_file = None
-        self._heir = successor.pid
+        self._has_heir, self._heir = True, successor.pid
         if self._is_reload_wanted:  # it may have read the configuration before it was changed
             self._ask_heir_to_reload()
         self._leave_at = time.monotonic()
