@@ -81,10 +81,8 @@ def from_pairs(listens: Sequence[str], remotes: Sequence[str]) -> Loaded:
     remote_addresses = [_address(text, there, issues, is_upstream=True) for text in remotes]
     for listen, remote in zip(listen_addresses, remote_addresses, strict=False):
         if listen and remote:
-            # Each has a place of its own, because places tell rules apart.
-            placed = Placed(listen, Place("--listen"))
             raw.rules.append(
-                RawRule(place=placed.place, listen=placed, upstreams=(Placed(remote, there),))
+                RawRule(place=here, listen=Placed(listen, here), upstreams=(Placed(remote, there),))
             )
     config = resolve(raw, "--listen", issues)
     return Loaded(config, issues.finish())

@@ -50,8 +50,7 @@ class Metered(Direction):
         self.resume()
 
     def stop(self) -> None:
-        """Never read again. The end of the session sets ``moved`` to 0, so it is paid for now."""
-        self._pay()
+        """Never read again, nor wait for the meter."""
         self.meter.forget(self)
         self.is_held_up = False
         super().stop()

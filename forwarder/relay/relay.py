@@ -70,8 +70,6 @@ WARN_INTERVAL_S: Final = 10.0
 MAX_SETTLED: Final = 1024 if udp.FINDS_FLOWS_BY_HASH else 256
 # When to look whether the spare descriptor can be had again, if no client asks before. Arbitrary.
 RESERVE_AFTER_S: Final = 0.5
-
-
 _TCP: Final = Protocol.TCP
 
 
