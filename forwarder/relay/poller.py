@@ -162,7 +162,7 @@ class Poller:
                     handler.on_events(mask)
                 except Exception:  # a bug must cost one session, not the worker
                     log.exception("relay.bug fd=%d events=%#x", fd, mask)
-                    handler.on_bug()
+                    _end(handler)
 
     def _do_again(self) -> None:
         again = self._again
@@ -172,11 +172,22 @@ class Poller:
                 direction.on_turn()
             except Exception:  # as in _dispatch
                 log.exception("relay.bug while resuming")
-                direction.on_bug()
+                _end(direction)
 
     def _do_deferred(self) -> None:
         while self._deferred:
             deferred = self._deferred
             self._deferred = []
             for action in deferred:
-                action()
+                try:
+                    action()
+                except Exception:  # what the others have to close must not stay open
+                    log.exception("relay.bug at the end of a batch")
+
+
+def _end(failed: Handler | Resumable) -> None:
+    """Have it end. Who is half ended already may fail in that, too; the others have their turn."""
+    try:
+        failed.on_bug()
+    except Exception:
+        log.exception("relay.bug while ending for a bug")
