@@ -118,5 +118,8 @@ class Resolver:
             missing.discard(host)
             if missing:
                 self._waiters.append((missing, callback))
-            else:
+                continue
+            try:
                 callback()
+            except Exception:  # a bug must cost one session, not all that wait for the name
+                log.exception("resolve.bug host=%s", host)

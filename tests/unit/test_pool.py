@@ -124,3 +124,18 @@ def test_names_and_addresses_mix(answers: Answers) -> None:
     answers.settle()
     assert texts(mixed.targets()) == ["unix:@x", "192.0.2.1:7", "10.0.0.1:8"]
     assert answers.asked == ["some.example"]
+
+
+def test_who_fails_when_a_name_is_resolved_does_not_keep_it_from_the_others(
+    answers: Answers,
+) -> None:
+    named = pool(answers, "a:1", "some.example:7")
+    found: list[list[str]] = []
+
+    def fail(_targets: tuple[Target, ...]) -> None:
+        raise ZeroDivisionError
+
+    named.wait_for_targets(fail)
+    named.wait_for_targets(lambda targets: found.append(texts(targets)))
+    answers.settle()
+    assert found == [["192.0.2.1:7"]]
