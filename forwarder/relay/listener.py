@@ -218,9 +218,14 @@ class Listener:
         """The rest is over."""
         self._timer = None
         self._wait_no_more()
-        if self._relay.recover_spare_fd():
+        is_ready = self._relay.recover_spare_fd()
+        try:
+            if is_ready:
+                self.start()
+        except OSError:  # ENOSPC, ENOMEM: the set takes no more for now, epoll_ctl(2)
+            is_ready = False
+        if is_ready:
             self._is_paused = False
-            self.start()
         else:
             self._pauses += 1
             self._timer = self._loop.call_later(PAUSE_S, self._resume)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, cast
@@ -16,7 +18,8 @@ from forwarder.config.model import AccessRule, Verdict
 from forwarder.errors import Phase, Place
 from forwarder.net.sockets import Target
 from forwarder.relay import fast_open
-from forwarder.relay.listener import ACCEPT_BATCH, Listener
+from forwarder.relay.listener import ACCEPT_BATCH, PAUSE_S, Listener
+from forwarder.relay.poller import Poller
 from forwarder.relay.wheel import BUCKETS, TICK_S
 
 if TYPE_CHECKING:
@@ -153,3 +156,35 @@ def test_a_listener_that_stops_takes_those_that_are_queued_behind_who_may_not_in
         listener.stop()
         assert bench.relay.refused == ACCEPT_BATCH
         assert len(bench.relay.sessions) == 1
+
+
+def test_a_listener_that_cannot_be_watched_again_tries_until_it_can(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the watches of a user are used up, fs.epoll.max_user_watches, after a pause."""
+
+    def register(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with ExitStack() as stack:
+        sock, upstream = (stack.enter_context(listen()) for _ in range(2))
+        sock.setblocking(False)
+        listener = Listener(
+            cast("AbstractEventLoop", bench.loop),
+            bench.relay,
+            sock,
+            cast("Pool", pool_of((target_of(upstream),), 10.0)),
+            AccessList(()),
+        )
+        listener.start()
+        listener.on_bug()  # it rests
+        stack.enter_context(connect(sock.getsockname()))
+        with monkeypatch.context() as patched:
+            patched.setattr(Poller, "register", register)
+            bench.loop.pass_time(3 * PAUSE_S)
+        bench.relay.poller._turn()
+        assert not bench.relay.sessions
+        bench.loop.pass_time(2 * PAUSE_S)
+        bench.relay.poller._turn()
+        assert len(bench.relay.sessions) == 1
+        listener.stop()
