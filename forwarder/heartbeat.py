@@ -10,10 +10,11 @@ from __future__ import annotations
 import mmap
 from typing import Final
 
-MAX_SLOTS: Final = 1024  # the most workers a configuration may ask for
+from forwarder.config.model import MAX_WORKERS
+
 # Cells are used in turn. Four times as many as workers, for those that drain beside their
 # successors; a process that outlives so many others shares its cell, and may hide a hung one.
-CELLS: Final = 4 * MAX_SLOTS
+CELLS: Final = 4 * MAX_WORKERS
 # How often a worker says that it lives. Its loop turns at least so often.
 BEAT_S: Final = 1.0
 

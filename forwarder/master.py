@@ -22,13 +22,12 @@ from typing import TYPE_CHECKING, Final
 import setproctitle
 
 from forwarder import __version__, notify, probing, upgrade
-from forwarder.config.model import STOP_TIMEOUT_S
+from forwarder.config.model import MAX_WORKERS, STOP_TIMEOUT_S
 from forwarder.connlog.files import discard
 from forwarder.control.requests import STOPPING, Requests
 from forwarder.errors import ExitCode, StartupError
 from forwarder.fleet import Fleet
 from forwarder.handover import UNDER_WAY, Handover, inherited_sockets
-from forwarder.heartbeat import MAX_SLOTS
 from forwarder.latebind import LateBinds
 from forwarder.messages import Op
 from forwarder.privileges import (
@@ -407,8 +406,8 @@ class Master:
         if self._state is not State.RUNNING:
             log.warning("master: %s", STOPPING)
             return STOPPING
-        if not 1 <= size <= MAX_SLOTS:
-            problem = f"{size} workers are not possible; 1 to {MAX_SLOTS} are"
+        if not 1 <= size <= MAX_WORKERS:
+            problem = f"{size} workers are not possible; 1 to {MAX_WORKERS} are"
             log.warning("master: %s", problem)
             return problem
         if self._handover.is_under_way:

@@ -16,6 +16,7 @@ import click
 from forwarder import status
 from forwarder.cli.options import FILE
 from forwarder.control.path import find as find_socket
+from forwarder.control.requests import MAX_LISTED
 from forwarder.errors import ExitCode, ForwarderError
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ def _choice_options(command: Callable[..., None]) -> Callable[..., None]:
 @_choice_options
 @click.option(
     "--limit",
-    type=click.IntRange(1, 10_000),
+    type=click.IntRange(1, MAX_LISTED),
     default=1000,
     show_default=True,
     help="Show at most so many.",

@@ -17,7 +17,7 @@ import click
 
 from forwarder import daemonlog, demo, features, master
 from forwarder.cli import completion, control, convert, files
-from forwarder.config.model import RelayMode
+from forwarder.config.model import MAX_WORKERS, RelayMode
 from forwarder.errors import ConfigError, ExitCode, ForwarderError
 from forwarder.relay.splice import HAS_SPLICE
 
@@ -62,9 +62,11 @@ class _WorkerCount(click.ParamType[int]):
         text = str(value)
         if text == "auto":
             return 0
-        if text.isascii() and text.isdigit() and 1 <= int(text) <= 1024:
+        is_number = len(text) <= 9 and text.isascii() and text.isdigit()
+        if is_number and 1 <= int(text) <= MAX_WORKERS:
             return int(text)
-        self.fail(f"{text!r} is neither 'auto' nor a number from 1 to 1024", param, ctx)
+        what = f"{text[:40]!r} is neither 'auto' nor a number from 1 to {MAX_WORKERS}"
+        self.fail(what, param, ctx)
 
 
 def _print_version(ctx: click.Context, _: click.Parameter, is_asked: bool) -> None:  # noqa: FBT001 - click's way

@@ -29,6 +29,9 @@ FAST_OPEN_QUEUE = 256  # clients whose handshake is not over; arbitrary, HAProxy
 STOP_TIMEOUT_S = 30.0  # for sessions at a graceful stop; arbitrary, below systemd's 90 s
 HANG_TIMEOUT_S = 10.0  # without a sign of life of a worker; arbitrary
 
+# Arbitrary; catches a port or a pid written in the wrong place before it becomes processes.
+MAX_WORKERS = 1024
+
 
 class Dialect(Enum):
     """The language a configuration file is written in."""

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from forwarder.config.model import (
     HANG_TIMEOUT_S,
+    MAX_WORKERS,
     AccessRule,
     BindPolicy,
     Framing,
@@ -30,8 +31,6 @@ from forwarder.config.toml_places import Places
 from forwarder.config.toml_table import Table
 from forwarder.errors import Place
 
-# Arbitrary; catches a port or a pid written in the wrong place before it becomes processes.
-MAX_WORKERS = 1024
 # A worker gives a sign of life every second.
 MIN_HANG_TIMEOUT_S = 3.0
 # Each flow has one or two descriptors, of which Linux gives a process at most 2^20 unless told to.

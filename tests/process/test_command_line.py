@@ -73,7 +73,13 @@ def test_workers_are_as_many_as_told(
     assert listeners(address) == wanted
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "+1", "1.5", "1025", "", " 2", "many", "\u00b2"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("0", "-1", "+1", "1.5", "1025", "", " 2", "many", "\u00b2"),
+        pytest.param("9" * 5000, id="thousands of digits"),
+    ],
+)
 def test_a_bad_number_of_workers_is_refused(value: str) -> None:
     ended = run_command(*PAIR, "--workers", value)
     assert ended.returncode == 2
