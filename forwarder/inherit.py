@@ -17,14 +17,13 @@ import os
 import re
 import signal
 import socket
-import struct
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from forwarder.net import proc
 from forwarder.net.channel import MAX_FDS, Channel, ChannelClosed, channel_kind
-from forwarder.net.sockets import LentSocket
+from forwarder.net.sockets import LentSocket, peer_credentials
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
@@ -204,8 +203,7 @@ def _doors(uid: int) -> list[str]:
 
 def _end_hung(door: socket.socket, name: str, uid: int) -> None:
     """End an orphan that does not answer: its share of new clients would hang with it."""
-    raw = door.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    pid, peer_uid, _ = struct.unpack("3i", raw)
+    pid, peer_uid = peer_credentials(door)
     if peer_uid == uid and pid > 1:
         log.warning("inherit: orphan %s is hung; killing pid %d", name, pid)
         with suppress(OSError):
@@ -241,9 +239,8 @@ def _kind(table: Path) -> socket.SocketKind:
 
 
 def _is_trusted(peer: socket.socket, trusted: int) -> bool:
-    """Whether the other end runs as ``trusted`` or as root. unix(7), SO_PEERCRED."""
-    raw = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    _, uid, _ = struct.unpack("3i", raw)
+    """Whether the other end runs as ``trusted`` or as root."""
+    _, uid = peer_credentials(peer)
     return uid in (0, trusted)
 
 

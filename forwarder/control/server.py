@@ -19,15 +19,16 @@ import json
 import logging
 import os
 import selectors
-import socket
-import struct
 import time
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, TypeAlias
 
+from forwarder.net.sockets import peer_credentials
+
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable
 
     from forwarder.control.path import ControlListener
@@ -293,7 +294,6 @@ def _turn_away(sock: socket.socket, answer: Message) -> None:
 
 
 def _is_trusted(sock: socket.socket) -> bool:
-    """Whether the other end runs as us or as root. unix(7), SO_PEERCRED."""
-    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    _, uid, _ = struct.unpack("3i", raw)
+    """Whether the other end runs as us or as root."""
+    _, uid = peer_credentials(sock)
     return uid in (0, os.geteuid())

@@ -293,6 +293,13 @@ def pass_syn(sock: socket.socket) -> None:
         detach_filter(sock)
 
 
+def peer_credentials(sock: socket.SocketType) -> tuple[int, int]:
+    """Process and user at the other end of a unix socket: unix(7), SO_PEERCRED. Raises OSError."""
+    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    pid, uid, _ = struct.unpack("3i", raw)
+    return pid, uid
+
+
 def set_abort_on_close(sock: socket.SocketType) -> None:
     """Make close() send RST in place of FIN (SO_LINGER with 0 seconds, socket(7))."""
     with suppress(OSError):  # a socket that is gone needs no RST
