@@ -184,12 +184,18 @@ class OrphanDoor:
 
 
 def _receive_all(door: socket.socket) -> list[int]:
+    """Everything that an orphan gives. Raises OSError, with nothing of it left open."""
     numbers: list[int] = []
-    while True:
-        data, fds, _, _ = socket.recv_fds(door, 4096, MAX_FDS)
-        numbers += fds
-        if not data or not fds:
-            return numbers
+    try:
+        while True:
+            data, fds, _, _ = socket.recv_fds(door, 4096, MAX_FDS)
+            numbers += fds
+            if not data or not fds:
+                return numbers
+    except OSError:
+        for number in numbers:  # nobody would accept on them, and clients would wait
+            os.close(number)
+        raise
 
 
 def _doors(uid: int) -> list[str]:
