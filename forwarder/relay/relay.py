@@ -352,12 +352,13 @@ class Relay:
     # -- flows
 
     def flow_table(self, pool: Pool) -> FlowTable:
-        """The flows of a rule; those of former rules are forgotten once they are empty."""
-        table = self._flow_tables.get(pool)
+        """The flows of a rule, of all its ports; those of former rules go once they are empty."""
+        origin = pool.origin
+        table = self._flow_tables.get(origin)
         if table is None:
             self._flow_tables = {old: table for old, table in self._flow_tables.items() if table}
             table = FlowTable(share(pool.rule.max_flows, self.workers))
-            self._flow_tables[pool] = table
+            self._flow_tables[origin] = table
         return table
 
     def make_room_for_flow(self, pool: Pool) -> None:

@@ -10,27 +10,31 @@ import os
 import resource
 import socket
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 import pytest
-from support.by_hand import UdpBench, target_of
+from support.by_hand import RULE, UdpBench, target_of
 from support.datagrams import drain, numbered, receive_all, udp
 
 from forwarder.access import AccessList
-from forwarder.config.model import AccessRule, RelayMode, Verdict
+from forwarder.addr import Address
+from forwarder.config.model import AccessRule, Protocol, RelayMode, Verdict
 from forwarder.errors import Place
 from forwarder.net import udp as net_udp
 from forwarder.net.sockets import Target
 from forwarder.relay.datagram_ways import MAX_PENDING
 from forwarder.relay.udp_listener import UdpListener
 from forwarder.relay.wheel import BUCKETS, TICK_S
+from forwarder.stats import new_row
+from forwarder.upstream.pool import Pool
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
     from collections.abc import Callable, Iterator
 
     from forwarder.net.options import How
-    from forwarder.upstream.pool import Pool
+    from forwarder.upstream.resolver import Resolver
 
 HOSTS = ["127.0.0.1", "0.0.0.0", "::1", "::"]
 TURN_S = BUCKETS * TICK_S
@@ -539,6 +543,22 @@ def test_beyond_max_flows_the_longest_silent_goes(bench: UdpBench) -> None:
     assert ask(bench, clients[1], upstream, b"again") != sources[1]
     assert bench.count("flows_evicted") == 2
     assert bench.flows() == 3
+
+
+def test_all_ports_of_a_range_have_the_limit_of_flows_together(bench: UdpBench) -> None:
+    """Also where each port leads to one of its own, and so has a pool of its own."""
+    rule = replace(
+        RULE,
+        protocol=Protocol.UDP,
+        listen=Address("127.0.0.1", 8000, 10),
+        upstreams=(Address("127.0.0.1", 9000, 10),),
+    )
+    whole = Pool(rule, cast("Resolver", None), 1, new_row())
+    first, second = whole.at(1), whole.at(2)
+    assert first is not second
+    table = bench.relay.flow_table(first)
+    assert bench.relay.flow_table(second) is table
+    assert bench.relay.flow_table(whole) is table
 
 
 def test_the_limit_of_flows_follows_the_number_of_workers(bench: UdpBench) -> None:

@@ -121,6 +121,11 @@ class StubPool:
         del offset
         return self
 
+    @property
+    def origin(self) -> StubPool:
+        """The pool of the whole rule."""
+        return self
+
     def on_failure(self) -> None:
         """Nothing to look up again."""
 
