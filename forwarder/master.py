@@ -212,6 +212,8 @@ class Master:
 
     def _stop(self, *, is_fast: bool) -> None:
         """Begin to stop, or hurry a stop that has begun."""
+        if self._state is State.STOPPING:
+            return  # it cannot be hurried more, and must not be given its time anew
         if is_fast or self._state is State.DRAINING:
             op, self._state, patience = Op.STOP, State.STOPPING, KILL_AFTER_S
         elif self._state is State.RUNNING:

@@ -133,6 +133,17 @@ def test_sigterm_to_the_whole_group_drains_too(serve: Serve) -> None:
     service.assert_nothing_left()
 
 
+def test_impatience_does_not_hold_up_the_end(serve: Serve) -> None:
+    """A further SIGINT while a suspended worker has its time. Result: it gets no more of that."""
+    service = serve()
+    stop_process(service.forwarder.workers()[0])
+    service.forwarder.signal(INT)
+    service.forwarder.wait_logged("master.stopping how=stop")
+    assert service.stop(INT) == 0
+    assert sum("master.stopping" in line for line in service.forwarder.lines) == 1
+    service.assert_nothing_left()
+
+
 @pytest.mark.parametrize("numbers", [(INT,), (TERM, TERM), (TERM, INT)], ids=str)
 def test_a_suspended_worker_does_not_hold_up_the_end(
     serve: Serve, numbers: Sequence[signal.Signals]
