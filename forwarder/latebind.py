@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 
 class Waits(Protocol):
-    """The service, as far as rules wait for their address."""
+    """The service, as far as rules wait for their address. ``config`` is in force."""
 
+    config: Config
     retries: Retries
 
     def due(self, now: float) -> Config:
@@ -67,10 +68,10 @@ class LateBinds:
             return
         self._tried = due
         if all(isinstance(r.listen, UnixAddress) or r.listen.is_literal for r in due.rules):
-            self._end(look_up(due))
+            self._end(look_up(due, self._service.config))
             return
         try:
-            self._loader.start(lambda: due, now, names_only=True)
+            self._loader.start(lambda: due, now, beside=self._service.config)
         except OSError as err:
             self._end(Rejected((f"cannot start a process to look names up: {err.strerror}",)))
 

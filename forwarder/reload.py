@@ -56,11 +56,12 @@ class Loading:
         release: Callable[[], None],
         now: float,
         *,
-        names_only: bool = False,
+        beside: Config | None = None,
     ) -> None:
         """Fork. In the child ``release`` gives up what the master owns, then ``load`` is called.
 
-        ``names_only``: the configuration is in force, only where it listens has to be looked up.
+        ``beside`` is the configuration in force, if ``load`` gives some of its rules, of which only
+        where they listen has to be looked up.
         Raises OSError.
         """
         self.deadline = now + LOAD_TIMEOUT_S
@@ -76,7 +77,7 @@ class Loading:
             try:
                 os.close(self._read_fd)  # else it would wait for itself to read, once we are gone
                 release()
-                _write_all(write_fd, pickle.dumps(_load(load, names_only=names_only)))
+                _write_all(write_fd, pickle.dumps(_load(load, beside)))
             finally:
                 os._exit(0)
         os.close(write_fd)
@@ -143,9 +144,11 @@ class Loader:
         """When :meth:`turn` has something to do without an event; None for never."""
         return None if self._loading is None else self._loading.deadline
 
-    def start(self, load: Callable[[], Config], now: float, *, names_only: bool = False) -> None:
+    def start(
+        self, load: Callable[[], Config], now: float, *, beside: Config | None = None
+    ) -> None:
         """Begin, as Loading does, when nothing is under way. Raises OSError."""
-        self._loading = Loading(load, self._release, now, names_only=names_only)
+        self._loading = Loading(load, self._release, now, beside=beside)
         self._selector.register(self._loading, selectors.EVENT_READ, self._hear)
 
     def turn(self, now: float) -> None:
@@ -178,23 +181,26 @@ class Loader:
             self.close()
 
 
-def _load(load: Callable[[], Config], *, names_only: bool = False) -> Candidate | Rejected:
+def _load(load: Callable[[], Config], beside: Config | None = None) -> Candidate | Rejected:
     try:
         config = load()
-        unresolved = [] if names_only else unresolved_names(config)
+        unresolved = unresolved_names(config) if beside is None else []
         if unresolved:
             return Rejected(tuple(map(str, unresolved)))
-        return look_up(config)
+        return look_up(config, beside)
     except ForwarderError as err:
         return Rejected(tuple(str(err).splitlines()))
     except Exception as err:  # noqa: BLE001 - a bug in reading must not pass for a dead child
         return Rejected((f"internal error: {err!r}",))
 
 
-def look_up(config: Config) -> Candidate:
-    """Resolve where the rules of a configuration listen. Raises ForwarderError."""
+def look_up(config: Config, beside: Config | None = None) -> Candidate:
+    """Resolve where the rules of a configuration listen; of a part of it if ``beside`` is all.
+
+    Raises ForwarderError.
+    """
     unresolved: dict[str, str] = {}
-    return Candidate(config, bind_addresses(config, unresolved), unresolved)
+    return Candidate(config, bind_addresses(config, unresolved, beside), unresolved)
 
 
 def _write_all(fd: int, content: bytes) -> None:

@@ -73,17 +73,18 @@ class BindError(StartupError):
 
 
 def bind_addresses(
-    config: Config, unresolved: dict[str, str] | None = None
+    config: Config, unresolved: dict[str, str] | None = None, beside: Config | None = None
 ) -> dict[str, tuple[BindAddress, ...]]:
     """The addresses each rule listens on, by rule name. A host name may stand for several.
 
+    ``beside`` is the whole configuration, where ``config`` has some of its rules only.
     A rule that may wait for its address, and whose name has none now, has none; ``unresolved`` is
     told why, by rule. Blocks while names are resolved. Raises StartupError naming the rule and its
     place, and ConfigError when two rules turn out to listen on one address.
     """
     issues: list[Issue] = []
     first: dict[BindAddress, Rule] = {}
-    wildcards = _ipv4_wildcards(config)
+    wildcards = _ipv4_wildcards(beside or config)
     found: dict[str, tuple[BindAddress, ...]] = {}
     for rule in config.rules:
         try:
