@@ -13,6 +13,8 @@ from support.by_hand import Bench
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from forwarder.relay.poller import Handler
+
 
 class Broken:
     """Fails, and fails again when it is to end for that."""
@@ -54,9 +56,10 @@ def bench() -> Iterator[Bench]:
 def test_who_fails_twice_costs_the_others_of_a_batch_nothing(bench: Bench) -> None:
     """An edge is told once: who is not told now never is."""
     poller, broken, sound = bench.relay.poller, Broken(), Sound()
+    handlers: list[Handler] = [broken, sound]
     with ExitStack() as stack:
         pairs = [socket.socketpair() for _ in range(2)]
-        for (near, far), handler in zip(pairs, (broken, sound), strict=True):
+        for (near, far), handler in zip(pairs, handlers, strict=True):
             stack.enter_context(near)
             stack.enter_context(far)
             poller.register(far.fileno(), handler)
