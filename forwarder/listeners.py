@@ -371,7 +371,10 @@ class ListenerTable:
             if address.is_udp:
                 slotted.is_single = True
                 return False
-            sock = first.dup()
+            try:
+                sock = first.dup()
+            except OSError as dup_err:
+                raise bind_error(address, rule, dup_err) from dup_err
         self._put(address, sock, slotted)
         return True
 

@@ -133,6 +133,9 @@ class Reloading:
             self._master.begin_generation(candidate)
         except StartupError as err:
             self._reject((str(err),))
+        except Exception:  # whoever asked, and the service manager, must still hear of an end
+            log.exception("master.bug while a configuration is put in force")
+            self._reject(("internal error, see the log",))
 
     def _reject(self, problems: Iterable[str]) -> None:
         """Keep everything as it is, and say why."""
