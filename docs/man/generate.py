@@ -83,6 +83,27 @@ Others have theirs in
 .I $RUNTIME_DIRECTORY
 or
 .IR $XDG_RUNTIME_DIR/forwarder .
+.SH EXAMPLES
+Forward a port of this host to a web server, with one worker per CPU:
+.PP
+.EX
+forwarder \\-l 0.0.0.0:8080 \\-r 10.0.0.1:80
+.EE
+.PP
+Find what is wrong with a file before it is used, see what a reload would change, and reload:
+.PP
+.EX
+forwarder check \\-c /etc/forwarder/forwarder.toml
+forwarder diff /etc/forwarder/forwarder.toml new.toml
+forwarder reload
+.EE
+.PP
+See who is connected to a rule, and have them end:
+.PP
+.EX
+forwarder sessions \\-\\-rule web
+forwarder kill \\-\\-rule web
+.EE
 .SH SEE ALSO
 .BR forwarder.toml (5),
 .BR rinetd (8),
