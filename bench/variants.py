@@ -101,7 +101,7 @@ def _accepts(count: int) -> Callable[[], None]:
 def _new_buffers() -> None:
     """A buffer for each read, as most programs do it."""
     relay.Relay.small_view = property(  # type: ignore[assignment]
-        lambda _: memoryview(bytearray(16 * 1024)), lambda *_: None
+        lambda _: memoryview(bytearray(direction.SMALL_BYTES)), lambda *_: None
     )
 
 

@@ -18,7 +18,7 @@ pytestmark = EVERY_VARIANT
 
 MIB = 1 << 20
 # Around what one read of a message takes, what bulk takes at once, and what a turn may move.
-EDGES = [16 * 1024, 64 * 1024, 256 * 1024, MIB]
+EDGES = [16 * 1024, 20 * 1024, 64 * 1024, 256 * 1024, MIB]
 SIZES = st.one_of(
     st.integers(0, 3000),
     st.integers(0, 700_000),

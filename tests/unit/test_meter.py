@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
     from collections.abc import Iterator
 
-READ = 16 * 1024  # what a way may move beyond its room
+READ = 20 * 1024  # what a way may move beyond its room
 
 
 class Bench:
