@@ -413,6 +413,7 @@ def test_on_a_low_port_workers_without_rights_serve_flows_unsettled(site: UdpSit
         for _ in range(3):
             assert site.ask(client) == source
     assert flow_sockets(it.forwarder.workers(), site.address) == 0
+    it.forwarder.wait_logged("udp.unsettled")
     assert sum("udp.unsettled" in line for line in it.forwarder.lines) == 1
     assert it.forwarder.stop() == 0
 
