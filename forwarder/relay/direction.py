@@ -117,7 +117,7 @@ class Direction:
             self.missed = 0
             self.pump(mask)
 
-    def pump(self, mask: int) -> None:  # noqa: C901 - one call less for each message
+    def pump(self, mask: int) -> None:
         """Move what ``src`` has, small or bulk, within the budget. ``mask``: the events seen."""
         if self.is_bulk:
             self.pump_bulk(mask)
@@ -134,17 +134,7 @@ class Direction:
             if not count:
                 self.on_eof()
                 return
-            # As deliver, without a call: what most requests and answers go through.
-            self.moved += count
-            try:
-                sent = self.dst.send(view[:count])
-            except BlockingIOError:
-                sent = 0
-            except OSError as err:
-                self.session.on_undeliverable(self, err)
-                return
-            if sent != count:
-                self.keep(view[sent:count])
+            if not self.deliver(view, count):
                 return
             if count == SMALL_BYTES:
                 self.is_bulk = True
@@ -189,13 +179,9 @@ class Direction:
             return False
         if sent == count:
             return True
-        self.keep(view[sent:count])
-        return False
-
-    def keep(self, rest: memoryview) -> None:
-        """Keep a copy of what ``dst`` did not take, and stop reading until it does."""
-        self.pending = memoryview(bytes(rest))
+        self.pending = memoryview(bytes(view[sent:count]))
         self.block()
+        return False
 
     def flush(self) -> bool:
         """Send what a short send left behind; False if some of it is still left."""
