@@ -129,6 +129,21 @@ def test_what_went_with_the_syn_to_one_upstream_is_not_missing_at_the_next(
                 assert receive_exactly(far, 7) == b"request"
 
 
+def listening(bench: Bench, stack: ExitStack, *access: AccessRule) -> Listener:
+    """A listener that accepts, with an upstream behind it; ``stack`` closes the sockets."""
+    sock, upstream = (stack.enter_context(listen()) for _ in range(2))
+    sock.setblocking(False)
+    listener = Listener(
+        cast("AbstractEventLoop", bench.loop),
+        bench.relay,
+        sock,
+        cast("Pool", pool_of((target_of(upstream),), 10.0)),
+        AccessList.compile((), access),
+    )
+    listener.start()
+    return listener
+
+
 def test_a_listener_that_stops_takes_those_that_are_queued_behind_who_may_not_in(
     bench: Bench,
 ) -> None:
@@ -138,16 +153,8 @@ def test_a_listener_that_stops_takes_those_that_are_queued_behind_who_may_not_in
     """
     deny = AccessRule(verdict=Verdict.DENY, pattern="127.0.0.2", place=Place("test"))
     with ExitStack() as stack:
-        sock, upstream = (stack.enter_context(listen()) for _ in range(2))
-        sock.setblocking(False)
-        listener = Listener(
-            cast("AbstractEventLoop", bench.loop),
-            bench.relay,
-            sock,
-            cast("Pool", pool_of((target_of(upstream),), 10.0)),
-            AccessList.compile((), (deny,)),
-        )
-        listener.start()
+        listener = listening(bench, stack, deny)
+        sock = listener.sock
         for _ in range(ACCEPT_BATCH):
             denied = stack.enter_context(socket.socket())
             denied.bind(("127.0.0.2", 0))
@@ -167,18 +174,9 @@ def test_a_listener_that_cannot_be_watched_again_tries_until_it_can(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with ExitStack() as stack:
-        sock, upstream = (stack.enter_context(listen()) for _ in range(2))
-        sock.setblocking(False)
-        listener = Listener(
-            cast("AbstractEventLoop", bench.loop),
-            bench.relay,
-            sock,
-            cast("Pool", pool_of((target_of(upstream),), 10.0)),
-            AccessList(()),
-        )
-        listener.start()
+        listener = listening(bench, stack)
         listener.on_bug()  # it rests
-        stack.enter_context(connect(sock.getsockname()))
+        stack.enter_context(connect(listener.sock.getsockname()))
         with monkeypatch.context() as patched:
             patched.setattr(Poller, "register", register)
             bench.loop.pass_time(3 * PAUSE_S)
