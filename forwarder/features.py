@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Final
 
-from forwarder import __version__, kernel
+from forwarder import DISTRIBUTION, __version__, kernel
 from forwarder.net import datagrams, pipes, udp
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def report() -> list[str]:
     """Versions, features and limits, one a line."""
     uname = os.uname()
     lines = [
-        f"forwarder {__version__}",
+        f"forwarder {__version__} (distribution {DISTRIBUTION})",
         f"Python {platform.python_version()}",
         f"uvloop {_version_of('uvloop')}",
         f"{uname.sysname} {uname.release} {uname.machine}",

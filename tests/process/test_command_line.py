@@ -14,7 +14,7 @@ from support.forwarder import reserve_port
 from support.processes import as_nobody, listeners, run_command, title
 from support.waiting import eventually
 
-from forwarder import __version__
+from forwarder import DISTRIBUTION, __version__
 from forwarder.features import FEATURES
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ def test_versions_features_and_limits_are_printed_one_a_line() -> None:
     ended = run_command("--version", prefix=as_nobody())
     assert (ended.returncode, ended.stderr) == (0, "")
     lines = ended.stdout.splitlines()
-    assert lines[0] == f"forwarder {__version__}"
+    assert lines[0] == f"forwarder {__version__} (distribution {DISTRIBUTION})"
     assert re.fullmatch(r"Python 3\.[0-9.]+.*", lines[1])
     assert re.fullmatch(r"uvloop [0-9]+\.[0-9.]+", lines[2])
     assert lines[3].startswith(f"{os.uname().sysname} {os.uname().release} ")

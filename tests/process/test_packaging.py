@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 from support.waiting import PATIENCE_S
 
-from forwarder import __version__
+from forwarder import DISTRIBUTION, __version__
 
 if TYPE_CHECKING:
     from email.message import Message
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.process
 
 ROOT: Final = Path(__file__).parents[2]
-WHEEL: Final = f"forwarder-{__version__}-py3-none-any.whl"
-SDIST: Final = f"forwarder-{__version__}"
-DATA: Final = f"forwarder-{__version__}.data/data/share/man"
-INFO: Final = f"forwarder-{__version__}.dist-info"
+SDIST: Final = f"{DISTRIBUTION.replace('-', '_')}-{__version__}"
+WHEEL: Final = f"{SDIST}-py3-none-any.whl"
+DATA: Final = f"{SDIST}.data/data/share/man"
+INFO: Final = f"{SDIST}.dist-info"
 
 
 def run(
@@ -98,7 +98,7 @@ def test_the_wheel_has_the_package_and_what_belongs_to_it(built: Path) -> None:
 
 def test_the_wheel_says_what_it_is(built: Path) -> None:
     found = metadata(built / WHEEL)
-    assert (found["Name"], found["Version"]) == ("forwarder", __version__)
+    assert (found["Name"], found["Version"]) == (DISTRIBUTION, __version__)
     assert (found["License-Expression"], found["Requires-Python"]) == ("MIT", ">=3.11")
     assert {"bench", "convert", "deploy", "dev"} == set(found.get_all("Provides-Extra") or [])
     assert "Operating System :: POSIX :: Linux" in (found.get_all("Classifier") or [])
@@ -116,11 +116,11 @@ def test_the_source_distribution_has_tests_documents_and_examples(built: Path) -
 
 
 def test_the_installed_command_runs_and_its_pages_are_there(environment: Path) -> None:
-    """The command has the name of the package, as `pipx run` wants it."""
+    """`pipx run` wants the name of the command, which is not that of the distribution."""
     site = sysconfig.get_path("purelib")
     command = environment / "bin" / "forwarder"
     shown = run(command, "--version", PYTHONPATH=site)
-    assert shown.stdout.startswith(f"forwarder {__version__}\n")
+    assert shown.stdout.startswith(f"forwarder {__version__} (distribution {DISTRIBUTION})\n")
     run(command, "check", "-l", "127.0.0.1:1", "-r", "127.0.0.1:2", PYTHONPATH=site)
     where = "import forwarder; print(forwarder.__file__)"
     # Not from the directory of the tests: -P.
