@@ -62,7 +62,9 @@ def parse_args(argv: Sequence[str]) -> Plan:
     parser = _parser()
     args = parser.parse_args(argv)
     if args.out and find_spec("matplotlib") is None:
-        parser.error("--out draws pictures and needs matplotlib: pip install 'splice-forwarder[bench]'")
+        parser.error(
+            "--out draws pictures and needs matplotlib: pip install 'splice-forwarder[bench]'"
+        )
     everyone = all_peers(args.forwarder, args.oi)
     only = _names(parser, args.only, [*BY_NAME, RELOAD])
     named = _names(parser, args.peers, list(everyone))
