@@ -1,4 +1,4 @@
-"""Commands that talk to a running instance: reload, status, sessions, kill, stop and so on.
+"""Commands that talk to a running instance: reload, status, stop and so on; see ``sessions``, too.
 
 Ask over the control socket and print the answer. Not the service: see ``control``.
 """
@@ -16,19 +16,15 @@ import click
 from forwarder import status
 from forwarder.cli.options import FILE
 from forwarder.control.path import find as find_socket
-from forwarder.control.requests import MAX_LISTED
 from forwarder.errors import ExitCode, ForwarderError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_STATUS_TIMEOUT_S: Final = 10.0
+STATUS_TIMEOUT_S: Final = 10.0
 # Longer than the limits of the master itself: reading takes at most 60 s, and a worker that does
 # not acknowledge is replaced after 10 s. An upgrade is given up after 60 s and a few signals.
 _RELOAD_TIMEOUT_S: Final = 120.0
-
-# Ids in one request, of some 12 bytes each; a request is bounded.
-_IDS_AT_ONCE: Final = 1000
 
 
 class ControlError(ForwarderError):
@@ -84,9 +80,10 @@ def _refused(answer: dict[str, object]) -> ControlError:
     return ControlError("\n".join(lines), ExitCode.NO_PERMISSION if denied else ExitCode.FAILED)
 
 
-def _ask(
+def ask(
     path: str | None, message: dict[str, object], timeout_s: float | None
 ) -> dict[str, object]:
+    """Ask the instance at ``path``, else the one that is found. As ``request``."""
     return request(Path(path) if path else find_socket(), message, timeout_s)
 
 
@@ -102,7 +99,7 @@ def control_option(command: Callable[..., None]) -> Callable[..., None]:
 @control_option
 def reload_command(control: str | None) -> None:
     """Read the configuration anew; wait until it is in force, or say why it is not."""
-    answer = _ask(control, {"op": "reload"}, _RELOAD_TIMEOUT_S)
+    answer = ask(control, {"op": "reload"}, _RELOAD_TIMEOUT_S)
     click.echo(answer.get("report"))
 
 
@@ -111,7 +108,7 @@ def reload_command(control: str | None) -> None:
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON with everything.")
 def status_command(control: str | None, *, as_json: bool) -> None:
     """Show workers and rules, what they do and have done."""
-    answer = _ask(control, {"op": "status"}, _STATUS_TIMEOUT_S)
+    answer = ask(control, {"op": "status"}, STATUS_TIMEOUT_S)
     if as_json:
         click.echo(json.dumps(answer))
         return
@@ -119,76 +116,11 @@ def status_command(control: str | None, *, as_json: bool) -> None:
         click.echo(line)
 
 
-def _choice_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that say which sessions are meant."""
-    for option in (
-        click.option("--rule", metavar="NAME", help="Those of one rule."),
-        click.option("--client", metavar="PATTERN", help="An address, a network, or with * and ?."),
-    )[::-1]:
-        command = option(command)
-    return command
-
-
-@click.command("sessions")
-@control_option
-@_choice_options
-@click.option(
-    "--limit",
-    type=click.IntRange(1, MAX_LISTED),
-    default=1000,
-    show_default=True,
-    help="Show at most so many.",
-)
-@click.option("--json", "as_json", is_flag=True, help="One line of JSON for each session.")
-def sessions_command(
-    control: str | None, rule: str | None, client: str | None, limit: int, *, as_json: bool
-) -> None:
-    """List open sessions, with what they have moved and how long they have been silent."""
-    asked: dict[str, object] = {"op": "sessions", "rule": rule, "client": client, "limit": limit}
-    answer = _ask(control, asked, _STATUS_TIMEOUT_S)
-    sessions = answer.get("sessions")
-    found = sessions if isinstance(sessions, list) else []
-    for line in map(json.dumps, found) if as_json else status.sessions_as_text(found):
-        click.echo(line)
-    if answer.get("is_cut"):
-        click.echo(f"only {limit} are shown; --limit shows more", err=True)
-    _tell_silent(answer)
-
-
-@click.command("kill")
-@control_option
-@_choice_options
-@click.argument("ids", metavar="[ID]...", nargs=-1)
-def kill_command(
-    control: str | None, rule: str | None, client: str | None, ids: tuple[str, ...]
-) -> None:
-    """End open sessions by a reset: by ID, of a rule, of a client. With several, all must hold."""
-    if not ids and rule is None and client is None:
-        raise click.UsageError("give IDs (see `forwarder sessions`), --rule or --client")
-    asked: dict[str, object] = {"op": "kill", "rule": rule, "client": client}
-    killed = 0
-    for start in range(0, max(1, len(ids)), _IDS_AT_ONCE):
-        part = list(ids[start : start + _IDS_AT_ONCE])
-        answer = _ask(control, {**asked, "ids": part or None}, _STATUS_TIMEOUT_S)
-        count = answer.get("killed")
-        killed += count if isinstance(count, int) else 0
-        _tell_silent(answer)
-    click.echo(f"{killed} ended")
-
-
-def _tell_silent(answer: dict[str, object]) -> None:
-    """Say which workers have not answered, so that theirs are missing."""
-    silent = answer.get("silent")
-    if isinstance(silent, list) and silent:
-        pids = ", ".join(map(str, silent))
-        click.echo(f"no answer in time from the workers with these pids: {pids}", err=True)
-
-
 @click.command("upgrade")
 @control_option
 def upgrade_command(control: str | None) -> None:
     """Start the installed code in place of the running; wait until it serves, or say why not."""
-    answer = _ask(control, {"op": "upgrade"}, _RELOAD_TIMEOUT_S)
+    answer = ask(control, {"op": "upgrade"}, _RELOAD_TIMEOUT_S)
     click.echo(answer.get("report"))
 
 
@@ -196,7 +128,7 @@ def upgrade_command(control: str | None) -> None:
 @control_option
 def stop_command(control: str | None) -> None:
     """Let sessions end, for drain_timeout or 30 s, and stop; wait for it. Once more: at once."""
-    _ask(control, {"op": "stop"}, None)
+    ask(control, {"op": "stop"}, None)
     click.echo("stopped")
 
 
@@ -205,14 +137,12 @@ def stop_command(control: str | None) -> None:
 @click.argument("count", metavar="+1|-1|N")
 def workers_command(control: str | None, count: str) -> None:
     """Change the number of workers; wait until all are ready."""
-    answer = _ask(control, {"op": "workers", "count": count}, _RELOAD_TIMEOUT_S)
+    answer = ask(control, {"op": "workers", "count": count}, _RELOAD_TIMEOUT_S)
     click.echo(f"{answer.get('workers')} workers")
 
 
 COMMANDS: Final = (
-    kill_command,
     reload_command,
-    sessions_command,
     status_command,
     stop_command,
     upgrade_command,

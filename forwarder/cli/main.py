@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 import click
 
 from forwarder import daemonlog, demo, features, master
-from forwarder.cli import completion, control, convert, files
+from forwarder.cli import completion, control, convert, files, sessions
 from forwarder.config.model import MAX_WORKERS, RelayMode
 from forwarder.errors import ConfigError, ExitCode, ForwarderError
 from forwarder.relay.splice import HAS_SPLICE
@@ -185,6 +185,7 @@ def demo_command(seconds: float | None, workers: int, port: int) -> None:
 
 for _command in (
     *control.COMMANDS,
+    *sessions.COMMANDS,
     *files.COMMANDS,
     completion.completion_command,
     convert.convert_command,
