@@ -80,9 +80,7 @@ def _refused(answer: dict[str, object]) -> ControlError:
     return ControlError("\n".join(lines), ExitCode.NO_PERMISSION if denied else ExitCode.FAILED)
 
 
-def ask(
-    path: str | None, message: dict[str, object], timeout_s: float | None
-) -> dict[str, object]:
+def ask(path: str | None, message: dict[str, object], timeout_s: float | None) -> dict[str, object]:
     """Ask the instance at ``path``, else the one that is found. As ``request``."""
     return request(Path(path) if path else find_socket(), message, timeout_s)
 
