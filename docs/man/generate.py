@@ -7,6 +7,7 @@ a page is not what it should be.
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -98,11 +99,11 @@ forwarder diff /etc/forwarder/forwarder.toml new.toml
 forwarder reload
 .EE
 .PP
-See who is connected to a rule, and have them end:
+See who is connected to a rule, and have all of them end:
 .PP
 .EX
 forwarder sessions \\-\\-rule web
-forwarder kill \\-\\-rule web
+forwarder kill \\-\\-rule web \\-\\-yes
 .EE
 .SH SEE ALSO
 .BR forwarder.toml (5),
@@ -275,7 +276,9 @@ def command(found: click.Command) -> list[str]:
         metavar(parameter) for parameter in found.params if isinstance(parameter, click.Argument)
     ]
     usage = escape(" ".join(("forwarder", str(found.name), *arguments)))
-    return [f'.SS "{usage}"', *paragraph([found.help or ""]), *options(found)]
+    told = inspect.cleandoc(found.help or "").split("\n\n")
+    text = [line for part in told for line in (".PP", *paragraph(part.split("\n")))][1:]
+    return [f'.SS "{usage}"', *text, *options(found)]
 
 
 def options(found: click.Command) -> list[str]:

@@ -11,7 +11,7 @@ PROGRAM = "forwarder"
 VARIABLE = "_FORWARDER_COMPLETE"
 
 
-@click.command("completion")
+@click.command("completion", short_help="Print what makes a shell complete commands and options.")
 @click.argument("shell", type=click.Choice(SHELLS))
 @click.pass_context
 def completion_command(ctx: click.Context, shell: str) -> None:

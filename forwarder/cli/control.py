@@ -93,7 +93,7 @@ def control_option(command: Callable[..., None]) -> Callable[..., None]:
     return option(command)
 
 
-@click.command("reload")
+@click.command("reload", short_help="Read the configuration anew, and wait for that.")
 @control_option
 def reload_command(control: str | None) -> None:
     """Read the configuration anew; wait until it is in force, or say why it is not."""
@@ -101,11 +101,11 @@ def reload_command(control: str | None) -> None:
     click.echo(answer.get("report"))
 
 
-@click.command("status")
+@click.command("status", short_help="Show workers and rules with their counters.")
 @control_option
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON with everything.")
 def status_command(control: str | None, *, as_json: bool) -> None:
-    """Show workers and rules, what they do and have done."""
+    """Show workers and rules with their counters."""
     answer = ask(control, {"op": "status"}, STATUS_TIMEOUT_S)
     if as_json:
         click.echo(json.dumps(answer))
@@ -114,7 +114,7 @@ def status_command(control: str | None, *, as_json: bool) -> None:
         click.echo(line)
 
 
-@click.command("upgrade")
+@click.command("upgrade", short_help="Start the installed code in place of the running.")
 @control_option
 def upgrade_command(control: str | None) -> None:
     """Start the installed code in place of the running; wait until it serves, or say why not."""
@@ -122,7 +122,7 @@ def upgrade_command(control: str | None) -> None:
     click.echo(answer.get("report"))
 
 
-@click.command("stop")
+@click.command("stop", short_help="Let sessions end, and stop.")
 @control_option
 def stop_command(control: str | None) -> None:
     """Let sessions end, for drain_timeout or 30 s, and stop; wait for it. Once more: at once."""
@@ -130,7 +130,11 @@ def stop_command(control: str | None) -> None:
     click.echo("stopped")
 
 
-@click.command("workers", context_settings={"ignore_unknown_options": True})
+@click.command(
+    "workers",
+    short_help="Change the number of workers.",
+    context_settings={"ignore_unknown_options": True},
+)
 @control_option
 @click.argument("count", metavar="+1|-1|N")
 def workers_command(control: str | None, count: str) -> None:

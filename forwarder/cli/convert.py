@@ -14,7 +14,7 @@ from forwarder.config.loading import read_text
 from forwarder.errors import ForwarderError
 
 
-@click.command("convert")
+@click.command("convert", short_help="Turn another program's configuration into TOML.")
 @click.argument("file", metavar="FILE", type=FILE)
 @click.option(
     "--from",

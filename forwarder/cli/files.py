@@ -96,7 +96,7 @@ def warn(loaded: Loaded) -> None:
         click.echo(str(issue), err=True)
 
 
-@click.command("check")
+@click.command("check", short_help="Validate a configuration and print what it means.")
 @config_options
 def check_command(
     config_file: str | None, dialect: str | None, listens: tuple[str, ...], remotes: tuple[str, ...]
@@ -144,7 +144,7 @@ def _describe_rule(rule: Rule) -> str:
     return text
 
 
-@click.command("diff")
+@click.command("diff", short_help="Show what a reload would change.")
 @click.argument("old", metavar="OLD", type=FILE)
 @click.argument("new", metavar="NEW", type=FILE)
 @format_option

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 import click
 
 from forwarder import daemonlog, demo, features, master
-from forwarder.cli import completion, control, convert, files, sessions
+from forwarder.cli import completion, control, convert, files, group, sessions
 from forwarder.config.model import MAX_WORKERS, RelayMode
 from forwarder.errors import ConfigError, ExitCode, ForwarderError
 from forwarder.relay.splice import HAS_SPLICE
@@ -25,24 +25,14 @@ if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
     from forwarder.config.model import Config
-
-_NOT_FOR_RUN: Final = frozenset({"-h", "--help", "--version"})
-
-
-class _RunByDefault(click.Group):
-    """``forwarder -c FILE`` means ``forwarder run -c FILE``, as users of rinetd and oi type it."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if args and args[0].startswith("-") and args[0] not in _NOT_FOR_RUN:
-            args = ["run", *args]
-        return super().parse_args(ctx, args)
-
-    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        """Complete the options of ``run``, too, where its name may be left out."""
-        found = super().shell_complete(ctx, incomplete)
-        if incomplete.startswith("-"):
-            found += self.commands["run"].shell_complete(ctx, incomplete)
-        return found
+_EXAMPLES: Final = """\b
+Examples:
+  forwarder -l :8080 -r 10.0.0.1:80
+  forwarder -l udp::5353 -r 10.0.0.53:53
+  forwarder -c /etc/forwarder/forwarder.toml
+  forwarder check /etc/forwarder/forwarder.toml
+  forwarder status
+"""
 
 
 class _WorkerCount(click.ParamType[int]):
@@ -77,11 +67,13 @@ def _print_version(ctx: click.Context, _: click.Parameter, is_asked: bool) -> No
 
 
 @click.group(
-    cls=_RunByDefault,
+    cls=group.RunByDefault,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Options of `run` may be given without its name: forwarder -c FILE",
+    epilog=_EXAMPLES,
 )
+@control.control_option
 @click.option(
+    "-V",
     "--version",
     is_flag=True,
     is_eager=True,
@@ -89,11 +81,29 @@ def _print_version(ctx: click.Context, _: click.Parameter, is_asked: bool) -> No
     callback=_print_version,
     help="Show versions, and what this system has to offer.",
 )
-def cli() -> None:
-    """Forward TCP and UDP ports: the kernel moves the bytes, one worker per CPU."""
+@click.pass_context
+def cli(ctx: click.Context, control: str | None) -> None:
+    """Forward TCP and UDP ports: the kernel moves the bytes, one worker per CPU.
+
+    Without the name of a command it is run.
+    """
+    if control is None:
+        return
+    name = str(ctx.invoked_subcommand)
+    if all(parameter.name != "control" for parameter in cli.commands[name].params):
+        raise click.UsageError(f"{name} asks no instance: leave out --control", ctx)
+    # What a command is given itself wins over this.
+    ctx.default_map = {name: {"control": control}}
 
 
-@cli.command()
+@cli.command("version", short_help="As --version.")
+def version_command() -> None:
+    """Show versions, and what this system has to offer, as --version does."""
+    for line in features.report():
+        click.echo(line)
+
+
+@cli.command(short_help="Forward until stopped; the name may be left out.")
 @files.config_options
 @click.option(
     "--workers", metavar="N|auto", type=_WorkerCount(), help="Worker processes; auto = usable CPUs."
@@ -165,7 +175,7 @@ def run(  # noqa: PLR0913 - one parameter per option is click's way
     sys.exit(master.Master(spec).run())
 
 
-@cli.command("demo")
+@cli.command("demo", short_help="Push data through a forwarder of its own, to see it work.")
 @click.option("--seconds", type=click.FloatRange(min=0.1), help="End by itself after this long.")
 @click.option(
     "--workers", metavar="N|auto", type=_WorkerCount(), default="auto", help="Worker processes."
@@ -189,6 +199,7 @@ for _command in (
     *files.COMMANDS,
     completion.completion_command,
     convert.convert_command,
+    group.help_command,
 ):
     cli.add_command(_command)
 

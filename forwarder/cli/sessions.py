@@ -3,32 +3,114 @@
 from __future__ import annotations
 
 import json
+import sys
+from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Final
 
 import click
 
 from forwarder import status
-from forwarder.cli.control import STATUS_TIMEOUT_S, ask, control_option
+from forwarder.addr import is_ip
+from forwarder.cli.control import STATUS_TIMEOUT_S, ControlError, ask, control_option
 from forwarder.control.requests import MAX_LISTED
+from forwarder.errors import ExitCode, ForwarderError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 # Ids in one request, of some 12 bytes each; a request is bounded.
 _IDS_AT_ONCE: Final = 1000
+# Names and ids in a message.
+_MOST_NAMED: Final = 10
+
+
+@dataclass(slots=True)
+class _Found:
+    """Open sessions; whether there are more; pids of workers that have not answered in time."""
+
+    sessions: list[dict[str, object]] = field(default_factory=list)
+    is_cut: bool = False
+    silent: set[str] = field(default_factory=set)
+
+    def __str__(self) -> str:
+        count = len(self.sessions)
+        number = f"{'more than ' if self.is_cut else ''}{count:,}"
+        return f"{number} session{'' if count == 1 else 's'}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Choice:
+    """Sessions that somebody has chosen: those of which each condition holds that is given."""
+
+    control: str | None
+    rule: str | None = None
+    client: str | None = None
+    ids: tuple[str, ...] = ()
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether it names what it is about: sessions, or one client."""
+        return bool(self.ids) or (self.client is not None and is_ip(self.client))
+
+    def asked(self, op: str, ids: tuple[str, ...]) -> dict[str, object]:
+        """What is asked of the instance about them."""
+        return {"op": op, "rule": self.rule, "client": self.client, "ids": list(ids) or None}
+
+    def parts(self) -> list[tuple[str, ...]]:
+        """Ids, as many as one request takes."""
+        return [
+            self.ids[start : start + _IDS_AT_ONCE]
+            for start in range(0, max(1, len(self.ids)), _IDS_AT_ONCE)
+        ]
+
+    def find(self, limit: int = MAX_LISTED) -> _Found:
+        """Those that are open, at most ``limit`` of each request. Raises ControlError."""
+        found = _Found()
+        for ids in self.parts():
+            asked = {**self.asked("sessions", ids), "limit": limit}
+            answer = ask(self.control, asked, STATUS_TIMEOUT_S)
+            listed = answer.get("sessions")
+            sessions = listed if isinstance(listed, list) else []
+            found.sessions += [one for one in sessions if isinstance(one, dict)]
+            found.is_cut |= answer.get("is_cut") is True
+            found.silent |= _tell_silent(answer)
+        return found
+
+    def kill(self) -> int:
+        """End them; returns how many. Raises ControlError."""
+        killed = 0
+        for ids in self.parts():
+            answer = ask(self.control, self.asked("kill", ids), STATUS_TIMEOUT_S)
+            count = answer.get("killed")
+            killed += count if isinstance(count, int) else 0
+            _tell_silent(answer)
+        return killed
+
+
+def _complete_rule(ctx: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
+    """Names of rules, for a shell; none where no instance answers."""
+    control = ctx.params.get("control") or ctx.find_root().params.get("control")
+    try:
+        names = _rule_names(control)
+    except ForwarderError:
+        return []
+    return [name for name in names if name.startswith(incomplete)]
 
 
 def _choice_options(command: Callable[..., None]) -> Callable[..., None]:
     """The options that say which sessions are meant."""
     for option in (
-        click.option("--rule", metavar="NAME", help="Those of one rule."),
+        click.option(
+            "--rule", metavar="NAME", shell_complete=_complete_rule, help="Those of one rule."
+        ),
         click.option("--client", metavar="PATTERN", help="An address, a network, or with * and ?."),
     )[::-1]:
         command = option(command)
     return command
 
 
-@click.command("sessions")
+@click.command("sessions", short_help="List open sessions.")
 @control_option
 @_choice_options
 @click.option(
@@ -43,44 +125,121 @@ def sessions_command(
     control: str | None, rule: str | None, client: str | None, limit: int, *, as_json: bool
 ) -> None:
     """List open sessions, with what they have moved and how long they have been silent."""
-    asked: dict[str, object] = {"op": "sessions", "rule": rule, "client": client, "limit": limit}
-    answer = ask(control, asked, STATUS_TIMEOUT_S)
-    sessions = answer.get("sessions")
-    found = sessions if isinstance(sessions, list) else []
-    for line in map(json.dumps, found) if as_json else status.sessions_as_text(found):
+    found = _Choice(control=control, rule=rule, client=client).find(limit)
+    sessions = found.sessions
+    if not sessions:
+        _check_rule(control, rule)
+    for line in map(json.dumps, sessions) if as_json else status.sessions_as_text(sessions):
         click.echo(line)
-    if answer.get("is_cut"):
+    if found.is_cut:
         click.echo(f"only {limit} are shown; --limit shows more", err=True)
-    _tell_silent(answer)
 
 
-@click.command("kill")
+@click.command("kill", short_help="End open sessions by a reset.")
 @control_option
 @_choice_options
+@click.option("--dry-run", is_flag=True, help="List what would be ended, and end nothing.")
+@click.option("-y", "--yes", is_flag=True, help="End them without asking.")
 @click.argument("ids", metavar="[ID]...", nargs=-1)
 def kill_command(
-    control: str | None, rule: str | None, client: str | None, ids: tuple[str, ...]
+    control: str | None,
+    rule: str | None,
+    client: str | None,
+    ids: tuple[str, ...],
+    *,
+    dry_run: bool,
+    yes: bool,
 ) -> None:
-    """End open sessions by a reset: by ID, of a rule, of a client. With several, all must hold."""
+    """End open sessions by a reset: by ID, of a rule, of a client. Filters combine with AND.
+
+    Unless IDs or the address of one client are given it asks first, or wants --yes where there is
+    no terminal.
+    """
     if not ids and rule is None and client is None:
         raise click.UsageError("give IDs (see `forwarder sessions`), --rule or --client")
-    asked: dict[str, object] = {"op": "kill", "rule": rule, "client": client}
-    killed = 0
-    for start in range(0, max(1, len(ids)), _IDS_AT_ONCE):
-        part = list(ids[start : start + _IDS_AT_ONCE])
-        answer = ask(control, {**asked, "ids": part or None}, STATUS_TIMEOUT_S)
-        count = answer.get("killed")
-        killed += count if isinstance(count, int) else 0
-        _tell_silent(answer)
-    click.echo(f"{killed} ended")
+    choice = _Choice(control=control, rule=rule, client=client, ids=ids)
+    unknown = _unknown_ids(control, ids)
+    if dry_run:
+        found = choice.find()
+        for line in status.sessions_as_text(found.sessions):
+            click.echo(line)
+        count = len(found.sessions)
+        click.echo(f"{found} would be ended")
+    else:
+        if not (yes or choice.is_narrow):
+            _confirm(choice)
+        count = choice.kill()
+        click.echo(f"{count} ended")
+    if unknown:
+        raise ControlError(unknown)
+    if not count:
+        _check_rule(control, rule)
 
 
-def _tell_silent(answer: dict[str, object]) -> None:
-    """Say which workers have not answered, so that theirs are missing."""
+def _confirm(choice: _Choice) -> None:
+    """Have somebody agree, if there is something to end. Raises ControlError, click.Abort."""
+    found = choice.find()
+    if not found.sessions:
+        return
+    if not sys.stdin.isatty():
+        what = f"this would end {found}; hint: --yes ends them, --dry-run lists them"
+        raise ControlError(what, ExitCode.USAGE)
+    if not click.confirm(f"End {found}?", err=True):
+        raise ControlError("nothing was ended")
+
+
+# -- what is not there
+
+
+def _unknown_ids(control: str | None, ids: tuple[str, ...]) -> str:
+    """Which ids name no open session, and what is like them; "" if there are none such."""
+    if not ids:
+        return ""
+    found = _Choice(control=control, ids=ids).find()
+    known = {str(session.get("id")) for session in found.sessions}
+    unknown = [one for one in ids if one not in known and one.partition(".")[0] not in found.silent]
+    if not unknown:
+        return ""
+    every = _Choice(control=control).find().sessions
+    near = get_close_matches(unknown[0], [str(session.get("id")) for session in every], 3)
+    hint = f"did you mean {' or '.join(near)}?" if near else "`forwarder sessions` lists them"
+    more = len(unknown) - _MOST_NAMED
+    names = ", ".join(unknown[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+    return f"no open session is called {names}; hint: {hint}"
+
+
+def _check_rule(control: str | None, rule: str | None) -> None:
+    """Raise ControlError if no rule is called so.
+
+    To be asked when no session was found: those of a rule that has gone are found by its name.
+    """
+    if rule is None:
+        return
+    names = _rule_names(control)
+    if rule in names:
+        return
+    near = get_close_matches(rule, names, 3, 0.5)
+    more = len(names) - _MOST_NAMED
+    known = ", ".join(names[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are: {known}"
+    raise ControlError(f"no rule is called {rule!r}; hint: {hint}")
+
+
+def _rule_names(control: str | None) -> list[str]:
+    """The rules of the instance. Raises ControlError."""
+    rules = ask(control, {"op": "status"}, STATUS_TIMEOUT_S).get("rules")
+    found = rules if isinstance(rules, list) else []
+    return [str(rule.get("name")) for rule in found if isinstance(rule, dict)]
+
+
+def _tell_silent(answer: dict[str, object]) -> set[str]:
+    """Say which workers have not answered, so that theirs are missing, and return their pids."""
     silent = answer.get("silent")
-    if isinstance(silent, list) and silent:
-        pids = ", ".join(map(str, silent))
-        click.echo(f"no answer in time from the workers with these pids: {pids}", err=True)
+    if not isinstance(silent, list) or not silent:
+        return set()
+    pids = list(map(str, silent))
+    click.echo(f"no answer in time from the workers with these pids: {', '.join(pids)}", err=True)
+    return set(pids)
 
 
 COMMANDS: Final = (kill_command, sessions_command)

@@ -236,10 +236,11 @@ def test_filters_and_ids_and_what_is_told_of_a_session(logged: Logging, tmp_path
         table = run(it, "sessions").stdout.splitlines()
         assert (len(table), table[0].split()[:3]) == (7, ["id", "rule", "client"])
         done = run(it, "kill", str(first["id"]), "999999.1", "nonsense")
-        assert (done.returncode, done.stdout) == (0, "1 ended\n")
+        assert (done.returncode, done.stdout) == (1, "1 ended\n")
+        assert done.stderr.startswith("forwarder: no open session is called 999999.1, nonsense; ")
         receive_to_reset(links[0].client)
         assert run(it, "kill", "--rule", "unix", "--client", "127.0.0.1").stdout == "0 ended\n"
-        assert run(it, "kill", "--rule", "unix").stdout == "3 ended\n"
+        assert run(it, "kill", "--rule", "unix", "--yes").stdout == "3 ended\n"
         assert len(listed(it)) == 2
     assert run(it, "kill").returncode == 2
 
@@ -281,7 +282,7 @@ def test_a_worker_that_is_stopped_is_named_and_the_others_answer(logged: Logging
     sessions = answer["sessions"]
     assert isinstance(sessions, list)
     assert len(sessions) == 60 - len(mine)
-    done = run(it, "kill", "--rule", "one")
+    done = run(it, "kill", "--rule", "one", "--yes")
     assert done.stdout == f"{60 - len(mine)} ended\n"
     assert str(stopped) in done.stderr
     os.kill(stopped, signal.SIGCONT)

@@ -83,7 +83,7 @@ def test_the_page_of_the_command_has_every_command_and_option_and_no_other() -> 
 
 def options_in(body: str) -> set[str]:
     lines = [plain(line) for line in re.findall(r"^\.TP\n(.*)$", body, flags=re.MULTILINE)]
-    return {word for line in lines for word in re.findall(r"(?<![\w-])-{1,2}[a-z][a-z-]*", line)}
+    return {word for line in lines for word in re.findall(r"(?<![\w-])-{1,2}[a-zA-Z][a-z-]*", line)}
 
 
 def options_of(command: click.Command) -> set[str]:
