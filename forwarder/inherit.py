@@ -12,11 +12,14 @@ So the queues of these sockets outlive their masters. Binds nothing itself.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
+import secrets
 import signal
 import socket
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -27,7 +30,7 @@ from forwarder.net.sockets import LentSocket, peer_credentials
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
-    from collections.abc import Callable, Container, Iterable
+    from collections.abc import Callable, Container, Iterable, Iterator
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +39,8 @@ LENT_VARIABLE: Final = "FORWARDER_LENT_FDS"  # those of them that are a service 
 _FIRST_LISTEN_FD: Final = 3  # SD_LISTEN_FDS_START
 _DOOR_PREFIX: Final = "forwarder-orphan"
 _DOOR_TIMEOUT_S: Final = 2.0  # an orphan that does not answer by then keeps its sockets
+_KNOCK_AGAIN_S: Final = 0.05
+_GONE: Final = frozenset({errno.ECONNREFUSED, errno.ECONNRESET, errno.EPIPE})
 _TAKEN: Final = b'{"op": "taken"}'
 _KINDS: Final = frozenset(
     {
@@ -93,20 +98,19 @@ def from_orphans(uid: int, is_wanted: Callable[[socket.socket], bool]) -> list[s
     others stop accepting at once and leave when their sessions have ended.
     """
     found: dict[int, socket.socket] = {}
-    for name in _doors(uid):
-        with socket.socket(socket.AF_UNIX, channel_kind()) as door:
-            door.settimeout(_DOOR_TIMEOUT_S)
+    for name, door in _knock(uid):
+        with door:
             try:
-                door.connect(f"\0{name}")
-                given = list(_sockets(_receive_all(door))) if _is_trusted(door, uid) else []
+                given = list(_sockets(_receive_all(door)))
                 is_ours = any(map(is_wanted, given))
                 if is_ours:
                     door.send(_TAKEN)
             except TimeoutError:
                 _end_hung(door, name, uid)
                 continue
-            except OSError as err:
-                log.warning("inherit: orphan %s gives no sockets: %s", name, err)
+            except OSError as err:  # ECONNRESET, EPIPE: it has just ended, as orphans do
+                level = logging.INFO if err.errno in _GONE else logging.WARNING
+                log.log(level, "inherit: orphan %s gives no sockets: %s", name, err.strerror)
                 continue
         for sock in given:
             # Two orphans may share a socket, one of them having adopted it.
@@ -136,9 +140,23 @@ class OrphanDoor:
         self._on_taken = on_taken
         self._sock = socket.socket(socket.AF_UNIX, channel_kind())
         self._sock.setblocking(False)
-        self._sock.bind(f"\0{_DOOR_PREFIX}/{os.geteuid()}/{os.getpid()}")
-        self._sock.listen(1)
+        try:
+            self._bind()
+            self._sock.listen(1)
+        except BaseException:
+            self._sock.close()
+            raise
         loop.add_reader(self._sock.fileno(), self._on_master)
+
+    def _bind(self) -> None:
+        """Take the name that says who we are, or if another user has taken that, one like it."""
+        name = f"\0{_DOOR_PREFIX}/{os.geteuid()}/{os.getpid()}"
+        try:
+            self._sock.bind(name)
+        except OSError as err:
+            if err.errno != errno.EADDRINUSE:
+                raise
+            self._sock.bind(f"{name}-{secrets.token_hex(8)}")
 
     def close(self) -> None:
         """Stop waiting."""
@@ -183,6 +201,50 @@ class OrphanDoor:
             self._on_taken()
 
 
+def _knock(uid: int) -> Iterator[tuple[str, socket.socket]]:
+    """Connect to the doors of orphans of ``uid``; the caller owns the sockets, which have a limit.
+
+    Anybody may give a socket such a name. So nobody is waited for who is not an orphan of ``uid``,
+    and all that let nobody in, together, not longer than for one of those.
+    """
+    names = _doors(uid)
+    until = time.monotonic() + _DOOR_TIMEOUT_S
+    foreign = 0
+    while names:
+        for name in tuple(names):
+            door = _connected(name)
+            if door is None:
+                continue
+            names.remove(name)
+            if door.fileno() >= 0 and _is_trusted(door, uid):
+                door.settimeout(_DOOR_TIMEOUT_S)
+                yield name, door
+            elif door.fileno() >= 0:
+                foreign += 1
+                door.close()
+        if names and time.monotonic() >= until:
+            log.warning("inherit: %d orphans let nobody in, such as %s", len(names), names[0])
+            break
+        time.sleep(_KNOCK_AGAIN_S if names else 0)
+    if foreign:
+        log.warning("inherit: %d sockets of other users have names of orphans", foreign)
+
+
+def _connected(name: str) -> socket.socket | None:
+    """A door that is open; a closed socket if nobody is there; None if its queue is full."""
+    door = socket.socket(socket.AF_UNIX, channel_kind())
+    door.setblocking(False)
+    try:
+        door.connect(f"\0{name}")
+    except BlockingIOError:
+        door.close()
+        return None
+    except OSError as err:
+        log.debug("inherit: orphan %s has gone: %s", name, err)
+        door.close()
+    return door
+
+
 def _receive_all(door: socket.socket) -> list[int]:
     """Everything that an orphan gives. Raises OSError, with nothing of it left open."""
     numbers: list[int] = []
@@ -203,7 +265,7 @@ def _doors(uid: int) -> list[str]:
         text = _UNIX_SOCKETS.read_text(errors="replace")
     except OSError:
         return []
-    name = rf"@({_DOOR_PREFIX}/{uid}/[0-9]+)$"
+    name = rf"@({_DOOR_PREFIX}/{uid}/[0-9]+(?:-[0-9a-f]+)?)$"
     return sorted(set(re.findall(name, text, re.MULTILINE)))
 
 
