@@ -14,6 +14,7 @@ import pytest
 from support import procfs
 from support.ends import carry, connect
 from support.forwarder import reserve_port
+from support.hosts import own_host
 from support.logged import COMMON, RINETD, Logged, json_lines, places, read_json
 from support.processes import NOBODY
 from support.waiting import PATIENCE_S, eventually
@@ -314,22 +315,22 @@ def test_a_flow_that_outlives_its_listener_has_its_line(logged: Logging, tmp_pat
         for sock in (upstream, client):
             sock.bind(("127.0.0.1", 0))
             sock.settimeout(PATIENCE_S)
-        host = f"127.98.{os.getpid() >> 8 & 255}.{os.getpid() & 255}"
+        host = own_host(1)
         it = logged(places((path, "json")))
         text = it.config.read_text()
         rule = (
-            f'[[forwarding_rules]]\nname = "flow"\nlisten = "{host}:1003"\nprotocol = "udp"\n'
+            f'[[forwarding_rules]]\nname = "flow"\nlisten = "{host}:5003"\nprotocol = "udp"\n'
             'timeout = 3\nupstream = "{}:{}"\n[[logs]]'.format(*upstream.getsockname())
         )
         assert it.reload(text.replace("[[logs]]", rule))["ok"] is True
         for _ in range(3):
-            client.sendto(b"question", (host, 1003))
+            client.sendto(b"question", (host, 5003))
             upstream.recvfrom(100)
         assert it.reload(text)["ok"] is True
         eventually(lambda: path.read_text() != "")
         (entry,) = read_json(path)
         assert entry["client_port"] == client.getsockname()[1]
-    assert (entry["local"], entry["end"]) == (f"{host}:1003", "us/idle")
+    assert (entry["local"], entry["end"]) == (f"{host}:5003", "us/idle")
     assert entry["bytes_c2u"] == 24
 
 

@@ -13,6 +13,7 @@ import pytest
 from support.configured import Configured, many_rules
 from support.ends import accept, carry, connect, listen, listen_unix
 from support.forwarder import reserve_port
+from support.hosts import own_host
 from support.processes import listeners, run_command
 from support.waiting import eventually
 
@@ -153,7 +154,7 @@ def test_a_name_that_does_not_resolve_waits_and_stops_nothing(site: Site) -> Non
 
 def test_all_ports_of_a_range_are_had_or_none(site: Site) -> None:
     """The last one is taken. Result: the others are free for anybody meanwhile."""
-    host = f"127.92.{os.getpid() % 250}.1"
+    host = own_host(4)
     with listen(host, 8004):
         it = site.start(site.text(f"{host}:8000-8004"))
         site.assert_serves()

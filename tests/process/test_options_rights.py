@@ -12,6 +12,7 @@ import pytest
 from support.borrowed import connected_to, listening
 from support.configured import Configured, rule
 from support.ends import accept, carry, connect
+from support.hosts import own_host
 from support.processes import as_nobody, run_command
 from support.waiting import eventually
 
@@ -144,7 +145,7 @@ def test_what_cannot_be_changed_on_sockets_that_listen_refuses_the_whole_reload(
     Result: the other options, and the sockets of other rules, are as they were.
     """
     path = tmp_path / "forwarder.toml"
-    other = ("127.77.1.1", address[1])
+    other = (own_host(1), address[1])
 
     def text(more: str, idle: int) -> str:
         name = upstream.getsockname()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 from support.configured import Configured, rule
 from support.ends import accept, carry, connect
+from support.hosts import own_host
 from support.loads import Load
 from support.processes import NOBODY, as_nobody, listeners, members, run_command
 from support.waiting import eventually
@@ -36,7 +37,7 @@ def facts(pid: int) -> dict[str, list[str]]:
 
 def low_address(number: int) -> tuple[str, int]:
     """An address with a low port that no other test run uses."""
-    return f"127.78.{os.getpid() % 250}.{number}", 81
+    return own_host(number), 81
 
 
 def assert_unprivileged(pid: int) -> None:

@@ -11,6 +11,7 @@ import pytest
 from support import procfs
 from support.configured import Configured
 from support.ends import accept, carry, connect, listen
+from support.hosts import own_host
 from support.loads import Load
 from support.processes import listeners, members, run_command
 from support.waiting import eventually
@@ -34,8 +35,7 @@ class Ranges:
     """Addresses of this test alone: a loopback host for each side, whose ports nobody else has."""
 
     def __init__(self, stack: ExitStack) -> None:
-        number = os.getpid() % 250
-        self.here, self.there = f"127.91.{number}.1", f"127.91.{number}.2"
+        self.here, self.there = own_host(1), own_host(2)
         self._stack = stack
 
     def upstreams(self, first: int, count: int = COUNT) -> list[socket.socket]:
@@ -226,7 +226,7 @@ def test_a_removed_range_is_closed_and_its_last_clients_are_served(
 
 def test_a_start_that_needs_too_many_descriptors_says_how_many_before_it_binds() -> None:
     """Port 7000 could be bound, and is not: the last one is taken, which nobody gets to see."""
-    host = f"127.91.{os.getpid() % 250}.3"
+    host = own_host(3)
     with listen(host, 9999):
         ended = run_command(
             *("-l", f"{host}:7000-9999", "-r", "127.0.0.1:1", "--workers", "2"),

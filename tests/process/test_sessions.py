@@ -14,6 +14,7 @@ import pytest
 from support.clogged import CloggedUpstream
 from support.ends import accept, be_reset, carry, connect, listen, receive_to_end, receive_to_reset
 from support.forwarder import reserve_port
+from support.hosts import own_host
 from support.processes import run_command, state
 from support.waiting import PATIENCE_S, eventually
 
@@ -187,8 +188,7 @@ def test_the_status_of_ten_thousand_rules_fits(logged: Logging) -> None:
     it = logged("", workers=1)
     text = it.config.read_text()
     many = "".join(
-        f'[[forwarding_rules]]\nlisten = "127.77.{i // 250}.{i % 250 + 1}:1000"\n'
-        'upstream = "127.0.0.1:1"\n'
+        f'[[forwarding_rules]]\nlisten = "{own_host(250)}:{2000 + i}"\nupstream = "127.0.0.1:1"\n'
         for i in range(9_999)
     )
     assert it.reload(text + many)["ok"] is True
@@ -332,12 +332,12 @@ def test_cut_denied_ends_what_is_not_allowed_any_more_and_nothing_else(
         holders = [stack.enter_context(reserve_port()) for _ in range(2)]
         ports = [holder.getsockname()[1] for holder in holders]
         # Nobody else has it; below the ports that the kernel gives to UDP sockets.
-        own = f"127.99.{os.getpid() >> 8 & 255}.{os.getpid() & 255}"
+        own = own_host(1)
         it = logged("", top="cut_denied = true", workers=2)
         to_udp, to_tcp = ("{}:{}".format(*sock.getsockname()) for sock in (udp, echo))
         for kind, listens, upstream in (
-            ("udp", f"{own}:1001", to_udp),
-            ("udptotcp", f"{own}:1002", to_tcp),
+            ("udp", f"{own}:5001", to_udp),
+            ("udptotcp", f"{own}:5002", to_tcp),
             ("tcptoudp", f"127.0.0.1:{ports[0]}", to_udp),
             ("tcp", f"*:{ports[1]}", to_tcp),
             ("tcp", f"unix:{tmp_path}/s", to_tcp),
@@ -350,7 +350,7 @@ def test_cut_denied_ends_what_is_not_allowed_any_more_and_nothing_else(
         good.bind(("127.0.0.2", 0))
         good.connect(it.address)
         good_far = stack.enter_context(accept(it.upstream))
-        for port in (1001, 1002):
+        for port in (5001, 5002):
             flow = stack.enter_context(socket.socket(type=socket.SOCK_DGRAM))
             flow.bind(("127.0.0.1", 0))
             flow.sendto(b"x", (own, port))

@@ -17,6 +17,7 @@ from support.configured import IS_SOAK, Configured
 from support.datagrams import drain, free_udp_address, udp, udp_client
 from support.ends import accept, connect, listen, written
 from support.forwarder import reserve_port
+from support.hosts import own_host
 from support.loads import UdpLoad
 from support.processes import members, run_command, title
 from support.waiting import eventually
@@ -405,7 +406,7 @@ def test_flows_settle_in_workers_without_rights(site: UdpSite) -> None:
 @as_root
 def test_on_a_low_port_workers_without_rights_serve_flows_unsettled(site: UdpSite) -> None:
     """They may not bind it. Result: one warning for each worker, and every flow is served."""
-    site.address = (f"127.79.{os.getpid() % 250}.1", 53)
+    site.address = (own_host(1), 53)
     it = site.start(1, head='user = "nobody"')
     clients = [site.client() for _ in range(5)]
     for client in clients:

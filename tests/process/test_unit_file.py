@@ -13,6 +13,7 @@ import pytest
 from support import procfs
 from support.configured import rule
 from support.echo import Echo, ask_tcp, ask_udp
+from support.hosts import own_host
 from support.processes import COMMAND, listeners
 from support.programs import debian
 from support.sandbox import SCRIPT, USER
@@ -98,7 +99,7 @@ class Site:
         self.log = self._writable(directory / "log")
         self.config = directory / "forwarder.toml"
         self.upstreams = upstreams
-        self.low = [(f"127.79.{os.getpid() % 250}.{i}", 81) for i in (1, 2)]
+        self.low = [(own_host(i), 81) for i in (1, 2)]
         self.udp = ("127.0.0.2", upstreams.udp[0][1])
         self.prefix = [sys.executable, str(SCRIPT), str(UNIT), str(self.run), str(self.log), "--"]
         self.write(self.low[0])

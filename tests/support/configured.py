@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from support import procfs
 from support.ends import written
+from support.hosts import own_host
 from support.waiting import PATIENCE_S, eventually
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def rule(listen: tuple[str, int], upstream: tuple[str, int], more: str = "") -> 
 
 def many_rules(count: int = 3000) -> str:
     """Rules that take a while to read, on addresses that nobody else uses."""
-    addresses = ((f"127.77.{i // 250}.{i % 250 + 1}", 1000) for i in range(count))
+    addresses = ((own_host(250), 2000 + i) for i in range(count))
     return "".join(rule(address, ("127.0.0.1", 1)) for address in addresses)
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import os
 import socket
 from typing import TYPE_CHECKING
 
+from support.hosts import own_host
 from support.waiting import PATIENCE_S
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def free_udp_address(host: str = "") -> Address:
 
     It is not held: whoever did would be a member of the SO_REUSEPORT group and get its datagrams.
     """
-    host = host or f"127.81.{os.getpid() % 250 + 1}.{next(_hosts) % 250 + 1}"
+    host = host or own_host(next(_hosts) % 250 + 1)
     with udp(host) as sock:
         return sock.getsockname()[0], sock.getsockname()[1]
 
