@@ -25,12 +25,18 @@ _IPV4 = re.compile(rf"{_OCTET}\.{_OCTET}\.{_OCTET}\.{_OCTET}")
 # that would make an address ambiguous in a log line or a configuration.
 _SCOPE = re.compile(r"[A-Za-z0-9_.@+=~-]{1,15}")
 
+# A transport where an address belongs, as other programs have it: udp://HOST:PORT, HOST:PORT/udp.
+_BEFORE = re.compile(r"(tcp|udp):(?://)?", re.IGNORECASE)
+_BEHIND = re.compile(r"(?:/(tcp|udp)|/)$", re.IGNORECASE)
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://([^/]*).*", re.DOTALL)
+_PORTS = re.compile(r"[0-9]+(?:-[0-9]+)?")
+
 _UNIX = "unix:"
 # What sun_path takes, less the NUL at the end of a path or at the beginning of a name (unix(7)).
 MAX_UNIX_BYTES = 107
 
 ADDRESS_FORMS = (
-    "HOST:PORT, IPv4:PORT, [IPv6]:PORT or *:PORT, with FIRST-LAST for a range of ports, "
+    "HOST:PORT, IPv4:PORT, [IPv6]:PORT, *:PORT or PORT, with FIRST-LAST for a range of ports, "
     "unix:/PATH or unix:@NAME"
 )
 UPSTREAM_FORMS = (
@@ -40,7 +46,11 @@ UPSTREAM_FORMS = (
 
 
 class AddressError(ValueError):
-    """A text that is no address; the message says what is wrong with it."""
+    """A text that is no address; the message says what is wrong with it, ``hint`` what to write."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -167,12 +177,47 @@ def parse_ports(text: str) -> tuple[int, int]:
 
 def parse_address(text: str) -> Address:
     """Read a host and its ports; a bare ``:PORT`` means ``*:PORT``. Raises AddressError."""
+    _refuse_url(text)
     host, colon, ports = text.rpartition(":")
     if not colon:
-        raise AddressError(f"{text!r} has no port")
+        is_host = is_ip(text) or _HOSTNAME.fullmatch(text) is not None
+        raise AddressError(f"{text!r} has no port", f"write {text}:PORT" if is_host else "")
     if ":" in host and not (host.startswith("[") and host.endswith("]")):
-        raise AddressError(f"{text!r}: an IPv6 address needs brackets before its port")
+        raise _colons(text, host, ports)
     return Address(parse_host(host or "*"), *parse_ports(ports))
+
+
+def _colons(text: str, host: str, ports: str) -> AddressError:
+    """What is wrong with a host that has colons and no brackets."""
+    if not is_ip(host) and is_ip(text):
+        return AddressError(f"{text!r} has no port", f"write [{text}]:PORT")
+    hint = f"write [{host}]:{ports}" if is_ip(host) else ""
+    return AddressError(f"{text!r}: an IPv6 address needs brackets before its port", hint)
+
+
+def _refuse_url(text: str) -> None:
+    """Raise AddressError for what is of another layer."""
+    url = _URL.fullmatch(text)
+    if url is not None:
+        address = url[1] if ":" in url[1] else f"{url[1]}:PORT"
+        raise AddressError(f"{text!r} is a URL", f"write {address}")
+
+
+def split_transport(text: str) -> tuple[str, str]:
+    """Take ``tcp`` or ``udp`` off an address: ``udp:A``, ``udp://A`` or ``A/udp``.
+
+    Returns it, or "", and the address. Raises AddressError where both are said.
+    """
+    found = _BEFORE.match(text)
+    first = found[1].lower() if found else ""
+    rest = text[found.end() :] if found else text
+    behind = None if rest.startswith(_UNIX) else _BEHIND.search(rest)
+    last = (behind[1] or "").lower() if behind else ""
+    if not (first or last):
+        return "", text
+    if first and last and first != last:
+        raise AddressError(f"{text!r} says both {first} and {last}")
+    return first or last, rest[: behind.start()] if behind else rest
 
 
 def parse_unix(path: str) -> UnixAddress:
@@ -195,7 +240,10 @@ def parse_unix(path: str) -> UnixAddress:
 
 
 def parse_listen(text: str) -> Endpoint:
-    """Read one of ``ADDRESS_FORMS``. Raises AddressError."""
+    """Read one of ``ADDRESS_FORMS``; a bare ``PORT`` means ``*:PORT``. Raises AddressError."""
+    if _PORTS.fullmatch(text):
+        return Address(parse_host("*"), *parse_ports(text))
+    _refuse_transport(text)
     # A host may be called unix, too: then a port follows.
     if text.startswith(_UNIX) and not text[len(_UNIX) :][:1].isdigit():
         return parse_unix(text.removeprefix(_UNIX))
@@ -204,6 +252,22 @@ def parse_listen(text: str) -> Endpoint:
 
 def parse_upstream(text: str) -> Endpoint:
     """Read one of ``UPSTREAM_FORMS``: as to listen, but not ``*``. Raises AddressError."""
-    if text.startswith(("*", ":")):
-        raise AddressError(f"{text!r} does not say which host to connect to")
+    if text.startswith("*") or (text.startswith(":") and ":" not in text[1:]):
+        port = text.lstrip("*:")
+        raise AddressError(
+            f"{text!r} does not say which host to connect to",
+            f"write 127.0.0.1:{port} for this host",
+        )
+    if _PORTS.fullmatch(text):
+        raise AddressError(f"{text!r} has no host", f"write 127.0.0.1:{text} for this host")
     return parse_listen(text)
+
+
+def _refuse_transport(text: str) -> None:
+    """Raise AddressError if one stands with the address, where nothing else may stand."""
+    kind, address = split_transport(text)
+    # A host may be called udp, too: then only a port follows.
+    if kind and not _PORTS.fullmatch(text[len(kind) + 1 :]):
+        raise AddressError(
+            f"{text!r} says {kind} with the address", f'write {address}, and protocol = "{kind}"'
+        )

@@ -65,21 +65,34 @@ def config_options(command: Callable[..., None]) -> Callable[..., None]:
             multiple=True,
             help="Where that rule leads, the first with the first.",
         ),
+        click.option(
+            "--udp",
+            "is_udp",
+            is_flag=True,
+            help="These rules are UDP; udp: before an address says it of one alone.",
+        ),
     )[::-1]:
         command = option(command)
     return command
 
 
 def load(
-    config_file: str | None, dialect: str | None, listens: tuple[str, ...], remotes: tuple[str, ...]
+    config_file: str | None,
+    dialect: str | None,
+    listens: tuple[str, ...] = (),
+    remotes: tuple[str, ...] = (),
+    *,
+    is_udp: bool = False,
 ) -> Loaded:
     """Read what the options name. Raises ConfigError and click.UsageError."""
     if config_file is None:
         if not listens and not remotes:
             raise click.UsageError("nothing to forward: give -c FILE, or -l ADDR -r ADDR in pairs")
-        return config.from_pairs(listens, remotes)
+        return config.from_pairs(listens, remotes, is_udp=is_udp)
     if listens or remotes:
         raise click.UsageError("-c FILE and -l/-r exclude each other")
+    if is_udp:
+        raise click.UsageError("--udp is for -l and -r; in a file write protocol, or /udp")
     return config.load(Path(config_file), dialect=dialect_of(config_file, dialect))
 
 
@@ -99,10 +112,15 @@ def warn(loaded: Loaded) -> None:
 @click.command("check", short_help="Validate a configuration and print what it means.")
 @config_options
 def check_command(
-    config_file: str | None, dialect: str | None, listens: tuple[str, ...], remotes: tuple[str, ...]
+    config_file: str | None,
+    dialect: str | None,
+    listens: tuple[str, ...],
+    remotes: tuple[str, ...],
+    *,
+    is_udp: bool,
 ) -> None:
     """Validate a configuration and print what it means. Opens no port; needs no privilege."""
-    loaded = load(config_file, dialect, listens, remotes)
+    loaded = load(config_file, dialect, listens, remotes, is_udp=is_udp)
     warn(loaded)
     probing.check(loaded.config)
     for issue in advise(loaded.config, dialect_of(config_file, dialect)):
@@ -166,7 +184,7 @@ def _load_both(old: str, new: str, dialect: str | None) -> tuple[Config, Config]
     issues: list[Issue] = []
     for name in (old, new):
         try:
-            configs.append(load(name, dialect, (), ()).config)
+            configs.append(load(name, dialect).config)
         except ConfigError as err:
             issues += err.issues
     if issues:

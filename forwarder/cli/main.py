@@ -130,6 +130,7 @@ def run(  # noqa: PLR0913 - one parameter per option is click's way
     dialect: str | None,
     listens: tuple[str, ...],
     remotes: tuple[str, ...],
+    is_udp: bool,  # noqa: FBT001
     workers: int | None,
     relay: str | None,
     control: str | None,
@@ -145,7 +146,7 @@ def run(  # noqa: PLR0913 - one parameter per option is click's way
 
     def load() -> Config:
         """Read the configuration; the command line wins over what it says."""
-        loaded = files.load(config_file, dialect, listens, remotes)
+        loaded = files.load(config_file, dialect, listens, remotes, is_udp=is_udp)
         files.warn(loaded)
         given = {
             "workers": workers,

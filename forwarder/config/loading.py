@@ -1,4 +1,4 @@
-"""From a file, or from pairs of command-line addresses, to a checked configuration.
+"""From a file to a checked configuration. See ``pairs`` for addresses of the command line.
 
 The only module of the configuration that touches the system: it reads the file and looks up service
 names. Prints nothing, ends nothing, keeps nothing between two calls.
@@ -11,24 +11,14 @@ import stat
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from forwarder.addr import (
-    ADDRESS_FORMS,
-    UPSTREAM_FORMS,
-    AddressError,
-    parse_listen,
-    parse_upstream,
-)
 from forwarder.config import rinetd_conf, toml_conf
 from forwarder.config.model import Config, Dialect
-from forwarder.config.raw import Issues, Placed, RawConfig, RawRule
+from forwarder.config.raw import Issues
 from forwarder.config.resolve import resolve
 from forwarder.errors import ConfigError, Issue, Place
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from pathlib import Path
-
-    from forwarder.addr import Endpoint
 
 # Several hundred thousand rules fit; it is there for the device or log file given by mistake.
 MAX_FILE_BYTES = 64 * 1024 * 1024
@@ -60,41 +50,6 @@ def parse(text: str, source: str, dialect: Dialect) -> Loaded:
         raw = rinetd_conf.parse(text, source, issues, socket.getservbyname)
     config = resolve(raw, source, issues)
     return Loaded(config, issues.finish())
-
-
-def from_pairs(listens: Sequence[str], remotes: Sequence[str]) -> Loaded:
-    """Make TCP rules of ``--listen`` and ``--remote`` addresses, the first with the first.
-
-    Raises ConfigError with every problem found.
-    """
-    issues = Issues()
-    here, there = Place("--listen"), Place("--remote")
-    if len(listens) != len(remotes):
-        issues.error(
-            here,
-            f"{len(listens)} listen and {len(remotes)} remote addresses are given",
-            allowed="as many of one as of the other",
-            hint="they are taken in pairs, the first with the first",
-        )
-    raw = RawConfig(rules_seen=max(len(listens), len(remotes)))
-    listen_addresses = [_address(text, here, issues, is_upstream=False) for text in listens]
-    remote_addresses = [_address(text, there, issues, is_upstream=True) for text in remotes]
-    for listen, remote in zip(listen_addresses, remote_addresses, strict=False):
-        if listen and remote:
-            raw.rules.append(
-                RawRule(place=here, listen=Placed(listen, here), upstreams=(Placed(remote, there),))
-            )
-    config = resolve(raw, "--listen", issues)
-    return Loaded(config, issues.finish())
-
-
-def _address(text: str, place: Place, issues: Issues, *, is_upstream: bool) -> Endpoint | None:
-    try:
-        return parse_upstream(text) if is_upstream else parse_listen(text)
-    except AddressError as error:
-        allowed = UPSTREAM_FORMS if is_upstream else ADDRESS_FORMS
-        issues.error(place, str(error), allowed=allowed)
-        return None
 
 
 def read_text(path: Path) -> str:

@@ -186,13 +186,14 @@ class Reader:
         words = _FIRST_WORD.findall(line, start)
         near = get_close_matches(words[0].lower(), KEYWORDS, 1)
         if near:
-            hint = f"did you mean {near[0]}? Keywords are in lower case"
+            allowed, hint = "", f"did you mean {near[0]}? Keywords are in lower case"
         else:
+            allowed = f"{_RULE_FORM}, or one of {', '.join(KEYWORDS)}"
             hint = f"a forwarding rule has 4 fields before its options, not {len(words)}"
         self._issues.error(
             self._place(start),
             f"{line[start:][:80]!r} is neither a forwarding rule nor a directive",
-            allowed=f"{_RULE_FORM}, or one of {', '.join(KEYWORDS)}",
+            allowed=allowed,
             hint=hint,
         )
 

@@ -31,6 +31,10 @@ def read_listen(table: Table) -> Placed[Endpoint] | None:
         return None
     if "listen" not in table:
         return _host_and_port(table, "bind_address", "bind_port")
+    value = table.get("listen")
+    if isinstance(value, int) and not isinstance(value, bool):
+        table.bad("listen", "a text in quotes", f'write "*:{value}" for all addresses')
+        return None
     text = table.text("listen", ADDRESS_FORMS)
     return _address(table, text, is_upstream=False) if text else None
 
@@ -87,7 +91,9 @@ def _address(table: Table, text: Placed[str], *, is_upstream: bool) -> Placed[En
         address = parse_upstream(text.value) if is_upstream else parse_listen(text.value)
     except AddressError as error:
         allowed = UPSTREAM_FORMS if is_upstream else ADDRESS_FORMS
-        table.issues.error(text.place, str(error), allowed=allowed)
+        table.issues.error(
+            text.place, str(error), allowed="" if error.hint else allowed, hint=error.hint
+        )
         return None
     return Placed(address, text.place)
 

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 E = TypeVar("E", bound=Enum)
 
 _FLAGS = ("true", "false")
+# Who has mistyped a key wants that key, not all of them.
+_MOST_NEAR = 2
+_FEW_KEYS = 6
 
 
 def describe(value: object) -> str:
@@ -68,12 +71,14 @@ class Table:
                 self._report_unknown(key, known)
 
     def _report_unknown(self, key: str, known: Sequence[str]) -> None:
-        near = get_close_matches(key.lower(), known, 1)
+        near = get_close_matches(key.lower(), known, _MOST_NEAR)
+        is_short = len(known) <= _FEW_KEYS
+        allowed = ", ".join(known) if is_short and not near else ""
+        hint = "" if allowed else "forwarder.toml(5) has all keys"
+        if near:
+            hint = f"did you mean {' or '.join(near)}?"
         self.issues.error(
-            self.place(key),
-            f"unknown key {_short(repr(key))}",
-            allowed=", ".join(known),
-            hint=f"did you mean {near[0]}?" if near else "",
+            self.place(key), f"unknown key {_short(repr(key))}", allowed=allowed, hint=hint
         )
 
     def __contains__(self, key: str) -> bool:

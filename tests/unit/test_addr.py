@@ -23,6 +23,7 @@ from forwarder.addr import (
     parse_port,
     parse_ports,
     parse_upstream,
+    split_transport,
 )
 
 LABELS = st.from_regex(r"[a-z_](?:[a-z0-9_-]{0,20}[a-z0-9_])?", fullmatch=True)
@@ -194,3 +195,70 @@ def test_a_literal_is_told_from_a_name() -> None:
     assert Address("::1", 80).is_literal
     assert not Address("localhost", 80).is_literal
     assert parse_host("localhost") == "localhost"
+
+
+# -- what people write
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [("8080", Address("::", 8080)), ("8000-8010", Address("::", 8000, 11))],
+)
+def test_ports_alone_are_listened_on_at_every_address(text: str, address: Address) -> None:
+    assert parse_listen(text) == address
+
+
+@pytest.mark.parametrize(
+    ("text", "transport", "address"),
+    [
+        ("udp:10.0.0.1:53", "udp", "10.0.0.1:53"),
+        ("UDP:53", "udp", "53"),
+        ("tcp://[::1]:80/", "tcp", "[::1]:80"),
+        ("10.0.0.1:53/udp", "udp", "10.0.0.1:53"),
+        ("udp:a:53/udp", "udp", "a:53"),
+        ("udp::53", "udp", ":53"),
+        ("tcp:unix:/run/udp", "tcp", "unix:/run/udp"),
+        ("unix:/run/udp", "", "unix:/run/udp"),
+        ("a:80", "", "a:80"),
+        ("http://a:80", "", "http://a:80"),
+        ("udpish:80", "", "udpish:80"),
+    ],
+)
+def test_a_transport_is_taken_off_an_address(text: str, transport: str, address: str) -> None:
+    assert split_transport(text) == (transport, address)
+
+
+def test_two_transports_on_one_address_are_refused() -> None:
+    with pytest.raises(AddressError, match="says both udp and tcp"):
+        split_transport("udp:a:53/tcp")
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("1.2.3.4", "write 1.2.3.4:PORT"),
+        ("web.example", "write web.example:PORT"),
+        ("::1", "write [::1]:PORT"),
+        ("::1:80", "write [::1]:80"),
+        ("http://web.example:80/x", "write web.example:80"),
+        ("https://web.example", "write web.example:PORT"),
+        ("udp:10.0.0.1:53", 'write 10.0.0.1:53, and protocol = "udp"'),
+        ("10.0.0.1:53/udp", 'write 10.0.0.1:53, and protocol = "udp"'),
+    ],
+)
+def test_what_is_wrong_says_what_to_write(text: str, hint: str) -> None:
+    for parse in (parse_listen, parse_upstream):
+        with pytest.raises(AddressError) as caught:
+            parse(text)
+        assert caught.value.hint == hint
+
+
+@pytest.mark.parametrize("text", ["80", ":80", "*:80"])
+def test_an_upstream_without_a_host_is_told_how_this_host_is_called(text: str) -> None:
+    with pytest.raises(AddressError) as caught:
+        parse_upstream(text)
+    assert caught.value.hint == "write 127.0.0.1:80 for this host"
+
+
+def test_a_host_may_be_called_udp_in_a_file() -> None:
+    assert parse_listen("udp:53") == Address("udp", 53)

@@ -443,6 +443,38 @@ def test_pairs_may_be_ranges_and_unix_sockets() -> None:
         from_pairs(["127.0.0.1:80-82"], ["a:180-181"])
 
 
+@pytest.mark.parametrize(
+    ("listen", "remote", "is_udp", "expected"),
+    [
+        (":1", "a:1", False, Protocol.TCP),
+        (":1", "a:1", True, Protocol.UDP),
+        ("udp::1", "a:1", False, Protocol.UDP),
+        (":1", "a:1/udp", False, Protocol.UDP),
+        ("udp::1", "tcp:a:1", False, Protocol.UDP_TO_TCP),
+        ("tcp://:1", "udp://a:1", False, Protocol.TCP_TO_UDP),
+        (":1", "tcp:a:1", True, Protocol.UDP_TO_TCP),
+        ("tcp:1", "a:1", True, Protocol.TCP_TO_UDP),
+    ],
+)
+def test_pairs_say_what_is_spoken_on_the_two_sides(
+    listen: str, remote: str, is_udp: bool, expected: Protocol
+) -> None:
+    """What one side alone says holds for both, unless --udp speaks for the other."""
+    (rule,) = from_pairs([listen], [remote], is_udp=is_udp).config.rules
+    assert rule.protocol is expected
+    assert (str(rule.listen), str(rule.upstreams[0])) == ("[::]:1", "a:1")
+
+
+def test_a_unix_socket_cannot_be_udp() -> None:
+    with pytest.raises(ConfigError, match="is a stream socket, and the protocol of the rule is"):
+        from_pairs(["udp:53"], ["unix:/run/dns"])
+
+
+def test_a_number_to_listen_on_is_told_what_to_write() -> None:
+    with pytest.raises(ConfigError, match=r'listen is the number 80; .*hint: write "\*:80"'):
+        parse('[[forwarding_rules]]\nlisten = 80\nupstream = "a:1"\n', "c.toml", Dialect.TOML)
+
+
 @pytest.mark.parametrize(("text", "expected"), [("", False), ("true", True), ("false", False)])
 def test_a_flag_is_true_or_false(text: str, expected: bool) -> None:
     line = f"cut_denied = {text}\n" if text else ""
