@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 from forwarder.errors import ForwarderError
 from forwarder.net.addresses import bind_addresses
-from forwarder.upstream.names import unresolved_names
+from forwarder.upstream.unresolved import unresolved_names
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -24,7 +24,7 @@ from forwarder.net.addresses import BindError, address_of
 from forwarder.reload import Candidate, Rejected, look_up
 from forwarder.retries import Retries
 from forwarder.status import describe_rule
-from forwarder.upstream.names import unresolved_names
+from forwarder.upstream.unresolved import unresolved_names
 
 if TYPE_CHECKING:
     import socket

@@ -36,6 +36,7 @@ from forwarder.relay import listing
 from forwarder.relay.conversation import State
 from forwarder.relay.listener import listener_class
 from forwarder.relay.relay import Relay
+from forwarder.upstream.names import Names
 from forwarder.upstream.pool import Pool
 from forwarder.upstream.resolver import Resolver
 
@@ -140,6 +141,8 @@ class Worker:
         self._relay = Relay(loop, spec.relay, slot=spec.slot, holder=holder)
         self._is_flushing = False
         self._resolver = Resolver(loop)
+        self._names = Names(self._resolver.refresh, loop.time)
+        self._resolver.on_answer = self._names.update
         self._pools: dict[str, Pool] = {}
         self._listeners: dict[int, AnyListener] = {}
         self._sockets: dict[int, socket.socket] = {}
@@ -379,7 +382,7 @@ class Worker:
         known = self._pools.get(rule.name)
         if known is not None and known.rule == rule and known.row == row:
             return known
-        return Pool(rule, self._resolver, row, self._board.row(row))
+        return Pool(rule, self._names, row, self._board.row(row))
 
     def drain(self) -> None:
         """Accept no more, and leave when the last session has ended."""

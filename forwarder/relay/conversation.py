@@ -101,7 +101,7 @@ class Conversation:
         if self.state is not _RESOLVING:
             return  # timed out, or ended by a drain
         if not targets:
-            self.fail("no upstream address could be resolved")
+            self.fail(f"no upstream address could be resolved: {self.pool.why_no_target()}")
             return
         self.targets = targets
         self.state = _CONNECTING

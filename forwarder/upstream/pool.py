@@ -1,6 +1,6 @@
 """The upstreams of one rule as socket addresses, and which is tried first.
 
-Asks the resolver for names; connects nothing.
+Reads the table of names; asks and connects nobody.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from forwarder.net.options import How
     from forwarder.net.sockets import SockAddr
     from forwarder.stats import Row
-    from forwarder.upstream.resolver import Resolver
+    from forwarder.upstream.names import Names
 
 # A name that has to be looked up, and the port to connect to.
 _Named: TypeAlias = tuple[str, int]
@@ -50,9 +50,11 @@ class Pool:
     """
 
     __slots__ = (
-        "_fixed",
+        "_hosts",
+        "_names",
         "_origin",
-        "_resolver",
+        "_revision",
+        "_rounds",
         "_source",
         "_turn",
         "_upstreams",
@@ -70,7 +72,7 @@ class Pool:
     def __init__(
         self,
         rule: Rule,
-        resolver: Resolver,
+        names: Names,
         row: int,
         counts: Row,
         offset: int = 0,
@@ -87,14 +89,16 @@ class Pool:
         self.local = None if rule.options.transparent else _only_local(rule.listen)
         self.upstream_text = _as_written(rule.upstreams[0], offset)
         self._origin = origin
-        self._resolver = resolver
+        self._names = names
+        self._revision = -1
         self._turn = 0
         self._source = literal_target(rule.source, 0) if rule.source else None
         upstreams = self._upstreams = tuple(_moved(up, offset) for up in rule.upstreams)
-        self._fixed: tuple[tuple[Target, ...], ...] | None = None
-        every = tuple(upstream for upstream in upstreams if isinstance(upstream, Target))
-        if len(every) == len(upstreams):
-            self._fixed = tuple(every[i:] + every[:i] for i in range(len(every)))
+        self._hosts = tuple(dict.fromkeys(up[0] for up in upstreams if not isinstance(up, Target)))
+        # For each turn what to try in which order; None while a name has to be waited for.
+        self._rounds: tuple[tuple[Target, ...], ...] | None = None
+        if not self._hosts:
+            self._look_up()
 
     @property
     def origin(self) -> Pool:
@@ -112,30 +116,50 @@ class Pool:
             for upstream in self.rule.upstreams
         ):
             return self
-        return Pool(self.rule, self._resolver, self.row, self.counts, offset, self.origin)
+        return Pool(self.rule, self._names, self.row, self.counts, offset, self.origin)
 
     def targets(self) -> tuple[Target, ...] | None:
-        """Addresses to try, in order; None if a name has to be resolved first. Never blocks."""
+        """Addresses to try, in order; those of names as far as they are known. Never blocks.
+
+        None while there is no address at all and some name has never been answered; empty if there
+        is none though all of them have, see :meth:`why_no_target`.
+        """
+        if self._hosts and self._revision != self._names.revision:
+            self._revision = self._names.revision
+            self._look_up()
+        if self._rounds is None:
+            return None
         turn = self._turn
-        count = len(self._upstreams)
-        self._turn = turn + 1 if turn + 1 < count else 0
-        if self._fixed is not None:
-            return self._fixed[turn]
-        found: list[Target] = []
-        for i in range(count):
-            upstream = self._upstreams[(turn + i) % count]
-            if isinstance(upstream, Target):
-                found.append(upstream)
-                continue
-            resolved = self._resolver.lookup(*upstream)
-            if resolved is None:
-                return None
-            found += resolved
-        return tuple(found)
+        self._turn = turn + 1 if turn + 1 < len(self._upstreams) else 0
+        return self._rounds[turn]
 
     def wait_for_targets(self, callback: Callable[[tuple[Target, ...]], None]) -> None:
-        """Call back with the addresses once all names are resolved, or with those that could be."""
-        self._resolver.when_resolved(self._names(), lambda: callback(self.targets() or ()))
+        """Call back as soon as there is an address, or all names turn out to have none."""
+        for host in self._hosts:
+            self._names.refresh(host)
+
+        def attempt() -> bool:
+            targets = self.targets()
+            if targets is None:
+                return False
+            callback(targets)
+            return True
+
+        self._names.wait(self._hosts, attempt)
+
+    def why_no_target(self) -> str:
+        """Why :meth:`targets` is empty, by name."""
+        return "; ".join(f"{host}: {self._names.why(host)}" for host in self._hosts)
+
+    def _look_up(self) -> None:
+        """Put together what can be tried at each turn, from what the names mean now."""
+        found = [(up,) if isinstance(up, Target) else self._names.at(*up) for up in self._upstreams]
+        self._rounds = None
+        if any(found) or None not in found:
+            self._rounds = tuple(
+                tuple(target for one in (*found[turn:], *found[:turn]) for target in one or ())
+                for turn in range(len(found))
+            )
 
     def client_how(self, family: int) -> How:
         """How further sockets for UDP clients are made."""
@@ -153,11 +177,8 @@ class Pool:
 
     def on_failure(self) -> None:
         """No address could be connected to: names may have moved, look them up again."""
-        for host in self._names():
-            self._resolver.refresh(host)
-
-    def _names(self) -> list[str]:
-        return [up[0] for up in self._upstreams if not isinstance(up, Target)]
+        for host in self._hosts:
+            self._names.refresh(host)
 
 
 def _own_address(client: SockAddr, family: int) -> SockAddr:

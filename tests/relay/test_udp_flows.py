@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from forwarder.net.options import How
-    from forwarder.upstream.resolver import Resolver
+    from forwarder.upstream.names import Names
 
 HOSTS = ["127.0.0.1", "0.0.0.0", "::1", "::"]
 TURN_S = BUCKETS * TICK_S
@@ -553,7 +553,7 @@ def test_all_ports_of_a_range_have_the_limit_of_flows_together(bench: UdpBench) 
         listen=Address("127.0.0.1", 8000, 10),
         upstreams=(Address("127.0.0.1", 9000, 10),),
     )
-    whole = Pool(rule, cast("Resolver", None), 1, new_row())
+    whole = Pool(rule, cast("Names", None), 1, new_row())
     first, second = whole.at(1), whole.at(2)
     assert first is not second
     table = bench.relay.flow_table(first)

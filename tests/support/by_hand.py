@@ -107,6 +107,9 @@ class StubPool:
     def wait_for_targets(self, callback: Callable[[tuple[Target, ...]], None]) -> None:
         self.waiting.append(callback)
 
+    def why_no_target(self) -> str:
+        return "some.example: Name or service not known"
+
     def client_how(self, family: int) -> How:
         """How further sockets for UDP clients are made."""
         return to_listen(self.rule.options, family, is_udp=True)

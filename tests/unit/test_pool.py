@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
+import json
 import socket
-from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from forwarder.addr import parse_listen
 from forwarder.config.model import Rule
 from forwarder.errors import Place
+from forwarder.net.sockets import Target
 from forwarder.stats import new_row
+from forwarder.upstream.answers import Answer
+from forwarder.upstream.names import REFRESH_S, Names
 from forwarder.upstream.pool import Pool
-from forwarder.upstream.resolver import Resolver
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from forwarder.net.sockets import Target
 
 
 def rule(listen: str, *upstreams: str) -> Rule:
@@ -31,47 +29,43 @@ def rule(listen: str, *upstreams: str) -> Rule:
 
 
 class Answers:
-    """A loop that answers look-ups, and counts them."""
+    """The names of a worker that are answered when the test says so. ``asked``: in which order."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
-        self._loop = asyncio.new_event_loop()
+        self.now = 0.0
+        self.names = Names(self.asked.append, lambda: self.now)
 
-    def time(self) -> float:
-        return self._loop.time()
-
-    async def getaddrinfo(
-        self,
-        host: str,
-        port: int | None,  # noqa: ARG002 - as the loop's
-        *,
-        type: int,  # noqa: A002, ARG002
-    ) -> list[tuple[int, int, int, str, tuple[str, int]]]:
-        self.asked.append(host)
-        return [(socket.AF_INET, 1, 6, "", ("192.0.2.1", 0))]
-
-    def create_task(self, work: object) -> asyncio.Task[None]:
-        return self._loop.create_task(work)  # type: ignore[arg-type]  # a coroutine of the resolver
-
-    def settle(self) -> None:
-        """Let all look-ups end."""
-        self._loop.run_until_complete(asyncio.sleep(0))
-        self._loop.run_until_complete(asyncio.sleep(0))
-
-    def close(self) -> None:
-        self._loop.close()
+    def give(self, host: str, *addresses: str, why: str = "") -> None:
+        """A look-up has ended."""
+        found = tuple(Target(socket.AF_INET, (address, 0)) for address in addresses)
+        self.names.update({host: Answer(found, why)})
 
 
 @pytest.fixture
-def answers() -> Iterator[Answers]:
-    it = Answers()
-    yield it
-    it.close()
+def answers() -> Answers:
+    return Answers()
 
 
 def pool(answers: Answers, listen: str, *upstreams: str) -> Pool:
-    resolver = Resolver(answers)  # type: ignore[arg-type]  # all it uses
-    return Pool(rule(listen, *upstreams), resolver, 1, new_row())
+    return Pool(rule(listen, *upstreams), answers.names, 1, new_row())
+
+
+class Client:
+    """Who waits for an address; ``found`` once there is an outcome."""
+
+    def __init__(self, pool: Pool) -> None:
+        self.found: list[str] | None = None
+        assert pool.targets() is None
+        pool.wait_for_targets(self.on_targets)
+
+    @property
+    def is_waiting(self) -> bool:
+        return self.found is None
+
+    def on_targets(self, targets: tuple[Target, ...]) -> None:
+        assert self.is_waiting, "called twice"
+        self.found = texts(targets)
 
 
 def texts(targets: tuple[Target, ...] | None) -> list[str]:
@@ -100,42 +94,149 @@ def test_the_first_port_and_a_range_to_one_port_need_no_pool_of_their_own(
     assert many_to_one.origin is many_to_one
 
 
-def test_a_name_with_many_ports_is_looked_up_once(answers: Answers) -> None:
+def test_a_name_with_many_ports_is_asked_for_once(answers: Answers) -> None:
     whole = pool(answers, "a:1-10000", "some.example:20001-30000")
-    found: list[list[str]] = []
-    for offset in range(10_000):
-        one = whole.at(offset)
-        if one.targets() is None:
-            one.wait_for_targets(lambda targets: found.append(texts(targets)))
-    answers.settle()
+    clients = [Client(whole.at(offset)) for offset in range(10_000)]
+    answers.give("some.example", "192.0.2.1")
     assert answers.asked == ["some.example"]
-    assert sorted(found) == sorted([f"192.0.2.1:{port}"] for port in range(20_001, 30_001))
+    assert [client.found for client in clients] == [
+        [f"192.0.2.1:{port}"] for port in range(20_001, 30_001)
+    ]
     assert texts(whole.at(7).targets()) == ["192.0.2.1:20008"]
+    answers.now += 2 * REFRESH_S
     whole.at(7).on_failure()
-    answers.settle()
     assert answers.asked == ["some.example"] * 2
 
 
-def test_names_and_addresses_mix(answers: Answers) -> None:
-    """Only names are asked for. Result: the turn goes over all of them."""
-    mixed = pool(answers, "a:1", "some.example:7", "10.0.0.1:8", "unix:@x")
-    assert mixed.targets() is None
-    mixed.wait_for_targets(lambda _: None)
-    answers.settle()
-    assert texts(mixed.targets()) == ["unix:@x", "192.0.2.1:7", "10.0.0.1:8"]
+def test_a_name_is_not_asked_for_again_for_every_session_that_fails(answers: Answers) -> None:
+    named = pool(answers, "a:1", "some.example:7")
+    for _ in range(1000):
+        named.on_failure()
     assert answers.asked == ["some.example"]
+    answers.now += REFRESH_S
+    named.on_failure()
+    assert answers.asked == ["some.example"] * 2
 
 
-def test_who_fails_when_a_name_is_resolved_does_not_keep_it_from_the_others(
+def test_names_and_addresses_take_turns(answers: Answers) -> None:
+    mixed = pool(answers, "a:1", "some.example:7", "10.0.0.1:8", "unix:@x")
+    answers.give("some.example", "192.0.2.1", "192.0.2.2")
+    assert texts(mixed.targets()) == ["192.0.2.1:7", "192.0.2.2:7", "10.0.0.1:8", "unix:@x"]
+    assert texts(mixed.targets()) == ["10.0.0.1:8", "unix:@x", "192.0.2.1:7", "192.0.2.2:7"]
+    answers.give("some.example", "192.0.2.3")
+    assert texts(mixed.targets()) == ["unix:@x", "192.0.2.3:7", "10.0.0.1:8"]
+
+
+@pytest.mark.parametrize("why", ["", "no answer within 8 s"], ids=["unanswered", "failed"])
+def test_a_name_without_address_holds_up_nobody_who_has_another_upstream(
+    answers: Answers, why: str
+) -> None:
+    """It adds nothing to any turn, until it has an address."""
+    mixed = pool(answers, "a:1", "10.0.0.1:8", "db.dead:9", "some.example:7")
+    if why:
+        answers.give("db.dead", why=why)
+    for _ in range(6):
+        assert texts(mixed.targets()) == ["10.0.0.1:8"]
+    answers.give("some.example", "192.0.2.1")
+    found = [texts(mixed.targets()) for _ in range(3)]
+    assert sorted(map(tuple, found)) == [
+        ("10.0.0.1:8", "192.0.2.1:7"),
+        ("192.0.2.1:7", "10.0.0.1:8"),
+        ("192.0.2.1:7", "10.0.0.1:8"),
+    ]
+
+
+@given(st.permutations(["x.nx", "b.slow", "c.dead"]))
+def test_who_waits_goes_on_with_the_first_address_that_there_is(order: list[str]) -> None:
+    """However many of the names have none, and in whichever order they are answered."""
+    answers = Answers()
+    named = pool(answers, "a:1", "x.nx:1", "b.slow:2", "c.dead:3")
+    client = Client(named)
+    for host in order:
+        if host == "b.slow":
+            answers.give(host, "192.0.2.1")
+            break
+        answers.give(host, why="Name or service not known")
+        assert client.is_waiting
+    assert client.found == ["192.0.2.1:2"]
+    for host in order:
+        answers.give(host, "192.0.2.2")
+    assert client.found == ["192.0.2.1:2"]
+
+
+def test_who_waits_hears_when_all_names_have_failed(answers: Answers) -> None:
+    """Who comes later hears it at once, and why; the names are asked for again."""
+    named = pool(answers, "a:1", "x.nx:1", "c.dead:3")
+    client = Client(named)
+    answers.give("x.nx", why="Name or service not known")
+    assert client.is_waiting
+    answers.give("c.dead", why="no answer within 8 s")
+    assert client.found == []
+    assert named.targets() == ()
+    assert named.why_no_target() == "x.nx: Name or service not known; c.dead: no answer within 8 s"
+    answers.give("c.dead", "192.0.2.1")
+    assert texts(named.targets()) == ["192.0.2.1:3"]
+
+
+def test_a_name_that_no_rule_has_any_more_keeps_nobody_waiting(answers: Answers) -> None:
+    client = Client(pool(answers, "a:1", "some.example:7"))
+    answers.names.keep(["other.example"])
+    assert client.found == []
+    assert answers.names.at("some.example", 1) is None
+
+
+def test_who_fails_when_a_name_is_answered_does_not_keep_it_from_the_others(
     answers: Answers,
 ) -> None:
     named = pool(answers, "a:1", "some.example:7")
-    found: list[list[str]] = []
 
     def fail(_targets: tuple[Target, ...]) -> None:
         raise ZeroDivisionError
 
     named.wait_for_targets(fail)
-    named.wait_for_targets(lambda targets: found.append(texts(targets)))
-    answers.settle()
-    assert found == [["192.0.2.1:7"]]
+    client = Client(named)
+    answers.give("some.example", "192.0.2.1")
+    assert client.found == ["192.0.2.1:7"]
+
+
+def test_an_answer_travels_as_it_is() -> None:
+    found = (
+        Target(socket.AF_INET, ("192.0.2.1", 0)),
+        Target(socket.AF_INET6, ("fe80::1", 0, 0, 3)),
+    )
+    for answer in (Answer(found, since=1.5), Answer((), "no such name", is_final=True, since=7.0)):
+        assert Answer.from_json(json.loads(json.dumps(answer.as_json()))) == answer
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        None,
+        {},
+        [],
+        [[], "", False],
+        [[], "", 0, 0.0],
+        [[], None, False, 0.0],
+        [[[2, "localhost", 0]], "", False, 0.0],
+        [[[2, "::1", 0]], "", False, 0.0],
+        [[[1, "192.0.2.1", 0]], "", False, 0.0],
+        [[[10, "::1", -1]], "", False, 0.0],
+        [[[10, "::1", 1 << 40]], "", False, 0.0],
+        [["192.0.2.1"], "", False, 0.0],
+    ],
+)
+def test_nonsense_is_no_answer(nonsense: object) -> None:
+    with pytest.raises((ValueError, TypeError)):
+        Answer.from_json(nonsense)
+
+
+def test_what_was_found_once_stays_and_is_as_old_as_it_is() -> None:
+    one, other = (Target(socket.AF_INET, (f"192.0.2.{i}", 0)) for i in (1, 2))
+    first = Answer((one,), since=1.0).after(None)
+    assert first == Answer((one,), since=1.0)
+    assert Answer((one,), since=2.0).after(first) == first
+    failed = Answer((), "silent", since=3.0).after(first)
+    assert failed == Answer((one,), "silent", since=3.0)
+    assert Answer((), "refused", since=4.0).after(failed) == Answer((one,), "refused", since=3.0)
+    assert Answer((one,), since=5.0).after(failed) == Answer((one,), since=5.0)
+    assert Answer((other,), since=6.0).after(first) == Answer((other,), since=6.0)

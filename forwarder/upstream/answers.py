@@ -1,0 +1,85 @@
+"""What is known of a host name: a value, and how it travels between processes. Asks nobody."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass, replace
+from ipaddress import IPv4Address, IPv6Address
+from typing import TYPE_CHECKING, Final
+
+from forwarder.net.sockets import Target
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+# Of one name: what a session would try, and what fits into a message. Arbitrary.
+MAX_ADDRESSES: Final = 64
+_MAX_SCOPE: Final = 1 << 32
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the last look-up of a name has found, and what of the earlier ones is still in use.
+
+    ``addresses`` have port 0; those of the last look-up that found some, or none. ``why`` says why
+    the last look-up found none, "" if it did; ``is_final``: because the name means nothing, not
+    because nobody could be asked. ``since``: when it came to be so, in monotonic seconds, which are
+    the same for all processes.
+    """
+
+    addresses: tuple[Target, ...]
+    why: str = ""
+    is_final: bool = False
+    since: float = 0.0
+
+    def after(self, known: Answer | None) -> Answer:
+        """What is known of the name now, if ``known`` was before.
+
+        What was found once stays until something else is; what has not changed is as old as it was.
+        """
+        if known is None:
+            return self
+        addresses = known.addresses if self.why else self.addresses
+        is_same = bool(self.why) == bool(known.why) and addresses == known.addresses
+        return replace(self, addresses=addresses, since=known.since if is_same else self.since)
+
+    def as_json(self) -> list[object]:
+        """The answer as JSON."""
+        found = [[target.family, *_host_and_scope(target)] for target in self.addresses]
+        return [found, self.why, self.is_final, self.since]
+
+    @staticmethod
+    def from_json(value: object) -> Answer:
+        """What :meth:`as_json` has written. Raises ValueError or TypeError for anything else."""
+        if not isinstance(value, list):
+            raise TypeError("not an answer")
+        found, why, is_final, since = value
+        is_answer = isinstance(found, list) and isinstance(why, str) and isinstance(is_final, bool)
+        if not is_answer or not isinstance(since, int | float):
+            raise TypeError("not an answer")
+        return Answer(tuple(_target(*one) for one in found), why, is_final, since)
+
+
+def _host_and_scope(target: Target) -> tuple[str, int]:
+    address = target.sockaddr
+    return address[0], int(address[3]) if len(address) == 4 else 0
+
+
+def _target(family: object, host: object, scope: object) -> Target:
+    if not isinstance(host, str) or not isinstance(scope, int) or not 0 <= scope < _MAX_SCOPE:
+        raise TypeError("not an address")
+    if family == socket.AF_INET:
+        return Target(socket.AF_INET, (str(IPv4Address(host)), 0))
+    if family == socket.AF_INET6:
+        return Target(socket.AF_INET6, (str(IPv6Address(host)), 0, 0, scope))
+    raise ValueError("neither IPv4 nor IPv6")
+
+
+def targets_of(found: Iterable[tuple[int, tuple[object, ...]]]) -> tuple[Target, ...]:
+    """Addresses as getaddrinfo gives them, family and socket address, each once and in order."""
+    targets = [
+        Target(family, (address[0], 0, *address[2:]))  # type: ignore[arg-type]  # IP families only
+        for family, address in found
+        if family in (socket.AF_INET, socket.AF_INET6)
+    ]
+    return tuple(dict.fromkeys(targets))[:MAX_ADDRESSES]
