@@ -1,5 +1,10 @@
-"""``python -m forwarder``."""
+"""``python -m forwarder``, and the installed command."""
 
-from forwarder.cli.main import main
+from forwarder import interrupt
 
-main()
+interrupt.be_silent()
+
+from forwarder.cli.main import main  # noqa: E402 - the imports are what is interrupted
+
+if __name__ == "__main__":
+    main()

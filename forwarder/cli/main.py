@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 import click
 
-from forwarder import daemonlog, demo, features, master
+from forwarder import daemonlog, demo, features, interrupt, master
 from forwarder.cli import completion, control, convert, files, group, sessions
 from forwarder.config.model import MAX_WORKERS, RelayMode
 from forwarder.errors import ConfigError, ExitCode, ForwarderError
@@ -173,6 +173,7 @@ def run(  # noqa: PLR0913 - one parameter per option is click's way
         load=load if config_file else None,
         has_control=True,
     )
+    interrupt.be_raised()
     sys.exit(master.Master(spec).run())
 
 
@@ -191,6 +192,7 @@ def run(  # noqa: PLR0913 - one parameter per option is click's way
 def demo_command(seconds: float | None, workers: int, port: int) -> None:
     """Forward 127.0.0.1:9000 to a small built-in server and push data through."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    interrupt.be_raised()
     sys.exit(demo.run(workers=workers or usable_cpus(), port=port, seconds=seconds))
 
 
@@ -218,13 +220,24 @@ def _refuse_missing_splice(relay: RelayMode) -> None:
 
 
 def main() -> NoReturn:
-    """Run the command line and exit with a code of ExitCode."""
+    """Run the command line and exit with a code of ExitCode, or by SIGINT."""
+    try:
+        _main()
+    finally:
+        interrupt.be_silent()  # while the interpreter ends
+
+
+def _main() -> NoReturn:
     try:
         code = cli(standalone_mode=False, prog_name=completion.PROGRAM)
     except click.ClickException as err:
         err.show()
         sys.exit(err.exit_code)
-    except click.Abort:
+    except KeyboardInterrupt:
+        interrupt.end()
+    except click.Abort as err:
+        if isinstance(err.__cause__ or err.__context__, KeyboardInterrupt):
+            interrupt.end()
         sys.exit(ExitCode.FAILED)
     except ConfigError as err:
         for issue in err.issues:
