@@ -55,9 +55,10 @@ class AddressError(ValueError):
 
 @dataclass(frozen=True, slots=True, order=True)
 class Address:
-    """A host and a port, or a range of ports, as written.
+    """A host and a port, or a range of ports.
 
-    ``host`` is an IPv4 or IPv6 literal (without brackets, perhaps with a ``%scope``) or a name.
+    ``host`` is an IPv4 or IPv6 literal (without brackets, perhaps with a ``%scope``) in its one
+    spelling, or a name.
     ``port`` is 1 to 65535; 0 is left to the caller, who may mean "any free port".
     ``ports`` is how many ports there are, from ``port`` on; more than one is a range.
     """
@@ -102,35 +103,55 @@ Endpoint: TypeAlias = Address | UnixAddress
 
 def is_ip(host: str) -> bool:
     """Whether ``host`` is an IPv4 or IPv6 literal (a ``%scope`` is allowed on IPv6)."""
-    if _IPV4.fullmatch(host):
-        return True
-    if ":" not in host:
-        return False
+    return bool(_IPV4.fullmatch(host)) or _ipv6(host) is not None
+
+
+def _ipv6(text: str) -> ipaddress.IPv6Address | None:
+    if ":" not in text:
+        return None
     try:
-        ipaddress.IPv6Address(host)
+        ip = ipaddress.IPv6Address(text)
     except ValueError:
-        return False
-    _, percent, scope = host.partition("%")
-    return not percent or _SCOPE.fullmatch(scope) is not None
+        return None
+    _, percent, scope = text.partition("%")
+    return ip if not percent or _SCOPE.fullmatch(scope) else None
+
+
+def _spell(ip: ipaddress.IPv6Address) -> str:
+    """The one spelling of an address, however it was written. Raises AddressError.
+
+    An IPv4 address in IPv6 clothes (RFC 4291 section 2.5.5.2) is that IPv4 address: sockets of
+    IPv6 only cannot be bound to it.
+    """
+    scope = ip.scope_id
+    if scope is None:
+        return str(ip.ipv4_mapped or ip)
+    if ip.ipv4_mapped is not None:
+        raise AddressError(f"'{ip}': an IPv4 address has no interface; write {ip.ipv4_mapped}")
+    if ip.is_unspecified:  # the kernel would listen on all interfaces
+        raise AddressError(f"'{ip}': write :: and device = \"{scope}\"")
+    return str(ip)
 
 
 def parse_host(text: str) -> str:
-    """Check a host and return it in the form the model keeps.
+    """Check a host and return it in the form the model keeps: of a literal, its one spelling.
 
     ``*`` becomes ``::`` (every address, IPv4 and IPv6), ``0`` becomes ``0.0.0.0`` as in rinetd,
-    brackets around an IPv6 literal are taken off. Raises AddressError.
+    ``::ffff:10.0.0.1`` becomes ``10.0.0.1``; brackets around an IPv6 literal are taken off. Raises
+    AddressError.
     """
     if text == "*":
         return "::"
     if text == "0":
         return "0.0.0.0"
-    if text.startswith("[") and text.endswith("]"):
-        inner = text[1:-1]
-        if not (":" in inner and is_ip(inner)):
-            raise AddressError(f"{inner!r} in brackets is not an IPv6 address")
-        return inner
-    if is_ip(text):
+    if _IPV4.fullmatch(text):
         return text
+    is_bracketed = text.startswith("[") and text.endswith("]")
+    ip = _ipv6(text[1:-1] if is_bracketed else text)
+    if ip is not None:
+        return _spell(ip)
+    if is_bracketed:
+        raise AddressError(f"{text[1:-1]!r} in brackets is not an IPv6 address")
     if len(text) <= 253 and _HOSTNAME.fullmatch(text):
         return text
     raise AddressError(f"{text!r} is neither an IP address nor a host name")
@@ -139,11 +160,9 @@ def parse_host(text: str) -> str:
 def canonical_host(host: str) -> str:
     """One spelling for hosts that are the same without asking a resolver.
 
-    ``0:0::1`` and ``::1`` are one address, ``Example.com.`` and ``example.com`` one name.
+    Literals have theirs already; ``Example.com.`` and ``example.com`` are one name.
     """
-    if ":" in host and is_ip(host):
-        return str(ipaddress.IPv6Address(host))
-    return host.lower().rstrip(".")
+    return host if ":" in host else host.lower().rstrip(".")
 
 
 def parse_port(text: str, *, lowest: int = 1) -> int:

@@ -153,11 +153,7 @@ def _family_of(rule: Rule) -> int:
     listen = rule.listen
     if not isinstance(listen, Address):
         return -1
-    if (
-        not is_ip(listen.host)
-        or listen.host == "::"
-        or ipaddress.ip_address(listen.host) in _MAPPED
-    ):
+    if not is_ip(listen.host) or listen.host == "::":
         return 0
     return 6 if ":" in listen.host else 4
 

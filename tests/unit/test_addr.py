@@ -30,10 +30,10 @@ LABELS = st.from_regex(r"[a-z_](?:[a-z0-9_-]{0,20}[a-z0-9_])?", fullmatch=True)
 NAMES = st.lists(LABELS, min_size=1, max_size=4).map(".".join)
 SCOPED = st.builds(
     lambda ip, scope: f"{ip}%{scope}",
-    st.ip_addresses(v=6),
+    st.ip_addresses(network="fe80::/10"),
     st.from_regex(r"[A-Za-z0-9_.-]{1,15}", fullmatch=True),
 )
-HOSTS = st.one_of(st.ip_addresses().map(str), SCOPED, NAMES)
+HOSTS = st.one_of(st.ip_addresses().map(str).map(parse_host), SCOPED, NAMES)
 RANGES = st.tuples(st.integers(1, 65535), st.integers(1, 65535)).map(
     lambda ends: (min(ends), max(ends) - min(ends) + 1)
 )
@@ -137,6 +137,14 @@ def test_is_ip_agrees_with_the_standard_library(text: str) -> None:
         ("0:80", "0.0.0.0", 80),
         ("[::1]:65535", "::1", 65535),
         ("[fe80::1%eth0]:1", "fe80::1%eth0", 1),
+        ("[FE80:0::1%Eth0]:1", "fe80::1%Eth0", 1),
+        ("[0:0::1]:80", "::1", 80),
+        ("[::0]:80", "::", 80),
+        ("[0:0:0:0:0:0:0:0]:80", "::", 80),
+        ("[::0.0.0.0]:80", "::", 80),
+        ("[::ffff:0.0.0.0]:80", "0.0.0.0", 80),
+        ("[::ffff:127.0.0.1]:80", "127.0.0.1", 80),
+        ("[0::FFFF:7f00:1]:80", "127.0.0.1", 80),
         ("Example.com.:80", "Example.com.", 80),
     ],
 )
@@ -160,6 +168,8 @@ def test_forms_of_an_address(text: str, host: str, port: int) -> None:
         "1.2.3.256:80",
         "1.2.3.04:80",
         "[fe80::1%a b]:80",
+        "[::%eth0]:80",
+        "[::ffff:10.0.0.1%eth0]:80",
         "a b:80",
         "a\n:80",
         "-a:80",
@@ -185,10 +195,20 @@ def test_port_zero_is_allowed_only_where_asked_for() -> None:
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [("0:0::1", "::1"), ("FE80::1%Eth0", "fe80::1%Eth0"), ("Example.com.", "example.COM")],
+    [("0:0::1", "::1"), ("::ffff:1.2.3.4", "1.2.3.4"), ("Example.com.", "example.COM")],
 )
 def test_spellings_of_one_host_are_the_same(one: str, other: str) -> None:
-    assert canonical_host(one) == canonical_host(other)
+    assert canonical_host(parse_host(one)) == canonical_host(parse_host(other))
+
+
+@given(st.ip_addresses(v=6), st.booleans())
+def test_every_spelling_of_an_address_is_read_as_the_same(
+    ip: ipaddress.IPv6Address, is_upper: bool
+) -> None:
+    spellings = {str(ip), ip.exploded, "[" + ip.exploded + "]"}
+    spellings |= {text.upper() for text in spellings if is_upper}
+    assert len({parse_host(text) for text in spellings}) == 1
+    assert parse_host(parse_host(str(ip))) == parse_host(str(ip))
 
 
 def test_a_literal_is_told_from_a_name() -> None:

@@ -40,7 +40,7 @@ def numbered(entries: Sequence[tuple[Verdict, str]], source: str) -> tuple[Acces
 
 
 ENTRIES = st.lists(st.tuples(st.sampled_from(Verdict), st.sampled_from(PATTERNS)), max_size=5)
-HOSTS = st.sampled_from(["0.0.0.0", "127.0.0.1", "::1", "::", "a.example", "::ffff:10.0.0.9"])
+HOSTS = st.sampled_from(["0.0.0.0", "127.0.0.1", "::1", "::", "a.example"])
 
 
 def clients_of(host: str) -> list[str]:
