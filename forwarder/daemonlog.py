@@ -10,7 +10,11 @@ from __future__ import annotations
 import logging
 import os
 import select
+import time
+from logging import WARNING
 from typing import Final
+
+from forwarder.rarely import Rarely
 
 _FORMAT: Final = "%(asctime)s forwarder[%(process)d] %(levelname)s %(message)s"
 # A pipe that is writable takes so much without blocking (PIPE_BUF, pipe(7)).
@@ -50,9 +54,48 @@ class PatientHandler(logging.Handler):
         return True
 
 
+_rarely: Final = Rarely()
+
+
+def warn_rarely(logger: logging.Logger, about: str, message: str, level: int = WARNING) -> bool:
+    """Log what may be so many times a second: at once, then only now and then, with a count.
+
+    ``about`` tells what is one thing and what are two. Returns whether it was logged.
+    """
+    more = _rarely.note(about, time.monotonic())
+    if more is not None:
+        logger.log(level, "%s%s", message, more)
+    return more is not None
+
+
+class RareTracebacks(logging.Filter):
+    """Passes an exception at once, and the same one from the same line only now and then.
+
+    What runs into a bug may be any client, as often as it likes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._rarely = Rarely()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether to write it."""
+        if not record.exc_info or record.exc_info[0] is None:
+            return True
+        kind, _, traceback = record.exc_info
+        while traceback is not None and traceback.tb_next is not None:
+            traceback = traceback.tb_next
+        place = (traceback.tb_frame.f_code.co_filename, traceback.tb_lineno) if traceback else ""
+        more = self._rarely.note(f"{record.msg} {kind} {place}", time.monotonic())
+        if more:
+            record.msg = f"{record.msg}{more}"
+        return more is not None
+
+
 def start(*, verbose: bool) -> None:
     """Log to stderr from now on; ``verbose`` logs the end of every session, too."""
     handler = PatientHandler(2)
+    handler.addFilter(RareTracebacks())
     handler.setFormatter(logging.Formatter(_FORMAT))
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler])
     logging.getLogger("asyncio").setLevel(logging.WARNING)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 from forwarder import messages, supervision, worker
 from forwarder.asking import Questions
 from forwarder.connlog.files import LogFiles
+from forwarder.daemonlog import warn_rarely
 from forwarder.gate import STUCK_S, Busy, Gate, Holdings
 from forwarder.heartbeat import Heartbeats
 from forwarder.ledger import Ledger
@@ -219,7 +220,8 @@ class Fleet:
             except ChannelClosed:
                 continue  # it has died; SIGCHLD follows
             except OSError as err:
-                log.error("log: cannot tell worker %d about its files: %s", process.slot, err)
+                what = f"log: cannot tell worker {process.slot} about its files: {err}"
+                warn_rarely(log, what, what, logging.ERROR)
                 self._tell_again(process)
                 continue
             process.logs_revision = self.logs.revision
@@ -485,7 +487,8 @@ class Fleet:
         except ChannelClosed:
             return  # it has died; SIGCHLD follows
         except OSError as err:  # EMFILE: an assignment travels in a file
-            log.error("worker.untold slot=%d pid=%d: %s", process.slot, process.pid, err.strerror)
+            what = f"worker.untold slot={process.slot} pid={process.pid}: {err.strerror}"
+            warn_rarely(log, what, what, logging.ERROR)
             self._tell_again(process)
             return
         process.told = wanted

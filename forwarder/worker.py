@@ -26,6 +26,7 @@ from forwarder import privileges
 from forwarder.access import AccessList, Decision
 from forwarder.addr import UnixAddress
 from forwarder.connlog.log import FLUSH_S
+from forwarder.daemonlog import warn_rarely
 from forwarder.errors import Phase
 from forwarder.gate import Holder
 from forwarder.heartbeat import BEAT_S
@@ -219,7 +220,8 @@ class Worker:
     def _take_logs(self, received: Received) -> None:
         """Write the connection log there from now on."""
         if received.is_truncated:
-            log.error("log: no descriptors left for the files of the connection log")
+            what = "log: no descriptors left for the files of the connection log"
+            warn_rarely(log, what, what, logging.ERROR)
             received.close()
             self._say(Op.LOGS)  # again, when there may be some
             return
@@ -363,10 +365,11 @@ class Worker:
         """Say what is in force, and which sockets did not arrive; the master sends those again."""
         missing, self._unreceived = self._unreceived[:MAX_MISSING], []
         if missing or not serial:
-            log.error(
+            what = (
                 "worker: no descriptors left to take over listening sockets; raise the limit of "
                 "open files (LimitNOFILE=, ulimit -n)"
             )
+            warn_rarely(log, what, what, logging.ERROR)
             self._relay.pipes.close()  # the idle ones; they make room for the next try
         self._say(Op.APPLIED, serial=serial, missing=missing)
 

@@ -15,9 +15,11 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from typing import TYPE_CHECKING, Final
 
 from forwarder.connlog.drains import Unwritten
+from forwarder.rarely import Rarely
 
 if TYPE_CHECKING:
     from forwarder.connlog.drains import Drain
@@ -46,6 +48,7 @@ class Sink:
         self._lock = threading.Lock()
         self._dropped = 0  # lines, ever; with the lock, as the next one
         self._lost = 0  # lines, since the last time that all was well
+        self._failures, self._recoveries = Rarely(), Rarely()  # a place may do both in turn
 
     @property
     def dropped(self) -> int:
@@ -111,17 +114,21 @@ class Sink:
             self._lost += lines
             self._dropped += lines
         if is_first:
-            log.error(
-                "log.failed to=%s: %s; lines are dropped until it can be written to again",
-                self._drain.name,
-                why,
-            )
+            more = self._failures.note(why, time.monotonic())
+            if more is not None:
+                log.error(
+                    "log.failed to=%s: %s; lines are dropped until it can be written to again%s",
+                    self._drain.name,
+                    why,
+                    more,
+                )
 
     def _on_written(self) -> None:
         with self._lock:
             lost, self._lost = self._lost, 0
-        if lost:
-            log.warning("log.resumed to=%s: %d lines were lost", self._drain.name, lost)
+        more = self._recoveries.note("", time.monotonic()) if lost else None
+        if more is not None:
+            log.warning("log.resumed to=%s: %d lines were lost%s", self._drain.name, lost, more)
 
     def _run(self) -> None:
         while (block := self._queue.get()) is not None:

@@ -25,6 +25,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, TypeAlias
 
+from forwarder.daemonlog import warn_rarely
 from forwarder.net.sockets import peer_credentials
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ class ControlServer:
         except BlockingIOError:
             return
         except OSError as err:
-            log.warning("control: cannot accept: %s", err.strerror)
+            warn_rarely(log, "control", f"control: cannot accept: {err.strerror}")
             self._selector.unregister(self._listener.sock)
             self._paused_until = self._clock() + PAUSE_S
             return

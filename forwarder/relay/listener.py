@@ -5,7 +5,6 @@ Does not bind and does not own the socket: the worker does.
 
 from __future__ import annotations
 
-import logging
 import select
 from functools import partial
 from typing import TYPE_CHECKING, Final, TypeAlias
@@ -14,6 +13,7 @@ from forwarder.access import Decision
 from forwarder.addr import Address
 from forwarder.gate import STUCK_S
 from forwarder.net import sockets
+from forwarder.relay import pauses
 from forwarder.relay.udp_listener import UdpListener
 
 if TYPE_CHECKING:
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from forwarder.relay.admission import Admission
     from forwarder.relay.relay import Relay
     from forwarder.upstream.pool import Pool
-
-log = logging.getLogger(__name__)
 
 # Accepts per event. The poll is level-triggered, so the rest is reported by the next one.
 ACCEPT_BATCH: Final = 8
@@ -45,7 +43,6 @@ class Listener:
         "_is_paused",
         "_is_stopped",
         "_loop",
-        "_pauses",
         "_relay",
         "_timer",
         "_waits_for",
@@ -69,7 +66,6 @@ class Listener:
         self._loop = loop
         self._relay = relay
         self._family = sock.family
-        self._pauses = 0
         self._is_paused = False
         self._is_stopped = False
         self._timer: TimerHandle | None = None  # ends the pause
@@ -139,7 +135,7 @@ class Listener:
         """Accept a client, the ``nth`` of this event."""
         relay = self._relay
         if not relay.has_spare_fd and not relay.recover_spare_fd():
-            self._pause("no file descriptors left; raise LimitNOFILE or ulimit -n")
+            self._pause(relay.shortage)
             return _STOP
         try:
             # The public accept() wraps this one in 3 us of Python.
@@ -148,8 +144,6 @@ class Listener:
             return _STOP
         except OSError as err:
             return _PASSED_OVER if self._can_go_on(err, is_announced=nth == 0) else _STOP
-        if self._pauses:
-            self._report_recovery()
         client = sockets.accepted_socket(fd, self._family)
         decision = _ALLOWED if self.access.is_empty else self.access.decide(address[0])
         if decision is _ALLOWED:
@@ -172,27 +166,18 @@ class Listener:
         # accept(2) wants a descriptor before it looks whether there is a client. Only the first one
         # was announced by an event; if there are more, the next event says so.
         if is_announced:
-            self._pause(err.strerror or str(err))
+            self._pause(err.errno or pauses.BUG)
         return False
 
     def on_bug(self) -> None:
         """Accepting failed in a way nobody thought of: go on after a rest."""
-        self._pause("unexpected error")
+        self._pause(pauses.BUG)
 
-    def _report_recovery(self) -> None:
-        """Say once that it goes on, when a client was accepted, not when the pause was over."""
-        log.warning("accept.resumed rule=%s after %d pauses", self.pool.rule.name, self._pauses)
-        self._pauses = 0
-
-    def _pause(self, why: str) -> None:
+    def _pause(self, number: int) -> None:
+        """Rest because of this errno."""
         if self._is_paused or self._is_stopped:
             return
-        if not self._pauses:
-            log.warning(
-                "accept.paused rule=%s: %s; clients wait in the queue", self.pool.rule.name, why
-            )
-        self._pauses += 1
-        self._relay.accept_pauses += 1
+        self._relay.pauses.note(number)
         self._rest(PAUSE_S)
 
     def _rest(self, seconds: float) -> None:
@@ -218,17 +203,17 @@ class Listener:
         """The rest is over."""
         self._timer = None
         self._wait_no_more()
-        is_ready = self._relay.recover_spare_fd()
+        number = 0 if self._relay.recover_spare_fd() else self._relay.shortage
         try:
-            if is_ready:
+            if not number:
                 self.start()
-        except OSError:  # ENOSPC, ENOMEM: the set takes no more for now, epoll_ctl(2)
-            is_ready = False
-        if is_ready:
-            self._is_paused = False
-        else:
-            self._pauses += 1
+        except OSError as err:  # ENOSPC, ENOMEM: the set takes no more for now, epoll_ctl(2)
+            number = err.errno or pauses.BUG
+        if number:
+            self._relay.pauses.note(number)
             self._timer = self._loop.call_later(PAUSE_S, self._resume)
+        else:
+            self._is_paused = False
 
 
 class RangeListener(Listener):

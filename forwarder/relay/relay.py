@@ -5,6 +5,7 @@ Opens no listener and speaks to no master; the worker does.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections import Counter
@@ -21,12 +22,14 @@ from forwarder.net import datagrams, sockets, udp
 from forwarder.net.datagrams import Batch
 from forwarder.net.pipes import PipePool
 from forwarder.net.plain_datagrams import PlainBatch
+from forwarder.rarely import Rarely
 from forwarder.relay import reporting
 from forwarder.relay.admission import client_host
 from forwarder.relay.bridge import Bridge
 from forwarder.relay.direction import BULK_BYTES, SMALL_BYTES, Direction
 from forwarder.relay.flow import Flow
 from forwarder.relay.flow_table import FlowTable, share
+from forwarder.relay.pauses import Pauses
 from forwarder.relay.poller import Poller
 from forwarder.relay.restrictions import Restrictions
 from forwarder.relay.session import Session
@@ -63,8 +66,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# A failing upstream of a busy rule fails thousands of times a second; say so this often at most.
-WARN_INTERVAL_S: Final = 10.0
 # Flows with sockets of their own per UDP listening address, in all workers together, where each
 # costs the datagrams of others something: see ``udp_flow``. Before Linux 6.13 every datagram pays.
 MAX_SETTLED: Final = 1024 if udp.FINDS_FLOWS_BY_HASH else 256
@@ -115,7 +116,8 @@ class Relay:
             Batch() if mode is not RelayMode.COPY and datagrams.is_supported() else PlainBatch()
         )
         self.workers = 1
-        self.total = self.failed = self.refused = self.accept_pauses = 0
+        self.total = self.failed = self.refused = 0
+        self.pauses = Pauses(loop, lambda: len(self.sessions))
         self.datagrams_dropped = self.flows_evicted = 0
         # How many UDP listeners are on the IPv6 wildcard, by port.
         self.wildcard_ports: Counter[int] = Counter()
@@ -131,11 +133,11 @@ class Relay:
         self._is_ticking = False
         self._is_closed = False
         self._spare_fd = _reserve_fd()
+        self.shortage = errno.EMFILE
         limit = os.sysconf("SC_OPEN_MAX")
         self._fd_limit = limit if limit > 0 else 1 << 20  # -1: unlimited
         self.logs_sessions = log.isEnabledFor(logging.DEBUG)
-        self._warn_after: dict[str, float] = {}
-        self._unreported: dict[str, int] = {}
+        self._rarely = Rarely()
 
     # -- sessions
 
@@ -208,7 +210,7 @@ class Relay:
             self.datagrams_dropped + self.batch.dropped,
             self.batch.errors,
             self.flows_evicted,
-            self.accept_pauses,
+            self.pauses.total,
             pipes.made,
             pipes.idle,
             pipes.pages,
@@ -286,7 +288,7 @@ class Relay:
     def on_limit(self, pool: Pool, met: str) -> None:
         """Log, now and then, that a limit of a rule was reached."""
         name = pool.rule.name
-        self._warn_rarely(f"limit {name}", f"limit.reached rule={name}: {met}")
+        self.warn_rarely(f"limit {name}", f"limit.reached rule={name}: {met}")
 
     def on_end(self, session: Conversation, reason: CloseReason) -> None:
         """Count the end of a session, once, and log it if that is wanted."""
@@ -330,24 +332,19 @@ class Relay:
         )
 
     def note_connect_failed(self, session: Conversation, why: str) -> None:
-        """Count a session that found no upstream; log it, repeats only every WARN_INTERVAL_S."""
+        """Count a session that found no upstream; log it, repeats only rarely."""
         self.failed += 1
         session.pool.counts[CONNECTS_FAILED] += 1
         session.pool.on_failure()
         rule = session.pool.rule.name
         upstream = f" to {session.targets[session.attempt]}" if session.attempt >= 0 else ""
-        self._warn_rarely(rule, f"connect.failed rule={rule}: cannot connect{upstream}: {why}")
+        self.warn_rarely(rule, f"connect.failed rule={rule}: cannot connect{upstream}: {why}")
 
-    def _warn_rarely(self, about: str, message: str) -> None:
-        """Log a warning; further ones about the same only every WARN_INTERVAL_S, with a count."""
-        now = self.poller.now
-        if now < self._warn_after.get(about, 0.0):
-            self._unreported[about] = self._unreported.get(about, 0) + 1
-            return
-        self._warn_after[about] = now + WARN_INTERVAL_S
-        repeats = self._unreported.pop(about, 0)
-        more = f" ({repeats} more since the last report)" if repeats else ""
-        log.warning("%s%s", message, more)
+    def warn_rarely(self, about: str, message: str) -> None:
+        """Log a warning; further ones about the same only now and then, with a count."""
+        more = self._rarely.note(about, self.poller.now)
+        if more is not None:
+            log.warning("%s%s", message, more)
 
     # -- flows
 
@@ -418,6 +415,7 @@ class Relay:
         except OSError as err:
             if err.errno not in sockets.OUT_OF_RESOURCES or not self.has_spare_fd:
                 raise
+            self.shortage = err.errno
         os.close(self._spare_fd)
         self._spare_fd = -1
         self._loop.call_later(RESERVE_AFTER_S, self._reserve_again)
@@ -450,11 +448,13 @@ class Relay:
         return True
 
     def recover_spare_fd(self) -> bool:
-        """Try to reserve the spare descriptor again; True if it is there."""
+        """Try to reserve the spare descriptor again; True if it is there, else see ``shortage``."""
         if not self.has_spare_fd:
             self.make_room()
-            with suppress(OSError):
+            try:
                 self._spare_fd = _reserve_fd()
+            except OSError as err:
+                self.shortage = err.errno or 0
         return self.has_spare_fd
 
     def close(self) -> None:

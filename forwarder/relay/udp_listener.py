@@ -6,7 +6,6 @@ Does not bind and does not own the socket: the worker does. ``udp_flow`` says wh
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import select
 import socket
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
     from forwarder.relay.datagram_ways import Way
     from forwarder.relay.relay import Relay
     from forwarder.upstream.pool import Pool
-
-log = logging.getLogger(__name__)
 
 # Receives per event. The poll is level-triggered, so the rest is reported by the next one.
 _BATCHES: Final = 4
@@ -266,10 +263,11 @@ class UdpListener:
         """
         if self._settles and err.errno in (errno.EACCES, errno.EPERM, errno.EADDRINUSE):
             self._settles = False
-            log.warning(
-                "udp.unsettled rule=%s: flows cannot have sockets of their own: %s; they are "
-                "served, but begin anew when the number of workers changes; hint: a port that "
-                "everybody may bind, net.ipv4.ip_unprivileged_port_start or above",
-                self.pool.rule.name,
-                os.strerror(err.errno),
+            name = self.pool.rule.name
+            self._relay.warn_rarely(
+                f"unsettled {name}",
+                f"udp.unsettled rule={name}: flows cannot have sockets of their own: "
+                f"{os.strerror(err.errno)}; they are served, but begin anew when the number of "
+                "workers changes; hint: a port that everybody may bind, "
+                "net.ipv4.ip_unprivileged_port_start or above",
             )

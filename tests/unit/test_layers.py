@@ -22,6 +22,7 @@ RANK = {
     "supervision": 1,
     "asking": 1,
     "retries": 1,
+    "rarely": 1,
     "stats": 1,
     "access": 2,
     "status": 2,
@@ -73,6 +74,7 @@ PURE = {
     "relay.framing",
     "relay.flow_table",
     "retries",
+    "rarely",
     "limits",
 }
 OF_THE_PACKAGE = {"forwarder.__version__", "forwarder.DISTRIBUTION"}

@@ -1,0 +1,40 @@
+"""How often one thing is said that may happen thousands of times a second. Pure.
+
+At once when it begins, then every so often, with how often it has happened in between.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+# A failing upstream of a busy rule fails thousands of times a second; say so this often at most.
+INTERVAL_S: Final = 10.0
+# Things that are remembered, so that names that come and go do not pile up. Arbitrary; more than
+# there are rules that fail at the same time.
+MAX_KNOWN: Final = 4096
+
+
+class Rarely:
+    """What was said when. One for each process or part of it; knows no log."""
+
+    __slots__ = ("_interval_s", "_known")
+
+    def __init__(self, interval_s: float = INTERVAL_S) -> None:
+        self._interval_s = interval_s
+        # When each thing may be said again, and how often it was not said.
+        self._known: dict[str, tuple[float, int]] = {}
+
+    def note(self, about: str, now: float) -> str | None:
+        """Note that ``about`` has happened, at ``now``, in seconds of a monotonic clock.
+
+        Returns None to say nothing this time; else what to add to the message, which is nothing or
+        how often it was not said since the last time.
+        """
+        until, unsaid = self._known.get(about, (now, 0))
+        if now < until:
+            self._known[about] = (until, unsaid + 1)
+            return None
+        if len(self._known) >= MAX_KNOWN:
+            self._known = {key: known for key, known in self._known.items() if now < known[0]}
+        self._known[about] = (now + self._interval_s, 0)
+        return f" ({unsaid} more since the last report)" if unsaid else ""

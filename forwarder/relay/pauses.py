@@ -1,0 +1,104 @@
+"""Listeners that rest for want of descriptors or memory, in the log: once for all of a worker.
+
+At its limit a worker accepts a client for each that leaves, so every listener rests and goes on
+many times a second. That is one shortage: it is over when no listener has rested for a while.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import resource
+from typing import TYPE_CHECKING, Final
+
+from forwarder import kernel
+from forwarder.rarely import Rarely
+
+if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop
+    from collections.abc import Callable
+
+log = logging.getLogger(__name__)
+
+# A shortage is over when nobody has rested for so long. Listeners look ten times a second.
+CALM_S: Final = 5.0
+# How often a cause is told, while it lasts or if it comes again.
+INTERVAL_S: Final = 60.0
+BUG: Final = -1  # in place of an errno: accepting has failed in a way nobody thought of
+
+
+class Pauses:
+    """The rests of all listeners of a worker. ``total`` counts them."""
+
+    __slots__ = (
+        "_before",
+        "_began_at",
+        "_count_sessions",
+        "_is_told",
+        "_last_at",
+        "_loop",
+        "_rarely",
+        "total",
+    )
+
+    def __init__(self, loop: AbstractEventLoop, count_sessions: Callable[[], int]) -> None:
+        """``count_sessions``: how many sessions the worker has now."""
+        self.total = 0
+        self._loop = loop
+        self._count_sessions = count_sessions
+        self._rarely = Rarely(INTERVAL_S)
+        self._before = 0  # how many there were before this shortage
+        self._began_at: float | None = None  # None: there is no shortage
+        self._last_at = 0.0
+        self._is_told = False
+
+    def note(self, number: int) -> None:
+        """A listener rests, or rests on, because of this errno (or ``BUG``)."""
+        now = self._last_at = self._loop.time()
+        if self._began_at is None:
+            self._began_at, self._before = now, self.total
+            self._loop.call_later(CALM_S, self._look)
+        self.total += 1
+        more = self._rarely.note(errno.errorcode.get(number, ""), now)
+        if more is not None:
+            self._is_told = True
+            log.warning("accept.paused: %s%s", self._describe(number), more)
+
+    def _look(self) -> None:
+        """Say that it is over, if it is."""
+        now = self._loop.time()
+        if now < self._last_at + CALM_S:
+            self._loop.call_later(self._last_at + CALM_S - now, self._look)
+            return
+        if self._is_told and self._began_at is not None:
+            log.info(
+                "accept.resumed: after %d pauses in %.1f s",
+                self.total - self._before,
+                self._last_at - self._began_at,
+            )
+        self._began_at, self._is_told = None, False
+
+    def _describe(self, number: int) -> str:
+        """What is short, how much there is of it, who waits, and what to do."""
+        sessions = f"{self._count_sessions()} sessions"
+        if number == errno.EMFILE:
+            limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+            return (
+                f"{limit} of {limit} descriptors in use, {sessions}; new clients of all rules "
+                "wait in the queue; raise LimitNOFILE= or ulimit -n"
+            )
+        if number == errno.ENFILE:
+            limits = kernel.setting("fs/file-max") or "fs.file-max"
+            return (
+                f"the whole system has its {limits} files open, {sessions} here; new clients of "
+                "all rules wait in the queue; raise fs.file-max, or see who has them: lsof"
+            )
+        if number in (errno.ENOMEM, errno.ENOBUFS):
+            return (
+                f"the kernel has no memory for another socket ({os.strerror(number)}), {sessions}; "
+                "new clients wait in the queue; see MemoryMax= of the service, net.ipv4.tcp_mem, "
+                "and free memory"
+            )
+        why = os.strerror(number) if number != BUG else "an unexpected error, see relay.bug"
+        return f"{why}, {sessions}; new clients wait in the queue"
