@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 import click
 
 from forwarder import daemonlog, demo, features, interrupt, master
-from forwarder.cli import completion, control, convert, files, group, sessions
+from forwarder.cli import check, completion, control, convert, diff, files, group, sessions
 from forwarder.config.model import MAX_WORKERS, RelayMode
 from forwarder.errors import ConfigError, ExitCode, ForwarderError
 from forwarder.relay.splice import HAS_SPLICE
@@ -199,7 +199,8 @@ def demo_command(seconds: float | None, workers: int, port: int) -> None:
 for _command in (
     *control.COMMANDS,
     *sessions.COMMANDS,
-    *files.COMMANDS,
+    check.check_command,
+    diff.diff_command,
     completion.completion_command,
     convert.convert_command,
     group.help_command,
