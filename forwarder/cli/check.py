@@ -2,64 +2,112 @@
 
 from __future__ import annotations
 
+import json
+import os
+import stat
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
 import click
 
 from forwarder import probing
-from forwarder.addr import UnixAddress
-from forwarder.cli.files import config_options, dialect_of, load, warn
+from forwarder.cli.files import STDIN, config_options, load
+from forwarder.cli.options import FILE
 from forwarder.config.advice import advise
-from forwarder.config.model import MAX_FLOWS, Config, Framing, Rule
-from forwarder.config.options import describe_options
+from forwarder.config.describe import describe, plural
+from forwarder.errors import ConfigError, Issue, Place
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from forwarder.config.model import Config
+
+
+# Where services have their configuration.
+SERVICES: Final = Path("/etc")
 
 
 @click.command("check", short_help="Validate a configuration and print what it means.")
 @config_options
-def check_command(
+@click.option("--json", "as_json", is_flag=True, help="One line of JSON with everything.")
+@click.argument("file", metavar="[FILE]", type=FILE, required=False)
+def check_command(  # noqa: PLR0913 - one parameter per option is click's way
     config_file: str | None,
     dialect: str | None,
     listens: tuple[str, ...],
     remotes: tuple[str, ...],
+    file: str | None,
     *,
     is_udp: bool,
+    as_json: bool,
 ) -> None:
-    """Validate a configuration and print what it means. Opens no port; needs no privilege."""
-    loaded = load(config_file, dialect, listens, remotes, is_udp=is_udp)
-    warn(loaded)
-    probing.check(loaded.config)
-    for issue in advise(loaded.config, dialect_of(config_file, dialect)):
+    """Validate a configuration and print what it means. Opens no port; needs no privilege.
+
+    FILE may stand without -c, and - is standard input.
+    """
+    if file is not None and config_file is not None:
+        raise click.UsageError("FILE and -c FILE are one too many")
+    name = file if file is not None else config_file
+    try:
+        loaded = load(name, dialect, listens, remotes, is_udp=is_udp)
+        probing.check(loaded.config)
+    except ConfigError as err:
+        if as_json:
+            click.echo(json.dumps(_as_json(None, err.issues)))
+        raise
+    found = loaded.config
+    issues = [*loaded.warnings, *advise(found, loaded.dialect)]
+    if name is not None and name != STDIN and os.geteuid() == 0 and not found.settings.user:
+        issues += unreadable(name)
+    if as_json:
+        click.echo(json.dumps(_as_json(found, issues)))
+        return
+    for issue in issues:
         click.echo(str(issue), err=True)
-    for line in describe(loaded.config, config_file or "command line"):
+    title = name or "command line"
+    with_warnings = f", with {plural(len(issues), 'warning')}" if issues else ""
+    for line in (*describe(found, title), f"{title}: ok{with_warnings}"):
         click.echo(line)
 
 
-def describe(loaded: Config, title: str) -> list[str]:
-    """What a configuration means, a line per fact."""
-    settings = loaded.settings
-    lines = [
-        f"{title}: {len(loaded.rules)} rule(s), workers {settings.workers or 'auto'}, "
-        f"relay {settings.relay.value}"
-    ]
-    lines += [f"global {rule.verdict.value} {rule.pattern}" for rule in loaded.access]
-    for rule in loaded.rules:
-        lines.append(f"{rule.name}: {_describe_rule(rule)}")
-        lines += [f"{rule.name}: {entry.verdict.value} {entry.pattern}" for entry in rule.access]
-    return lines
+def unreadable(name: str) -> list[Issue]:
+    """A warning if only root can read a file: the shipped unit runs as somebody else."""
+    path = Path(name).resolve()
+    # Elsewhere it is a draft, in a directory of who writes it.
+    above = [part for part in path.parents if part.is_relative_to(SERVICES)]
+    for part, needed in ((path, stat.S_IROTH), *((part, stat.S_IXOTH) for part in above)):
+        mode = part.stat().st_mode
+        if not mode & needed:
+            what = f"only its owner and group can read it: {part} has mode {stat.S_IMODE(mode):04o}"
+            hint = f"a service that is not root, as the shipped unit's, needs chmod o+rX {part}"
+            return [Issue(Place(name), what, hint=hint, is_warning=True)]
+    return []
 
 
-def _describe_rule(rule: Rule) -> str:
-    """Where a rule listens and leads, and what is not as usual."""
-    upstreams = ", ".join(map(str, rule.upstreams))
-    text = f"{rule.protocol.value} {rule.listen} -> {upstreams}"
-    if rule.source:
-        text += f", from {rule.source}"
-    if isinstance(rule.listen, UnixAddress) and rule.listen.path.startswith("/"):
-        text += f", mode {rule.unix_mode:04o}"
-    if rule.max_flows != MAX_FLOWS:
-        text += f", at most {rule.max_flows} flows"
-    if rule.framing is not Framing.RAW:
-        text += f", framing {rule.framing.value}"
-    if options := describe_options(rule.options):
-        text += f", {options}"
-    if rule.retries_bind:
-        text += ", may wait for its address"
-    return text
+def _as_json(config: Config | None, issues: Sequence[Issue]) -> dict[str, object]:
+    """Everything for a program: whether it can be used, its rules, and all problems."""
+    rules = [] if config is None else config.rules
+    return {
+        "ok": config is not None,
+        "rules": [
+            {
+                "name": rule.name,
+                "protocol": rule.protocol.value,
+                "listen": str(rule.listen),
+                "upstreams": [str(upstream) for upstream in rule.upstreams],
+            }
+            for rule in rules
+        ],
+        "issues": [
+            {
+                "file": issue.place.source,
+                "line": issue.place.line,
+                "column": issue.place.column,
+                "severity": "warning" if issue.is_warning else "error",
+                "message": issue.what,
+                "allowed": issue.allowed,
+                "hint": issue.hint,
+            }
+            for issue in issues
+        ],
+    }

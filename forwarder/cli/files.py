@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import click
 
 from forwarder import config
 from forwarder.cli.options import FILE
+from forwarder.config.likeness import Likeness, likeness
+from forwarder.config.loading import MAX_FILE_BYTES, text_of
 from forwarder.config.model import Dialect
 
 if TYPE_CHECKING:
@@ -16,6 +19,8 @@ if TYPE_CHECKING:
 
     from forwarder.config import Loaded
 
+# The name of standard input, as in other programs.
+STDIN: Final = "-"
 
 format_option = click.option(
     "--format",
@@ -73,7 +78,10 @@ def load(
     *,
     is_udp: bool = False,
 ) -> Loaded:
-    """Read what the options name. Raises ConfigError and click.UsageError."""
+    """Read what the options name; blocks on standard input if that is ``STDIN``.
+
+    Raises ConfigError and click.UsageError.
+    """
     if config_file is None:
         if not listens and not remotes:
             raise click.UsageError("nothing to forward: give -c FILE, or -l ADDR -r ADDR in pairs")
@@ -82,7 +90,12 @@ def load(
         raise click.UsageError("-c FILE and -l/-r exclude each other")
     if is_udp:
         raise click.UsageError("--udp is for -l and -r; in a file write protocol, or /udp")
-    return config.load(Path(config_file), dialect=dialect_of(config_file, dialect))
+    if config_file != STDIN:
+        return config.load(Path(config_file), dialect=dialect_of(config_file, dialect))
+    text = text_of("<stdin>", sys.stdin.buffer.read(MAX_FILE_BYTES + 1))
+    is_rinetd = likeness(text) is Likeness.RINETD
+    guessed = Dialect.RINETD if is_rinetd else Dialect.TOML
+    return config.parse(text, "<stdin>", Dialect(dialect) if dialect else guessed)
 
 
 def dialect_of(config_file: str | None, dialect: str | None) -> Dialect:

@@ -146,6 +146,8 @@ def run(  # noqa: PLR0913 - one parameter per option is click's way
 
     def load() -> Config:
         """Read the configuration; the command line wins over what it says."""
+        if config_file == files.STDIN:
+            raise click.UsageError("a service reads its file again; `check -` reads standard input")
         loaded = files.load(config_file, dialect, listens, remotes, is_udp=is_udp)
         files.warn(loaded)
         given = {

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from forwarder.addr import Endpoint
     from forwarder.config.raw import Issues, Placed, RawRule
 
+# Options with which one address may mean two places (ip-rule(8), ip-vrf(8)).
+_STEERING = frozenset({"device", "mark", "upstream_device", "upstream_mark"})
 WILDCARDS = ("0.0.0.0", "::")
 
 
@@ -144,13 +146,18 @@ def _check_loop(rule: RawRule, upstream: Placed[Endpoint], issues: Issues) -> No
     listen, there = rule.listen.value, upstream.value
     what = "a session would connect to itself until nothing is left"
     hint = "change the path of one of them"
+    is_endless = True
     if not listens_for(listen, there):
         return
     if isinstance(there, Address) and isinstance(listen, Address):
         if there.ports > 1 and there.port != listen.port:
             what = "a session would go through this rule again and again, to the end of its ports"
+            is_endless = False
         hint = "change the port or the address of one of them"
-    issues.warn(
+    # Another rule may take this address of a wildcard; by a mark or a device it may be elsewhere.
+    is_certain = spelling(listen) == spelling(there) and not _STEERING & rule.options.keys()
+    report = issues.error if is_endless and is_certain else issues.warn
+    report(
         upstream.place,
         f"upstream {there} is where this rule listens ({listen}): {what}",
         hint=hint,

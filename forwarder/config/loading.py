@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from forwarder.config import rinetd_conf, toml_conf
+from forwarder.config.likeness import Likeness, likeness
 from forwarder.config.model import Config, Dialect
 from forwarder.config.raw import Issues
 from forwarder.config.resolve import resolve
@@ -30,6 +31,7 @@ class Loaded:
 
     config: Config
     warnings: tuple[Issue, ...]
+    dialect: Dialect = Dialect.TOML
 
 
 def load(path: Path, *, dialect: Dialect | None = None) -> Loaded:
@@ -49,7 +51,28 @@ def parse(text: str, source: str, dialect: Dialect) -> Loaded:
     else:
         raw = rinetd_conf.parse(text, source, issues, socket.getservbyname)
     config = resolve(raw, source, issues)
-    return Loaded(config, issues.finish())
+    try:
+        return Loaded(config, issues.finish(), dialect)
+    except ConfigError:
+        _refuse_language(text, source, dialect)
+        raise
+
+
+def _refuse_language(text: str, source: str, dialect: Dialect) -> None:
+    """Raise ConfigError if a text looks like another language: one problem, not one per line."""
+    seen = likeness(text)
+    expected = Likeness.TOML if dialect is Dialect.TOML else Likeness.RINETD
+    if seen is None or seen is expected:
+        return
+    if seen in (Likeness.TOML, Likeness.RINETD):
+        other = Dialect.TOML if seen is Likeness.TOML else Dialect.RINETD
+        hint = f"--format {other.value}" + (
+            ", or a name that ends in .toml" if other is Dialect.TOML else ""
+        )
+    else:
+        hint = "`forwarder convert` reads the YAML of rinetd-uv"
+    what = f"looks like {seen.value}, and is read as {expected.value}"
+    raise _problem(source, what, hint=hint) from None
 
 
 def read_text(path: Path) -> str:
@@ -69,10 +92,11 @@ def read_text(path: Path) -> str:
         raise _problem(source, "must not be read: permission denied", hint=hint) from None
     except (OSError, ValueError) as error:
         raise _problem(source, f"cannot be read: {error}") from None
-    return _decode(source, data)
+    return text_of(source, data)
 
 
-def _decode(source: str, data: bytes) -> str:
+def text_of(source: str, data: bytes) -> str:
+    """Decode the contents of a file. Raises ConfigError for anything that is not a text."""
     if len(data) > MAX_FILE_BYTES:
         what = f"is longer than {MAX_FILE_BYTES // 1024**2} MiB"
         raise _problem(source, what, hint="this is hardly a configuration")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import subprocess
 import sys
 from typing import TYPE_CHECKING
 
 import pytest
 from support.ends import listen
-from support.processes import as_nobody, run_command
+from support.processes import COMMAND, as_nobody, run_command
+
+from forwarder.cli import check
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,7 +38,7 @@ listen = "192.0.2.9:22"
 upstream = "web.example:80"
 """
 
-UNDERSTOOD = ["good.toml: 2 rule(s), workers 2, relay copy", "global deny 10.9.*"]
+UNDERSTOOD = ["good.toml: 2 rules, workers 2, relay copy", "global deny 10.9.*"]
 
 
 def test_it_says_what_it_understood_and_touches_no_port(public_path: Path) -> None:
@@ -50,8 +54,8 @@ def test_it_says_what_it_understood_and_touches_no_port(public_path: Path) -> No
     assert [lines[0].rpartition("/")[2], lines[1]] == UNDERSTOOD
     first = f"web: tcp 127.0.0.1:{port} -> 192.0.2.1:80, web.example:81, from 192.0.2.7"
     assert lines[2:4] == [first, "web: allow 10.0.0.0/8"]
-    assert lines[4] == "tcp 192.0.2.9:22: tcp 192.0.2.9:22 -> web.example:80"
-    assert len(lines) == 5
+    assert lines[4] == "tcp 192.0.2.9:22 -> web.example:80"
+    assert lines[5:] == [f"{path}: ok"]
 
 
 def test_pairs_can_be_checked_too() -> None:
@@ -69,7 +73,7 @@ def test_it_shows_ranges_unix_sockets_and_what_may_wait(tmp_path: Path) -> None:
     )
     ended = run_command("check", "-c", str(path))
     assert (ended.returncode, ended.stderr) == (0, "")
-    assert ended.stdout.splitlines()[1:] == [
+    assert ended.stdout.splitlines()[1:-1] == [
         "a: tcp 127.0.0.1:80-89 -> a:180-189, may wait for its address",
         "b: tcp unix:/run/b -> unix:@b, mode 0600",
     ]
@@ -168,7 +172,112 @@ def test_ten_thousand_rules_are_checked(tmp_path: Path) -> None:
     path.write_text("".join(f"127.0.0.1 {port} 10.0.0.1 80\n" for port in range(20_000, 30_000)))
     ended = run_command("check", "-c", str(path))
     assert (ended.returncode, ended.stderr) == (0, "")
-    assert len(ended.stdout.splitlines()) == 10_001
+    assert len(ended.stdout.splitlines()) == 10_002
+
+
+# -- where the text comes from, and what it is written in
+
+
+@pytest.mark.parametrize("words", [["check", "FILE"], ["check", "-c", "FILE"]], ids=" ".join)
+def test_the_file_may_stand_without_an_option(tmp_path: Path, words: list[str]) -> None:
+    path = tmp_path / "a.conf"
+    path.write_text("0 80 10.0.0.1 80\n")
+    ended = run_command(*(str(path) if word == "FILE" else word for word in words))
+    assert ended.returncode == 0
+    assert ended.stdout.splitlines()[1:] == ["tcp 0.0.0.0:80 -> 10.0.0.1:80", f"{path}: ok"]
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ('[[forwarding_rules]]\nlisten = ":80"\nupstream = "a:1"\n', ""),
+        ("0.0.0.0 80 10.0.0.1 80\n", ""),
+        ('[[forwarding_rules]]\nlisten = ":80"\n', "<stdin>:1:"),
+        ("0.0.0.0 80 10.0.0.1 99999\n", "<stdin>:1:21: "),
+    ],
+    ids=["toml", "rinetd", "bad-toml", "bad-rinetd"],
+)
+def test_a_dash_is_standard_input_in_either_language(text: str, place: str) -> None:
+    ended = subprocess.run(
+        [*COMMAND, "check", "-"], input=text, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == (78 if place else 0), ended
+    assert ended.stderr.startswith(place)
+    assert ended.stdout.endswith("" if place else "-: ok\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("a.conf", GOOD, "looks like TOML, and is read as rinetd.conf; hint: --format toml, or a"),
+        ("a.yaml", GOOD, "looks like TOML, and is read as rinetd.conf; hint: --format toml"),
+        ("a.toml", "0 80 a 80\nallow *\n", "looks like rinetd.conf, and is read as TOML; hint:"),
+        ("a.yaml", "rules:\n  - bind: 0.0.0.0:80\n    connect: a:80\n", "looks like YAML, and"),
+        ("a.conf", '{\n  "listen": 80\n}\n', "looks like JSON, and is read as rinetd.conf"),
+    ],
+)
+def test_another_language_is_one_problem_and_not_one_for_each_line(
+    tmp_path: Path, name: str, text: str, said: str
+) -> None:
+    path = tmp_path / name
+    path.write_text(text)
+    ended = run_command("check", str(path))
+    assert (ended.returncode, ended.stdout) == (78, "")
+    assert ended.stderr.startswith(f"{path}: the file {said}")
+    assert len(ended.stderr.splitlines()) == 1
+
+
+def test_a_broken_file_in_its_own_language_is_not_taken_for_another(tmp_path: Path) -> None:
+    path = tmp_path / "a.conf"
+    path.write_text("0.0.0.0 80 10.0.0.1 99999\nlisten = 80\n0 81 a 0\n")
+    assert len(run_command("check", str(path)).stderr.splitlines()) == 3
+
+
+# -- who can read it
+
+
+@pytest.mark.skipif(bool(os.geteuid()), reason="is about what root sees")
+def test_root_is_warned_of_a_file_that_the_service_cannot_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.conf"
+    path.write_text("0 80 10.0.0.1 80\n")
+    path.chmod(0o600)
+    ended = run_command("check", str(path))
+    assert ended.returncode == 0
+    assert f"{path}: warning: only its owner and group can read it: {path} has" in ended.stderr
+    assert ended.stdout.endswith(f"{path}: ok, with 1 warning\n")
+    path.chmod(0o644)
+    assert run_command("check", str(path)).stderr == ""
+
+
+def test_so_is_who_has_it_in_a_private_directory_of_the_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check, "SERVICES", tmp_path)
+    directory = tmp_path / "forwarder"
+    directory.mkdir(mode=0o700)
+    tmp_path.chmod(0o755)
+    path = directory / "a.conf"
+    path.touch(0o644)
+    (issue,) = check.unreadable(str(path))
+    assert f"{directory} has mode 0700" in issue.what
+    directory.chmod(0o755)
+    assert check.unreadable(str(path)) == []
+
+
+def test_a_program_gets_the_same_as_json(tmp_path: Path) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text('workers = 1\n[[forwarding_rules]]\nlisten = ":80"\nupstream = "a:1"\n')
+    found = json.loads(run_command("check", "--json", "--format", "toml", str(path)).stdout)
+    assert (found["ok"], found["issues"]) == (True, [])
+    rule = {"name": "tcp [::]:80", "protocol": "tcp", "listen": "[::]:80", "upstreams": ["a:1"]}
+    assert found["rules"] == [rule]
+    path.write_text("worker = 1\n")
+    ended = run_command("check", "--json", str(path))
+    found = json.loads(ended.stdout)
+    assert (ended.returncode, found["ok"]) == (78, False)
+    (unknown, _) = sorted(found["issues"], key=lambda issue: -issue["line"])
+    assert (unknown["line"], unknown["severity"]) == (1, "error")
+    assert unknown["hint"] == "did you mean workers?"
 
 
 @pytest.mark.parametrize("where", ["/dev/full", "a closed pipe"])

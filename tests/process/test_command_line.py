@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.process
 
-PAIR = ("-l", "127.0.0.1:1", "-r", "127.0.0.1:1")
+PAIR = ("-l", "127.0.0.1:1", "-r", "127.0.0.1:2")
 
 
 @pytest.fixture
@@ -155,6 +155,10 @@ def test_pairs_are_taken_in_order(launch: Launch) -> None:
         (["-r", "127.0.0.1:1"], 78, "0 listen and 1 remote addresses"),
         ([*PAIR, "-l", "127.0.0.1:2"], 78, "2 listen and 1 remote addresses"),
         ([*PAIR, *PAIR], 78, "already listened on"),
+        (["-l", ":1", "-r", "[::]:1"], 78, "where this rule listens"),
+        (["-c", "-"], 2, "`check -` reads standard input"),
+        (["check", "-c", "x.conf", "y.conf"], 2, "one too many"),
+        (["-c", "x.conf", "--udp"], 2, "write protocol"),
         (["-l", "127.0.0.1:0", "-r", "127.0.0.1:1"], 78, "'0' is not a port number"),
         (["-l", "127.0.0.1:1", "-r", "*:1"], 78, "which host to connect to"),
         (["-c", "x.conf", *PAIR], 2, "exclude each other"),

@@ -49,16 +49,28 @@ def files(public_path: Path) -> tuple[str, str]:
 def test_it_says_what_would_come_go_change_and_stay(files: tuple[str, str]) -> None:
     ended = run_command("diff", *files, prefix=as_nobody())
     assert (ended.returncode, ended.stderr) == (1, "")
-    lines = ended.stdout.splitlines()
-    assert lines[4].startswith("= tcp 127.0.0.1:")
-    assert lines[:4] + lines[5:] == [
-        "+ tcp 127.0.0.1:4",
+    assert ended.stdout.splitlines() == [
+        "+ tcp 127.0.0.1:4 -> 10.0.0.1:80",
         "- tcp 127.0.0.1:3",
         "~ tcp 127.0.0.1:2",
         "    upstream 10.0.0.1:80 -> 10.0.0.9:80",
         "relay auto -> copy; takes effect at the next start or upgrade",
         "+1 -1 ~1 =1 rules",
     ]
+
+
+def test_rules_that_stay_are_shown_to_who_asks(files: tuple[str, str]) -> None:
+    lines = run_command("diff", "--all", *files).stdout.splitlines()
+    assert [line for line in lines if line.startswith("=")] == [lines[4]]
+    assert lines[4].startswith("= tcp 127.0.0.1:")
+
+
+def test_a_rule_that_comes_is_shown_by_name_and_address(tmp_path: Path) -> None:
+    old, new = tmp_path / "old.toml", tmp_path / "new.toml"
+    old.write_text('[[forwarding_rules]]\nname = "a"\nlisten = ":80"\nupstream = "a:1"\n')
+    new.write_text(old.read_text() + old.read_text().replace('"a"', '"b"').replace(":80", ":81"))
+    lines = run_command("diff", str(old), str(new)).stdout.splitlines()
+    assert lines == ["+ b: tcp [::]:81 -> a:1", "+1 -0 ~0 =1 rules"]
 
 
 def test_a_program_gets_the_same_as_json(files: tuple[str, str]) -> None:

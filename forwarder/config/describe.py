@@ -1,0 +1,61 @@
+"""What a configuration means, as lines for people. Pure."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from forwarder.addr import UnixAddress
+from forwarder.config.endpoints import transport
+from forwarder.config.model import MAX_FLOWS, Framing
+from forwarder.config.options import describe_options
+
+if TYPE_CHECKING:
+    from forwarder.config.model import Config, Rule
+
+
+def describe(config: Config, title: str) -> list[str]:
+    """A line per fact; ``title`` is what the configuration is called."""
+    settings = config.settings
+    lines = [
+        f"{title}: {plural(len(config.rules), 'rule')}, workers {settings.workers or 'auto'}, "
+        f"relay {settings.relay.value}"
+    ]
+    lines += [f"global {rule.verdict.value} {rule.pattern}" for rule in config.access]
+    for rule in config.rules:
+        lines.append(f"{label(rule, ': ')}{way(rule)}{_unusual(rule)}")
+        lines += [f"{rule.name}: {entry.verdict.value} {entry.pattern}" for entry in rule.access]
+    return lines
+
+
+def way(rule: Rule) -> str:
+    """What a rule forwards: protocol, where it listens, where it leads."""
+    return f"{rule.protocol.value} {rule.listen} -> {', '.join(map(str, rule.upstreams))}"
+
+
+def label(rule: Rule, end: str) -> str:
+    """The name of a rule and ``end``; nothing where the name is only made of its address."""
+    is_made = rule.name == f"{transport(rule.protocol)} {rule.listen}"
+    return "" if is_made else f"{rule.name}{end}"
+
+
+def plural(count: int, word: str) -> str:
+    """A number of things."""
+    return f"{count:,} {word}{'' if count == 1 else 's'}"
+
+
+def _unusual(rule: Rule) -> str:
+    """What of a rule is not as usual."""
+    text = ""
+    if rule.source:
+        text += f", from {rule.source}"
+    if isinstance(rule.listen, UnixAddress) and rule.listen.path.startswith("/"):
+        text += f", mode {rule.unix_mode:04o}"
+    if rule.max_flows != MAX_FLOWS:
+        text += f", at most {rule.max_flows} flows"
+    if rule.framing is not Framing.RAW:
+        text += f", framing {rule.framing.value}"
+    if options := describe_options(rule.options):
+        text += f", {options}"
+    if rule.retries_bind:
+        text += ", may wait for its address"
+    return text
