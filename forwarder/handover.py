@@ -19,7 +19,6 @@ from forwarder.control.requests import STOPPING
 from forwarder.errors import StartupError
 from forwarder.listeners import CLOSE_GRACE_S
 from forwarder.pidfile import PidFile
-from forwarder.signals import describe_end
 from forwarder.upgrade import Successor
 
 if TYPE_CHECKING:
@@ -62,10 +61,11 @@ class Handover:
         self, master: Incumbent, selector: selectors.BaseSelector, requests: Requests
     ) -> None:
         self._has_heir = False
-        self._heir: int | None = None  # the process that serves after an upgrade, while it lives
+        self._heir: Successor | None = None  # serves after an upgrade, while it lives
         self._master = master
         self._selector = selector
         self._requests = requests
+        self._predecessor: socket.socket | None = None  # the line to it
         self._pid_file: PidFile | None = None
         self._successor: Successor | None = None
         self._is_reload_wanted = False
@@ -83,10 +83,15 @@ class Handover:
         if self._pid_file is not None:
             self._pid_file.claim()
 
+    def say_ready(self, *, has_dropped_some: bool) -> None:
+        """Say that we serve to the predecessor, if there is one; it hears of our end, too."""
+        self._predecessor = upgrade.tell_predecessor(has_dropped_some=has_dropped_some)
+
     def close(self) -> None:
         """Stop listening to the successor; the pid file stays."""
-        if self._successor is not None:
-            self._successor.close()
+        for one in (self._successor, self._heir, self._predecessor):
+            if one is not None:
+                one.close()
 
     def close_in_child(self) -> None:
         """In a forked child: give up what it inherited, without a word to anybody."""
@@ -158,13 +163,6 @@ class Handover:
         self._is_reload_wanted = self._successor is not None
         self._ask_heir_to_reload()
 
-    def on_exit(self, pid: int, status: int) -> None:
-        """Note that a child has ended; we have reaped it."""
-        if pid == self._heir:
-            self._heir = None  # from now on the number may be another's
-        if self._successor is not None and pid == self._successor.pid:
-            self._on_failed(self._successor, describe_end(status))
-
     def _start(self) -> None:
         sockets = self._master.listening_sockets()
         path = self._requests.path
@@ -174,16 +172,18 @@ class Handover:
 
     def _hear(self) -> None:
         successor = self._successor
-        is_ready = successor.is_ready() if successor is not None else None
-        if successor is None or is_ready is None:
+        if successor is None:
             return
-        self._selector.unregister(successor)
-        if is_ready and self._master.is_running:
+        successor.hear()
+        if successor.end is not None:
+            self._on_failed(successor, successor.end)
+        elif successor.is_ready and self._master.is_running:
             self._on_ready(successor)
-        # Else it is ending, or was told to: SIGCHLD follows and says how.
+        # Else it was told to end.
 
     def _on_ready(self, successor: Successor) -> None:
-        self._close_successor(successor)
+        self._selector.unregister(successor)
+        self._successor = None
         log.info("upgrade: pid=%d serves; letting our sessions end", successor.pid)
         # It has said so itself, but a service manager may believe the process it knows only.
         notify.notify(f"MAINPID={successor.pid}")
@@ -191,7 +191,8 @@ class Handover:
         if self._pid_file is not None:
             self._pid_file.leave_to(successor.pid)
             self._pid_file = None
-        self._has_heir, self._heir = True, successor.pid
+        self._has_heir, self._heir = True, successor
+        self._selector.register(successor, selectors.EVENT_READ, self._hear_heir)
         if self._is_reload_wanted:  # it may have read the configuration before it was changed
             self._ask_heir_to_reload()
         self._leave_at = time.monotonic()
@@ -200,8 +201,19 @@ class Handover:
             log.info("upgrade: a rule has gone; serving it for %.1f s more", CLOSE_GRACE_S)
             self._leave_at += CLOSE_GRACE_S
 
+    def _hear_heir(self) -> None:
+        heir = self._heir
+        if heir is not None:
+            heir.hear()
+            if heir.end is not None:
+                self._selector.unregister(heir)
+                heir.close()
+                self._heir = None
+
     def _on_failed(self, successor: Successor, how: str) -> None:
-        self._close_successor(successor)
+        self._selector.unregister(successor)
+        successor.close()
+        self._successor = None
         problem = f"pid {successor.pid} did not come to serve ({how}); this one goes on"
         try:
             self.claim()
@@ -218,13 +230,7 @@ class Handover:
     def _ask_heir_to_reload(self) -> None:
         if self._heir is not None:
             with suppress(ProcessLookupError):
-                os.kill(self._heir, signal.SIGHUP)
-
-    def _close_successor(self, successor: Successor) -> None:
-        with suppress(KeyError):  # it has said its last word
-            self._selector.unregister(successor)
-        successor.close()
-        self._successor = None
+                os.kill(self._heir.pid, signal.SIGHUP)
 
 
 def inherited_sockets(

@@ -315,7 +315,6 @@ class Master:
                 if pid == 0:
                     return
                 self._fleet.on_exit(pid, status)
-                self._handover.on_exit(pid, status)
 
     def _settle(self) -> None:
         """See what has become true since the last turn: time is over, or all have acknowledged."""
@@ -355,7 +354,7 @@ class Master:
                 "READY=1",
                 f"STATUS={len(self._service.config.rules)} rules",
             )
-            upgrade.tell_predecessor(has_dropped_some=has_dropped_some)
+            self._handover.say_ready(has_dropped_some=has_dropped_some)
 
     @property
     def _may_bind_late(self) -> bool:

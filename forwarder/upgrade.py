@@ -1,25 +1,34 @@
 """Starting the newly installed code beside the running one. Decides nothing about the old one.
 
-The successor inherits the listening sockets by number, binds nothing twice, and says over a pipe
-when all its workers serve. If it ends without that, it has failed and the old one goes on.
+The successor inherits the listening sockets by number, binds nothing twice, and says over a line, a
+pair of sockets, when all its workers serve. If it ends without that, it has failed and the old one
+goes on.
+
+It is no child of ours but of process 1, or of what stands for that (a subreaper, prctl(2)): a
+service manager that is told of a main process which it has not inherited yet never waits for it,
+and takes a stop for done at once. So nobody tells us how it has ended but itself, and that it has,
+the end of the line: the kernel closes that however a process ends, and no worker keeps it open.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from forwarder.inherit import FDS_VARIABLE, LENT_VARIABLE, numbers_as_text
+from forwarder.net.channel import channel_kind
 from forwarder.net.sockets import LentSocket
 from forwarder.pidfile import FD_VARIABLE
 
 if TYPE_CHECKING:
-    import socket
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
+    from typing import NoReturn
 
     from forwarder.pidfile import PidFile
 
@@ -30,12 +39,16 @@ UPGRADE_TIMEOUT_S: Final = 60.0
 # The first lets its workers' sessions end, the second does not, the third leaves it no choice.
 _GIVING_UP: Final = (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL)
 _GIVING_UP_S: Final = 3.0  # between two of them; a master kills its own workers after 2 s
+# What is said over the line until the new one serves. One byte: once the line was a pipe, of which
+# older code reads no more, and what begins so is what a successor of older code says.
 _READY: Final = b"R"
 _READY_WITHOUT_SOME: Final = b"r"  # for some of the sockets it has no rule
+_ENDING: Final = b"E"  # an exit status follows
+_MOST_BYTES: Final = 16  # of one word
 
 
 class Successor:
-    """The process of the new code. Owns the read end of its pipe; the master reaps it."""
+    """The process of the new code. Owns our end of the line to it."""
 
     def __init__(
         self,
@@ -50,9 +63,13 @@ class Successor:
         Raises OSError. Blocks until the new program is being executed.
         """
         self.deadline = now + UPGRADE_TIMEOUT_S
+        self.is_ready = False  # it serves
         self.has_dropped_some = False  # it turns handshakes away at sockets that it does not serve
+        self.end: str | None = None  # how it has ended, as far as that is known
+        self._said_of_end = "without a word"
         self._signals = list(_GIVING_UP)
-        self._read_fd, write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self.line, theirs = socket.socketpair(socket.AF_UNIX, channel_kind())
+        self.line.setblocking(False)
         numbers = [sock.fileno() for sock in listeners]
         environment = {
             **os.environ,
@@ -60,67 +77,142 @@ class Successor:
             LENT_VARIABLE: numbers_as_text(
                 sock.fileno() for sock in listeners if isinstance(sock, LentSocket)
             ),
-            READY_VARIABLE: str(write_fd),
+            READY_VARIABLE: str(theirs.fileno()),
             _CONTROL_VARIABLE: control or "",
         }
-        kept = [*numbers, write_fd]
+        kept = [*numbers, theirs.fileno()]
         if pid_file is not None:
             environment[FD_VARIABLE] = str(pid_file.fileno())
             kept.append(pid_file.fileno())
         try:
-            self._process = subprocess.Popen(
-                [sys.executable, *sys.orig_argv[1:]],
-                env=environment,
-                pass_fds=kept,
-            )
+            self.pid = _execute_apart([sys.executable, *sys.orig_argv[1:]], environment, kept)
         except OSError:
-            os.close(self._read_fd)
+            self.line.close()
             raise
         finally:
-            os.close(write_fd)
-        self.pid = self._process.pid
+            theirs.close()
 
     def fileno(self) -> int:
-        """Readable when the successor is ready or has ended."""
-        return self._read_fd
+        """Readable when it has something to say or has ended."""
+        return self.line.fileno()
 
-    def is_ready(self) -> bool | None:
-        """True: it serves. False: it is about to end. None: not decided yet."""
-        try:
-            said = os.read(self._read_fd, 1)
-        except BlockingIOError:
-            return None
-        self.has_dropped_some = said == _READY_WITHOUT_SOME
-        return said in (_READY, _READY_WITHOUT_SOME)
+    def hear(self) -> None:
+        """Take in what it says, up to that it serves: what follows may be for somebody else."""
+        while self.end is None:
+            try:
+                said = self.line.recv(_MOST_BYTES)
+            except BlockingIOError:
+                return
+            except OSError:  # it has ended without having read all that we sent
+                said = b""
+            if not said:
+                self.end = self._said_of_end
+            elif said[:1] == _ENDING:
+                self._said_of_end = f"exit status {said[1:].decode(errors='replace')}"
+            elif said in (_READY, _READY_WITHOUT_SOME):
+                self.is_ready = True
+                self.has_dropped_some = said == _READY_WITHOUT_SOME
+                return
 
     def give_up(self, now: float) -> None:
         """Tell it to end, with more emphasis each time; at ``deadline`` is the next time."""
         self.deadline = now + _GIVING_UP_S
+        self.hear()
+        if self.end is not None:
+            return  # the number may be another's by now
         number = self._signals.pop(0) if len(self._signals) > 1 else self._signals[0]
         with suppress(OSError):
             os.kill(self.pid, number)
 
     def close(self) -> None:
-        """Close the pipe."""
-        os.close(self._read_fd)
-        self._process.returncode = 0  # the master reaps it; subprocess must not warn or wait
+        """Close our end of the line."""
+        self.line.close()
 
 
-def tell_predecessor(*, has_dropped_some: bool) -> None:
-    """Say that we serve, all that we have inherited or not, if an upgrade has started us; once."""
-    text = os.environ.pop(READY_VARIABLE, "")
-    if text.isdigit():
-        with suppress(OSError):  # a predecessor that has died meanwhile needs no answer
-            os.write(int(text), _READY_WITHOUT_SOME if has_dropped_some else _READY)
-            os.close(int(text))
+def _execute_apart(
+    command: Sequence[str], environment: Mapping[str, str], kept: Sequence[int]
+) -> int:
+    """Execute a program as a process that is not our child; it inherits the descriptors ``kept``.
+
+    A child of ours does that and leaves; when this returns somebody else has inherited the program.
+    Returns its pid. Raises OSError. Blocks until it is being executed.
+    """
+    read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
+    try:
+        pid = os.fork()
+    except OSError:
+        os.close(read_fd)
+        os.close(write_fd)
+        raise
+    if pid == 0:
+        _execute_and_leave(write_fd, command, environment, kept)
+    os.close(write_fd)
+    with os.fdopen(read_fd, "rb") as file:
+        said = file.read()
+    os.waitpid(pid, 0)
+    number = int(said or 0)
+    if number <= 0:
+        raise OSError(-number, os.strerror(-number)) if number else OSError("its parent was killed")
+    return number
+
+
+def _execute_and_leave(
+    write_fd: int, command: Sequence[str], environment: Mapping[str, str], kept: Sequence[int]
+) -> NoReturn:
+    """In a forked child: execute the program, write its pid, or -errno, and end."""
+    said = -errno.EIO
+    try:
+        said = subprocess.Popen(command, env=environment, pass_fds=kept).pid
+    except OSError as err:
+        said = -(err.errno or errno.EIO)
+    finally:
+        os.write(write_fd, str(said).encode())
+        os._exit(0)
+
+
+def tell_predecessor(*, has_dropped_some: bool) -> socket.socket | None:
+    """Say that we serve, all that we have inherited or not, if an upgrade has started us; once.
+
+    Returns our end of the line, which becomes the caller's; None if there is none.
+    """
+    fd = _take_line()
+    if fd is None:
+        return None
+    with suppress(OSError):  # a predecessor that has died meanwhile needs no answer
+        os.write(fd, _READY_WITHOUT_SOME if has_dropped_some else _READY)
+    try:
+        line = socket.socket(fileno=fd)
+    except OSError:  # the pipe of older code
+        os.close(fd)
+        return None
+    line.set_inheritable(False)
+    return line
+
+
+def tell_end(status: int) -> None:
+    """Say how we end to a predecessor that waits to hear that we serve; a parent would see it."""
+    fd = _take_line()
+    if fd is not None:
+        with suppress(OSError):
+            os.write(fd, _ENDING + str(status).encode())
+        os.close(fd)
 
 
 def release_predecessor() -> None:
-    """Give up our end of its pipe without a word, as a forked child does."""
+    """Give up our end of the line without a word, as a forked child does."""
+    fd = _take_line()
+    if fd is not None:
+        os.close(fd)
+
+
+def _take_line() -> int | None:
+    """Our end of the line to the master that started us, the first time; None if there is none."""
     text = os.environ.pop(READY_VARIABLE, "")
-    if text.isdigit():
-        with suppress(OSError):
-            os.close(int(text))
+    try:
+        os.fstat(int(text))
+    except (ValueError, OSError):
+        return None
+    return int(text)
 
 
 def control_of_predecessor() -> str | None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 import click
 
-from forwarder import daemonlog, demo, features, interrupt, master
+from forwarder import daemonlog, demo, features, interrupt, master, upgrade
 from forwarder.cli import check, completion, control, convert, diff, files, group, sessions
 from forwarder.config.model import MAX_WORKERS, RelayMode
 from forwarder.errors import ConfigError, ExitCode, ForwarderError
@@ -226,6 +226,9 @@ def main() -> NoReturn:
     """Run the command line and exit with a code of ExitCode, or by SIGINT."""
     try:
         _main()
+    except SystemExit as err:
+        upgrade.tell_end(err.code if isinstance(err.code, int) else ExitCode.OK)
+        raise
     finally:
         interrupt.be_silent()  # while the interpreter ends
 

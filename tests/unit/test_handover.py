@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import selectors
+import socket
 from typing import TYPE_CHECKING, cast
 
 from forwarder.handover import Handover
+from forwarder.upgrade import Successor
 
 if TYPE_CHECKING:
-    import selectors
-
     import pytest
 
     from forwarder.control.requests import Requests
@@ -19,16 +20,23 @@ if TYPE_CHECKING:
 def test_a_reload_is_passed_on_to_the_heir_as_long_as_that_lives(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Once it was reaped its number may be another's."""
-    handover = Handover(
-        cast("Incumbent", None), cast("selectors.BaseSelector", None), cast("Requests", None)
-    )
+    """Once it has gone its number may be another's."""
     killed: list[int] = []
     monkeypatch.setattr(os, "kill", lambda pid, _number: killed.append(pid))
-    handover._has_heir, handover._heir = True, 12345
-    handover.note_reload()
-    assert killed == [12345]
-    handover.on_exit(12345, 0)
-    handover.note_reload()
-    assert killed == [12345]
-    assert handover.has_heir
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.setblocking(False)
+    with selectors.DefaultSelector() as selector, ours, theirs:
+        handover = Handover(cast("Incumbent", None), selector, cast("Requests", None))
+        heir = Successor.__new__(Successor)
+        heir.pid, heir.line, heir.end = 12345, ours, None
+        heir._said_of_end = "without a word"
+        handover._has_heir, handover._heir = True, heir
+        selector.register(heir, selectors.EVENT_READ, handover._hear_heir)
+        handover.note_reload()
+        assert killed == [12345]
+        theirs.close()
+        for key, _ in selector.select(5):
+            key.data()
+        handover.note_reload()
+        assert killed == [12345]
+        assert handover.has_heir
