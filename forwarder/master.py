@@ -463,6 +463,11 @@ class Master:
         """What is in force."""
         return self._service.generation
 
+    @property
+    def in_force(self) -> Config:
+        """The configuration that is served."""
+        return self._service.config
+
     def begin_generation(self, candidate: Candidate) -> None:
         """Put it in force and tell the workers. Raises StartupError; then nothing has changed."""
         # A size that was set by signal stays, unless the configuration itself asks for another.

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from forwarder import notify
 from forwarder.control.requests import STOPPING
+from forwarder.control.server import refusal
 from forwarder.errors import StartupError
 from forwarder.handover import UNDER_WAY, Handover
+from forwarder.preview import Preview
 from forwarder.reload import Candidate, Loader, Rejected
 
 if TYPE_CHECKING:
@@ -21,8 +23,11 @@ if TYPE_CHECKING:
 
     from forwarder.config.model import Config
     from forwarder.control.requests import Requests
+    from forwarder.control.server import Message, Reply
 
 log = logging.getLogger(__name__)
+
+NOTHING_TO_RELOAD: Final = "nothing to reload, the rules came from the command line"
 
 
 class Reloadable(Protocol):
@@ -35,6 +40,10 @@ class Reloadable(Protocol):
     @property
     def generation(self) -> int:
         """What is in force."""
+
+    @property
+    def in_force(self) -> Config:
+        """The configuration that is served."""
 
     def begin_generation(self, candidate: Candidate) -> None:
         """Put it in force. Raises StartupError if that is not possible; then nothing changes."""
@@ -63,6 +72,10 @@ class Reloading:
         too_long = "reading the configuration took too long"
         self._loader = Loader(selector, release, self._end, too_long)
         self._is_wanted_again = False
+        self._preview: Preview | None = None
+        if load is not None:
+            self._preview = Preview(load, lambda: master.in_force, selector, release)
+        requests.preview_by(self.preview)
 
     @property
     def is_under_way(self) -> bool:
@@ -72,7 +85,8 @@ class Reloading:
     @property
     def deadline(self) -> float | None:
         """When :meth:`turn` has something to do without an event; None for never."""
-        return self._loader.deadline
+        found = [self._loader.deadline, self._preview.deadline if self._preview else None]
+        return min((deadline for deadline in found if deadline is not None), default=None)
 
     def begin(self) -> str:
         """Begin to read the configuration anew; if that is under way, do it again afterwards.
@@ -83,7 +97,7 @@ class Reloading:
         if not self._master.is_running:
             return STOPPING
         if self._load is None:
-            problem = "nothing to reload, the rules came from the command line"
+            problem = NOTHING_TO_RELOAD
         elif self._handover.is_under_way:
             problem = UNDER_WAY
         if problem:
@@ -96,19 +110,34 @@ class Reloading:
             self._start(self._load)
         return problem
 
+    def preview(self, message: Message, reply: Reply) -> None:
+        """Find out what a reload would change; ``reply`` is called once."""
+        if self._preview is None:
+            reply(refusal(NOTHING_TO_RELOAD))
+        elif not self._master.is_running:
+            reply(refusal(STOPPING))
+        else:
+            self._preview.begin(message, reply)
+
     def turn(self, now: float) -> None:
         """Give up a configuration that takes too long to read."""
         self._loader.turn(now)
+        if self._preview is not None:
+            self._preview.turn(now)
 
     def cancel(self) -> None:
         """The master is stopping: give up what is being read."""
+        if self._preview is not None:
+            self._preview.cancel()
         if self._loader.is_under_way:
             self._loader.cancel()
             self._end(Rejected((STOPPING,)))
 
     def close(self) -> None:
-        """Close the pipe, in a forked child too."""
+        """Close the pipes, in a forked child too."""
         self._loader.close()
+        if self._preview is not None:
+            self._preview.close()
 
     def _start(self, load: Callable[[], Config]) -> None:
         self._requests.on_loading()

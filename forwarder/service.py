@@ -16,6 +16,7 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from forwarder.addr import UnixAddress
+from forwarder.config.describe import listening, waiting_text
 from forwarder.config.plan import FIXED_SETTINGS, diff
 from forwarder.errors import StartupError
 from forwarder.fleet import Serving
@@ -73,6 +74,8 @@ class Service:
         with start_lock():
             self.table.add(_required(candidate), slots)
             self._put_in_force(candidate, slots)
+        for line in listening(self.config.rules, lambda rule: self.retries.get(rule.name)):
+            log.info("%s", line)
         for address in self.table.unclaimed():
             log.warning("master: no rule listens on %s, inherited; closed", address.target)
 
@@ -112,7 +115,8 @@ class Service:
         for setting in FIXED_SETTINGS:
             if getattr(old.settings, setting) != getattr(new.settings, setting):
                 log.warning("reload: a change of %s takes effect at the next start", setting)
-        return f"{diff(old, new)}, generation {self.generation}"
+        waiting = [rule.name for rule in new.rules if self.retries.get(rule.name)]
+        return f"{diff(old, new)}, generation {self.generation}{waiting_text(waiting)}"
 
     def _put_in_force(self, candidate: Candidate, slots: int) -> None:
         self.config = candidate.config

@@ -16,6 +16,7 @@ import click
 from forwarder import status
 from forwarder.cli.options import FILE
 from forwarder.control.path import find as find_socket
+from forwarder.control.requests import REJECTED
 from forwarder.errors import ExitCode, ForwarderError
 
 if TYPE_CHECKING:
@@ -93,10 +94,32 @@ def control_option(command: Callable[..., None]) -> Callable[..., None]:
     return option(command)
 
 
+def preview(control: str | None, *, shows_all: bool) -> dict[str, object]:
+    """What a reload would change now. Raises ControlError; CONFIG if the file cannot be used."""
+    asked: dict[str, object] = {"op": "preview", "all": shows_all}
+    try:
+        return ask(control, asked, _RELOAD_TIMEOUT_S)
+    except ControlError as err:
+        if str(err).startswith(REJECTED):
+            err.exit_code = ExitCode.CONFIG
+        raise
+
+
+def preview_lines(answer: dict[str, object]) -> list[str]:
+    """The same for people."""
+    lines = answer.get("lines")
+    return list(map(str, lines)) if isinstance(lines, list) else []
+
+
 @click.command("reload", short_help="Read the configuration anew, and wait for that.")
 @control_option
-def reload_command(control: str | None) -> None:
+@click.option("--dry-run", is_flag=True, help="Say what would change, and change nothing.")
+def reload_command(control: str | None, *, dry_run: bool) -> None:
     """Read the configuration anew; wait until it is in force, or say why it is not."""
+    if dry_run:
+        for line in preview_lines(preview(control, shows_all=False)):
+            click.echo(line)
+        return
     answer = ask(control, {"op": "reload"}, _RELOAD_TIMEOUT_S)
     click.echo(answer.get("report"))
 

@@ -7,37 +7,54 @@ from typing import TYPE_CHECKING
 
 import click
 
+from forwarder.cli.control import control_option, preview, preview_lines
 from forwarder.cli.files import format_option, load
 from forwarder.cli.options import FILE
-from forwarder.config.compare import compare
-from forwarder.config.describe import label, way
+from forwarder.config.compare import as_lines, as_object, compare
 from forwarder.errors import ConfigError, ExitCode
 
 if TYPE_CHECKING:
-    from forwarder.config.compare import Change, Comparison
     from forwarder.config.model import Config
     from forwarder.errors import Issue
 
 
 @click.command("diff", short_help="Show what a reload would change.")
-@click.argument("old", metavar="OLD", type=FILE)
-@click.argument("new", metavar="NEW", type=FILE)
+@click.argument("names", metavar="[OLD NEW]", type=FILE, nargs=-1)
+@control_option
 @format_option
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON with everything.")
 @click.option("--all", "shows_all", is_flag=True, help="Show the rules that stay as they are, too.")
 @click.pass_context
 def diff_command(
-    ctx: click.Context, old: str, new: str, dialect: str | None, *, as_json: bool, shows_all: bool
+    ctx: click.Context,
+    names: tuple[str, ...],
+    control: str | None,
+    dialect: str | None,
+    *,
+    as_json: bool,
+    shows_all: bool,
 ) -> None:
     """Show what a reload from OLD to NEW would change.
 
+    Without them: what a reload of the running instance would change now.
+
     Exit status: 0 no change, 1 changes, 78 invalid file.
     """
-    before, after = _load_both(old, new, dialect)
-    found = compare(before, after)
-    for line in _compared_json(found) if as_json else _compared(found, after, shows_all=shows_all):
+    if not names:
+        answer = preview(control, shows_all=shows_all)
+        found: dict[str, object] = {
+            key: value for key, value in answer.items() if key not in ("ok", "lines")
+        }
+        lines = preview_lines(answer)
+    elif len(names) == 2:
+        before, after = _load_both(names[0], names[1], dialect)
+        compared = compare(before, after)
+        found, lines = as_object(compared), as_lines(compared, after, shows_all=shows_all)
+    else:
+        raise click.UsageError("give OLD and NEW, or neither: then a running instance is asked")
+    for line in [json.dumps(found)] if as_json else lines:
         click.echo(line)
-    ctx.exit(ExitCode.OK if found.is_same else ExitCode.FAILED)
+    ctx.exit(ExitCode.OK if found["same"] is True else ExitCode.FAILED)
 
 
 def _load_both(old: str, new: str, dialect: str | None) -> tuple[Config, Config]:
@@ -52,34 +69,3 @@ def _load_both(old: str, new: str, dialect: str | None) -> tuple[Config, Config]
     if issues:
         raise ConfigError(issues)
     return configs[0], configs[1]
-
-
-def _compared(found: Comparison, new: Config, *, shows_all: bool) -> list[str]:
-    plan = found.plan
-    added = [rule for rule in new.rules if rule.name in set(plan.added)]
-    lines = [f"+ {label(rule, ': ')}{way(rule)}" for rule in added]
-    lines += [f"- {name}" for name in plan.removed]
-    for name, changes in found.rules.items():
-        lines.append(f"~ {name}")
-        lines += [f"    {change}" for change in changes]
-    lines += [f"= {name}" for name in plan.unchanged] if shows_all else []
-    for change in found.settings:
-        late = "; takes effect at the next start or upgrade"
-        lines.append(f"{change}{late if change.key in found.needs_restart else ''}")
-    return [*lines, str(plan)]
-
-
-def _compared_json(found: Comparison) -> list[str]:
-    def pairs(changes: tuple[Change, ...]) -> dict[str, list[str]]:
-        return {change.key: [change.old, change.new] for change in changes}
-
-    value = {
-        "same": found.is_same,
-        "added": found.plan.added,
-        "removed": found.plan.removed,
-        "changed": {name: pairs(changes) for name, changes in found.rules.items()},
-        "unchanged": found.plan.unchanged,
-        "settings": pairs(found.settings),
-        "needs_restart": found.needs_restart,
-    }
-    return [json.dumps(value)]

@@ -11,6 +11,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Final
 
 from forwarder.addr import Address, UnixAddress
+from forwarder.config.describe import label, way
 from forwarder.config.model import AccessRule, LogPlace
 from forwarder.config.options import without_unit
 from forwarder.config.plan import FIXED_SETTINGS, ReloadPlan, diff
@@ -80,6 +81,39 @@ def compare(old: Config, new: Config) -> Comparison:
         rules={name: tuple(_changes(before[name], after[name])) for name in plan.changed},
         settings=tuple(settings),
     )
+
+
+def as_lines(found: Comparison, new: Config, *, shows_all: bool) -> list[str]:
+    """For people, ``new`` being the later configuration; rules that stay only if all are shown."""
+    plan = found.plan
+    added = set(plan.added)
+    lines = [f"+ {label(rule, ': ')}{way(rule)}" for rule in new.rules if rule.name in added]
+    lines += [f"- {name}" for name in plan.removed]
+    for name, changes in found.rules.items():
+        lines.append(f"~ {name}")
+        lines += [f"    {change}" for change in changes]
+    lines += [f"= {name}" for name in plan.unchanged] if shows_all else []
+    for change in found.settings:
+        late = "; takes effect at the next start or upgrade"
+        lines.append(f"{change}{late if change.key in found.needs_restart else ''}")
+    return [*lines, str(plan)]
+
+
+def as_object(found: Comparison) -> dict[str, object]:
+    """For programs."""
+
+    def pairs(changes: tuple[Change, ...]) -> dict[str, list[str]]:
+        return {change.key: [change.old, change.new] for change in changes}
+
+    return {
+        "same": found.is_same,
+        "added": found.plan.added,
+        "removed": found.plan.removed,
+        "changed": {name: pairs(changes) for name, changes in found.rules.items()},
+        "unchanged": found.plan.unchanged,
+        "settings": pairs(found.settings),
+        "needs_restart": found.needs_restart,
+    }
 
 
 def _changes(old: Rule | Settings, new: Rule | Settings) -> Iterator[Change]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from forwarder.addr import UnixAddress
 from forwarder.config.endpoints import transport
@@ -10,7 +10,13 @@ from forwarder.config.model import MAX_FLOWS, Framing
 from forwarder.config.options import describe_options
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from forwarder.config.model import Config, Rule
+
+# In the log at a start: enough to see what it is about. Arbitrary.
+MOST_LISTED: Final = 20
+_MOST_SHOWN: Final = 3
 
 
 def describe(config: Config, title: str) -> list[str]:
@@ -27,9 +33,31 @@ def describe(config: Config, title: str) -> list[str]:
     return lines
 
 
-def way(rule: Rule) -> str:
-    """What a rule forwards: protocol, where it listens, where it leads."""
-    return f"{rule.protocol.value} {rule.listen} -> {', '.join(map(str, rule.upstreams))}"
+def way(rule: Rule, most: int | None = None) -> str:
+    """What a rule forwards: protocol, where it listens, where it leads, to ``most`` of them."""
+    upstreams = ", ".join(map(str, rule.upstreams[:most]))
+    if most is not None and len(rule.upstreams) > most:
+        upstreams += f" and {len(rule.upstreams) - most} more"
+    return f"{rule.protocol.value} {rule.listen} -> {upstreams}"
+
+
+def listening(rules: Sequence[Rule], is_waiting: Callable[[Rule], object]) -> list[str]:
+    """A line for each rule, up to a number, as the log has them at a start."""
+    lines = []
+    for rule in rules[:MOST_LISTED]:
+        state = "waiting" if is_waiting(rule) else "listening"
+        lines.append(f"{state} {label(rule, ' ')}{way(rule, _MOST_SHOWN)}")
+    if len(rules) > MOST_LISTED:
+        lines.append(f"listening and {plural(len(rules) - MOST_LISTED, 'more rule')}")
+    return lines
+
+
+def waiting_text(names: Sequence[str]) -> str:
+    """What follows a report if some rules wait for their address."""
+    if not names:
+        return ""
+    more = f" and {len(names) - _MOST_SHOWN} more" if len(names) > _MOST_SHOWN else ""
+    return f"; waiting for an address: {', '.join(names[:_MOST_SHOWN])}{more}"
 
 
 def label(rule: Rule, end: str) -> str:

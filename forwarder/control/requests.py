@@ -21,15 +21,25 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from forwarder.asking import Answered
-    from forwarder.control.server import Message, Reply
+    from forwarder.control.server import Handler, Message, Reply
 
 log = logging.getLogger(__name__)
 
-OPERATIONS: Final = ("kill", "reload", "sessions", "status", "stop", "upgrade", "workers")
+OPERATIONS: Final = (
+    "kill",
+    "preview",
+    "reload",
+    "sessions",
+    "status",
+    "stop",
+    "upgrade",
+    "workers",
+)
 # Sessions in one answer, whatever a client asks for.
 MAX_LISTED: Final = 10_000
 MAX_COUNT: Final = 1 << 32  # no worker has that many sessions
 STOPPING: Final = "the forwarder is stopping"
+REJECTED: Final = "the configuration was rejected"
 # What the workers are asked has to fit into a message to each of them.
 MAX_CHOICE_BYTES: Final = 24 * 1024
 _COUNT: Final = re.compile(r"[+-]?[0-9]{1,4}")
@@ -120,7 +130,12 @@ class Requests:
         self._settling: list[tuple[Reply, Message]] = []
         self._upgrading: list[Reply] = []
         self._stopping: list[Reply] = []
+        self._preview: Handler = lambda _, reply: reply(refusal("nothing can be reloaded"))
         self._server: ControlServer | None = None
+
+    def preview_by(self, handler: Handler) -> None:
+        """Have somebody else say what a reload would change."""
+        self._preview = handler
 
     # -- the socket
 
@@ -174,6 +189,8 @@ class Requests:
             if problem:
                 self._asked.remove(reply)
                 reply(refusal(problem))
+        elif op == "preview":
+            self._preview(message, reply)
         elif op in {"sessions", "kill"}:
             self._choose(message, reply)
         elif op == "workers":
@@ -233,7 +250,7 @@ class Requests:
 
     def on_rejected(self, problems: Iterable[str]) -> None:
         """What was read is not applied."""
-        answer = refusal("the configuration was rejected", problems=list(problems))
+        answer = refusal(REJECTED, problems=list(problems))
         replies, self._loading = self._loading, []
         for reply in replies:
             reply(answer)

@@ -55,6 +55,7 @@ RANK = {
     "handover": 8,
     "worker": 7,
     "reloading": 9,
+    "preview": 8,
     "fleet": 8,
     "service": 9,
     "master": 10,

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import selectors
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
 
+from forwarder.config.model import Config
+from forwarder.preview import Preview
 from forwarder.reloading import Reloadable, Reloading
 
 if TYPE_CHECKING:
-    import selectors
-
     import pytest
 
     from forwarder.control.requests import Requests
+    from forwarder.control.server import Message
     from forwarder.handover import Handover
     from forwarder.reload import Candidate
 
@@ -27,7 +29,7 @@ def test_a_bug_while_it_is_put_in_force_is_told_to_who_asked(
 
     told: list[object] = []
     master = SimpleNamespace(is_running=True, generation=1, begin_generation=fail)
-    requests = SimpleNamespace(on_rejected=told.extend)
+    requests = SimpleNamespace(on_rejected=told.extend, preview_by=lambda _: None)
     reloading = Reloading(
         cast("Reloadable", master),
         cast("Handover", None),
@@ -39,3 +41,18 @@ def test_a_bug_while_it_is_put_in_force_is_told_to_who_asked(
     reloading._end(cast("Candidate", object()))
     assert told == ["internal error, see the log"]
     assert "ZeroDivisionError" in caplog.text
+
+
+def test_who_asks_what_a_reload_would_change_is_told_of_a_stop() -> None:
+    """Who waits for a reading, and who waits for the next."""
+    answers: list[Message] = []
+    config = Config(rules=())
+    with selectors.DefaultSelector() as selector:
+        preview = Preview(lambda: config, lambda: config, selector, lambda: None)
+        for _ in range(2):
+            preview._asked.append(({}, answers.append))
+            preview._loading.append(({}, answers.append))
+        preview.cancel()
+        assert [answer["error"] for answer in answers] == ["the forwarder is stopping"] * 4
+        preview.cancel()
+    assert len(answers) == 4
