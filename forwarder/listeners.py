@@ -15,18 +15,18 @@ import time
 from array import array
 from collections import Counter
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from forwarder.net import sockets, udp
+from forwarder.net import diverting, sockets, udp
 from forwarder.net.addresses import address_of, bind_error, option_error
 from forwarder.net.listening import change_options, prepare_inherited
 from forwarder.net.sockets import LentSocket
 from forwarder.net.unixfile import SocketFile, file_of, listen_at
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable, Mapping
+    from collections.abc import Generator, Iterable, Mapping, Sequence
 
     from forwarder.config.model import Rule, SocketOptions
     from forwarder.net.addresses import BindAddress
@@ -94,6 +94,7 @@ class ListenerTable:
         self._by_address: dict[BindAddress, Slotted] = {}
         self._inherited: dict[BindAddress, list[socket.socket]] = {}
         self._ids = itertools.count(1)
+        self._asides = itertools.count(1)
         self._ports: Counter[tuple[bool, int]] = Counter()  # how many addresses have that port
         self._owned: dict[BindAddress, SocketFile | None] = {}  # of unix sockets
         self._borrowed: dict[BindAddress, SocketFile | None] = {}
@@ -109,25 +110,35 @@ class ListenerTable:
 
     def inherit(self, given: Iterable[socket.socket]) -> None:
         """Own listening sockets that somebody else has bound; :meth:`add` uses those that fit."""
+        aside = next(self._asides)
         for sock in given:
-            self._inherited.setdefault(address_of(sock), []).append(sock)
+            address = address_of(sock)
+            if diverting.is_diverted(sock):
+                address = replace(address, aside=aside)
+            self._inherited.setdefault(address, []).append(sock)
 
     def unclaimed(self) -> list[BindAddress]:
         """Addresses of inherited sockets for which there is no rule."""
         return list(self._inherited)
 
-    def close_unclaimed(self, *, refuse: bool) -> None:
-        """Close our copies of the sockets of :meth:`unclaimed`.
+    def refuse_unclaimed(self) -> None:
+        """Turn new clients away from the sockets of :meth:`unclaimed`, which their giver serves.
 
-        ``refuse``: who gave them to us will close them, too, so no new handshake may begin there.
-        But where the port is still served, at another address, no SYN may be lost.
+        It will close them, too. Until :meth:`close_unclaimed` a rule can have them all the same.
         """
-        for address, inherited in self._inherited.items():
-            if refuse and address.has_handshakes and self._ports[address.port] <= 0:
-                for sock in inherited:
-                    sockets.drop_syn(sock)
         for address in self.unclaimed():
-            # Of a unix socket the file is ours to remove now.
+            inherited = self._inherited[address]
+            if address.target.is_unix:
+                # The file is ours to remove now.
+                for sock in self._reachable(address, self._inherited.pop(address)):
+                    sock.close()
+            elif _turn_away(inherited, address, is_served=self._ports[address.port] > 0):
+                del self._inherited[address]
+                self._inherited[replace(address, aside=next(self._asides))] = inherited
+
+    def close_unclaimed(self) -> None:
+        """Close our copies of the sockets of :meth:`unclaimed`."""
+        for address in self.unclaimed():
             for sock in self._reachable(address, self._inherited.pop(address)):
                 sock.close()
 
@@ -218,17 +229,23 @@ class ListenerTable:
                 dropped += queue.dropped
         return {"waiting": waiting, "limit": limit, "dropped": dropped}
 
-    def refuse_handshakes(self, address: BindAddress) -> None:
+    def turn_away(self, address: BindAddress, *, is_served: bool) -> BindAddress:
         """Let no new handshake begin on an address; what is queued or under way can be accepted.
 
-        A unix socket has none: who connects is queued at once, and served until it is closed. Nor
-        has UDP.
+        ``is_served``: other sockets have its port and get who comes. Returns under which address
+        these are found from now on: they may have been set aside.
+        A unix socket has no handshakes: who connects is queued at once, and served until it is
+        closed. Nor has UDP.
         """
-        for sock in self._by_address[address].sockets if address.has_handshakes else ():
-            sockets.drop_syn(sock)
+        slotted = self._by_address[address]
+        if not _turn_away(slotted.sockets, address, is_served=is_served):
+            return address
+        slotted.address = replace(address, aside=next(self._asides))
+        self._by_address[slotted.address] = self._by_address.pop(address)
+        return slotted.address
 
     def accept_handshakes(self, address: BindAddress) -> None:
-        """Undo :meth:`refuse_handshakes`; harmless where that was not done."""
+        """Undo :meth:`turn_away`, of what was not set aside; harmless where that was not done."""
         for sock in self._by_address[address].sockets if address.has_handshakes else ():
             sockets.pass_syn(sock)
 
@@ -314,12 +331,7 @@ class ListenerTable:
             # A service manager may have bound it without ReusePort=. Of such a UDP socket only one
             # worker can receive, or the datagrams of a client would go to several.
             slotted.is_single = address.is_udp and not _is_shareable(slotted.sockets[0])
-        elif not (
-            address.target.is_unix
-            or self._ports[address.port] > 0
-            or address.twin in self._inherited
-        ):
-            # A port that we listen on at another address would make a probe meet ourselves.
+        elif not (address.target.is_unix or self._has_port(address.port)):
             probe = udp.probe_bind if address.is_udp else sockets.probe_bind
             try:
                 probe(address.target, v6only=address.v6only)
@@ -327,6 +339,10 @@ class ListenerTable:
                 raise bind_error(address, rule, err) from err
         while len(slotted.sockets) < slots and not slotted.is_single:
             self._open_one(address, rule, slotted)
+
+    def _has_port(self, port: tuple[bool, int]) -> bool:
+        """Whether we listen on a port at any address, where a probe would meet ourselves."""
+        return self._ports[port] > 0 or any(other.port == port for other in self._inherited)
 
     def _prepare(self, sock: socket.socket, address: BindAddress, options: SocketOptions) -> None:
         """Set up a socket that somebody else has bound. Raises OSError."""
@@ -390,7 +406,10 @@ class ListenerTable:
             return first.dup()
         if address.target.is_unix:
             return self._listen_unix(address, rule)
-        return sockets.listen_tcp(address.target, v6only=address.v6only, options=rule.options)
+        is_apart = address.twin in self._by_address or address.twin in self._inherited
+        return sockets.listen_tcp(
+            address.target, v6only=address.v6only, options=rule.options, is_apart=is_apart
+        )
 
     def _listen_unix(self, address: BindAddress, rule: Rule) -> socket.socket:
         path = address.target.sockaddr
@@ -412,6 +431,21 @@ class ListenerTable:
         slotted.sockets.append(sock)
         self._fds.append(sock.fileno())
         slotted.ids.append(next(self._ids))
+
+
+def _turn_away(
+    listeners: Sequence[socket.socket], address: BindAddress, *, is_served: bool
+) -> bool:
+    """See :meth:`ListenerTable.turn_away`. Returns whether they cannot be had again."""
+    if not address.has_handshakes:
+        return False
+    is_lent = any(isinstance(sock, LentSocket) for sock in listeners)
+    # Filters do nothing for MPTCP.
+    if (is_served or address.is_mptcp) and not is_lent and all(map(diverting.divert, listeners)):
+        return True
+    for sock in () if is_served else listeners:
+        sockets.drop_syn(sock)
+    return False
 
 
 def _is_shareable(sock: socket.socket) -> bool:

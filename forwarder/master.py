@@ -342,13 +342,11 @@ class Master:
                 len(self._service.config.rules),
                 self._service.generation,
             )
-            has_dropped_some = bool(self._service.table.unclaimed())
             if upgrade.has_predecessor():
                 # Only now, since a successor that fails must not take them.
                 self._handover.claim()
                 self._open_control()
-            self._service.table.close_unclaimed(refuse=upgrade.has_predecessor())
-            self._service.own()
+            has_dropped_some = self._service.own(has_predecessor=upgrade.has_predecessor())
             notify.notify(
                 f"MAINPID={os.getpid()}",
                 "READY=1",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import resource
 import time
 from typing import TYPE_CHECKING, Final
@@ -40,6 +41,9 @@ log = logging.getLogger(__name__)
 # Of master and worker each, besides listening sockets: channels, epoll, loop, log, pipes, and room
 # for a few sessions. Arbitrary, above the 16 that an idle worker has.
 RESERVED_DESCRIPTORS: Final = 24
+# How long a rule that an upgrade has dropped can have its sockets again: until the predecessor,
+# which serves them, has closed them for certain.
+UNCLAIMED_S: Final = 2 * CLOSE_GRACE_S
 
 
 class Service:
@@ -54,6 +58,7 @@ class Service:
         self._revision = 0
         self._closing: dict[BindAddress, tuple[Rule, float]] = {}
         self._dropped: set[BindAddress] = set()
+        self._unclaimed_until = math.inf
 
     def open(
         self, inherited: Callable[[Callable[[socket.socket], bool]], Iterable[socket.socket]]
@@ -77,6 +82,8 @@ class Service:
         for line in listening(self.config.rules, lambda rule: self.retries.get(rule.name)):
             log.info("%s", line)
         for address in self.table.unclaimed():
+            if address.aside:  # the giver knows
+                continue
             log.warning("master: no rule listens on %s, inherited; closed", address.target)
 
     def grow(self, slots: int) -> None:
@@ -143,14 +150,25 @@ class Service:
         ports = {address.port for address in wanted}
         for address in before.keys() - wanted.keys():
             # A port that is still served, by a wildcard or a single address, must not lose SYNs.
-            if address.port not in ports:
-                self.table.refuse_handshakes(address)
+            closing = self.table.turn_away(address, is_served=address.port in ports)
             # UDP has no handshakes: who comes now has not begun before.
-            self._closing[address] = (before[address], 0.0 if address.is_udp else until)
+            self._closing[closing] = (before[address], 0.0 if address.is_udp else until)
 
-    def own(self) -> None:
-        """Nobody else serves what we have inherited, or will go on to."""
+    def own(self, *, has_predecessor: bool) -> bool:
+        """Nobody else serves what we have inherited, or will go on to, but a while longer.
+
+        ``has_predecessor``: what no rule has is served by the one that gave it, for as long as
+        handshakes may be under way; a rule that comes back within that time gets it again.
+        Returns whether there is such.
+        """
+        has_some = bool(self.table.unclaimed())
+        if has_predecessor:
+            self.table.refuse_unclaimed()
+            self._unclaimed_until = time.monotonic() + UNCLAIMED_S
+        else:
+            self.table.close_unclaimed()
         self.table.own(self._rules_by_address())
+        return has_some
 
     # -- rules that wait for their address
 
@@ -221,6 +239,8 @@ class Service:
         for addresses in closing.values():
             rule, _ = self._closing[addresses[0]]
             name = f"{rule.name} at {addresses[0].target}, closing"
+            while name in binds:
+                name += "'"
             rules.append(dataclasses.replace(rule, name=name))
             binds[name] = tuple(addresses)
             counted_as[name] = rule.name
@@ -235,10 +255,13 @@ class Service:
 
     def deadlines(self) -> list[float]:
         """When :meth:`expire` has something to do."""
-        return [until for _, until in self._closing.values()]
+        return [*(until for _, until in self._closing.values()), self._unclaimed_until]
 
     def expire(self, now: float) -> bool:
         """Drop what has been closing long enough. Returns whether the workers must be told."""
+        if now >= self._unclaimed_until:
+            self.table.close_unclaimed()
+            self._unclaimed_until = math.inf
         over = [address for address, (_, until) in self._closing.items() if now >= until]
         for address in over:
             del self._closing[address]

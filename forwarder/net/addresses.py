@@ -28,12 +28,15 @@ class BindAddress:
     """Where a listener is bound. ``v6only`` matters for the IPv6 wildcard.
 
     ``is_mptcp`` cannot be changed of a socket, so a rule that changes it needs others.
+    ``aside``: not 0 for listeners that have been set aside, each with a number of its own; they get
+    no new clients, and others may be bound to their address.
     """
 
     target: Target
     v6only: bool = False
     is_udp: bool = False
     is_mptcp: bool = False
+    aside: int = 0
 
     @property
     def twin(self) -> BindAddress:

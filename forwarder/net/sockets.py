@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final, TypeAlias
 
+from forwarder.net import diverting
 from forwarder.net import options as socket_options
 
 if TYPE_CHECKING:
@@ -131,11 +132,14 @@ def client_text(address: SockAddr) -> str:
     return "unix"
 
 
-def listen_tcp(target: Target, *, v6only: bool, options: SocketOptions) -> socket.socket:
+def listen_tcp(
+    target: Target, *, v6only: bool, options: SocketOptions, is_apart: bool = False
+) -> socket.socket:
     """Bind and listen on a TCP address with SO_REUSEPORT. The caller owns the socket.
 
     What accepted sockets shall have is set here, once, instead of on every connection: they inherit
-    it. Raises OSError.
+    it. ``is_apart``: clients are not shared out among this socket and those that have the address
+    already, if this process has the right to that (see ``diverting``). Raises OSError.
     """
     how = socket_options.to_listen(options, target.family, is_udp=False)
     sock = socket.socket(target.family, _NONBLOCKING_STREAM, how.protocol)
@@ -146,7 +150,11 @@ def listen_tcp(target: Target, *, v6only: bool, options: SocketOptions) -> socke
         how.apply(sock)
         set_v6only(sock, target.family, v6only)
         sock.bind(target.sockaddr)
-        sock.listen(options.backlog)
+        if not is_apart:
+            sock.listen(options.backlog)
+        elif not diverting.listen_apart(sock, options.backlog):
+            sock.close()
+            return listen_tcp(target, v6only=v6only, options=options)
     except BaseException:
         sock.close()
         raise

@@ -152,7 +152,10 @@ def test_a_reload_and_an_upgrade_change_it_and_nobody_is_dropped(
         old.wait_logged(r"master\.stopping")
         new = [match[1] for line in old.lines if (match := re.search(r"ready pid=(\d+)", line))]
         master = int(new[-1])
-        assert listening([master], address, protocol) == [socket.IPPROTO_TCP] * 2
+        eventually(
+            lambda: listening([master], address, protocol) == [socket.IPPROTO_TCP] * 2,
+            "the predecessor's sockets are left",
+        )
         load.wait_served(20)
         account = load.stop()
     assert account.dropped == 0, account.problems

@@ -74,7 +74,7 @@ class Client:
         self._is_shut = False
         self.began = time.monotonic()
         self.deadline = self.began + LIFE_S if length is not None else float("inf")
-        self.sock = socket.socket()
+        self.sock = socket.socket(socket.AF_INET6 if ":" in loop.address[0] else socket.AF_INET)
         self.sock.setblocking(False)
         self._is_connected = False
         number = self.sock.connect_ex(loop.address)
