@@ -14,11 +14,20 @@ import time
 from logging import WARNING
 from typing import Final
 
+from forwarder.printable import visible
 from forwarder.rarely import Rarely
 
 _FORMAT: Final = "%(asctime)s forwarder[%(process)d] %(levelname)s %(message)s"
 # A pipe that is writable takes so much without blocking (PIPE_BUF, pipe(7)).
 _PART_BYTES: Final = select.PIPE_BUF
+
+
+class OneLine(logging.Formatter):
+    """A message is one line, whatever names it has in it; only a traceback has more of them."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the interface
+        """Everything but the traceback."""
+        return visible(super().formatMessage(record))
 
 
 class PatientHandler(logging.Handler):
@@ -96,6 +105,6 @@ def start(*, verbose: bool) -> None:
     """Log to stderr from now on; ``verbose`` logs the end of every session, too."""
     handler = PatientHandler(2)
     handler.addFilter(RareTracebacks())
-    handler.setFormatter(logging.Formatter(_FORMAT))
+    handler.setFormatter(OneLine(_FORMAT))
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler])
     logging.getLogger("asyncio").setLevel(logging.WARNING)

@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 FDS_VARIABLE: Final = "FORWARDER_FDS"
 LENT_VARIABLE: Final = "FORWARDER_LENT_FDS"  # those of them that are a service manager's
+_MOST_DESCRIPTORS: Final = 1 << 20  # of a process, NR_OPEN of Linux
 _FIRST_LISTEN_FD: Final = 3  # SD_LISTEN_FDS_START
 _DOOR_PREFIX: Final = "forwarder-orphan"
 _DOOR_TIMEOUT_S: Final = 2.0  # an orphan that does not answer by then keeps its sockets
@@ -60,15 +61,26 @@ def from_environment() -> list[socket.socket]:
 
     A number that is no open descriptor is reported and passed over.
     """
-    numbers = numbers_in(os.environ.pop(FDS_VARIABLE, ""))
-    lent = set(numbers_in(os.environ.pop(LENT_VARIABLE, "")))
+    numbers = _numbers_of(FDS_VARIABLE)
+    lent = set(_numbers_of(LENT_VARIABLE))
     count = os.environ.pop("LISTEN_FDS", "")
-    if os.environ.pop("LISTEN_PID", "") == str(os.getpid()) and count.isdigit():
-        given = range(_FIRST_LISTEN_FD, _FIRST_LISTEN_FD + int(count))
+    if os.environ.pop("LISTEN_PID", "") == str(os.getpid()) and count.isdecimal():
+        most = os.sysconf("SC_OPEN_MAX")
+        given = range(_FIRST_LISTEN_FD, _FIRST_LISTEN_FD + min(int(count[:9]), most))
         numbers += given
         lent.update(given)
     os.environ.pop("LISTEN_FDNAMES", None)
     return list(_sockets(numbers, lent))
+
+
+def _numbers_of(variable: str) -> list[int]:
+    """Descriptors that a variable names, which is gone afterwards; none if it is not from us."""
+    text = os.environ.pop(variable, "")
+    try:
+        return numbers_in(text)
+    except ValueError:
+        log.warning("inherit: %s is not what a predecessor says; ignored: %.100s", variable, text)
+        return []
 
 
 def numbers_as_text(numbers: Iterable[int]) -> str:
@@ -83,11 +95,14 @@ def numbers_as_text(numbers: Iterable[int]) -> str:
 
 
 def numbers_in(text: str) -> list[int]:
-    """The numbers that :func:`numbers_as_text` has written."""
+    """The numbers that :func:`numbers_as_text` has written. Raises ValueError for anything else."""
     found: list[int] = []
     for run in filter(None, text.split(",")):
         first, _, last = run.partition("-")
-        found += range(int(first), int(last or first) + 1)
+        numbers = range(int(first), int(last or first) + 1)
+        if not 0 <= numbers.start <= numbers.stop <= _MOST_DESCRIPTORS:
+            raise ValueError(text)
+        found += numbers
     return found
 
 

@@ -6,6 +6,7 @@ in it is for people and scripts.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import stat
@@ -16,6 +17,7 @@ from forwarder.errors import ExitCode, StartupError
 
 FD_VARIABLE = "FORWARDER_PID_FD"
 _MOST_BYTES = 32  # whatever is longer is no pid
+_MODE = 0o644
 
 
 class PidFile:
@@ -30,34 +32,79 @@ class PidFile:
         self._path = Path(path)
         try:
             self._fd = _inherited(self._path)
-            is_inherited = self._fd >= 0
-            if not is_inherited:
-                self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            if self._fd >= 0:
+                self._lock()
+                return
+            while not self._open():  # who had it removed it just now
+                os.close(self._fd)
         except OSError as err:
             raise self._error(err) from err
-        if not stat.S_ISREG(os.fstat(self._fd).st_mode):  # such as /dev/null, never to be removed
+        try:
+            os.ftruncate(self._fd, 0)
+            self.claim()
+        except BaseException:
+            self._unlink()  # an empty one says nothing
             os.close(self._fd)
-            raise StartupError(
-                f"pid file {path} is not a regular file; hint: use another path, or leave it out"
-            )
+            raise
+
+    def _open(self) -> bool:
+        """Open or make the file, and lock it; whether it is at its path then.
+
+        It may be in a directory where others may write. So what stands there is looked at before
+        it is written over: a link, or another name of another file, could lead anywhere.
+        Raises OSError, StartupError.
+        """
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
+        self._fd = os.open(self._path, flags, _MODE)
+        try:
+            self._lock()
+            self._check()
+            return self._is_there()
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def _check(self) -> None:
+        """Look whether the open file is one to write a pid into, and nobody else may."""
+        status = os.fstat(self._fd)
+        if not stat.S_ISREG(status.st_mode):  # /dev/null, say, which is never to be removed
+            raise self._unfit("is not a regular file")
+        if status.st_nlink > 1:
+            raise self._unfit("has other names, too")
+        content = os.pread(self._fd, _MOST_BYTES + 1, 0)
+        if len(content) > _MOST_BYTES or (content.strip() and not content.strip().isdigit()):
+            raise self._unfit("has something else in it than a process id")
+        if os.geteuid() == 0 and status.st_uid:
+            os.fchown(self._fd, 0, 0)
+            os.fchmod(self._fd, _MODE)
+
+    def _lock(self) -> None:
+        """Lock the open file. Raises StartupError, naming the other pid."""
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as err:
-            other = os.pread(self._fd, _MOST_BYTES, 0).decode(errors="replace").strip() or "unknown"
-            os.close(self._fd)
+            other = self._named()
             raise StartupError(
-                f"pid file {path} is locked by another forwarder, pid {other}; "
+                f"pid file {self._path} is locked by another forwarder, "
+                f"pid {'unknown' if other < 0 else other}; "
                 "hint: stop that one, or use another pid file"
             ) from err
-        if not is_inherited:
-            try:
-                os.ftruncate(self._fd, 0)
-                self.claim()
-            except BaseException:
-                with suppress(OSError):
-                    self._path.unlink()  # an empty one says nothing
-                os.close(self._fd)
-                raise
+
+    def _is_there(self) -> bool:
+        """Whether the path leads to the open file."""
+        try:
+            return os.path.samestat(os.fstat(self._fd), self._path.lstat())
+        except FileNotFoundError:
+            return False
+
+    def _unlink(self) -> None:
+        """Remove the file, and no other one that has its path now."""
+        with suppress(OSError):  # a directory that was taken away meanwhile is no reason to fail
+            if self._is_there():
+                self._path.unlink()
+
+    def _unfit(self, why: str) -> StartupError:
+        return StartupError(f"pid file {self._path} {why}; hint: use another path, or leave it out")
 
     def claim(self) -> None:
         """Write our pid over that of another; who reads it meanwhile finds one or the other.
@@ -87,12 +134,14 @@ class PidFile:
 
     def remove(self) -> None:
         """Give up the lock; remove the file, unless it names another process that shares it."""
-        with suppress(OSError):  # a directory that was taken away meanwhile is no reason to fail
+        with suppress(OSError):
             if self._named() == os.getpid():
-                self._path.unlink()
+                self._unlink()
         os.close(self._fd)
 
     def _error(self, err: OSError) -> StartupError:
+        if err.errno == errno.ELOOP:
+            return self._unfit("is a symbolic link")
         denied = isinstance(err, PermissionError)
         return StartupError(
             f"pid file {self._path}: {err.strerror}; hint: its directory must exist and be "

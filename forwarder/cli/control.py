@@ -17,7 +17,9 @@ from forwarder import status
 from forwarder.cli.options import FILE
 from forwarder.control.path import find as find_socket
 from forwarder.control.requests import REJECTED
+from forwarder.control.server import MAX_ANSWER_BYTES
 from forwarder.errors import ExitCode, ForwarderError
+from forwarder.printable import visible
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,17 +50,31 @@ def request(path: Path, message: dict[str, object], timeout_s: float | None) -> 
             with suppress(BrokenPipeError):  # turned away; the answer says why
                 sock.sendall(json.dumps(message).encode() + b"\n")
             with sock.makefile("rb") as file:
-                line = file.readline()
+                line = file.readline(MAX_ANSWER_BYTES + 1)
     except OSError as err:
         raise _unreachable(path, err) from err
     if not line.endswith(b"\n"):
         raise ControlError(
             f"the forwarder at {path} has ended without an answer", ExitCode.UNAVAILABLE
         )
-    answer = json.loads(line)
+    try:
+        answer = _cleaned(json.loads(line))
+    except (ValueError, RecursionError) as err:
+        raise ControlError(f"who listens at {path} is no forwarder") from err
     if not isinstance(answer, dict) or answer.get("ok") is not True:
         raise _refused(answer if isinstance(answer, dict) else {})
     return answer
+
+
+def _cleaned(value: object) -> object:
+    """A part of an answer without what a terminal obeys: anybody may listen at a path."""
+    if isinstance(value, str):
+        return visible(value, kept="\n")
+    if isinstance(value, list):
+        return [_cleaned(one) for one in value]
+    if isinstance(value, dict):
+        return {visible(str(key)): _cleaned(one) for key, one in value.items()}
+    return value
 
 
 def _unreachable(path: Path, err: OSError) -> ControlError:

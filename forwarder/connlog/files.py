@@ -6,8 +6,11 @@ opened, to lend it to workers that start later, and opens anew when it is told t
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import stat
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from forwarder.errors import ExitCode, StartupError
@@ -88,11 +91,11 @@ def _open(place: LogPlace) -> int:
             # Reading, too, so that a line that was cut is noticed. A pipe can then be opened
             # without a reader, and one that goes away is no end of it (fifo(7)); without a reader
             # lines are lost once it is full.
-            return os.open(place.to, _FLAGS | os.O_RDWR)
+            return _open_at(place.to, os.O_RDWR)
         except FileNotFoundError:
-            return os.open(place.to, _FLAGS | os.O_RDWR | os.O_CREAT, _MODE)
+            return _open_at(place.to, os.O_RDWR | os.O_CREAT)
         except PermissionError:  # it may be writable all the same
-            return os.open(place.to, _FLAGS | os.O_WRONLY)
+            return _open_at(place.to, os.O_WRONLY)
     except OSError as err:
         denied = isinstance(err, PermissionError)
         raise StartupError(
@@ -100,3 +103,34 @@ def _open(place: LogPlace) -> int:
             "hint: its directory must exist and be writable for the user who starts the forwarder",
             ExitCode.NO_PERMISSION if denied else ExitCode.UNAVAILABLE,
         ) from err
+
+
+def _open_at(path: str, how: int) -> int:
+    """Open what stands at a path, unless somebody else could have led it there. Raises OSError.
+
+    The master may write to everything, and workers perhaps to the directory of their log. Linux
+    has rules like these for directories like /tmp (proc_sys_fs(5), protected_symlinks and
+    protected_hardlinks), which can be turned off, and not for those that a single user owns.
+    """
+    directory = Path(path).parent.stat()
+    is_foreign = directory.st_uid not in (0, os.geteuid())
+    is_public = bool(directory.st_mode & stat.S_IWOTH)
+    try:
+        fd = os.open(path, _FLAGS | how | os.O_NOFOLLOW, _MODE)
+    except OSError as err:
+        if err.errno != errno.ELOOP:
+            raise
+        is_sticky = bool(directory.st_mode & stat.S_ISVTX)
+        is_ours = Path(path).lstat().st_uid in (0, os.geteuid())
+        if is_foreign or (is_public and not is_sticky) or not is_ours:
+            raise OSError(errno.ELOOP, "it is a link that another user can lay") from err
+        return os.open(path, _FLAGS | how, _MODE)  # /dev/stdout, say
+    status = os.fstat(fd)
+    if (
+        stat.S_ISREG(status.st_mode)
+        and status.st_nlink > 1
+        and (is_public or (is_foreign and status.st_uid != directory.st_uid))
+    ):
+        os.close(fd)
+        raise OSError(errno.EPERM, "it has other names, too, which another user can give it")
+    return fd

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _LOCK_TIMEOUT_S: Final = 2.0
+_O_PATH: Final = getattr(os, "O_PATH", 0)  # of Linux, as sockets that can be chmod-ed are
 
 _NETLINK_SOCK_DIAG: Final = 4
 _SOCK_DIAG_BY_FAMILY: Final = 20
@@ -50,10 +51,18 @@ class SocketFile:
         return (status.st_dev, status.st_ino) == (self.device, self.inode)
 
     def set_mode(self, mode: int) -> None:
-        """Give the file these permissions, if it is still ours."""
-        if self.is_there:
-            with suppress(OSError):  # it went away just now
-                Path(self.path).chmod(mode)
+        """Give the file these permissions, if it is still ours; not what has taken its place.
+
+        Its path could lead to another file by the time of a chmod(2), or to a link to one.
+        """
+        with suppress(OSError):  # it went away
+            fd = os.open(self.path, _O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                status = os.fstat(fd)
+                if (status.st_dev, status.st_ino) == (self.device, self.inode):
+                    Path(f"/proc/self/fd/{fd}").chmod(mode)
+            finally:
+                os.close(fd)
 
     def remove(self) -> None:
         """Remove the file, unless somebody has put another one in its place."""
@@ -87,6 +96,8 @@ def listen_at(
                 os.umask(mask)
             sock.listen(backlog)
             status = path.lstat()
+            if not stat.S_ISSOCK(status.st_mode):
+                raise OSError(errno.EEXIST, "somebody else puts files there")  # noqa: TRY301 - closes it
     except BaseException:
         sock.close()
         raise

@@ -178,7 +178,7 @@ def test_a_pid_file_holds_one_instance_and_goes_with_it(
     What a crash has left in the file is no hindrance.
     """
     pid_file = tmp_path / "some.pid"
-    pid_file.write_text("99999999 left by a crash\n")
+    pid_file.write_text("99999999  \n")
     path = with_pid_file(tmp_path / "first.toml", pid_file, address)
     forwarder = launch("-c", str(path))
     assert pid_file.read_text() == f"{forwarder.pid}\n"

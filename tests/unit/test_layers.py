@@ -17,6 +17,7 @@ RANK = {
     "errors": 0,
     "addr": 0,
     "kernel": 0,
+    "printable": 0,
     "interrupt": 0,
     "config.model": 1,
     "supervision": 1,
