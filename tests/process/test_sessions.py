@@ -188,7 +188,7 @@ def test_the_status_of_ten_thousand_rules_fits(logged: Logging) -> None:
     it = logged("", workers=1)
     text = it.config.read_text()
     many = "".join(
-        f'[[forwarding_rules]]\nlisten = "{own_host(250)}:{2000 + i}"\nupstream = "127.0.0.1:1"\n'
+        f'[[forwarding_rules]]\nlisten = "{own_host(250)}:{12_000 + i}"\nupstream = "127.0.0.1:1"\n'
         for i in range(9_999)
     )
     assert it.reload(text + many)["ok"] is True

@@ -257,7 +257,10 @@ def test_a_stream_that_a_timeout_cuts_does_not_look_whole(
     idle = procfs.socket_count(worker)
     near, far = tunnel.link().end(first)
     data = seeded(64 * MIB, 26)
-    taken = fill(near, data, 0.1)
+    try:
+        taken = fill(near, data, 0.1)
+    except ConnectionError:  # the timeout came first: this process was held up
+        taken = -1
     assert taken < len(data), "not clogged"
     eventually(lambda: procfs.socket_count(worker) == idle, "the session is cut off")
     try:

@@ -34,7 +34,7 @@ def rule(listen: tuple[str, int], upstream: tuple[str, int], more: str = "") -> 
 
 def many_rules(count: int = 3000) -> str:
     """Rules that take a while to read, on addresses that nobody else uses."""
-    addresses = ((own_host(250), 2000 + i) for i in range(count))
+    addresses = ((own_host(250), 12_000 + i) for i in range(count))
     return "".join(rule(address, ("127.0.0.1", 1)) for address in addresses)
 
 
