@@ -10,7 +10,6 @@ import selectors
 import signal
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -31,36 +30,15 @@ if TYPE_CHECKING:
 
     from forwarder.asking import Answered
     from forwarder.board import Board
-    from forwarder.config.model import Config
     from forwarder.listeners import ListenerTable
-    from forwarder.net.addresses import BindAddress
     from forwarder.net.channel import Received
     from forwarder.privileges import Identity
+    from forwarder.serving import Serving
 
 log = logging.getLogger(__name__)
 
 # When a worker is told again what to serve, after it or we had no descriptors left for that.
 RETRY_S: Final = 1.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Serving:
-    """What all workers together shall serve. ``binds``: where each rule listens, by its name.
-
-    ``counted_as`` names the rule as which each one is counted, where that is not its own name.
-    ``revision`` grows with every change, ``generation`` with every accepted reload.
-    """
-
-    revision: int
-    generation: int
-    config: Config
-    binds: dict[str, tuple[BindAddress, ...]]
-    counted_as: dict[str, str]
-
-    def counted_names(self) -> list[str]:
-        """Under which name each rule is counted, in their order."""
-        alias = self.counted_as
-        return [alias.get(rule.name, rule.name) for rule in self.config.rules]
 
 
 class Fleet:

@@ -20,11 +20,11 @@ from forwarder.addr import UnixAddress
 from forwarder.config.describe import listening, waiting_text
 from forwarder.config.plan import FIXED_SETTINGS, diff
 from forwarder.errors import StartupError
-from forwarder.fleet import Serving
 from forwarder.listeners import CLOSE_GRACE_S, ListenerTable, start_lock
 from forwarder.net.addresses import BindError, address_of
 from forwarder.reload import Candidate, Rejected, look_up
 from forwarder.retries import Retries
+from forwarder.serving import Serving
 from forwarder.status import describe_rule
 from forwarder.upstream.unresolved import unresolved_names
 

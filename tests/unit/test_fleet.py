@@ -12,9 +12,10 @@ import pytest
 
 from forwarder.board import Board
 from forwarder.config.model import Config, Settings
-from forwarder.fleet import RETRY_S, Fleet, Serving
+from forwarder.fleet import RETRY_S, Fleet
 from forwarder.gate import Holdings
 from forwarder.net.channel import channel_pair
+from forwarder.serving import Serving
 from forwarder.slot import Slot, WorkerProcess, WorkerTables
 
 if TYPE_CHECKING:

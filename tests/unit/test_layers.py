@@ -42,6 +42,7 @@ RANK = {
     "pidfile": 4,
     "messages": 5,
     "upstream": 5,
+    "serving": 5,
     "listeners": 5,
     "features": 5,
     "slot": 6,
