@@ -36,8 +36,9 @@ from forwarder import notify
 from forwarder.addr import Address
 from forwarder.config.model import Config, Rule, Settings
 from forwarder.errors import ExitCode, ForwarderError, Place, StartupError
-from forwarder.master import Master, MasterSpec
+from forwarder.master import Master
 from forwarder.signals import SignalQueue, describe_end
+from forwarder.spec import MasterSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable

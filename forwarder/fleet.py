@@ -24,6 +24,8 @@ from forwarder.net import pipes
 from forwarder.net.channel import Channel, ChannelClosed
 from forwarder.signals import describe_end
 from forwarder.slot import Slot, WorkerProcess, WorkerState, WorkerTables, fork_worker
+from forwarder.upstream.known import KnownNames
+from forwarder.upstream.messages import read_hosts, say_answers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,6 +62,7 @@ class Fleet:
         self.logs = LogFiles()
         self.ledger = Ledger()
         self.questions = Questions()
+        self.names = KnownNames()
         self._table = table
         self._selector = selector
         self._release_master = release_master
@@ -150,6 +153,7 @@ class Fleet:
         self.ledger.sample(now)
         self._recount()
         self.tell_logs()
+        self.tell_names()
         self._assign()
         if self._retiring and self.is_settled:
             for process in self._retiring:
@@ -204,6 +208,11 @@ class Fleet:
                 continue
             process.logs_revision = self.logs.revision
             self._watch(process)
+
+    def tell_names(self) -> None:
+        """Tell each worker, those that are leaving too, what has become of names."""
+        for process in self.processes():
+            self._tell_names(process)
 
     def ask(
         self,
@@ -400,9 +409,22 @@ class Fleet:
             if self.questions.is_awaited(number, process.pid):
                 answer = messages.read_answer(received)
                 self.questions.on_answer(number, process.pid, answer)
+        elif message["op"] == messages.Op.REFRESH:
+            self.names.hurry(read_hosts(message))
         elif message["op"] == messages.Op.LOGS:  # it had no descriptors for them
             process.logs_revision = 0
             self._tell_again(process)
+
+    def _tell_names(self, process: WorkerProcess) -> None:
+        """Tell a worker the answers that it has not heard yet, when it listens."""
+        if process.names_revision == self.names.revision or process.channel.has_outbox:
+            return
+        answers = self.names.since(process.names_revision)
+        with suppress(ChannelClosed):  # it has died; SIGCHLD follows
+            for part in say_answers(messages.Op.NAMES, answers):
+                process.channel.send(part)
+            process.names_revision = self.names.revision
+            self._watch(process)
 
     def _watch(self, process: WorkerProcess) -> None:
         """Ask for writability exactly while something waits for the worker."""
@@ -438,6 +460,7 @@ class Fleet:
         wanted = (self.serving.revision, len(self._slots), socket_slots)
         if process.told == wanted or time.monotonic() < process.deaf_until:
             return
+        self._tell_names(process)  # first, so that the first client finds them
         descriptors: dict[int, int] = {}
         routes: dict[int, int] = {}
         for index, rule in enumerate(self.serving.config.rules):

@@ -47,6 +47,9 @@ class Incumbent(Protocol):
     def listening_sockets(self) -> list[socket.socket]:
         """Every listening socket, in the order of the slots; the last look at them."""
 
+    def known_names(self) -> bytes:
+        """What is known of names, as text for a successor."""
+
     def reload(self) -> str:
         """Begin a reload. Returns why not, or ""."""
 
@@ -166,7 +169,8 @@ class Handover:
     def _start(self) -> None:
         sockets = self._master.listening_sockets()
         path = self._requests.path
-        self._successor = Successor(sockets, self._pid_file, path, time.monotonic())
+        names = self._master.known_names()
+        self._successor = Successor(sockets, self._pid_file, path, names, time.monotonic())
         self._selector.register(self._successor, selectors.EVENT_READ, self._hear)
         log.info("upgrade: started pid=%d", self._successor.pid)
 

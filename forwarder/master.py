@@ -14,8 +14,6 @@ import selectors
 import signal
 import time
 from contextlib import suppress
-from dataclasses import dataclass
-from enum import Enum
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -30,6 +28,7 @@ from forwarder.fleet import Fleet
 from forwarder.handover import UNDER_WAY, Handover, inherited_sockets
 from forwarder.latebind import LateBinds
 from forwarder.messages import Op
+from forwarder.naming import Naming
 from forwarder.privileges import (
     drop,
     identity_of,
@@ -41,6 +40,8 @@ from forwarder.reloading import Reloading
 from forwarder.service import Service
 from forwarder.signals import SignalQueue
 from forwarder.slot import WorkerProcess
+from forwarder.spec import MasterSpec, State
+from forwarder.upstream.wanted import all_names
 
 if TYPE_CHECKING:
     import socket
@@ -69,32 +70,6 @@ _SIGNALS: Final = (
 )
 
 
-class State(Enum):
-    """BOOTING -> RUNNING -> DRAINING -> STOPPING -> STOPPED; a fast stop skips DRAINING."""
-
-    BOOTING = "booting"
-    RUNNING = "running"
-    DRAINING = "draining"
-    STOPPING = "stopping"
-    STOPPED = "stopped"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MasterSpec:
-    """What the command line decided.
-
-    ``config`` is the first configuration; its ``settings.workers`` is not 0.
-    ``title`` names it in the process list. ``load`` reads it anew for a reload, under the same
-    command line; it runs in a process of its own and may block and raise. None: nothing to reload.
-    ``has_control``: whether there is a control socket, at ``settings.control`` or a default place.
-    """
-
-    config: Config
-    title: str
-    load: Callable[[], Config] | None = None
-    has_control: bool = False
-
-
 class Master:
     """The supervising process of one instance. Owns all listening sockets."""
 
@@ -112,6 +87,13 @@ class Master:
             self._release_in_child,
             slots=lambda: self._fleet.size,
             on_bound=self._serve_anew,
+        )
+        self._naming = Naming(
+            self._fleet.names,
+            self._selector,
+            self._release_in_child,
+            drop=lambda: drop(self._fleet.identity),
+            on_answers=lambda _: None,
         )
         self._signals: SignalQueue | None = None
         self._requests = Requests(self)
@@ -141,6 +123,7 @@ class Master:
         finally:
             self._service.table.release()
             self._service.table.remove_files()
+            self._naming.helper.end()
             self._close()
             self._fleet.close()
             self._requests.remove_file()
@@ -161,11 +144,12 @@ class Master:
         probing.check(config, self._drop)
         self._signals = SignalQueue(_SIGNALS)
         self._selector.register(self._signals.fileno(), selectors.EVENT_READ, self._hear_signals)
+        self._naming.inherit(upgrade.names_of_predecessor())
         self._service.open(partial(inherited_sockets, self._fleet.identity))
         if not upgrade.has_predecessor():
             self._open_control()
         self._fleet.logs.use(self._fleet.logs.prepare(config.settings.logs))
-        self._fleet.serving = self._service.serving()
+        self._take_serving()
         self._fleet.resize(config.settings.workers)
         setproctitle.setproctitle(f"forwarder: master [{self._spec.title}]")
         # What exists now is shared with the workers: the collector must not write into it.
@@ -207,6 +191,7 @@ class Master:
     def _release_in_child(self) -> None:
         self._service.table.release_in_child()
         self._fleet.hang_up()
+        self._naming.helper.hang_up_in_child()
         self._close()
         self._handover.close_in_child()
 
@@ -246,6 +231,7 @@ class Master:
             notify.notify("WATCHDOG=1")
         self._handover.turn(time.monotonic())
         if self._state is State.RUNNING:
+            self._naming.turn(time.monotonic(), self._hang_s)
             self._fleet.supervise()
             self._settle()
         elif not self._fleet.processes() and not self._handover.is_under_way:
@@ -255,6 +241,7 @@ class Master:
         else:
             self._fleet.end_hung(time.monotonic())
             self._fleet.tell_logs()  # SIGUSR1 means those that drain, too
+            self._fleet.tell_names()
             if time.monotonic() >= self._deadline:
                 self._on_deadline()
         self._fleet.questions.expire(time.monotonic())
@@ -269,7 +256,7 @@ class Master:
         """Seconds until something has to be done without being asked; None for never."""
         if self._state is State.RUNNING:
             deadlines = [self._fleet.next_deadline(), self._reloading.deadline]
-            deadlines += self._service.deadlines()
+            deadlines += [*self._service.deadlines(), self._naming.deadline(self._hang_s)]
             deadlines += [self._late.deadline if self._may_bind_late else None]
         else:
             deadlines = [self._deadline, self._fleet.next_look()]
@@ -315,6 +302,7 @@ class Master:
                 if pid == 0:
                     return
                 self._fleet.on_exit(pid, status)
+                self._naming.helper.on_exit(pid, status)
 
     def _settle(self) -> None:
         """See what has become true since the last turn: time is over, or all have acknowledged."""
@@ -361,8 +349,18 @@ class Master:
 
     def _serve_anew(self) -> None:
         """Tell the workers what the service has come to serve."""
-        self._fleet.serving = self._service.serving()
+        self._take_serving()
         self._fleet.supervise()
+
+    def _take_serving(self) -> None:
+        """Have the workers serve, and the helper look up, what the service has come to serve."""
+        self._fleet.serving = self._service.serving()
+        self._naming.use(all_names(self._fleet.serving.config.rules), time.monotonic())
+
+    @property
+    def _hang_s(self) -> float:
+        """Who gives no sign of life for so long is replaced."""
+        return self._service.config.settings.hang_timeout_s
 
     # -- what clients of the control socket may ask, see requests.Instance
 
@@ -389,7 +387,10 @@ class Master:
             "totals": self._fleet.ledger.totals(),
             "rates": self._fleet.ledger.rates(now),
             "workers": self._fleet.describe(now),
-            "rules": self._service.describe_rules(self._fleet.ledger.rule, now),
+            "helpers": self._naming.helper.describe(now),
+            "rules": self._naming.describe(
+                self._service.describe_rules(self._fleet.ledger.rule, now), now
+            ),
         }
 
     def list_sessions(self, choice: dict[str, object], callback: Answered) -> None:
@@ -447,6 +448,10 @@ class Master:
         self._late.cancel()
         return self._service.table.all_sockets()
 
+    def known_names(self) -> bytes:
+        """What is known of names, as text for a successor."""
+        return self._fleet.names.as_text()
+
     def leave(self) -> None:
         """A successor serves: let our sessions end."""
         self._service.table.disown()
@@ -481,7 +486,7 @@ class Master:
             raise
         self._fleet.logs.use(logs)
         self._requests.on_accepted(self._report, self._service.generation)
-        self._fleet.serving = self._service.serving()
+        self._take_serving()
         # Those that go now are served for a moment yet; the next reload forgets them.
         self._fleet.forget_rules()
         self._fleet.resize(size)

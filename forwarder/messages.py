@@ -1,9 +1,10 @@
 """What the master and its workers say to each other.
 
 Master to worker: SOCKETS (listening sockets, by id), APPLY (which of them serve which rule, from
-now on), LOGS (where the connection log goes), DRAIN, STOP, LIST and KILL (some of its sessions).
-Worker to master: APPLIED, LEAVING, and ANSWER to LIST or KILL. A worker that starts, one that gets
-a new configuration and one that takes over another's sockets do the same: apply an assignment.
+now on), LOGS (where the connection log goes), NAMES (their addresses, see ``upstream.messages``),
+DRAIN, STOP, LIST and KILL (some of its sessions). Worker to master: APPLIED, LEAVING, REFRESH (look
+a name up soon), and ANSWER to LIST or KILL. A worker that starts, one that gets a new configuration
+and one that takes over another's sockets do the same: apply an assignment.
 
 The assignment travels pickled, from the master to its own forked child, never the other way: a
 worker may run with fewer rights than the master and must not be able to make it run anything.
@@ -52,6 +53,8 @@ class Op(StrEnum):
     LIST = "list"
     KILL = "kill"
     ANSWER = "answer"
+    NAMES = "names"
+    REFRESH = "refresh"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

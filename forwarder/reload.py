@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Final
 
 from forwarder.errors import ForwarderError
 from forwarder.net.addresses import bind_addresses
-from forwarder.upstream.unresolved import unresolved_names
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -184,9 +183,6 @@ class Loader:
 def _load(load: Callable[[], Config], beside: Config | None = None) -> Candidate | Rejected:
     try:
         config = load()
-        unresolved = unresolved_names(config) if beside is None else []
-        if unresolved:
-            return Rejected(tuple(map(str, unresolved)))
         return look_up(config, beside)
     except ForwarderError as err:
         return Rejected(tuple(str(err).splitlines()))

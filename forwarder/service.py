@@ -26,7 +26,6 @@ from forwarder.reload import Candidate, Rejected, look_up
 from forwarder.retries import Retries
 from forwarder.serving import Serving
 from forwarder.status import describe_rule
-from forwarder.upstream.unresolved import unresolved_names
 
 if TYPE_CHECKING:
     import socket
@@ -69,9 +68,6 @@ class Service:
         is told which are wanted. Blocks while names are resolved. Raises StartupError.
         """
         candidate = look_up(self.config)
-        for issue in unresolved_names(self.config):
-            # No reason to refuse the other rules; the workers ask again when a client comes.
-            log.warning("%s", issue)
         wanted = _by_address(self.config, candidate.binds)
         slots = self.config.settings.workers
         _check_descriptors(len(wanted) * slots, f"{len(wanted)} addresses for {slots} workers")

@@ -57,6 +57,7 @@ class WorkerProcess:
         self.sent_serial = 0
         self.applied_serial = 0
         self.logs_revision = 0  # Fleet's: which places of the connection log it knows
+        self.names_revision = 0  # Fleet's: which answers about names it knows
         self.generation = 0  # of what it has applied
         self.known_sockets: set[int] = set()
         self.deaf_until = 0.0  # Fleet's: when there is a point in telling it again

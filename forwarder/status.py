@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from forwarder.config.model import Rule
     from forwarder.retries import Waiting
@@ -61,7 +61,23 @@ def as_text(status: Mapping[str, object]) -> list[str]:
     ]
     workers = [_worker_row(_table(worker)) for worker in _list(status.get("workers"))]
     rules = [_rule_row(_table(rule)) for rule in _list(status.get("rules"))]
-    return [*lines, *_columns(_WORKER_COLUMNS, workers), "", *_columns(_RULE_COLUMNS, rules)]
+    names = _names_as_text(_table(rule) for rule in _list(status.get("rules")))
+    tables = [*_columns(_WORKER_COLUMNS, workers), "", *_columns(_RULE_COLUMNS, rules)]
+    return [*lines, *tables, *names]
+
+
+def _names_as_text(rules: Iterable[Mapping[str, object]]) -> list[str]:
+    """The names that have no good answer now, after an empty line, if there are some."""
+    lines = []
+    for rule in rules:
+        for name in map(_table, _list(rule.get("names"))):
+            used = ", ".join(map(str, _list(name.get("addresses")))) or "none"
+            what = "is being looked up"
+            if name.get("state") == "failed":
+                since = as_duration(_number(name.get("for_s")))
+                what = f"does not resolve for {since}, {name.get('why')}; addresses in use: {used}"
+            lines.append(f"rule {rule.get('name')}: {name.get('host')} {what}")
+    return ["", *lines] if lines else []
 
 
 def sessions_as_text(sessions: Sequence[object]) -> list[str]:

@@ -22,7 +22,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from forwarder.inherit import FDS_VARIABLE, LENT_VARIABLE, numbers_as_text
-from forwarder.net.channel import channel_kind
+from forwarder.net.channel import channel_kind, from_memory_file, to_memory_file
 from forwarder.net.sockets import LentSocket
 from forwarder.pidfile import FD_VARIABLE
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 READY_VARIABLE: Final = "FORWARDER_READY_FD"
 _CONTROL_VARIABLE: Final = "FORWARDER_CONTROL"
+_NAMES_VARIABLE: Final = "FORWARDER_NAMES_FD"
 # A successor that is not ready by then has failed: it is ended, and the old one goes on.
 UPGRADE_TIMEOUT_S: Final = 60.0
 # The first lets its workers' sessions end, the second does not, the third leaves it no choice.
@@ -55,11 +56,13 @@ class Successor:
         listeners: Sequence[socket.socket],
         pid_file: PidFile | None,
         control: str | None,
+        names: bytes,
         now: float,
     ) -> None:
         """Execute the same command line anew. What it inherits stays ours, too.
 
-        ``control`` is the path of our control socket, which it may replace.
+        ``control`` is the path of our control socket, which it may replace; ``names`` is what is
+        known of names, as text.
         Raises OSError. Blocks until the new program is being executed.
         """
         self.deadline = now + UPGRADE_TIMEOUT_S
@@ -68,7 +71,12 @@ class Successor:
         self.end: str | None = None  # how it has ended, as far as that is known
         self._said_of_end = "without a word"
         self._signals = list(_GIVING_UP)
-        self.line, theirs = socket.socketpair(socket.AF_UNIX, channel_kind())
+        names_fd = to_memory_file(names)
+        try:
+            self.line, theirs = socket.socketpair(socket.AF_UNIX, channel_kind())
+        except OSError:
+            os.close(names_fd)
+            raise
         self.line.setblocking(False)
         numbers = [sock.fileno() for sock in listeners]
         environment = {
@@ -79,8 +87,9 @@ class Successor:
             ),
             READY_VARIABLE: str(theirs.fileno()),
             _CONTROL_VARIABLE: control or "",
+            _NAMES_VARIABLE: str(names_fd),
         }
-        kept = [*numbers, theirs.fileno()]
+        kept = [*numbers, theirs.fileno(), names_fd]
         if pid_file is not None:
             environment[FD_VARIABLE] = str(pid_file.fileno())
             kept.append(pid_file.fileno())
@@ -91,6 +100,7 @@ class Successor:
             raise
         finally:
             theirs.close()
+            os.close(names_fd)
 
     def fileno(self) -> int:
         """Readable when it has something to say or has ended."""
@@ -218,6 +228,17 @@ def _take_line() -> int | None:
 def control_of_predecessor() -> str | None:
     """The path of the control socket of the master that started us, if it has one."""
     return os.environ.get(_CONTROL_VARIABLE) or None
+
+
+def names_of_predecessor() -> bytes:
+    """What the master that started us knew of names, to be read once; nothing if there is none."""
+    text = os.environ.pop(_NAMES_VARIABLE, "")
+    if not text.isdigit():
+        return b""
+    try:
+        return from_memory_file(int(text))
+    except OSError:  # no such descriptor: somebody else has set the variable
+        return b""
 
 
 def has_predecessor() -> bool:

@@ -37,9 +37,10 @@ from forwarder.relay import listing
 from forwarder.relay.conversation import State
 from forwarder.relay.listener import listener_class
 from forwarder.relay.relay import Relay
+from forwarder.upstream.messages import read_answers
 from forwarder.upstream.names import Names
 from forwarder.upstream.pool import Pool
-from forwarder.upstream.resolver import Resolver
+from forwarder.upstream.wanted import upstream_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -141,9 +142,7 @@ class Worker:
         holder = Holder(spec.gate, spec.holdings)
         self._relay = Relay(loop, spec.relay, slot=spec.slot, holder=holder)
         self._is_flushing = False
-        self._resolver = Resolver(loop)
-        self._names = Names(self._resolver.refresh, loop.time)
-        self._resolver.on_answer = self._names.update
+        self._names = Names(self._ask_for_name, loop.time)
         self._pools: dict[str, Pool] = {}
         self._listeners: dict[int, AnyListener] = {}
         self._sockets: dict[int, socket.socket] = {}
@@ -166,7 +165,6 @@ class Worker:
         self._stop_listening()
         self._relay.abort_sessions(Phase.SHUTDOWN, "worker stopped")
         self._relay.count(self._board.row(0))
-        self._resolver.close()
         self._relay.close()
         self._channel.close()
 
@@ -190,6 +188,8 @@ class Worker:
             self._take_sockets(received)
         elif op == Op.LOGS:
             self._take_logs(received)
+        elif op == Op.NAMES:
+            self._names.update(read_answers(received.message))
         elif op == Op.APPLY:
             if received.is_truncated:
                 self._acknowledge(0)
@@ -263,6 +263,11 @@ class Worker:
         except ChannelClosed:
             log.debug("worker: the master did not hear %s", op)
 
+    def _ask_for_name(self, host: str) -> None:
+        """Have the master's helper look a name up soon; a master that is busy hears of it later."""
+        if not self._channel.has_outbox:
+            self._say(Op.REFRESH, hosts=[host])
+
     def _become_orphan(self) -> None:
         """The master was killed: keep serving until a new one takes the sockets over, or a while.
 
@@ -306,6 +311,7 @@ class Worker:
             rule.name: self._pool(rule, row)
             for rule, row in zip(rules, assignment.rows, strict=True)
         }
+        self._names.keep(upstream_names(rules).keys())
         self._relay.restrictions.apply(
             self._pools.values(), assignment.config.settings.max_sessions, self._relay.sessions
         )

@@ -20,6 +20,7 @@ from forwarder.cli import check, completion, control, convert, diff, files, grou
 from forwarder.config.model import MAX_WORKERS, RelayMode
 from forwarder.errors import ConfigError, ExitCode, ForwarderError
 from forwarder.relay.splice import HAS_SPLICE
+from forwarder.spec import MasterSpec
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -169,7 +170,7 @@ def run(  # noqa: PLR0913 - one parameter per option is click's way
             rules = tuple(dataclasses.replace(rule, retries_bind=True) for rule in rules)
         return dataclasses.replace(loaded.config, settings=settings, rules=rules)
 
-    spec = master.MasterSpec(
+    spec = MasterSpec(
         config=load(),
         title=Path(config_file).name if config_file else "command line",
         load=load if config_file else None,

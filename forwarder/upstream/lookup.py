@@ -1,23 +1,112 @@
-"""Looking a name up, and telling what came of it. Blocks as long as the name servers take."""
+"""Looking names up, and telling what came of it. Each look-up blocks a thread of its own.
+
+A look-up may take a minute and cannot be given up; so nobody waits for a thread, and all of them
+end with the process.
+"""
 
 from __future__ import annotations
 
+import logging
+import os
+import queue
+import selectors
 import socket
-from typing import Final
+import threading
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final
 
 from forwarder.upstream.answers import Answer, targets_of
+from forwarder.upstream.schedule import MAX_AT_ONCE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator
+
+log = logging.getLogger(__name__)
 
 # The name means nothing, or has no address; all other errors may be over the next time.
 _FINAL: Final = frozenset({socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)})
+# The deepest that glibc goes is some 70 KiB; musl gives a thread 128 KiB.
+STACK_BYTES: Final = 256 * 1024
 
 
-def look_up(host: str, now: float) -> Answer:
-    """Ask the system for the addresses of ``host``; ``now`` is when the answer counts from."""
+def look_up(host: str) -> Answer:
+    """Ask the system for the addresses of ``host``. Blocks as long as the name servers take."""
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except UnicodeError as err:  # a name that IDNA cannot encode
-        return Answer((), str(err), is_final=True, since=now)
+        return Answer((), str(err), is_final=True)
     except OSError as err:
-        why = err.strerror or str(err)
-        return Answer((), why, is_final=err.errno in _FINAL, since=now)
-    return Answer(targets_of((family, at) for family, _, _, _, at in found), since=now)
+        return Answer((), err.strerror or str(err), is_final=err.errno in _FINAL)
+    return Answer(targets_of((family, address) for family, _, _, _, address in found))
+
+
+def look_up_all(hosts: Collection[str], limit_s: float) -> dict[str, Answer]:
+    """Ask for names side by side. Blocks ``limit_s`` at most; who has no answer then has failed."""
+    answers = {host: Answer((), f"no answer within {limit_s:.0f} s") for host in hosts}
+    lookups = Lookups(look_up)
+    lookups.have(len(answers))
+    until = time.monotonic() + limit_s
+    for host in answers:
+        lookups.begin(host)
+    missing = set(answers)
+    with selectors.DefaultSelector() as selector:
+        selector.register(lookups, selectors.EVENT_READ)
+        while missing and selector.select(max(0.0, until - time.monotonic())):
+            for host, answer in lookups.take():
+                answers[host] = answer
+                missing.discard(host)
+    return answers
+
+
+class Lookups:
+    """Threads that look names up, as many as there is work for. They end with the process."""
+
+    def __init__(self, look: Callable[[str], Answer]) -> None:
+        """``look`` blocks. Owns a pipe, readable when there is something to :meth:`take`."""
+        self._look = look
+        self._jobs: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._found: queue.SimpleQueue[tuple[str, Answer]] = queue.SimpleQueue()
+        self._threads = 0
+        self._read_fd, self._write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        threading.stack_size(STACK_BYTES)
+
+    def fileno(self) -> int:
+        """See the constructor."""
+        return self._read_fd
+
+    def have(self, count: int) -> bool:
+        """Have at least ``count`` threads, MAX_AT_ONCE at most. False if there can be none more."""
+        while self._threads < min(count, MAX_AT_ONCE):
+            try:
+                threading.Thread(target=self._run, daemon=True).start()
+            except RuntimeError as err:  # the limit of processes, or no memory
+                log.warning("names: cannot start thread %d: %s", self._threads + 1, err)
+                return False
+            self._threads += 1
+        return True
+
+    def begin(self, host: str) -> None:
+        """Look a name up, as soon as a thread is free."""
+        self._jobs.put(host)
+
+    def take(self) -> Iterator[tuple[str, Answer]]:
+        """What has been found since the last time."""
+        with suppress(BlockingIOError):
+            while os.read(self._read_fd, 4096):
+                pass
+        with suppress(queue.Empty):
+            while True:
+                yield self._found.get_nowait()
+
+    def _run(self) -> None:
+        while True:
+            host = self._jobs.get()
+            try:
+                answer = self._look(host)
+            except Exception as err:  # a thread that is lost would be missing for ever
+                log.exception("names: bug while looking up %s", host)
+                answer = Answer((), f"internal error: {err!r}")
+            self._found.put((host, answer))
+            with suppress(BlockingIOError):  # full of wake-ups
+                os.write(self._write_fd, b"!")

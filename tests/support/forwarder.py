@@ -72,8 +72,13 @@ class Forwarder:
         return self.process.pid
 
     def workers(self) -> list[int]:
-        """Process ids of the workers."""
-        return procfs.children(self.pid)
+        """Process ids of the workers, and of what reads a configuration just now."""
+        return [pid for pid in procfs.children(self.pid) if pid not in self.helpers()]
+
+    def helpers(self) -> list[int]:
+        """Process ids of children that serve nobody: those that look names up."""
+        names = ("forwarder: names",)
+        return [pid for pid in procfs.children(self.pid) if procfs.title(pid) in names]
 
     def wait_notified(self, assignment: str) -> list[str]:
         """Wait for a notification that contains ``assignment``; returns all that came up to it."""

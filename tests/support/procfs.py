@@ -90,6 +90,14 @@ def children(pid: int) -> list[int]:
     return sorted(found)
 
 
+def title(pid: int) -> str:
+    """What a process calls itself; "" for one that has gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().partition("\0")[0].rstrip()
+    except OSError:
+        return ""
+
+
 def cpu_s(pid: int) -> float:
     """Processor time that a process has used, in user and system mode."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

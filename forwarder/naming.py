@@ -1,0 +1,160 @@
+"""The master's part in names: which are wanted, what was found, and the helper that asks.
+
+What was found once stays, also when the helper dies or no name server answers. The master itself
+never looks a name up.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Final
+
+from forwarder.helper import Helper
+from forwarder.upstream.answers import Answer
+from forwarder.upstream.messages import read_answers, say_hosts
+from forwarder.upstream.process import FORGET, HURRY, WANT, NamesProcess
+from forwarder.upstream.schedule import LIMIT_S
+
+if TYPE_CHECKING:
+    import selectors
+    from collections.abc import Callable, Collection, Mapping
+
+    from forwarder.net.channel import Channel, Received
+    from forwarder.upstream.known import KnownNames
+
+log = logging.getLogger(__name__)
+
+# A name of which the helper has said nothing for so long has failed: it is dead, hung, or has too
+# many dead names to wait for.
+SILENCE_S: Final = LIMIT_S + 4.0
+
+
+class Naming:
+    """The names that rules have, and the helper that is asked for them."""
+
+    def __init__(
+        self,
+        known: KnownNames,
+        selector: selectors.BaseSelector,
+        release: Callable[[], None],
+        drop: Callable[[], None],
+        on_answers: Callable[[Collection[str]], None],
+    ) -> None:
+        """``release`` and ``drop`` as for Helper. ``on_answers`` hears which names have changed."""
+        self.known = known
+        self.helper = Helper("names", self, selector, release, drop)
+        self._on_answers = on_answers
+        self._rules: dict[str, list[str]] = {}  # that have a name
+        self._unanswered: dict[str, float] = {}  # until when that is no failure
+        self._told: set[str] = set()  # what the helper looks up
+
+    def inherit(self, text: bytes) -> None:
+        """Know what a predecessor knew; what cannot be read is looked up anew."""
+        try:
+            self.known.take(text)
+        except (ValueError, TypeError, AttributeError, RecursionError) as err:
+            log.warning("names: cannot read what the predecessor knew: %s", err)
+
+    def use(self, rules: Mapping[str, list[str]], now: float) -> None:
+        """Have these names looked up from now on, and no others; with the rules that have them."""
+        self._rules = dict(rules)
+        self.known.keep(rules.keys())
+        unanswered = self._unanswered
+        self._unanswered = {
+            host: unanswered.get(host, now + SILENCE_S)
+            for host in rules
+            if host not in self.known.answers
+        }
+        self.helper.want(is_wanted=bool(rules))
+        self._tell()
+
+    def turn(self, now: float, hang_s: float) -> None:
+        """Keep the helper alive, pass on what workers ask for, give up waiting for a dead one."""
+        self.helper.turn(now, hang_s)
+        if self.known.hurried and self.helper.is_free:
+            for message in say_hosts(HURRY, self.known.hurried):
+                self.helper.send(message)
+            self.known.hurried.clear()
+        silent = [host for host, until in self._unanswered.items() if now >= until]
+        why = "not looked up yet: the process that does that is busy or dead"
+        self._take({host: Answer((), why, since=now) for host in silent})
+
+    def deadline(self, hang_s: float) -> float | None:
+        """When :meth:`turn` has something to do without an event; None for never."""
+        deadlines = [*self._unanswered.values(), self.helper.deadline(hang_s)]
+        return min((one for one in deadlines if one is not None), default=None)
+
+    def describe(self, rules: Collection[dict[str, object]], now: float) -> list[dict[str, object]]:
+        """Rules as in the status, each with those of its names that have no good answer now."""
+        troubled: dict[str, list[dict[str, object]]] = {}
+        for host, users in self._rules.items():
+            answer = self.known.answers.get(host)
+            if answer is None or answer.why:
+                for rule in users:
+                    troubled.setdefault(rule, []).append(_describe(host, answer, now))
+        return [{**rule, "names": troubled.get(str(rule["name"]), [])} for rule in rules]
+
+    # -- see helper.Job
+
+    def run(self, channel: Channel, beat: Callable[[float], None]) -> None:
+        """In the helper: look names up until the master has gone."""
+        NamesProcess(channel, beat).run()
+
+    def on_started(self) -> None:
+        """There is a new helper: tell it all names."""
+        self._told.clear()
+        self._tell()
+
+    def on_message(self, received: Received) -> None:
+        """Take in what the helper has found. Raises KeyError, TypeError or ValueError."""
+        answers = read_answers(received.message)
+        self._take({host: answer for host, answer in answers.items() if host in self._rules})
+
+    def _tell(self) -> None:
+        if self.helper.is_started:
+            for message in say_hosts(WANT, self._rules.keys() - self._told):
+                self.helper.send(message)
+            for message in say_hosts(FORGET, self._told - self._rules.keys()):
+                self.helper.send(message)
+            self._told = set(self._rules)
+
+    def _take(self, answers: Mapping[str, Answer]) -> None:
+        changed = []
+        for host, answer in answers.items():
+            before = self.known.answers.get(host)
+            now = self.known.put(host, answer)
+            self._unanswered.pop(host, None)
+            if now != before:
+                changed.append(host)
+                self._log(host, before, now)
+        if changed:
+            self._on_answers(changed)
+
+    def _log(self, host: str, before: Answer | None, now: Answer) -> None:
+        """Say what has become of a name: once for a change, not for each look-up."""
+        rules = ",".join(self._rules[host])
+        was_good = before is None or not before.why
+        if now.why and was_good:
+            kept = f"; in use: {', '.join(_texts(now))}" if now.addresses else ""
+            log.warning("name.failed host=%s rules=%s: %s%s", host, rules, now.why, kept)
+        elif before is not None and before.why and not now.why:
+            log.info("name.works host=%s rules=%s: %s", host, rules, ", ".join(_texts(now)))
+        elif before is not None and set(before.addresses) != set(now.addresses):
+            log.info("name.moved host=%s rules=%s: %s", host, rules, ", ".join(_texts(now)))
+
+
+def _texts(answer: Answer) -> list[str]:
+    """Addresses without a port, for people."""
+    return [str(target.sockaddr[0]) for target in answer.addresses]
+
+
+def _describe(host: str, answer: Answer | None, now: float) -> dict[str, object]:
+    if answer is None:
+        return {"host": host, "state": "asked", "why": "", "for_s": 0.0, "addresses": []}
+    return {
+        "host": host,
+        "state": "failed",
+        "why": answer.why,
+        "for_s": round(max(0.0, now - answer.since), 1),
+        "addresses": _texts(answer),
+    }

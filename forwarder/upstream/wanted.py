@@ -1,0 +1,36 @@
+"""Which names a configuration has, and which rules have them. Pure."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from forwarder.addr import Address
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from forwarder.config.model import Rule
+
+
+def upstream_names(rules: Iterable[Rule]) -> dict[str, list[str]]:
+    """The names that rules lead to, with the names of the rules."""
+    found: dict[str, list[str]] = {}
+    for rule in rules:
+        for host in dict.fromkeys(
+            end.host for end in rule.upstreams if isinstance(end, Address) and not end.is_literal
+        ):
+            found.setdefault(host, []).append(rule.name)
+    return found
+
+
+def all_names(rules: Iterable[Rule]) -> dict[str, list[str]]:
+    """The names that rules lead to or listen on, with the names of the rules."""
+    every = tuple(rules)
+    found = upstream_names(every)
+    for rule in every:
+        listen = rule.listen
+        if isinstance(listen, Address) and not listen.is_literal:
+            users = found.setdefault(listen.host, [])
+            if rule.name not in users:
+                users.append(rule.name)
+    return found
