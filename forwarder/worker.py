@@ -34,7 +34,6 @@ from forwarder.inherit import OrphanDoor
 from forwarder.messages import Op, read_assignment, read_logs, send_answer
 from forwarder.net.channel import Channel, ChannelClosed, Received
 from forwarder.relay import listing
-from forwarder.relay.conversation import State
 from forwarder.relay.listener import listener_class
 from forwarder.relay.relay import Relay
 from forwarder.upstream.messages import read_answers
@@ -252,8 +251,7 @@ class Worker:
             limit = question["limit"]
             assert isinstance(limit, int)  # noqa: S101 - our own master says so
             return [listing.describe(session, now) for session in islice(chosen, limit)]
-        # One that is being aborted has its reason already.
-        doomed = [session for session in chosen if session.state is not State.ABORTING]
+        doomed = tuple(chosen)
         self._relay.abort_sessions(Phase.KILL, "killed", doomed)
         return len(doomed)
 

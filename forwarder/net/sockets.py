@@ -38,6 +38,7 @@ _LINGER_ABORT: Final = struct.pack("ii", 1, 0)
 # 4-tuple, so that one source address can hold more than 28,000 connections.
 _IP_BIND_ADDRESS_NO_PORT: Final = 24
 _TCP_INFO: Final = getattr(socket, "TCP_INFO", 0)
+_BYTES_RECEIVED_AT: Final = 128  # in struct tcp_info, linux/tcp.h
 _SO_MEMINFO: Final = 55  # asm-generic/socket.h; nine numbers, linux/sock_diag.h
 _CLOSED: Final = 7  # TCP_CLOSE, linux/tcp.h; the first byte of struct tcp_info is the state
 
@@ -281,6 +282,25 @@ def attach_filter(sock: socket.SocketType, program: Program) -> None:
 def detach_filter(sock: socket.SocketType) -> None:
     """Undo :func:`attach_filter`. Raises OSError, ENOENT if there was no filter."""
     sock.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
+
+
+def has_ended(sock: socket.SocketType, read_bytes: int) -> bool:
+    """Whether the peer of a broken connection had sent its FIN before; all it sent has been read.
+
+    Once a call was told of a reset, further reads say end of file, FIN or no FIN: the error is told
+    once, and the kernel shuts a socket that was reset for reading. What it has received tells
+    (tcpi_bytes_received, linux/tcp.h, Linux 4.1): a FIN counts as a byte there, one that nobody
+    reads. ``read_bytes`` are all that were read in the life of the connection. A unix socket says
+    end of file only if it is one. False where it cannot be told (MPTCP counts otherwise).
+    """
+    if sock.family == socket.AF_UNIX:
+        return True
+    try:
+        info = sock.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, _BYTES_RECEIVED_AT + 8)
+        received = struct.unpack_from("=Q", info, _BYTES_RECEIVED_AT)[0]
+    except (OSError, struct.error):
+        return False
+    return bool(received == read_bytes + 1)
 
 
 def drop_syn(sock: socket.socket) -> None:

@@ -22,13 +22,14 @@ if TYPE_CHECKING:
 
 
 class State(Enum):
-    """See the pictures in ``session`` and ``flow``. OPEN is of flows, the next three are not."""
+    """See the pictures in ``session`` and ``flow``. OPEN is of flows, the next four are not."""
 
     RESOLVING = "resolving"
     CONNECTING = "connecting"
     OPEN = "open"
     RELAYING = "relaying"
     HALF_CLOSED = "half-closed"
+    LINGERING = "lingering"
     ABORTING = "aborting"
     CLOSED = "closed"
 
@@ -76,7 +77,7 @@ class Conversation:
         self.started_at = self.active_at = relay.poller.now
         self.connected_at = 0.0  # 0: not yet
         self.tick = -1
-        self.deadline = 0.0  # of RESOLVING, of one attempt of CONNECTING, of ABORTING
+        self.deadline = 0.0  # of RESOLVING, one attempt of CONNECTING, LINGERING, ABORTING
         self.targets: tuple[Target, ...] = ()
         self.attempt = -1  # index of the target being tried, then of the one connected
         self.held_as: int | None = None  # by the gate; None: not at all

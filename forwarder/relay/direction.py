@@ -79,6 +79,8 @@ class Direction:
     """How many of the bytes moved never entered the process, since the relay has counted them."""
     is_held_up: bool = False
     """Whether it waits for a meter."""
+    is_sink: bool = False
+    """Whether it drops what it reads: see ``sink``."""
 
     def __init__(self, relay: Relay, session: Session) -> None:
         self.relay = relay

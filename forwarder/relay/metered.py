@@ -91,6 +91,8 @@ def metered(direction: Direction, meter: Meter) -> Direction:
     if isinstance(direction, Metered):
         direction.meter = meter
         return direction
+    if direction.is_sink:
+        return direction  # what goes nowhere uses no bandwidth
     kind = _KINDS[type(direction)]
     new = kind.__new__(kind)
     for base in type(direction).__mro__:

@@ -6,32 +6,43 @@ Theory of operation
 -------------------
 ::
 
-    RESOLVING --> CONNECTING --> RELAYING --> HALF_CLOSED --+
-        |             |             |              |        v
-        +-------------+-------------+--------------+--> CLOSED
-                                    |              |        ^
-                                    +-- ABORTING <-+--------+
+    RESOLVING --> CONNECTING --> RELAYING --> HALF_CLOSED ----------+
+        |             |             |              |                v
+        +-------------+-------------+--------------+-----------> CLOSED
+                                    |              |                ^
+                                    +--------------+-> LINGERING ---+
+                                    |              |                |
+                                    +--------------+-> ABORTING ----+
 
 * CONNECTING tries one target after the other; client bytes stay in the kernel meanwhile.
 * HALF_CLOSED: one side sent FIN, it was passed on after the last byte (RFC 9293 section 3.6), and
   the other direction lives on, bounded by ``half_close_timeout_s`` without a byte.
-* A reset of one side reaches the other as a reset, never as a clean FIN that would make a cut
-  stream look whole; a unix socket has no reset, see ADR 0007. But an RST overtakes what is still
-  in our send queue: ABORTING waits until the peer has acknowledged that, at most
-  ``ABORT_GRACE_S``.
+* A side that is reset cannot be told anything any more: what the other one, the survivor, still
+  says is read and dropped (``sink``), so that it comes to read. What the side had sent before is
+  delivered, and how that ends is how the side itself had ended it:
+
+  - by FIN, before the reset: nothing was cut, so the survivor gets all of it and its FIN. While it
+    has not acknowledged both, the session is LINGERING, for as long as something moves;
+  - by nothing but the reset: the stream is cut, and the survivor must not take it for whole. It is
+    reset, but an RST overtakes what is still in our send queue: ABORTING waits until that has been
+    acknowledged, for as long as something moves.
+
+  A unix socket has no reset, see ADR 0007, and its peer has everything at once.
 """
 
 from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
 import socket
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from forwarder.errors import CLIENT_HAD_ENDED, UPSTREAM_HAD_ENDED, CloseReason, Phase, Who
 from forwarder.net import sockets
-from forwarder.relay import fast_open
+from forwarder.relay import fast_open, sink
 from forwarder.relay.conversation import Conversation, State
 from forwarder.relay.metered import put_under_meters
 from forwarder.relay.poller import BROKEN, READABLE, WRITABLE
@@ -45,9 +56,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# How long an aborted session may still deliver what its send queue holds. Arbitrary; two
-# retransmissions at the usual minimum timeout fit in.
+# How long the survivor of a cut stream may take nothing of what our send queue holds. Arbitrary;
+# four retransmissions at the usual minimum timeout fit in (RFC 6298: 0.2 s in Linux, doubled).
 ABORT_GRACE_S: Final = 5.0
+# How often a LINGERING session looks whether it is done. Its survivor has its FIN and waits for
+# nothing, so only a stop of the worker may have to wait for that.
+_LINGER_LOOK_S: Final = 1.0
 
 _IN_PROGRESS: Final = frozenset({0, errno.EINPROGRESS})
 # These can only follow a handshake that succeeded: the upstream accepted and reset at once.
@@ -57,18 +71,20 @@ _RESET_AFTER_CONNECT: Final = frozenset({errno.ECONNRESET, errno.EPIPE})
 # Both sides have ended; it is the first one who did that wanted it.
 _BY_CLIENT: Final = CloseReason(Who.CLIENT, Phase.DATA)
 _BY_UPSTREAM: Final = CloseReason(Who.UPSTREAM, Phase.DATA)
+_NOT_TAKEN: Final = CloseReason(Who.US, Phase.HALF_CLOSE, "the rest of the stream was not taken")
 # As in ``conversation``: looking members up would cost.
 _RESOLVING, _CONNECTING, _RELAYING = State.RESOLVING, State.CONNECTING, State.RELAYING
-_HALF_CLOSED, _ABORTING, _CLOSED = State.HALF_CLOSED, State.ABORTING, State.CLOSED
+_HALF_CLOSED, _CLOSED = State.HALF_CLOSED, State.CLOSED
+_LINGERING, _ABORTING = State.LINGERING, State.ABORTING
 
 
 class Session(Conversation):
     """A client and its upstream. Owns both sockets from the constructor on.
 
-    ``is_reset``: one side is gone by RST, so the session cannot end with a FIN.
+    ``ending``: one side is gone by RST, and this will be the reason when all is delivered.
     """
 
-    __slots__ = ("client", "early", "is_reset", "unsent")
+    __slots__ = ("client", "early", "ending", "unsent")
 
     c2u: Direction
     u2c: Direction
@@ -78,7 +94,7 @@ class Session(Conversation):
     ) -> None:
         super().__init__(relay, pool, client_address)
         self.client = client
-        self.is_reset = False
+        self.ending: CloseReason | None = None
         self.early = 0  # bytes of the client that went with the SYN, and are still in its queue
         self.unsent = 0  # in our send queues when a timeout was last looked at
         make = relay.make_unix_direction if pool.has_unix else relay.make_direction
@@ -147,16 +163,13 @@ class Session(Conversation):
                 if error not in _RESET_AFTER_CONNECT:
                     self._give_up_attempt(error)
                     return
-                self.is_reset = True
-                self.c2u.stop()
+                self._lose(self.c2u, "reset")
             elif not mask & WRITABLE:
                 return
             if self.early and not self._take_out_early():
                 self.abort(CloseReason(Who.CLIENT, Phase.CONNECT, is_reset=True))
                 return
             self._on_connected(self.upstream, mask)
-        elif self.state is _ABORTING and mask & BROKEN:
-            self._finish()
 
     def _connect_fast(self, upstream: socket.SocketType, target: Target) -> int:
         """Connect with the client's first bytes in the SYN; returns an errno as ``connect_ex``."""
@@ -192,41 +205,54 @@ class Session(Conversation):
             self.relay.poller.release(self.upstream)
         self.connect_next(error)
 
-    def _who(self, direction: Direction) -> Who:
-        return Who.CLIENT if direction is self.c2u else Who.UPSTREAM
+    def _reset_by(self, source_of: Direction, detail: str) -> CloseReason:
+        """That the source of a direction has reset its connection, now."""
+        who = Who.CLIENT if source_of is self.c2u else Who.UPSTREAM
+        is_half = self.state in (_HALF_CLOSED, _LINGERING)
+        phase = Phase.HALF_CLOSE if is_half else Phase.DATA
+        return CloseReason(who, phase, detail, is_reset=True)
 
     # -- what the directions report
 
     def on_eof(self, direction: Direction) -> None:
         """``direction`` has delivered everything up to the FIN of its source."""
-        if self.is_reset:
-            # A reverse that is not done still delivers what a dead source sent, then ends this.
-            if direction.reverse.is_done:
-                self._abort_after_delivery(direction, "reset")
-        elif direction.reverse.is_done:
-            self.close(_BY_UPSTREAM if direction is self.c2u else _BY_CLIENT)
+        reverse = direction.reverse
+        if direction.is_sink:
+            if reverse.is_done and self.state is not _ABORTING:
+                self.close(self._ending)
+            return  # else the survivor has nothing more to say, and still gets what is there
+        if reverse.is_sink and not sockets.has_ended(direction.src, direction.moved):
+            self._cut(direction, "reset")
+            return
+        if reverse.is_done:
+            self.close(self.ending or (_BY_UPSTREAM if direction is self.c2u else _BY_CLIENT))
+            return
+        with suppress(OSError):  # ENOTCONN: reset meanwhile, of which an event will tell
+            direction.dst.shutdown(socket.SHUT_WR)
+        if reverse.is_sink:
+            self._linger(direction)
         else:
-            try:
-                direction.dst.shutdown(socket.SHUT_WR)
-            except OSError:  # ENOTCONN: reset meanwhile, which the reverse direction will read
-                self.is_reset = True
             self.state = _HALF_CLOSED
             self.arm(self.pool.rule.half_close_timeout_s)
 
     def on_reset(self, direction: Direction, err: OSError) -> None:
         """The source of ``direction`` is gone: everything it had sent is read, nothing follows."""
-        self._abort_after_delivery(direction, err.strerror or "reset")
+        detail = err.strerror or "reset"
+        if direction.is_sink:
+            self._end_without_sides(direction, detail)
+        else:
+            self._cut(direction, detail)
 
     def on_undeliverable(self, direction: Direction, err: OSError) -> None:
         """The destination of ``direction`` is gone, but may have sent something before that."""
-        direction.stop()
-        self.is_reset = True
         reverse = direction.reverse
-        if reverse.is_done:
-            self._abort_after_delivery(reverse, err.strerror or "reset")
+        if reverse.is_sink:  # it was the survivor
+            self._end_without_sides(reverse, err.strerror or "reset")
             return
-        self.arm(self.pool.rule.half_close_timeout_s)
-        if reverse.is_blocked:
+        self._lose(direction, err.strerror or "reset")
+        if reverse.is_done:
+            self._linger(reverse)
+        elif reverse.is_blocked:
             reverse.missed |= READABLE
         else:
             reverse.pump(READABLE)
@@ -235,27 +261,94 @@ class Session(Conversation):
         """The source of ``direction`` is gone while nothing may be read from it."""
         if self.state is _CONNECTING:
             self.abort(CloseReason(Who.CLIENT, Phase.CONNECT, is_reset=True))
-        elif self.state in (_RELAYING, _HALF_CLOSED):
+        elif direction.is_sink:
+            self._end_without_sides(direction, "reset")
+        elif self.ending is None and self.state in (_RELAYING, _HALF_CLOSED):
+            self._lose(direction.reverse, "reset")
             if direction.is_done:
-                self._abort_after_delivery(direction, "reset")
-            else:
-                self.is_reset = True  # delivers what it had sent first, if its peer takes it
-                self.arm(self.pool.rule.half_close_timeout_s)
+                self._linger(direction)
+            # else it delivers what that side had sent first, if the survivor takes it
+
+    # -- when one side is gone
+
+    def _lose(self, direction: Direction, detail: str) -> None:
+        """The destination of ``direction`` is gone by RST: what its source says is dropped."""
+        self.ending = self._reset_by(direction.reverse, detail)
+        dropping = sink.in_place_of(direction)
+        if direction is self.c2u:
+            self.c2u = dropping
+        else:
+            self.u2c = dropping
+        self.arm(self.pool.rule.half_close_timeout_s)
+
+    def _cut(self, direction: Direction, detail: str) -> None:
+        """All is read that the source of ``direction`` had sent before its reset, and no FIN."""
+        if self.ending is None:
+            self._lose(direction.reverse, detail)
+        direction.stop()
+        survivor = direction.dst
+        sockets.set_abort_on_close(survivor)
+        # The peer of a unix socket has all in its own queue, and no reset overtakes that.
+        self.unsent = 0 if survivor.family == socket.AF_UNIX else sockets.unsent_bytes(survivor)
+        if self.unsent:
+            self._wait_for_survivor(_ABORTING, ABORT_GRACE_S)
+        else:
+            self.close(self._ending)
+
+    def _linger(self, direction: Direction) -> None:
+        """``direction`` is done up to the FIN that its source had sent before it was reset.
+
+        A survivor who has acknowledged all, FIN included, is told of the reset as it would be
+        directly. One who is not so far is slow: a reset on the heels of the last byte would take
+        from it, on systems other than Linux, what its program has not read yet. It is spared, and
+        hears of the reset when it says something more.
+        """
+        survivor = direction.dst
+        if survivor.family == socket.AF_UNIX:
+            # It has all in its own queue, and would find an error in place of the end of file
+            # behind it if we closed with something unread; so the sink reads to an end.
+            self.state = _LINGERING
+            with suppress(OSError):  # it is gone
+                survivor.shutdown(socket.SHUT_RD)
+            direction.reverse.pump(READABLE)
+            return
+        self.unsent = sockets.unsent_bytes(survivor)
+        if self.unsent:
+            self._wait_for_survivor(_LINGERING, self.pool.rule.half_close_timeout_s or math.inf)
+        else:
+            sockets.set_abort_on_close(survivor)
+            self.close(self._ending)
+
+    def _wait_for_survivor(self, state: State, limit_s: float) -> None:
+        self.state = state
+        self.deadline = self.relay.poller.now + limit_s
+        self.arm(TICK_S)
+
+    def _end_without_sides(self, survivors: Direction, detail: str) -> None:
+        """The survivor is gone, too, the source of the sink ``survivors``."""
+        if self.state is _LINGERING:  # only it has cut anything
+            self.ending = self._reset_by(survivors, detail)
+        self.abort(self._ending)
+
+    @property
+    def _ending(self) -> CloseReason:
+        assert self.ending is not None  # noqa: S101 - one side is gone, or nobody asks
+        return self.ending
 
     # -- timers
 
     def on_timer(self, now: float) -> float:
         """Look whether this session is overdue; returns its next deadline, 0 for none."""
         rule = self.pool.rule
-        if self.state is _RELAYING and not self.is_reset:
+        if self.state is _RELAYING and self.ending is None:
             return self._check_silence(now, rule.idle_timeout_s, Phase.IDLE)
         if self.state in (_RELAYING, _HALF_CLOSED):
             return self._check_silence(now, rule.half_close_timeout_s, Phase.HALF_CLOSE)
         if self.state is _ABORTING:
-            if now < self.deadline and self._unsent():
-                return now + TICK_S
-            self._finish()
-        elif self.state in (_RESOLVING, _CONNECTING):
+            return self._check_survivor(now, ABORT_GRACE_S, TICK_S)
+        if self.state is _LINGERING:
+            return self._check_survivor(now, rule.half_close_timeout_s or math.inf, _LINGER_LOOK_S)
+        if self.state in (_RESOLVING, _CONNECTING):
             is_waiting = self.upstream is None or self.upstream.fileno() < 0
             if now < self.deadline:
                 if self.state is _CONNECTING and is_waiting:
@@ -291,11 +384,25 @@ class Session(Conversation):
             return now + limit_s
         if phase is Phase.IDLE and not (self.c2u.holds_data or self.u2c.holds_data):
             self.close(CloseReason(Who.US, phase))
-        elif self.state is _HALF_CLOSED and not self.is_reset:
+        elif self.state is _HALF_CLOSED and self.ending is None:
             self.abort(CLIENT_HAD_ENDED if self.c2u.is_done else UPSTREAM_HAD_ENDED)
         else:
             self.abort(CloseReason(Who.US, phase))
         return 0.0
+
+    def _check_survivor(self, now: float, limit_s: float, look_s: float) -> float:
+        """Whether the survivor has all; it may take nothing for ``limit_s`` at most."""
+        unsent = self._unsent()
+        if not unsent:
+            self.close(self._ending)
+            return 0.0
+        if unsent != self.unsent:
+            self.unsent = unsent
+            self.deadline = now + limit_s
+        elif now >= self.deadline:
+            self.abort(_NOT_TAKEN if self.state is _LINGERING else self._ending)
+            return 0.0
+        return now + look_s
 
     def _unsent(self) -> int:
         """What is still in our send queues; nothing in that of a socket that is closed."""
@@ -316,32 +423,11 @@ class Session(Conversation):
         for sock in (self.client, self.upstream):
             if sock is not None and sock.fileno() >= 0:
                 sockets.set_abort_on_close(sock)
-        if self.state is not _ABORTING:  # then its end has been reported
-            self._end(reason)
+        self._end(reason)
         self._finish()
 
-    def _abort_after_delivery(self, direction: Direction, detail: str) -> None:
-        """The source of ``direction`` was reset: reset its destination when that has all."""
-        if self.state in (_ABORTING, _CLOSED):
-            return
-        phase = Phase.HALF_CLOSE if self.state is _HALF_CLOSED else Phase.DATA
-        survivor = direction.dst
-        self._end(CloseReason(self._who(direction), phase, detail, is_reset=True))
-        sockets.set_abort_on_close(survivor)
-        # The peer of a unix socket has all in its own queue, and no reset overtakes that.
-        if survivor.family == socket.AF_UNIX or not sockets.unsent_bytes(survivor):
-            self._finish()
-            return
-        self.state = _ABORTING
-        self.deadline = self.relay.poller.now + ABORT_GRACE_S
-        self.relay.poller.hand_over(survivor.fileno(), self)
-        self.relay.poller.release(direction.src)
-        self.arm(TICK_S)
-
     def _end(self, reason: CloseReason) -> None:
-        """Stop both directions and report the end, once."""
-        if self.state is _ABORTING:
-            return  # reported when the abort began
+        """Stop both directions and report the end."""
         self.c2u.stop()
         self.u2c.stop()
         self.relay.on_end(self, reason)

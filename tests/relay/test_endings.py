@@ -21,6 +21,8 @@ from support.ends import (
 )
 from support.waiting import eventually
 
+from forwarder.net.sockets import unsent_bytes
+
 if TYPE_CHECKING:
     from conftest import Tunnel
 
@@ -197,3 +199,103 @@ def test_both_sides_closing_at_once_end_the_session(tunnel: Tunnel, first: str) 
     far.shutdown(socket.SHUT_WR)
     assert receive_to_end(near) == b""
     assert receive_to_end(far) == b""
+
+
+# -- a side that sends its FIN and is reset afterwards has cut nothing
+
+
+def hand_over_all(near: socket.socket, data: bytes) -> None:
+    """Send all of ``data`` and FIN, and wait until the forwarder has taken both in."""
+    near.sendall(data)
+    near.shutdown(socket.SHUT_WR)
+    if near.family != socket.AF_UNIX:
+        eventually(lambda: unsent_bytes(near) == 0, "the forwarder has acknowledged the FIN")
+
+
+def be_reset_after_fin(near: socket.socket, far: socket.socket, how: str) -> None:
+    """Reset the connection of ``near``, which has sent its FIN.
+
+    ``how``: at once, or because the other side says one thing more to a socket that is closed.
+    """
+    if how == "at once":
+        reset(near)
+        return
+    if near.family == socket.AF_UNIX:
+        far.sendall(b"not read")
+        eventually(lambda: _readable(near), "what is never read has arrived")
+    near.close()
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # a unix socket needs no more
+        far.sendall(b"one thing more")
+
+
+HOW = pytest.mark.parametrize("how", ["at once", "by one thing more"])
+# Less than the send queue of the forwarder takes, so that its direction is done when the reset
+# comes; and more, so that it is still at work then.
+SIZES = pytest.mark.parametrize("size", [0, 1, 100_000, MIB, 4 * MIB])
+
+
+def at_most(size: int, near: socket.socket, far: socket.socket) -> int:
+    """What the forwarder takes in at once while ``far`` is not read.
+
+    Less with a unix socket: its peer's queue has 212,992 bytes with overhead
+    (net.core.wmem_default), and one that is read by nobody grows no window.
+    """
+    return min(size, 100_000) if socket.AF_UNIX in (near.family, far.family) else size
+
+
+@BOTH
+@HOW
+@SIZES
+def test_what_was_ended_by_fin_arrives_though_a_reset_follows(
+    tunnel: Tunnel, first: str, how: str, size: int
+) -> None:
+    """A server answers, ends, and goes; its slow client says one thing more meanwhile.
+
+    *Result*: every byte and the end of file, as without a forwarder.
+    """
+    near, far = tunnel.link(receive_buffer=4096).end(first)
+    data = seeded(at_most(size, near, far), 12)
+    hand_over_all(near, data)
+    be_reset_after_fin(near, far, how)
+    assert receive_to_end(far) == data
+
+
+@BOTH
+def test_a_reader_that_takes_its_time_gets_all_after_a_reset(tunnel: Tunnel, first: str) -> None:
+    """Little by little, and it goes on talking: what it says is dropped and stops nothing."""
+    near, far = tunnel.link(receive_buffer=4096).end(first)
+    data = seeded(at_most(MIB, near, far), 13)
+    hand_over_all(near, data)
+    be_reset_after_fin(near, far, "by one thing more")
+    received = bytearray()
+    while part := far.recv(16 * 1024):
+        received += part
+        with contextlib.suppress(BrokenPipeError):  # what is left is with its reader already
+            far.sendall(b"and more")
+    assert received == data
+
+
+@BOTH
+def test_who_writes_before_it_reads_comes_to_read_after_a_reset(tunnel: Tunnel, first: str) -> None:
+    """Its words have nobody to go to any more; waiting for room it would never read the answer."""
+    near, far = tunnel.link(receive_buffer=4096).end(first)
+    data = seeded(at_most(4 * MIB, near, far), 14)
+    hand_over_all(near, data)
+    reset(near)
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        far.sendall(seeded(24 * MIB, 15))
+    assert receive_to_end(far) == data
+
+
+@BOTH
+def test_a_reset_without_a_fin_is_a_cut_though_a_send_has_found_it_first(
+    tunnel: Tunnel, first: str
+) -> None:
+    """The kernel tells an error once: reads after that say end of file, which it is not."""
+    near, far = tunnel.link(receive_buffer=4096).end(first)
+    data = seeded(100_000, 16)
+    near.sendall(data)
+    assert receive_exactly(far, len(data)) == data
+    fill(far, seeded(24 * MIB, 17))  # so that the forwarder has something to send when it comes
+    reset(near)
+    assert receive_cut(far, near) == b""
