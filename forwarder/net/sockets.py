@@ -284,23 +284,28 @@ def detach_filter(sock: socket.SocketType) -> None:
     sock.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
 
 
+def received_bytes(sock: socket.SocketType) -> int:
+    """What a TCP socket has received in its life, its peer's FIN counted as one byte.
+
+    0 where it cannot be told, as of a unix socket. tcpi_bytes_received, linux/tcp.h, Linux 4.1.
+    """
+    try:
+        info = sock.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, _BYTES_RECEIVED_AT + 8)
+        return int(struct.unpack_from("=Q", info, _BYTES_RECEIVED_AT)[0])
+    except (OSError, struct.error):
+        return 0
+
+
 def has_ended(sock: socket.SocketType, read_bytes: int) -> bool:
     """Whether the peer of a broken connection had sent its FIN before; all it sent has been read.
 
     Once a call was told of a reset, further reads say end of file, FIN or no FIN: the error is told
-    once, and the kernel shuts a socket that was reset for reading. What it has received tells
-    (tcpi_bytes_received, linux/tcp.h, Linux 4.1): a FIN counts as a byte there, one that nobody
-    reads. ``read_bytes`` are all that were read in the life of the connection. A unix socket says
-    end of file only if it is one. False where it cannot be told (MPTCP counts otherwise).
+    once, and the kernel shuts a socket that was reset for reading. A FIN that was received counts
+    as a byte that nobody reads; ``read_bytes`` are all that were read in the life of the
+    connection. A unix socket says end of file only if it is one. False for MPTCP, which counts
+    otherwise.
     """
-    if sock.family == socket.AF_UNIX:
-        return True
-    try:
-        info = sock.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, _BYTES_RECEIVED_AT + 8)
-        received = struct.unpack_from("=Q", info, _BYTES_RECEIVED_AT)[0]
-    except (OSError, struct.error):
-        return False
-    return bool(received == read_bytes + 1)
+    return sock.family == socket.AF_UNIX or received_bytes(sock) == read_bytes + 1
 
 
 def drop_syn(sock: socket.socket) -> None:

@@ -260,7 +260,9 @@ class Session(Conversation):
     def on_broken_while_blocked(self, direction: Direction) -> None:
         """The source of ``direction`` is gone while nothing may be read from it."""
         if self.state is _CONNECTING:
-            self.abort(CloseReason(Who.CLIENT, Phase.CONNECT, is_reset=True))
+            # What it has sent before that is acknowledged, and so ours to deliver.
+            if not sockets.received_bytes(direction.src):
+                self.abort(CloseReason(Who.CLIENT, Phase.CONNECT, is_reset=True))
         elif direction.is_sink:
             self._end_without_sides(direction, "reset")
         elif self.ending is None and self.state in (_RELAYING, _HALF_CLOSED):
@@ -308,8 +310,6 @@ class Session(Conversation):
             # It has all in its own queue, and would find an error in place of the end of file
             # behind it if we closed with something unread; so the sink reads to an end.
             self.state = _LINGERING
-            with suppress(OSError):  # it is gone
-                survivor.shutdown(socket.SHUT_RD)
             direction.reverse.pump(READABLE)
             return
         self.unsent = sockets.unsent_bytes(survivor)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import select
 import socket
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from forwarder.relay.direction import Direction
@@ -62,6 +63,7 @@ def in_place_of(direction: Direction) -> Direction:
     """Stop ``direction`` and have a sink in its place, which begins after the events at hand.
 
     For the events of its source and for its reverse; the caller must have the session do the same.
+    A unix peer can be told that nobody listens: it gets EPIPE for more (unix(7)).
     """
     was_done = direction.is_done
     direction.stop()
@@ -73,6 +75,9 @@ def in_place_of(direction: Direction) -> Direction:
     sink.relay.poller.hand_over(sink.src.fileno(), sink)
     if was_done:
         sink.is_blocked = sink.is_done = True
-    else:
-        sink.yield_turn(READABLE)
+        return sink
+    if sink.src.family == socket.AF_UNIX:
+        with suppress(OSError):  # it is gone, too
+            sink.src.shutdown(socket.SHUT_RD)
+    sink.yield_turn(READABLE)
     return sink

@@ -26,6 +26,8 @@ from support.ends import (
 from support.forwarder import reserve_port
 from support.waiting import eventually
 
+from forwarder.net.sockets import unsent_bytes
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -131,6 +133,29 @@ def test_a_client_that_resets_before_the_upstream_answered_ends_the_attempt(
         eventually(lambda: syns(tunnel) == 1, "connecting")
         reset(client)
         eventually(lambda: syns(tunnel) == 0, "the attempt is given up")
+
+
+@RELAYS
+@pytest.mark.parametrize("has_ended", [True, False])
+def test_what_a_client_said_before_it_reset_arrives_when_the_upstream_answers(
+    make_tunnel: MakeTunnel, relay: str, *, has_ended: bool
+) -> None:
+    """As senders of log lines do: connect, say it, go. We have acknowledged it.
+
+    *Result*: all of it, then an end of file if the client had sent one, else the reset.
+    """
+    with CloggedUpstream() as clogged:
+        tunnel = make_tunnel("--workers", "1", "--relay", relay, listener=clogged.listener)
+        client = connect(tunnel.address)
+        client.sendall(b"a line")
+        if has_ended:
+            client.shutdown(socket.SHUT_WR)
+        eventually(lambda: syns(tunnel) == 1 and not unsent_bytes(client), "connecting")
+        reset(client)
+        clogged.open()
+        with accept(clogged.listener) as upstream:
+            receive = receive_to_end if has_ended else receive_to_reset
+            assert receive(upstream) == b"a line"
 
 
 @RELAYS

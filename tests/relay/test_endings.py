@@ -204,12 +204,20 @@ def test_both_sides_closing_at_once_end_the_session(tunnel: Tunnel, first: str) 
 # -- a side that sends its FIN and is reset afterwards has cut nothing
 
 
-def hand_over_all(near: socket.socket, data: bytes) -> None:
-    """Send all of ``data`` and FIN, and wait until the forwarder has taken both in."""
-    near.sendall(data)
+def hand_over(near: socket.socket, far: socket.socket, data: bytes) -> tuple[bytes, bytearray]:
+    """Send as much as goes and FIN, and have the forwarder take in both.
+
+    Returns what was sent, and what ``far`` had to read for that: nothing, or enough to leave the
+    forwarder as full as it gets.
+    """
+    sent = data[: fill(near, data)]
     near.shutdown(socket.SHUT_WR)
-    if near.family != socket.AF_UNIX:
-        eventually(lambda: unsent_bytes(near) == 0, "the forwarder has acknowledged the FIN")
+    received = bytearray()
+    if len(sent) == len(data) < MIB:
+        eventually(lambda: not unsent_bytes(near), "the forwarder has taken in the FIN")
+    while unsent_bytes(near):
+        received += far.recv(16 * 1024)
+    return sent, received
 
 
 def be_reset_after_fin(near: socket.socket, far: socket.socket, how: str) -> None:
@@ -230,17 +238,8 @@ def be_reset_after_fin(near: socket.socket, far: socket.socket, how: str) -> Non
 
 HOW = pytest.mark.parametrize("how", ["at once", "by one thing more"])
 # Less than the send queue of the forwarder takes, so that its direction is done when the reset
-# comes; and more, so that it is still at work then.
-SIZES = pytest.mark.parametrize("size", [0, 1, 100_000, MIB, 4 * MIB])
-
-
-def at_most(size: int, near: socket.socket, far: socket.socket) -> int:
-    """What the forwarder takes in at once while ``far`` is not read.
-
-    Less with a unix socket: its peer's queue has 212,992 bytes with overhead
-    (net.core.wmem_default), and one that is read by nobody grows no window.
-    """
-    return min(size, 100_000) if socket.AF_UNIX in (near.family, far.family) else size
+# comes; and more than all its queues take, so that it is still at work then.
+SIZES = pytest.mark.parametrize("size", [0, 1, 100_000, 24 * MIB])
 
 
 @BOTH
@@ -254,20 +253,17 @@ def test_what_was_ended_by_fin_arrives_though_a_reset_follows(
     *Result*: every byte and the end of file, as without a forwarder.
     """
     near, far = tunnel.link(receive_buffer=4096).end(first)
-    data = seeded(at_most(size, near, far), 12)
-    hand_over_all(near, data)
+    data, received = hand_over(near, far, seeded(size, 12))
     be_reset_after_fin(near, far, how)
-    assert receive_to_end(far) == data
+    assert received + receive_to_end(far) == data
 
 
 @BOTH
 def test_a_reader_that_takes_its_time_gets_all_after_a_reset(tunnel: Tunnel, first: str) -> None:
     """Little by little, and it goes on talking: what it says is dropped and stops nothing."""
     near, far = tunnel.link(receive_buffer=4096).end(first)
-    data = seeded(at_most(MIB, near, far), 13)
-    hand_over_all(near, data)
+    data, received = hand_over(near, far, seeded(24 * MIB, 13))
     be_reset_after_fin(near, far, "by one thing more")
-    received = bytearray()
     while part := far.recv(16 * 1024):
         received += part
         with contextlib.suppress(BrokenPipeError):  # what is left is with its reader already
@@ -279,12 +275,11 @@ def test_a_reader_that_takes_its_time_gets_all_after_a_reset(tunnel: Tunnel, fir
 def test_who_writes_before_it_reads_comes_to_read_after_a_reset(tunnel: Tunnel, first: str) -> None:
     """Its words have nobody to go to any more; waiting for room it would never read the answer."""
     near, far = tunnel.link(receive_buffer=4096).end(first)
-    data = seeded(at_most(4 * MIB, near, far), 14)
-    hand_over_all(near, data)
+    data, received = hand_over(near, far, seeded(24 * MIB, 14))
     reset(near)
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         far.sendall(seeded(24 * MIB, 15))
-    assert receive_to_end(far) == data
+    assert received + receive_to_end(far) == data
 
 
 @BOTH
