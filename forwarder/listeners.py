@@ -440,12 +440,11 @@ def _turn_away(
     if not address.has_handshakes:
         return False
     is_lent = any(isinstance(sock, LentSocket) for sock in listeners)
-    # Filters do nothing for MPTCP.
-    if (is_served or address.is_mptcp) and not is_lent and all(map(diverting.divert, listeners)):
-        return True
-    for sock in () if is_served else listeners:
-        sockets.drop_syn(sock)
-    return False
+    # Filters do nothing for MPTCP. Who may not have one does without it: then a few are reset that
+    # come between the last accept and the close of what is lent.
+    if not (is_served or address.is_mptcp) and all(map(sockets.drop_syn, listeners)):
+        return False
+    return not is_lent and all(map(diverting.divert, listeners))
 
 
 def _is_shareable(sock: socket.socket) -> bool:

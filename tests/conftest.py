@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import signal
 import sys
 import tempfile
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 settings.register_profile("forwarder", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("forwarder")
 
+MOST_DESCRIPTORS = 20_000
 ON_LINUX = sys.platform.startswith("linux")
 
 
@@ -41,8 +43,17 @@ def pytest_configure(config: pytest.Config) -> None:
         "and must log each of them; without patterns any are fine",
     )
     _hear_what_is_ignored()
+    _raise_descriptor_limit()
     if hasattr(config, "workerinput") and ON_LINUX and os.geteuid() == 0:
         enter_network()
+
+
+def _raise_descriptor_limit() -> None:
+    """Thousands of sessions have two ends here; a user begins with 1,024 descriptors."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _hear_what_is_ignored() -> None:

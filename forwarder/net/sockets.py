@@ -308,16 +308,19 @@ def has_ended(sock: socket.SocketType, read_bytes: int) -> bool:
     return sock.family == socket.AF_UNIX or received_bytes(sock) == read_bytes + 1
 
 
-def drop_syn(sock: socket.socket) -> None:
-    """Have the kernel drop SYN segments for a listener, and nothing else.
+def drop_syn(sock: socket.socket) -> bool:
+    """Have the kernel drop SYN segments for a listener, and nothing else; whether it does.
 
     Closing a listener resets what is queued on it, and between the last accept and the close more
     may come. With this filter nothing new can: a client's SYN is lost, and its retransmission a
     second later meets the closed port. Handshakes that have begun are completed. Sockets accepted
-    meanwhile inherit the filter, which does them no harm. socket(7), SO_ATTACH_FILTER.
+    meanwhile inherit the filter, which does them no harm. socket(7), SO_ATTACH_FILTER; on TCP it
+    needs CAP_NET_ADMIN since Linux 6.18.
     """
-    with suppress(OSError):  # without it the window is a few microseconds wide, not none
+    with suppress(OSError):
         attach_filter(sock, _SYN_FILTER)
+        return True
+    return False
 
 
 def pass_syn(sock: socket.socket) -> None:
