@@ -18,13 +18,14 @@ from forwarder import inherit, notify, upgrade
 from forwarder.control.requests import STOPPING
 from forwarder.errors import StartupError
 from forwarder.listeners import CLOSE_GRACE_S
-from forwarder.pidfile import PidFile
+from forwarder.pidfile import PidFile, UnwritableError
 from forwarder.upgrade import Successor
 
 if TYPE_CHECKING:
     import socket
     from collections.abc import Callable
 
+    from forwarder.config.model import Settings
     from forwarder.control.requests import Requests
     from forwarder.privileges import Identity
 
@@ -76,10 +77,16 @@ class Handover:
 
     # -- our own place
 
-    def lock(self, pid_file: str | None) -> None:
+    def lock(self, settings: Settings) -> None:
         """Lock the pid file, if there shall be one. Raises StartupError."""
-        if pid_file is not None:
-            self._pid_file = PidFile(pid_file)
+        if settings.pid_file is None:
+            return
+        try:
+            self._pid_file = PidFile(settings.pid_file)
+        except UnwritableError as err:
+            if not settings.is_pid_file_optional:
+                raise
+            log.warning("pidfile.failed %s; going on without", err)
 
     def claim(self) -> None:
         """Write our pid into the pid file, in place of another's. Raises StartupError."""

@@ -135,7 +135,7 @@ class Master:
     def _boot(self) -> None:
         raise_descriptor_limit()
         config = self._service.config
-        self._handover.lock(config.settings.pid_file)
+        self._handover.lock(config.settings)
         identity = self._fleet.identity = identity_of(config.settings.user, config.settings.group)
         if identity is not None:
             self._service.table.owner = (identity.uid, identity.gid)

@@ -20,6 +20,10 @@ _MOST_BYTES = 32  # whatever is longer is no pid
 _MODE = 0o644
 
 
+class UnwritableError(StartupError):
+    """The file cannot be made or written; nobody else has it."""
+
+
 class PidFile:
     """The pid file of this instance. Owns the descriptor that holds the lock."""
 
@@ -143,7 +147,7 @@ class PidFile:
         if err.errno == errno.ELOOP:
             return self._unfit("is a symbolic link")
         denied = isinstance(err, PermissionError)
-        return StartupError(
+        return UnwritableError(
             f"pid file {self._path}: {err.strerror}; hint: its directory must exist and be "
             "writable, with a little space left",
             ExitCode.NO_PERMISSION if denied else ExitCode.UNAVAILABLE,

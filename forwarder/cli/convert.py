@@ -10,7 +10,7 @@ import click
 
 from forwarder import migrate
 from forwarder.cli.options import FILE
-from forwarder.config.loading import read_text
+from forwarder.config.loading import read_bytes, read_text, text_with_comments
 from forwarder.errors import ForwarderError
 
 
@@ -27,11 +27,11 @@ from forwarder.errors import ForwarderError
 def convert_command(file: str, kind: str | None, output: str | None, *, force: bool) -> None:
     """Turn a configuration of rinetd, rinetd-uv or oxidinetd into TOML; tell what differs."""
     path = Path(file)
-    text = read_text(path)
+    text, notes = text_with_comments(file, read_bytes(path))
     outside = migrate.Outside(service_port=socket.getservbyname, find=find_files)
     which = migrate.Kind(kind) if kind else migrate.guess(path, text)
     converted = migrate.convert(text, file, which, outside)
-    for issue in converted.report:
+    for issue in (*notes, *converted.report):
         click.echo(str(issue), err=True)
     if output is None:
         click.echo(converted.text, nl=False)

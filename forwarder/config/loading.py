@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import socket
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from forwarder.config import rinetd_conf, toml_conf
@@ -40,7 +40,13 @@ def load(path: Path, *, dialect: Dialect | None = None) -> Loaded:
     ``dialect`` None goes by the name: ``.toml`` is TOML, anything else rinetd.conf.
     Raises ConfigError with every problem found. Blocks on the file system only.
     """
-    return parse(read_text(path), str(path), dialect or Dialect.of(path))
+    dialect = dialect or Dialect.of(path)
+    source, data = str(path), read_bytes(path)
+    if dialect is Dialect.TOML:
+        return parse(text_of(source, data), source, dialect)
+    text, notes = text_with_comments(source, data)
+    loaded = parse(text, source, dialect)
+    return replace(loaded, warnings=(*notes, *loaded.warnings))
 
 
 def parse(text: str, source: str, dialect: Dialect) -> Loaded:
@@ -77,6 +83,11 @@ def _refuse_language(text: str, source: str, dialect: Dialect) -> None:
 
 def read_text(path: Path) -> str:
     """Return the text of a file. Raises ConfigError for anything that is not a text."""
+    return text_of(str(path), read_bytes(path))
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return the contents of a file. Raises ConfigError for anything that is not one."""
     source = str(path)
     try:
         # Opening a pipe that nobody writes to would block for ever.
@@ -84,15 +95,15 @@ def read_text(path: Path) -> str:
             kind = "a directory" if path.is_dir() else "not a regular file"
             raise _problem(source, f"is {kind}", hint="name the configuration file itself")
         with path.open("rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
+            return file.read(MAX_FILE_BYTES + 1)
     except FileNotFoundError:
         raise _problem(source, "does not exist", hint="check the name") from None
     except PermissionError:
         hint = "let the user that runs the program read it"
-        raise _problem(source, "must not be read: permission denied", hint=hint) from None
+        what = "cannot read the file: permission denied"
+        raise ConfigError([Issue(Place(source), what, hint=hint)]) from None
     except (OSError, ValueError) as error:
         raise _problem(source, f"cannot be read: {error}") from None
-    return text_of(source, data)
 
 
 def text_of(source: str, data: bytes) -> str:
@@ -112,6 +123,33 @@ def text_of(source: str, data: bytes) -> str:
         # What the decoder counts from does not include the mark.
         offset = error.start + (3 if data.startswith(b"\xef\xbb\xbf") else 0)
         raise _problem_at(source, data, offset, f"byte 0x{data[offset]:02x} is not UTF-8") from None
+
+
+def text_with_comments(source: str, data: bytes) -> tuple[str, list[Issue]]:
+    """As ``text_of``, but a comment of rinetd.conf may be written in another encoding.
+
+    What is behind a # and not UTF-8 is taken for Latin-1; the second value is a warning of that.
+    """
+    lines, places = data.split(b"\n"), []
+    for number, line in enumerate(lines):
+        statement, sign, comment = line.partition(b"#")
+        if sign and not _is_utf8(comment):
+            lines[number] = statement + sign + comment.decode("latin-1").encode()
+            places.append(Place(source, number + 1, len(statement) + 1))
+    if not places:
+        return text_of(source, data), []
+    more = f", and {len(places) - 1} more" if len(places) > 1 else ""
+    what = f"this comment{more} is not UTF-8; read as Latin-1"
+    note = Issue(places[0], what, hint="save the file as UTF-8", is_warning=True)
+    return text_of(source, b"\n".join(lines)), [note]
+
+
+def _is_utf8(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _problem_at(source: str, data: bytes, offset: int, what: str) -> ConfigError:

@@ -179,6 +179,8 @@ class LogPlace:
     to: str
     format: LogFormat
     place: Place = field(compare=False)
+    # In the words of rinetd.conf: a file that cannot be opened costs its log, and no forwarding.
+    is_optional: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -284,6 +286,8 @@ class Settings:
     drain_timeout_s: float | None = None
     hang_timeout_s: float = HANG_TIMEOUT_S
     cut_denied: bool = False
+    # In the words of rinetd.conf: a pid file that cannot be written costs nothing else.
+    is_pid_file_optional: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

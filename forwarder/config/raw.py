@@ -79,6 +79,7 @@ class RawConfig:
 
     rules: list[RawRule] = field(default_factory=list)
     rules_seen: int = 0
+    may_lack_rules: bool = False
     access: list[AccessRule] = field(default_factory=list)
     dropped_access: list[AccessRule] = field(default_factory=list)
     settings: Settings = field(default_factory=Settings)

@@ -33,7 +33,13 @@ MAX_NAME_LENGTH = 100
 
 def resolve(raw: RawConfig, source: str, issues: Issues) -> Config:
     """Return the finished configuration; it is good only if ``issues`` holds no error."""
-    if not raw.rules_seen:
+    if not raw.rules_seen and raw.may_lack_rules:
+        issues.warn(
+            Place(source),
+            "there is no forwarding rule, so nothing is forwarded",
+            hint="add one and reload",
+        )
+    elif not raw.rules_seen:
         issues.error(
             Place(source),
             "there is no forwarding rule",

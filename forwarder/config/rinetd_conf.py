@@ -51,8 +51,17 @@ _PROTOCOLS = {
 def parse(text: str, source: str, issues: Issues, service_port: ServicePort) -> RawConfig:
     """Read a whole file. Problems go to ``issues``; what is sound is returned all the same."""
     reader = Reader(source, issues, service_port)
-    for number, line in enumerate(text.split("\n"), 1):
+    lines = text.split("\n")
+    for number, line in enumerate(lines, 1):
         reader.read_line(number, line.removesuffix("\r"))
+    if lines[-1].partition("#")[0].strip(" \t"):
+        issues.warn(
+            Place(source, len(lines), 1),
+            "the last line does not end: rinetd 0.73 ignores it without a word, here it counts",
+            hint="end it, or take it out if clients depend on that",
+        )
+    # rinetd runs without a rule, as the file that Debian installs has it.
+    reader.raw.may_lack_rules = True
     return reader.raw
 
 
@@ -110,7 +119,7 @@ class Reader:
             self._set_logs()
         else:
             self._note("pidlogfile", start)
-            self.raw.settings = replace(self.raw.settings, pid_file=name)
+            self.raw.settings = replace(self.raw.settings, pid_file=name, is_pid_file_optional=True)
 
     def _note(self, keyword: str, start: int) -> None:
         if keyword in self._seen:
@@ -121,7 +130,9 @@ class Reader:
         """logfile says where to and logcommon how, in any order."""
         file = self._log_file
         if file is not None:
-            place = LogPlace(to=file.value, format=self._log_format, place=file.place)
+            place = LogPlace(
+                to=file.value, format=self._log_format, place=file.place, is_optional=True
+            )
             self.raw.settings = replace(self.raw.settings, logs=(place,))
 
     def _read_access(self, verdict: Verdict, line: str, end: int) -> None:

@@ -43,12 +43,16 @@ class LogFiles:
         self.revision = 0
         self.places: Opened = []
 
-    def prepare(self, places: tuple[LogPlace, ...]) -> Opened:
-        """Open these, for :meth:`use` or :func:`discard`. Raises StartupError with none open."""
+    def prepare(self, places: tuple[LogPlace, ...], *, is_strict: bool = False) -> Opened:
+        """Open these, for :meth:`use` or :func:`discard`. Raises StartupError with none open.
+
+        Places that are optional are done without, unless ``is_strict``.
+        """
         opened: Opened = []
         try:
             for place in places:
-                fd = None if place.to in DAEMONS else _open(place)
+                open_place = _open if is_strict else _open_or_do_without
+                fd = None if place.to in DAEMONS else open_place(place)
                 opened.append((place, fd))
         except BaseException:
             discard(opened)
@@ -64,7 +68,7 @@ class LogFiles:
     def reopen(self) -> None:
         """Open the same places anew, after the files were moved away. Keeps them on failure."""
         try:
-            self.use(self.prepare(tuple(place for place, _ in self.places)))
+            self.use(self.prepare(tuple(place for place, _ in self.places), is_strict=True))
         except StartupError as err:
             log.error("log.reopen: %s; going on with the old file", err)
         else:
@@ -81,6 +85,17 @@ def discard(places: Opened) -> None:
     for _, fd in places:
         if fd is not None:
             os.close(fd)
+
+
+def _open_or_do_without(place: LogPlace) -> int:
+    """A descriptor for a place; of nowhere if it may be missing. Raises StartupError."""
+    try:
+        return _open(place)
+    except StartupError as err:
+        if not place.is_optional:
+            raise
+        log.warning("log.failed %s; going on without, until it is opened anew", err)
+        return os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
 
 
 def _open(place: LogPlace) -> int:

@@ -55,6 +55,7 @@ def convert(text: str, source: str, kind: Kind, outside: Outside) -> Converted:
         result, draft = oxidinetd.read(text, source)
     else:
         result, draft = "", _read(text, source, kind, outside)
+    draft.raw.may_lack_rules = False  # our format does not know that
     config = resolve(draft.raw, source, draft.issues)
     advice = advise(config, _DIALECTS.get(kind, Dialect.TOML))
     # A rule that has become several is told of once.

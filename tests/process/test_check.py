@@ -130,14 +130,14 @@ def test_a_file_that_cannot_be_read_says_why(
     elif kind == "device":
         path.symlink_to(os.devnull)
     elif kind == "latin-1":
-        path.write_bytes(b"# all\n# caf\xe9\n")
+        path.write_bytes(b"# all\nallow caf\xe9\n")
     elif kind == "below-a-file":
         path.touch()
         path /= "some.conf"
     ended = run_command(*words, "-c", str(path), prefix=as_nobody())
     assert (ended.returncode, ended.stdout) == (78, "")
     assert said in ended.stderr
-    place = f"{path}:2:6: " if kind == "latin-1" else f"{path}: "
+    place = f"{path}:2:10: " if kind == "latin-1" else f"{path}: "
     assert ended.stderr.startswith(place)
     assert len(ended.stderr.splitlines()) == 1
 
