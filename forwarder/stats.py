@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 Row: TypeAlias = "memoryview[int]"
 
 # Of one rule in one worker. SESSIONS are open now; all others only grow. REFUSED are clients that
-# were turned away and got no session. BYTES_* have those of open sessions at the last beat.
+# were turned away and got no session. ATTEMPTS_FAILED: addresses of upstreams that refused, or did
+# not answer in time. BYTES_* have those of open sessions at the last beat.
 # At any time, sum of ENDS + SESSIONS = SESSIONS_TOTAL + REFUSED.
 (
     SESSIONS,
@@ -29,9 +30,10 @@ Row: TypeAlias = "memoryview[int]"
     BYTES_U2C,
     BYTES_SPLICED,
     DATAGRAMS_DROPPED,
-) = range(8)
+    ATTEMPTS_FAILED,
+) = range(9)
 # How long connecting took: below 1 ms, below 2, 4, 8 ... ms, and longer.
-CONNECT_MS: Final = DATAGRAMS_DROPPED + 1
+CONNECT_MS: Final = ATTEMPTS_FAILED + 1
 CONNECT_BUCKETS: Final = 16
 # How often sessions ended for each reason, in the order of ``errors.REASONS``.
 ENDS: Final = CONNECT_MS + CONNECT_BUCKETS
@@ -86,6 +88,7 @@ def describe_rule(row: Sequence[int]) -> dict[str, object]:
         "sessions_total": row[SESSIONS_TOTAL],
         "refused": row[REFUSED],
         "connects_failed": row[CONNECTS_FAILED],
+        "attempts_failed": row[ATTEMPTS_FAILED],
         "bytes_c2u": row[BYTES_C2U],
         "bytes_u2c": row[BYTES_U2C],
         "bytes_spliced": row[BYTES_SPLICED],

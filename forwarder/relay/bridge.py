@@ -29,6 +29,7 @@ class Bridge(Flow):
 
     __slots__ = ()
 
+    is_answered = False
     c2u: StreamToDatagram
     u2c: DatagramToStream
 
@@ -49,14 +50,26 @@ class Bridge(Flow):
             raise OSError(errno.ENOTCONN, "no client")
         return self.pool.local or sockets.bound_to(self.client)
 
-    def open_upstream(self, target: Target, source: SockAddr | None) -> None:
+    def make_socket(
+        self, target: Target, source: SockAddr | None, *, is_rival: bool
+    ) -> socket.SocketType:
         """Make a socket that is connected to ``target``; nothing is sent by that."""
-        upstream = udp.upstream_socket(target, source, self.pool.how[target.family])
+        del is_rival  # nothing is raced where nothing answers
+        return udp.upstream_socket(target, source, self.pool.how[target.family])
+
+    def connect(self, upstream: socket.SocketType, target: Target) -> int:
+        """It is."""
+        del upstream, target
+        return 0
+
+    def on_connected(self, upstream: socket.SocketType, mask: int) -> None:
+        """Watch both sides from now on."""
+        del mask
+        self.dialer = None
+        self.upstream = self.u2c.src = upstream
         client = self.client
         if client is None:
-            upstream.close()
             raise OSError(errno.ENOTCONN, "the client has gone")
-        self.upstream = self.u2c.src = upstream
         self.relay.batch.prepare(upstream)
         self.c2u.to = Destination(upstream.fileno())
         self.c2u.src = client

@@ -10,6 +10,8 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from forwarder.errors import CloseReason, Phase, Who
+from forwarder.relay.dialer import Dialer
+from forwarder.relay.wheel import TICK_S
 
 if TYPE_CHECKING:
     import socket
@@ -47,18 +49,18 @@ class Conversation:
 
     __slots__ = (
         "active_at",
-        "attempt",
         "c2u",
         "client_address",
         "connected_at",
         "deadline",
+        "dialer",
         "held_as",
         "id",
         "pool",
         "relay",
         "started_at",
         "state",
-        "targets",
+        "target",
         "tick",
         "u2c",
         "upstream",
@@ -66,6 +68,8 @@ class Conversation:
 
     c2u: Direction | Way
     u2c: Direction | Way
+    takes_resets = False
+    is_answered = True
 
     def __init__(self, relay: Relay, pool: Pool, client_address: SockAddr) -> None:
         self.relay = relay
@@ -77,9 +81,9 @@ class Conversation:
         self.started_at = self.active_at = relay.poller.now
         self.connected_at = 0.0  # 0: not yet
         self.tick = -1
-        self.deadline = 0.0  # of RESOLVING, one attempt of CONNECTING, LINGERING, ABORTING
-        self.targets: tuple[Target, ...] = ()
-        self.attempt = -1  # index of the target being tried, then of the one connected
+        self.deadline = 0.0  # of RESOLVING, LINGERING, ABORTING
+        self.dialer: Dialer | None = None  # while CONNECTING
+        self.target: Target | None = None  # what was tried last, then what is connected
         self.held_as: int | None = None  # by the gate; None: not at all
 
     def local(self) -> Target:
@@ -90,33 +94,56 @@ class Conversation:
 
     def start(self) -> None:
         """Find a target and connect, now or when the name is resolved."""
-        self.limit_attempt()
         targets = self.pool.targets()
         if targets is None:
-            self.pool.wait_for_targets(self.on_targets)
+            limit_s = self.pool.rule.connect_timeout_s
+            self.deadline = self.relay.poller.now + (limit_s or math.inf)
+            self.arm(limit_s)
+            self.pool.wait_for_targets(self._on_resolved)
         else:
-            self.on_targets(targets)
+            self.dial(targets)
 
-    def on_targets(self, targets: tuple[Target, ...]) -> None:
-        """Go on with the addresses of the upstream; none means that no name could be resolved."""
-        if self.state is not _RESOLVING:
-            return  # timed out, or ended by a drain
+    def _on_resolved(self, targets: tuple[Target, ...]) -> None:
+        """Go on with the addresses of the upstream, unless this has ended meanwhile."""
+        if self.state is _RESOLVING:
+            self.relay.poller.read_clock()
+            self.dial(targets)
+
+    def dial(self, targets: tuple[Target, ...]) -> None:
+        """Connect to one of ``targets``; none means that no name could be resolved."""
         if not targets:
             self.fail(f"no upstream address could be resolved: {self.pool.why_no_target()}")
             return
-        self.targets = targets
+        if self.pool.failures:
+            targets = self.pool.failures.order(targets, self.relay.poller.now)
         self.state = _CONNECTING
-        self.connect_next(0)
+        self.dialer = Dialer(self, targets)
+        self.dialer.start()
 
-    def connect_next(self, error: int) -> None:
-        """Try the targets that have not been tried; ``error`` is why the last one failed."""
+    def make_socket(
+        self, target: Target, source: SockAddr | None, *, is_rival: bool
+    ) -> socket.SocketType:
+        """As :class:`forwarder.relay.dialer.Caller` says, and so the following ones."""
         raise NotImplementedError
 
-    def limit_attempt(self) -> None:
-        """Give the look-up or the attempt that begins now its time."""
-        limit_s = self.pool.rule.connect_timeout_s
-        self.deadline = self.relay.poller.now + (limit_s or math.inf)
-        self.arm(limit_s)
+    def connect(self, upstream: socket.SocketType, target: Target) -> int:
+        """Begin to connect."""
+        raise NotImplementedError
+
+    def on_dialing(self) -> None:
+        """The first attempt is under way."""
+
+    def on_starved(self) -> None:
+        """There is no descriptor; they come back some time."""
+        self.arm(TICK_S)
+
+    def on_connected(self, upstream: socket.SocketType, mask: int) -> None:
+        """``upstream`` is connected."""
+        raise NotImplementedError
+
+    def on_no_upstream(self, why: str, who: Who) -> None:
+        """All have failed."""
+        self.fail(why, who)
 
     def fail(self, why: str, who: Who = Who.UPSTREAM) -> None:
         """No upstream: a TCP client is reset, as it would be by the closed port itself."""

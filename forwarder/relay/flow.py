@@ -18,7 +18,6 @@ the one that has been silent longest and there are too many.
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 from forwarder.errors import CloseReason, Phase, Who
@@ -30,15 +29,14 @@ from forwarder.relay.wheel import TICK_S
 if TYPE_CHECKING:
     import socket
 
-    from forwarder.net.sockets import SockAddr, Target
+    from forwarder.net.sockets import SockAddr
     from forwarder.relay.datagram_ways import Way
     from forwarder.relay.relay import Relay
     from forwarder.upstream.pool import Pool
 
 
 # As in ``conversation``: looking members up would cost.
-_RESOLVING, _CONNECTING = State.RESOLVING, State.CONNECTING
-_OPEN, _CLOSED = State.OPEN, State.CLOSED
+_RESOLVING, _OPEN, _CLOSED = State.RESOLVING, State.OPEN, State.CLOSED
 
 
 class Flow(Conversation):
@@ -65,25 +63,7 @@ class Flow(Conversation):
 
     # -- opening
 
-    def connect_next(self, error: int) -> None:
-        """Try the targets that have not been tried; ``error`` is why the last one failed."""
-        while self.attempt + 1 < len(self.targets):
-            self.attempt += 1
-            target = self.targets[self.attempt]
-            try:
-                source = self.pool.source(target.family, self.client_address)
-                self.open_upstream(target, source)
-            except OSError as err:
-                error = err.errno or 0
-                if error in sockets.OUT_OF_RESOURCES:
-                    self.attempt -= 1
-                    self._try_again()
-                    return
-                continue
-            return
-        self.fail(os.strerror(error))
-
-    def _try_again(self) -> None:
+    def on_starved(self) -> None:
         """Descriptors come back: after this batch, if a flow has made room, else some time."""
         if self.relay.make_room(keep=self) and not self.has_waited:
             self.has_waited = True
@@ -92,16 +72,9 @@ class Flow(Conversation):
             self.arm(TICK_S)
 
     def on_turn(self) -> None:
-        """Go on after :meth:`_try_again`."""
-        if self.state is _CONNECTING and self.upstream is None:
-            self.connect_next(0)
-
-    def open_upstream(self, target: Target, source: SockAddr | None) -> None:
-        """Begin to connect to ``target``, and call :meth:`on_open` when that is done.
-
-        Raises OSError, to have the next target tried.
-        """
-        raise NotImplementedError
+        """Go on after :meth:`on_starved`."""
+        if self.dialer is not None:
+            self.dialer.on_turn()
 
     def on_open(self) -> None:
         """Both sides are there."""
@@ -142,13 +115,12 @@ class Flow(Conversation):
 
     def on_timer(self, now: float) -> float:
         """Look whether this flow is overdue; returns its next deadline, 0 for none."""
-        if self.state in (_RESOLVING, _CONNECTING):
-            if now >= self.deadline:
-                self.on_attempt_timeout()
-            elif self.state is _CONNECTING and self.upstream is None:
-                self.connect_next(0)
-            is_waiting = self.state in (_RESOLVING, _CONNECTING)
-            return self.deadline if is_waiting and self.deadline < float("inf") else 0.0
+        if self.dialer is not None:
+            return self.dialer.on_timer(now)
+        if self.state is _RESOLVING:
+            if now < self.deadline:
+                return self.deadline
+            self.fail("no name server answered in time", Who.US)
         limit_s = self.silence_limit_s
         if self.state is not _OPEN or not limit_s:
             return 0.0
@@ -158,10 +130,6 @@ class Flow(Conversation):
             return now + limit_s  # it is we who keep it waiting
         self.close(CloseReason(Who.US, Phase.IDLE))
         return 0.0
-
-    def on_attempt_timeout(self) -> None:
-        """The look-up of a name has taken too long, or no descriptor was to be had."""
-        self.fail("no descriptor or no name server answered in time", Who.US)
 
     def end_if_silent_for(self, limit_s: float) -> bool:
         """Whether nothing has moved for ``limit_s``; if so, it has ended."""
@@ -185,6 +153,9 @@ class Flow(Conversation):
         if self.to_stream is not None and self.to_stream.holds_data:
             self._reset_stream(self.to_stream)
         self.state = _CLOSED
+        if self.dialer is not None:
+            self.dialer.close(is_abort=False)
+            self.dialer = None
         relay = self.relay
         relay.on_end(self, reason)
         relay.wheel.discard(self)

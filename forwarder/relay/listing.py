@@ -56,12 +56,11 @@ def identify(session: Conversation) -> str:
 
 def describe(session: Conversation, now: float) -> dict[str, object]:
     """One session, as in the answer to ``forwarder sessions``."""
-    target = session.targets[session.attempt] if session.attempt >= 0 else None
     return {
         "id": identify(session),
         "rule": session.pool.rule.name,
         "client": client_text(session.client_address),
-        "upstream": str(target) if target else None,
+        "upstream": str(session.target) if session.target else None,
         "state": session.state.value,
         "bytes_c2u": session.c2u.moved,
         "bytes_u2c": session.u2c.moved,

@@ -84,6 +84,10 @@ class Poller:
         self.now = loop.time()
         loop.add_reader(self._epoll.fileno(), self._turn)
 
+    def read_clock(self) -> None:
+        """Bring ``now`` up to date, outside of a batch of events."""
+        self.now = self._loop.time()
+
     def register(self, fd: int, handler: Handler, events: int = EDGE_ALL) -> None:
         """Report events of ``fd`` to ``handler``; what is ready already is reported at once."""
         handlers = self._handlers

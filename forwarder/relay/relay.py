@@ -37,6 +37,7 @@ from forwarder.relay.splice import HAS_SPLICE, SpliceDirection
 from forwarder.relay.unix import UnixDirection, UnixSpliceDirection
 from forwarder.relay.wheel import TICK_S, Wheel
 from forwarder.stats import (
+    ATTEMPTS_FAILED,
     BYTES_C2U,
     BYTES_SPLICED,
     BYTES_U2C,
@@ -319,12 +320,11 @@ class Relay:
                 session.end_if_silent_for(limit_s)
 
     def _log_session(self, session: Conversation, reason: CloseReason) -> None:
-        target = session.targets[session.attempt] if session.attempt >= 0 else "-"
         log.debug(
             "session.closed rule=%s client=%s upstream=%s end=%s c2u=%d u2c=%d total_s=%.3f",
             session.pool.rule.name,
             sockets.client_text(session.client_address),
-            target,
+            session.target or "-",
             reason,
             session.c2u.moved,
             session.u2c.moved,
@@ -337,8 +337,30 @@ class Relay:
         session.pool.counts[CONNECTS_FAILED] += 1
         session.pool.on_failure()
         rule = session.pool.rule.name
-        upstream = f" to {session.targets[session.attempt]}" if session.attempt >= 0 else ""
+        upstream = f" to {session.target}" if session.target else ""
         self.warn_rarely(rule, f"connect.failed rule={rule}: cannot connect{upstream}: {why}")
+
+    def on_attempt_failed(self, pool: Pool, target: Target, why: str, *, has_others: bool) -> None:
+        """An address of an upstream has refused, or has not answered in time.
+
+        ``has_others``: where there are none, the failure of the session says it all.
+        """
+        pool.counts[ATTEMPTS_FAILED] += 1
+        self.on_unanswered(pool, target, why, has_others=has_others)
+
+    def on_unanswered(
+        self, pool: Pool, target: Target, why: str = "does not answer", *, has_others: bool = True
+    ) -> None:
+        """Others are tried before an address of an upstream, for a while."""
+        if pool.failures.note(target, why, self.poller.now) and has_others:
+            rule = pool.rule.name
+            about = f"upstream {rule} {target}"
+            self.warn_rarely(about, f"upstream.failed rule={rule} upstream={target}: {why}")
+
+    def on_attempt_worked(self, pool: Pool, target: Target) -> None:
+        """An address of an upstream has answered; called only while some are known to fail."""
+        if pool.failures.forget(target):
+            log.info("upstream.recovered rule=%s upstream=%s", pool.rule.name, target)
 
     def warn_rarely(self, about: str, message: str) -> None:
         """Log a warning; further ones about the same only now and then, with a count."""

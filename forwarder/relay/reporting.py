@@ -41,7 +41,7 @@ def ended(session: Conversation, reason: CloseReason | None, now: float) -> Late
         session.id,
         session.client_address,
         session.local(),
-        session.targets[session.attempt] if session.attempt >= 0 else None,
+        session.target,
         session.c2u.moved,
         session.u2c.moved,
         session.started_at,

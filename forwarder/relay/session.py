@@ -14,7 +14,7 @@ Theory of operation
                                     |              |                |
                                     +--------------+-> ABORTING ----+
 
-* CONNECTING tries one target after the other; client bytes stay in the kernel meanwhile.
+* CONNECTING is the dialer's; client bytes stay in the kernel meanwhile.
 * HALF_CLOSED: one side sent FIN, it was passed on after the last byte (RFC 9293 section 3.6), and
   the other direction lives on, bounded by ``half_close_timeout_s`` without a byte.
 * A side that is reset cannot be told anything any more: what the other one, the survivor, still
@@ -32,10 +32,8 @@ Theory of operation
 
 from __future__ import annotations
 
-import errno
 import logging
 import math
-import os
 import socket
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
@@ -45,11 +43,11 @@ from forwarder.net import sockets
 from forwarder.relay import fast_open, sink
 from forwarder.relay.conversation import Conversation, State
 from forwarder.relay.metered import put_under_meters
-from forwarder.relay.poller import BROKEN, READABLE, WRITABLE
+from forwarder.relay.poller import BROKEN, READABLE
 from forwarder.relay.wheel import TICK_S
 
 if TYPE_CHECKING:
-    from forwarder.net.sockets import Target
+    from forwarder.net.sockets import SockAddr, Target
     from forwarder.relay.direction import Direction
     from forwarder.relay.relay import Relay
     from forwarder.upstream.pool import Pool
@@ -62,11 +60,6 @@ ABORT_GRACE_S: Final = 5.0
 # How often a LINGERING session looks whether it is done. Its survivor has its FIN and waits for
 # nothing, so only a stop of the worker may have to wait for that.
 _LINGER_LOOK_S: Final = 1.0
-
-_IN_PROGRESS: Final = frozenset({0, errno.EINPROGRESS})
-# These can only follow a handshake that succeeded: the upstream accepted and reset at once.
-_RESET_AFTER_CONNECT: Final = frozenset({errno.ECONNRESET, errno.EPIPE})
-
 
 # Both sides have ended; it is the first one who did that wanted it.
 _BY_CLIENT: Final = CloseReason(Who.CLIENT, Phase.DATA)
@@ -84,10 +77,11 @@ class Session(Conversation):
     ``ending``: one side is gone by RST, and this will be the reason when all is delivered.
     """
 
-    __slots__ = ("client", "early", "ending", "unsent")
+    __slots__ = ("client", "ending", "unsent")
 
     c2u: Direction
     u2c: Direction
+    takes_resets = True
 
     def __init__(
         self, relay: Relay, pool: Pool, client: socket.SocketType, client_address: sockets.SockAddr
@@ -95,7 +89,6 @@ class Session(Conversation):
         super().__init__(relay, pool, client_address)
         self.client = client
         self.ending: CloseReason | None = None
-        self.early = 0  # bytes of the client that went with the SYN, and are still in its queue
         self.unsent = 0  # in our send queues when a timeout was last looked at
         make = relay.make_unix_direction if pool.has_unix else relay.make_direction
         c2u = self.c2u = make(relay, self)
@@ -113,80 +106,44 @@ class Session(Conversation):
 
     # -- connecting
 
-    def connect_next(self, error: int) -> None:
-        """Try the targets that have not been tried; ``error`` is why the last one failed."""
-        while self.attempt + 1 < len(self.targets):
-            self.attempt += 1
-            target = self.targets[self.attempt]
-            try:
-                pool = self.pool
-                source = pool.source(target.family, self.client_address)
-                upstream = self.relay.upstream_socket(target, source, pool.how[target.family])
-            except OSError as err:
-                error = err.errno or 0
-                if error in sockets.OUT_OF_RESOURCES:
-                    self.attempt -= 1  # on_timer tries again: descriptors come back
-                    self.arm(TICK_S)
-                    return
-                continue
-            if pool.opens_fast and target.family != socket.AF_UNIX:
-                error = self._connect_fast(upstream, target)
-            else:
-                error = upstream.connect_ex(target.sockaddr)
-            if error in _IN_PROGRESS:
-                self._watch(upstream)
-                return
-            upstream.close()
-            if error == errno.EAGAIN and target.family == socket.AF_UNIX:
-                # The queue of its listener is full. Nothing is under way that could tell when it
-                # is not, unlike with TCP: try again (connect(2)).
-                self.attempt -= 1
-                self.arm(TICK_S)
-                return
-        self.fail(os.strerror(error))
+    def make_socket(
+        self, target: Target, source: SockAddr | None, *, is_rival: bool
+    ) -> socket.SocketType:
+        """Make a socket for ``target``, if need be of the spare descriptor."""
+        make = sockets.upstream_socket if is_rival else self.relay.upstream_socket
+        return make(target, source, self.pool.how[target.family])
 
-    def _watch(self, upstream: socket.SocketType) -> None:
-        """Wait for the outcome of a connect; the first time also watch the client."""
-        poller = self.relay.poller
-        if self.upstream is None:
-            poller.register(self.client.fileno(), self.c2u)
-        else:
-            self.limit_attempt()
-        self.upstream = self.c2u.dst = self.u2c.src = upstream
-        poller.register(upstream.fileno(), self)
-
-    def on_events(self, mask: int) -> None:
-        """Handle events of a connecting upstream socket, or of the last socket of an abort."""
-        if self.state is _CONNECTING and self.upstream is not None:
-            if mask & BROKEN:
-                error = self.upstream.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-                if error not in _RESET_AFTER_CONNECT:
-                    self._give_up_attempt(error)
-                    return
-                self._lose(self.c2u, "reset")
-            elif not mask & WRITABLE:
-                return
-            if self.early and not self._take_out_early():
-                self.abort(CloseReason(Who.CLIENT, Phase.CONNECT, is_reset=True))
-                return
-            self._on_connected(self.upstream, mask)
-
-    def _connect_fast(self, upstream: socket.SocketType, target: Target) -> int:
-        """Connect with the client's first bytes in the SYN; returns an errno as ``connect_ex``."""
+    def connect(self, upstream: socket.SocketType, target: Target) -> int:
+        """Begin to connect, with the client's first bytes in the SYN if they may go there."""
+        dialer = self.dialer
+        if not self.pool.opens_fast or target.is_unix or dialer is None or dialer.is_racing:
+            return upstream.connect_ex(target.sockaddr)
         view = self.relay.bulk_view
-        error, self.early = fast_open.connect(self.client, upstream, target.sockaddr, view)
+        error, dialer.early = fast_open.connect(self.client, upstream, target.sockaddr, view)
         return error
 
-    def _take_out_early(self) -> bool:
-        """What went with the SYN has been sent; False if the client is gone."""
-        count, self.early = self.early, 0
-        self.c2u.moved += count
-        return fast_open.take_out(self.client, count, self.relay.bulk_view)
+    def on_dialing(self) -> None:
+        """Watch the client, which may go while it waits."""
+        self.relay.poller.register(self.client.fileno(), self.c2u)
 
-    def _on_connected(self, upstream: socket.SocketType, mask: int) -> None:
+    def on_connected(self, upstream: socket.SocketType, mask: int) -> None:
+        """Relay from now on; what went with the SYN has been sent."""
+        early = self.dialer.early if self.dialer is not None else 0
+        self.dialer = None
+        self.upstream = self.c2u.dst = self.u2c.src = upstream
+        if mask & BROKEN:
+            self._lose(self.c2u, "reset")
+        if early:
+            self.c2u.moved += early
+            if not fast_open.take_out(self.client, early, self.relay.bulk_view):
+                self.abort(CloseReason(Who.CLIENT, Phase.CONNECT, is_reset=True))
+                return
+        self._begin_to_relay(upstream, mask)
+
+    def _begin_to_relay(self, upstream: socket.SocketType, mask: int) -> None:
         self.state = _RELAYING
         self.active_at = self.connected_at = self.relay.poller.now
-        self.deadline = 0.0  # of no use from here on, and a number of its own in every session
+        self.deadline = 0.0  # of no use from here on, and a number of its own where it was used
         self.relay.on_open(self)
         self.relay.poller.hand_over(upstream.fileno(), self.u2c)
         self.arm(self.pool.rule.idle_timeout_s)
@@ -194,16 +151,6 @@ class Session(Conversation):
         self.c2u.resume()
         if mask & READABLE and not self.u2c.is_blocked:
             self.u2c.pump(mask)
-
-    def _next_is_unix(self) -> bool:
-        targets = self.targets
-        return self.attempt + 1 < len(targets) and targets[self.attempt + 1].is_unix
-
-    def _give_up_attempt(self, error: int) -> None:
-        self.early = 0  # still in the queue of the client, for the next one
-        if self.upstream is not None:
-            self.relay.poller.release(self.upstream)
-        self.connect_next(error)
 
     def _reset_by(self, source_of: Direction, detail: str) -> CloseReason:
         """That the source of a direction has reset its connection, now."""
@@ -348,21 +295,12 @@ class Session(Conversation):
             return self._check_survivor(now, ABORT_GRACE_S, TICK_S)
         if self.state is _LINGERING:
             return self._check_survivor(now, rule.half_close_timeout_s or math.inf, _LINGER_LOOK_S)
-        if self.state in (_RESOLVING, _CONNECTING):
-            is_waiting = self.upstream is None or self.upstream.fileno() < 0
+        if self.dialer is not None:
+            return self.dialer.on_timer(now)
+        if self.state is _RESOLVING:
             if now < self.deadline:
-                if self.state is _CONNECTING and is_waiting:
-                    self.connect_next(0)
-                    return 0.0
                 return self.deadline
-            if is_waiting and self.state is _CONNECTING and self._next_is_unix():
-                self.attempt += 1
-                self.limit_attempt()
-                self.connect_next(errno.ETIMEDOUT)
-            elif is_waiting:
-                self.fail("no descriptor or no name server answered in time", Who.US)
-            else:
-                self._give_up_attempt(errno.ETIMEDOUT)
+            self.fail("no name server answered in time", Who.US)
         return 0.0
 
     def _check_silence(self, now: float, limit_s: float, phase: Phase) -> float:
@@ -435,6 +373,9 @@ class Session(Conversation):
     def _finish(self) -> None:
         """Give everything back. After this batch nothing refers to the session any more."""
         self.state = _CLOSED
+        if self.dialer is not None:
+            self.dialer.close(is_abort=True)
+            self.dialer = None
         relay = self.relay
         relay.wheel.discard(self)
         relay.sessions.pop(self, None)

@@ -17,9 +17,7 @@ through the listener; they lose nothing by that until their worker is resized aw
 
 from __future__ import annotations
 
-import errno
-import socket
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from forwarder.errors import CloseReason, Phase, Who
 from forwarder.net import sockets, udp
@@ -27,21 +25,23 @@ from forwarder.net.datagrams import Destination
 from forwarder.relay.conversation import State
 from forwarder.relay.datagram_ways import DatagramToStream, DatagramWay, StreamToDatagram
 from forwarder.relay.flow import Flow
-from forwarder.relay.poller import BROKEN, EDGE_IN, READABLE, WRITABLE
+from forwarder.relay.poller import EDGE_IN, READABLE, WRITABLE
 
 if TYPE_CHECKING:
+    import socket
+
     from forwarder.net.sockets import SockAddr, Target
     from forwarder.relay.datagram_ways import Way
     from forwarder.relay.relay import Relay
     from forwarder.relay.udp_listener import UdpListener
-
-_IN_PROGRESS: Final = frozenset({0, errno.EINPROGRESS})
 
 
 class UdpFlow(Flow):
     """The flow of a client of ``listener``, by whose ``peer`` it is known there."""
 
     __slots__ = ("listener", "peer", "table")
+
+    is_answered = False
 
     c2u: DatagramWay | DatagramToStream
     u2c: DatagramWay | StreamToDatagram
@@ -86,9 +86,23 @@ class UdpFlow(Flow):
         self.active_at = self.relay.poller.now
         self.table.touch(self)
 
-    def open_upstream(self, target: Target, source: SockAddr | None) -> None:
+    def make_socket(
+        self, target: Target, source: SockAddr | None, *, is_rival: bool
+    ) -> socket.SocketType:
         """Make a socket that is connected to ``target``; nothing is sent by that."""
-        upstream = self.upstream = udp.upstream_socket(target, source, self.pool.how[target.family])
+        del is_rival  # nothing is raced where nothing answers
+        return udp.upstream_socket(target, source, self.pool.how[target.family])
+
+    def connect(self, upstream: socket.SocketType, target: Target) -> int:
+        """It is."""
+        del upstream, target
+        return 0
+
+    def on_connected(self, upstream: socket.SocketType, mask: int) -> None:
+        """Send there from now on, what waits first."""
+        del mask
+        self.dialer = None
+        self.upstream = upstream
         self.relay.batch.prepare(upstream)
         assert isinstance(self.c2u, DatagramWay)  # noqa: S101 - make_ways of this class
         self.c2u.to = Destination(upstream.fileno())
@@ -118,6 +132,7 @@ class UdpToTcpFlow(UdpFlow):
 
     __slots__ = ()
 
+    is_answered = True
     c2u: DatagramToStream
     u2c: StreamToDatagram
 
@@ -129,45 +144,27 @@ class UdpToTcpFlow(UdpFlow):
             StreamToDatagram(self.relay, self, framing),
         )
 
-    def open_upstream(self, target: Target, source: SockAddr | None) -> None:
-        """Begin to connect; :meth:`on_events` hears of the outcome."""
-        upstream = sockets.upstream_socket(target, source, self.pool.how[target.family])
-        error = upstream.connect_ex(target.sockaddr)
-        if error not in _IN_PROGRESS:
-            upstream.close()
-            raise OSError(error, "connect")
+    def make_socket(
+        self, target: Target, source: SockAddr | None, *, is_rival: bool
+    ) -> socket.SocketType:
+        """Make a TCP socket."""
+        del is_rival  # none of these is made of the spare descriptor
+        return sockets.upstream_socket(target, source, self.pool.how[target.family])
+
+    def connect(self, upstream: socket.SocketType, target: Target) -> int:
+        """Begin to connect."""
+        return upstream.connect_ex(target.sockaddr)
+
+    def on_connected(self, upstream: socket.SocketType, mask: int) -> None:
+        """Send there from now on, what waits first."""
+        self.dialer = None
         self.upstream = upstream
-        self.relay.poller.register(upstream.fileno(), self)
-
-    def on_events(self, mask: int) -> None:
-        """Handle the outcome of a connect."""
-        upstream = self.upstream
-        if upstream is None or self.state is not State.CONNECTING:
-            return
-        if mask & BROKEN:
-            self._give_up_attempt(upstream.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
-        elif mask & WRITABLE:
-            self.relay.poller.hand_over(upstream.fileno(), self.u2c)
-            self.u2c.src = upstream
-            self.on_open()
-            self.c2u.open(upstream)
-            if mask & READABLE and self.u2c.src is not None:
-                self.u2c.pump(mask)
-
-    def on_attempt_timeout(self) -> None:
-        """Neither a name server nor the upstream has answered in time."""
-        if self.upstream is None:
-            super().on_attempt_timeout()
-        else:
-            self._give_up_attempt(errno.ETIMEDOUT)
-
-    def _give_up_attempt(self, error: int) -> None:
-        if self.upstream is not None:
-            self.relay.poller.release(self.upstream)
-            self.upstream = None
-        if self.attempt + 1 < len(self.targets):
-            self.limit_attempt()
-        self.connect_next(error)
+        self.relay.poller.hand_over(upstream.fileno(), self.u2c)
+        self.u2c.src = upstream
+        self.on_open()
+        self.c2u.open(upstream)
+        if mask & READABLE and self.u2c.src is not None:
+            self.u2c.pump(mask)
 
     def on_stream_ended(self) -> None:
         """The upstream will say no more; what the client sends from now on begins a new flow."""

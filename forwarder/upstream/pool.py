@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from forwarder.addr import UnixAddress
 from forwarder.net.options import to_connect, to_listen
 from forwarder.net.sockets import Target, unix_target
+from forwarder.upstream.failures import Failures
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,6 +48,7 @@ class Pool:
     ``upstream_text`` (host and port of the first) are as written. ``local`` is the address that all
     clients connect to, or None if only their sockets tell it. ``how`` says how upstream sockets are
     made, by family; ``opens_fast``: with data in the first segment, where there is some.
+    ``failures``: which addresses have failed just now, of all ports of the rule.
     """
 
     __slots__ = (
@@ -59,6 +61,7 @@ class Pool:
         "_turn",
         "_upstreams",
         "counts",
+        "failures",
         "has_unix",
         "how",
         "listen_host",
@@ -89,6 +92,7 @@ class Pool:
         self.local = None if rule.options.transparent else _only_local(rule.listen)
         self.upstream_text = _as_written(rule.upstreams[0], offset)
         self._origin = origin
+        self.failures: Failures = origin.failures if origin is not None else Failures()
         self._names = names
         self._revision = -1
         self._turn = 0

@@ -190,6 +190,7 @@ def test_a_connect_that_is_not_answered_in_time_resets_the_client(make_tunnel: M
         be_reset(tunnel.address)
 
 
+@pytest.mark.expects_log("upstream.failed")
 @pytest.mark.parametrize("first", ["refuses", "does not answer"])
 def test_the_second_upstream_serves_when_the_first(make_tunnel: MakeTunnel, first: str) -> None:
     with CloggedUpstream() as clogged, reserve_port() as closed, listen() as listener:

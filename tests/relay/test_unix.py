@@ -230,6 +230,7 @@ def test_a_queue_that_stays_full_is_given_up_in_time(
         assert_reset(address)
 
 
+@pytest.mark.expects_log("upstream.failed .*unix:")
 def test_another_upstream_is_tried_when_a_queue_stays_full(
     start_forwarder: StartForwarder, tmp_path: Path
 ) -> None:

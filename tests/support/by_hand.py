@@ -18,6 +18,7 @@ from forwarder.net.sockets import SockAddr, Target
 from forwarder.relay.relay import Relay
 from forwarder.relay.udp_listener import UdpListener
 from forwarder.stats import COUNTERS, DATAGRAMS_DROPPED, new_row
+from forwarder.upstream.failures import Failures
 from support.datagrams import free_udp_address, udp, udp_client
 from support.ends import connect
 
@@ -94,6 +95,7 @@ class StubPool:
         self.rule = rule
         self.row, self.counts = 1, new_row()
         self.has_unix = self.opens_fast = False
+        self.failures = Failures()
         self.how = to_connect(rule.options, is_udp=rule.protocol.connects_by_udp)
         self.local: Target | None = None
         self.listen_host, self.upstream_text = "127.0.0.1", ("127.0.0.1", 2)

@@ -1,0 +1,335 @@
+"""The search for an upstream that answers: one address after the other, the next beside a slow one.
+
+Lives while a session or a flow connects, and no longer: what it takes is not in every open session.
+
+Theory of operation
+-------------------
+An *attempt* is one address that is being tried. It ends when it is connected, fails, or has taken
+``connect_timeout``; then the next address has its turn, at once. One that has not been answered
+within ``RACE_AFTER_S`` goes on, but the next one is tried beside it (RFC 8305, section 5): the
+first that is connected wins, and the others are closed. Each attempt has all of its time.
+
+What the kernel has not begun *waits*, and is tried again at every tick: for want of a descriptor,
+or because the queue of a unix socket is full, of which nothing tells when it is not (connect(2)).
+
+No race: where the client's first bytes went with the SYN, for two upstreams would do what they ask;
+for want of descriptors, of which a race takes neither the last nor any that has to be waited for.
+
+What fails or does not answer is remembered (``upstream.failures``), so that it costs one session
+its wait.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import socket
+from typing import TYPE_CHECKING, Final, Protocol
+
+from forwarder.errors import Who
+from forwarder.net import sockets
+from forwarder.relay.poller import BROKEN, WRITABLE
+from forwarder.relay.wheel import TICK_S
+
+if TYPE_CHECKING:
+    from forwarder.net.sockets import SockAddr, Target
+    from forwarder.relay.relay import Relay
+    from forwarder.upstream.pool import Pool
+
+# RFC 8305, section 8: the Connection Attempt Delay; 0.25 s is what it recommends.
+RACE_AFTER_S: Final = 0.25
+# Attempts that are under way at once; each has a descriptor. Arbitrary.
+MAX_ATTEMPTS: Final = 4
+_UNDER_WAY: Final = frozenset({0, errno.EINPROGRESS})
+# These can only follow a handshake that succeeded: the upstream accepted and reset at once.
+_RESET_AFTER_CONNECT: Final = frozenset({errno.ECONNRESET, errno.EPIPE})
+
+
+class Caller(Protocol):
+    """Who is connected: a session or a flow.
+
+    ``target`` is set to what was tried last. ``takes_resets``: an upstream that has accepted and
+    reset at once is as good as any. ``is_answered``: there is a handshake to wait for.
+    """
+
+    relay: Relay
+    pool: Pool
+    client_address: SockAddr
+    target: Target | None
+    takes_resets: bool
+    is_answered: bool
+
+    def make_socket(
+        self, target: Target, source: SockAddr | None, *, is_rival: bool
+    ) -> socket.SocketType:
+        """Make a non-blocking socket for ``target``, which becomes the dialer's. Raises OSError.
+
+        ``is_rival``: it is one more, and must not be made of the last descriptor.
+        """
+
+    def connect(self, upstream: socket.SocketType, target: Target) -> int:
+        """Begin to connect; returns an errno as ``connect_ex``. Raises OSError as well."""
+
+    def on_dialing(self) -> None:
+        """The first attempt is under way."""
+
+    def on_starved(self) -> None:
+        """There is no descriptor: have :meth:`Dialer.on_timer` called when there may be one."""
+
+    def on_connected(self, upstream: socket.SocketType, mask: int) -> None:
+        """``upstream`` is connected, to ``target``, and is the caller's from here on.
+
+        ``mask`` has the events that were seen. Its further ones are still told to the attempt.
+        """
+
+    def on_no_upstream(self, why: str, who: Who) -> None:
+        """All have failed."""
+
+    def arm(self, limit_s: float) -> None:
+        """Have :meth:`Dialer.on_timer` called within ``limit_s``, 0 is never."""
+
+    def on_bug(self) -> None:
+        """Something failed in a way nobody thought of: end."""
+
+
+class Attempt:
+    """One address that is tried. Owns ``sock``, which is None while it waits for one."""
+
+    __slots__ = ("deadline", "dialer", "error", "is_noted", "sock", "target")
+
+    def __init__(self, dialer: Dialer, target: Target, deadline: float) -> None:
+        self.dialer = dialer
+        self.target = target
+        self.deadline = deadline
+        self.error = errno.ETIMEDOUT  # what it is for, if it ends by time
+        self.is_noted = False  # as failed
+        self.sock: socket.SocketType | None = None
+
+    def on_events(self, mask: int) -> None:
+        """Handle the outcome of the connect."""
+        self.dialer.on_outcome(self, mask)
+
+    def on_bug(self) -> None:
+        """End the session whose event handler failed."""
+        self.dialer.caller.on_bug()
+
+
+class Dialer:
+    """Tries ``targets`` for ``caller``, within the batch of events that :meth:`start` is called in.
+
+    ``early``: bytes of the client that went with the SYN of the attempt under way, and are still in
+    the client's queue.
+    """
+
+    __slots__ = (
+        "_attempts",
+        "_error",
+        "_has_begun",
+        "_is_over",
+        "_next",
+        "_race_at",
+        "_targets",
+        "caller",
+        "early",
+    )
+
+    def __init__(self, caller: Caller, targets: tuple[Target, ...]) -> None:
+        self.caller = caller
+        self.early = 0
+        self._targets = targets
+        self._next = 0  # index of the target that is tried next
+        self._attempts: list[Attempt] = []
+        self._error = 0  # of the attempt that failed last
+        self._race_at = math.inf
+        self._has_begun = self._is_over = False
+
+    @property
+    def is_racing(self) -> bool:
+        """Whether an attempt is under way, beside which another one would be a rival."""
+        return any(attempt.sock is not None for attempt in self._attempts)
+
+    def start(self) -> None:
+        """Try the next target; if it fails at once, the one after it, and so on."""
+        while self._next < len(self._targets):
+            caller = self.caller
+            now = caller.relay.poller.now
+            limit_s = caller.pool.rule.connect_timeout_s
+            attempt = Attempt(self, self._targets[self._next], now + (limit_s or math.inf))
+            self._next += 1
+            if not self._open(attempt):
+                continue
+            if self._next < len(self._targets):
+                self._race_at = now + RACE_AFTER_S
+                limit_s = min(limit_s or RACE_AFTER_S, RACE_AFTER_S)
+            else:
+                self._race_at = math.inf
+            if not self._is_over:
+                caller.arm(limit_s)
+            return
+        if not self._attempts:
+            self._fail()
+
+    def on_outcome(self, attempt: Attempt, mask: int) -> None:
+        """Handle events of an attempt."""
+        sock = attempt.sock
+        if sock is None:
+            return
+        if mask & BROKEN:
+            error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if error not in _RESET_AFTER_CONNECT or not self.caller.takes_resets:
+                self._give_up(attempt, error)
+                return
+        elif not mask & WRITABLE:
+            return
+        self._win(attempt, sock, mask)
+
+    def on_timer(self, now: float) -> float:
+        """Give up, try again, race; returns when to call this again, 0 for never."""
+        for attempt in tuple(self._attempts):
+            if now >= attempt.deadline:
+                self._give_up(attempt, attempt.error)
+            elif attempt.sock is None:
+                self._try_again(attempt)
+            if self._is_over:
+                return 0.0
+        if now >= self._race_at:
+            self._race(now)
+        return 0.0 if self._is_over else self._next_look(now)
+
+    def on_turn(self) -> None:
+        """There may be a descriptor again."""
+        for attempt in tuple(self._attempts):
+            if attempt.sock is None and not self._is_over:
+                self._try_again(attempt)
+
+    def close(self, *, is_abort: bool) -> None:
+        """Give up everything. ``is_abort``: by RST, where something was sent with the SYN."""
+        self._is_over = True
+        attempts, self._attempts = self._attempts, []
+        for attempt in attempts:
+            if attempt.sock is not None:
+                if is_abort:
+                    sockets.set_abort_on_close(attempt.sock)
+                self.caller.relay.poller.release(attempt.sock)
+
+    # -- one attempt
+
+    def _open(self, attempt: Attempt) -> bool:
+        """Begin to connect. False if that has failed; else it is under way, waits, or has won."""
+        caller, target = self.caller, attempt.target
+        caller.target = target
+        sock = None
+        try:
+            source = caller.pool.source(target.family, caller.client_address)
+            sock = caller.make_socket(target, source, is_rival=self.is_racing)
+            error = caller.connect(sock, target)
+        except OSError as err:
+            error = err.errno or errno.EIO
+        if sock is not None:
+            if error in _UNDER_WAY:
+                self._begin(attempt, sock)
+                return True
+            sock.close()
+        if error in sockets.OUT_OF_RESOURCES or (error == errno.EAGAIN and target.is_unix):
+            self._wait(attempt, error)
+            return True
+        self._note_failed(attempt, error)
+        return False
+
+    def _begin(self, attempt: Attempt, sock: socket.SocketType) -> None:
+        """Wait for the outcome of a connect, if there is one to wait for."""
+        caller = self.caller
+        attempt.sock = sock
+        attempt.error = errno.ETIMEDOUT
+        if attempt not in self._attempts:
+            self._attempts.append(attempt)
+        if not caller.is_answered:
+            self._win(attempt, sock, 0)
+            return
+        if not self._has_begun:
+            self._has_begun = True
+            caller.on_dialing()
+        caller.relay.poller.register(sock.fileno(), attempt)
+
+    def _wait(self, attempt: Attempt, error: int) -> None:
+        """Have it tried again at the next tick; a rival that lacks a descriptor not so soon."""
+        is_starved = error in sockets.OUT_OF_RESOURCES
+        if is_starved and self.is_racing and attempt not in self._attempts:
+            self._next -= 1
+            return
+        if attempt not in self._attempts:
+            self._attempts.append(attempt)
+        if is_starved:
+            attempt.error = error
+            self.caller.on_starved()
+        else:
+            self.caller.arm(TICK_S)
+
+    def _try_again(self, attempt: Attempt) -> None:
+        if not self._open(attempt):
+            self._attempts.remove(attempt)
+            self.start()
+
+    def _give_up(self, attempt: Attempt, error: int) -> None:
+        """An attempt under way, or one that waits, has failed: go on with the next target."""
+        self._attempts.remove(attempt)
+        self.early = 0  # still in the queue of the client, for the next one
+        if attempt.sock is not None:
+            self.caller.relay.poller.release(attempt.sock)
+        elif error in sockets.OUT_OF_RESOURCES:
+            self._next = len(self._targets)  # there is none for the others, either
+        self._note_failed(attempt, error)
+        self.start()
+
+    def _note_failed(self, attempt: Attempt, error: int) -> None:
+        self._error = error
+        if error not in sockets.OUT_OF_RESOURCES:
+            caller, has_others = self.caller, len(self._targets) > 1
+            caller.relay.on_attempt_failed(
+                caller.pool, attempt.target, os.strerror(error), has_others=has_others
+            )
+
+    def _win(self, attempt: Attempt, sock: socket.SocketType, mask: int) -> None:
+        """The first that is connected; the others are closed."""
+        caller = self.caller
+        relay = caller.relay
+        self._is_over = True
+        others, self._attempts = self._attempts, []
+        for other in others:
+            if other is not attempt and other.sock is not None:
+                relay.poller.release(other.sock)
+        caller.target = attempt.target
+        if caller.pool.failures and caller.is_answered:
+            relay.on_attempt_worked(caller.pool, attempt.target)
+        caller.on_connected(sock, mask)
+
+    # -- all of them
+
+    def _race(self, now: float) -> None:
+        """What was not answered by now is not waited for any more, though it may still win."""
+        self._race_at = now + RACE_AFTER_S
+        is_starved = False
+        for attempt in self._attempts:
+            if attempt.error in sockets.OUT_OF_RESOURCES:
+                is_starved = True
+            elif not attempt.is_noted:
+                attempt.is_noted = True
+                self.caller.relay.on_unanswered(self.caller.pool, attempt.target)
+        if not (self.early or is_starved or len(self._attempts) >= MAX_ATTEMPTS):
+            self.start()
+
+    def _next_look(self, now: float) -> float:
+        looks = [self._race_at, *(attempt.deadline for attempt in self._attempts)]
+        if any(attempt.sock is None for attempt in self._attempts):
+            looks.append(now + TICK_S)
+        first = min(looks)
+        return first if first < math.inf else 0.0
+
+    def _fail(self) -> None:
+        self._is_over = True
+        if self._error in sockets.OUT_OF_RESOURCES:
+            why = f"no descriptor or memory in time: {os.strerror(self._error)}"
+            self.caller.on_no_upstream(why, Who.US)
+        else:
+            self.caller.on_no_upstream(os.strerror(self._error), Who.UPSTREAM)

@@ -1,0 +1,110 @@
+"""Which addresses of a rule have failed just now, so that others are tried before them. Pure.
+
+An address that has failed is avoided for a while; each time it fails again after that, for twice as
+long. When the while is over one session tries it first, and only one: the others go on avoiding it
+until it is known what has come of that. Nothing is ever left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from forwarder.net.sockets import Target
+
+# How long an address is avoided after its first failure, and at most. Arbitrary: a service that is
+# restarted is back within the first, and the last costs one session in a minute its wait.
+FIRST_S: Final = 2.0
+MOST_S: Final = 60.0
+# Addresses of one rule that are remembered: more than a name can have. Arbitrary.
+MAX_KNOWN: Final = 256
+# When nobody has tried an address for so long, nothing is known of it any more. Arbitrary.
+FORGET_S: Final = 600.0
+
+
+@dataclass(slots=True)
+class Failure:
+    """How an address fails: ``why``, ``since`` when, and when it did so last, in seconds."""
+
+    why: str
+    since: float
+    last: float
+    pause_s: float = FIRST_S
+    until: float = 0.0  # others are tried first until then
+    is_tried: bool = False  # one session tries it first; what comes of that is not known yet
+
+
+class Failures:
+    """The addresses of a rule that fail in one worker. Empty, and then false, as a rule."""
+
+    __slots__ = ("_known", "revision")
+
+    def __init__(self) -> None:
+        self._known: dict[Target, Failure] = {}
+        self.revision = 0
+        """Grows whenever an address begins to fail, fails in another way, or fails no more."""
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    @property
+    def known(self) -> Mapping[Target, Failure]:
+        """All that fail."""
+        return self._known
+
+    def note(self, target: Target, why: str, now: float) -> bool:
+        """``target`` has failed. Returns whether that is news."""
+        failure = self._known.get(target)
+        if failure is not None:
+            if failure.is_tried or now >= failure.until:
+                failure.pause_s = min(2 * failure.pause_s, MOST_S)
+                failure.until = now + failure.pause_s
+                failure.is_tried = False
+            failure.last = now
+            self.revision += failure.why != why
+            failure.why = why
+            return False
+        if len(self._known) >= MAX_KNOWN:
+            del self._known[min(self._known, key=lambda known: self._known[known].last)]
+        self._known[target] = Failure(why, now, now, until=now + FIRST_S)
+        self.revision += 1
+        return True
+
+    def forget(self, target: Target) -> bool:
+        """``target`` works. Returns whether that is news."""
+        is_news = self._known.pop(target, None) is not None
+        self.revision += is_news
+        return is_news
+
+    def expire(self, now: float) -> None:
+        """Forget what nobody has tried for long."""
+        for target in [one for one, how in self._known.items() if now >= how.last + FORGET_S]:
+            self.forget(target)
+
+    def is_avoided(self, target: Target, now: float) -> bool:
+        """Whether others are to be tried before ``target``."""
+        failure = self._known.get(target)
+        return failure is not None and now < failure.until
+
+    def order(self, targets: Iterable[Target], now: float) -> tuple[Target, ...]:
+        """The same targets, those that are avoided behind the others.
+
+        Call it once for each session: the first target may be one that it is this session's turn to
+        try.
+        """
+        first, last = [], []
+        for target in targets:
+            failure = self._known.get(target)
+            if failure is None:
+                first.append(target)
+            elif now < failure.until:
+                last.append(target)
+            else:
+                if not first:
+                    failure.is_tried = True
+                    failure.until = now + failure.pause_s
+                first.append(target)
+        return (*first, *last)
