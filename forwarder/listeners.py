@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from forwarder.net import diverting, sockets, udp
+from forwarder.net import diverting, many, sockets, udp
 from forwarder.net.addresses import address_of, bind_error, option_error
 from forwarder.net.listening import change_options, prepare_inherited
 from forwarder.net.sockets import LentSocket
@@ -325,6 +325,9 @@ class ListenerTable:
             for sock in self._reachable(address, self._inherited.pop(address, [])):
                 self._put(address, sock, slotted)
                 self._prepare(sock, address, rule.options)
+                if address.is_udp:
+                    is_taker = sock is slotted.sockets[0]
+                    many.share(sock, address.target, rule.options.device, is_taker=is_taker)
         except OSError as err:
             raise bind_error(address, rule, err) from err
         if slotted.sockets:
@@ -353,6 +356,8 @@ class ListenerTable:
     def _adapt(self, slotted: Slotted, rule: Rule) -> None:
         try:
             change_options(slotted.sockets, slotted.options, rule.options)
+            if slotted.address.is_udp:  # on another device there is the group to join again
+                many.join(slotted.sockets[0], slotted.address.target, rule.options.device)
         except OSError as err:
             raise option_error(slotted.address, rule, err) from err
 
@@ -396,9 +401,15 @@ class ListenerTable:
 
     def _bind(self, address: BindAddress, rule: Rule, first: socket.socket | None) -> socket.socket:
         if address.is_udp:
-            return udp.listen_udp(
+            sock = udp.listen_udp(
                 address.target, v6only=address.v6only, options=rule.options, owner=self.owner
             )
+            try:
+                many.share(sock, address.target, rule.options.device, is_taker=first is None)
+            except BaseException:
+                sock.close()
+                raise
+            return sock
         if first and not _is_shareable(first):
             # A service manager bound it without ReusePort=, or it is a unix socket, which knows
             # nothing of it: no second one can be bound beside it, so all slots share this one and

@@ -100,6 +100,7 @@ def check_endpoints(rule: RawRule, issues: Issues) -> None:
             )
     _check_unix_keys(rule, issues)
     _check_source(rule, issues)
+    _check_many(rule, issues)
 
 
 def _check_length(rule: RawRule, upstream: Placed[Endpoint], issues: Issues) -> None:
@@ -226,3 +227,35 @@ def _check_source(rule: RawRule, issues: Issues) -> None:
                 f" {upstream.value} is IPv{ip.version}",
                 hint=f"give a local IPv{ip.version} address as the source",
             )
+
+
+def _check_many(rule: RawRule, issues: Issues) -> None:
+    """Groups and broadcast addresses are for UDP; a link-local group is of one interface."""
+    listen = rule.listen
+    sides = [(listen, rule.protocol.listens_on_udp, "listen")]
+    sides += [(up, rule.protocol.connects_by_udp, "upstream") for up in rule.upstreams]
+    for endpoint, is_udp, side in sides:
+        if is_udp or isinstance(endpoint.value, UnixAddress) or not _is_many(endpoint.value):
+            continue
+        issues.error(
+            endpoint.place,
+            f"{side} {endpoint.value} is a multicast or broadcast address, which TCP does not have",
+            allowed="an address of one host",
+            hint='use it where UDP is spoken (protocol = "udp")',
+        )
+    address = listen.value
+    if isinstance(address, UnixAddress) or not _is_many(address) or "device" in rule.options:
+        return
+    ip = _literal(address.host.partition("%")[0])
+    if "%" not in address.host and ip is not None and ip.version == 6 and ip.packed[1] & 15 < 3:
+        issues.error(
+            listen.place,
+            f"listen {address} is a group of one interface, and does not say of which",
+            hint=f'write [{address.host}%INTERFACE]:{address.port}, or device = "INTERFACE"',
+        )
+
+
+def _is_many(address: Address) -> bool:
+    """Whether it is written as a multicast address, or as the broadcast address of any network."""
+    ip = _literal(address.host.partition("%")[0])
+    return ip is not None and (ip.is_multicast or str(ip) == "255.255.255.255")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from forwarder.addr import Address, UnixAddress
 from forwarder.errors import ConfigError, ExitCode, Issue, StartupError
 from forwarder.net import sockets
+from forwarder.net.many import is_group
 from forwarder.net.options import is_mptcp
 from forwarder.net.sockets import Target
 
@@ -174,6 +175,10 @@ _UNIX_HINTS = {
     errno.ENOENT: "make its directory first",
 }
 
+# A group is joined on one interface.
+_NO_INTERFACE = "no route says on which interface to join this group: give the rule a device"
+_GROUP_HINTS = dict.fromkeys((errno.ENODEV, errno.EADDRNOTAVAIL, errno.EINVAL), _NO_INTERFACE)
+
 
 def option_error(address: BindAddress, rule: Rule, err: OSError) -> BindError:
     """The options of a rule cannot be had for the sockets that it has already."""
@@ -189,6 +194,8 @@ def option_error(address: BindAddress, rule: Rule, err: OSError) -> BindError:
 def bind_error(address: BindAddress, rule: Rule, err: OSError) -> BindError:
     number = err.errno or 0
     hints = _HINTS | _UNIX_HINTS if address.target.is_unix else _HINTS
+    if address.is_udp and rule.options.device is None and is_group(address.target):
+        hints = hints | _GROUP_HINTS
     return BindError(
         rule,
         f"cannot listen on {address.target}: {os.strerror(number)}",

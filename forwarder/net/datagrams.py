@@ -266,7 +266,7 @@ class Batch:
         while at + _HEADER.size <= told:  # an inherited socket may tell more than we asked for
             length, level, kind = _HEADER.unpack_from(control, at)
             if (level, kind) == (socket.IPPROTO_IP, IP_PKTINFO):
-                return name + bytes(control[at + 20 : at + 24])
+                return name + bytes(control[at + 24 : at + 28])  # not where to answer from
             if (level, kind) == (socket.IPPROTO_IPV6, _IPV6_PKTINFO):
                 return name + bytes(control[at + 16 : at + 32])
             at += length + 7 & ~7

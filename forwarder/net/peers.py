@@ -20,6 +20,9 @@ IP_PKTINFO: Final = 8
 _FAMILY: Final = struct.Struct("=H")
 _IPV4: Final = struct.Struct("=H2s4s8x")
 _IPV6: Final = struct.Struct("=H2s4x16sI")  # flow information plays no part
+_MAPPED: Final = bytes(10) + b"\xff\xff"  # an IPv4 address as an IPv6 one, RFC 4291 2.5.5.2
+_NO_HOST: Final = b"\0\0\0\0"
+_EVERY_HOST: Final = b"\xff\xff\xff\xff"
 SOCKADDR_BYTES: Final = {int(socket.AF_INET): _IPV4.size, int(socket.AF_INET6): _IPV6.size}
 
 
@@ -47,6 +50,24 @@ def address_of(peer: bytes) -> IpSockAddr:
         return (socket.inet_ntop(family, packed), int.from_bytes(port, "big"))
     _, port, packed, scope = _IPV6.unpack_from(peer)
     return (socket.inet_ntop(family, packed), int.from_bytes(port, "big"), 0, scope)
+
+
+def is_answerable(peer: bytes) -> bool:
+    """Whether a client can be spoken to: it has a port, and an address that is its own.
+
+    A socket that is connected to port 0 takes what comes from every port of the address, one that
+    is connected to the unspecified address is connected to this host (connect(2) on Linux).
+    """
+    if peer[2:4] == b"\0\0":
+        return False
+    address = peer[4:8]
+    if _FAMILY.unpack_from(peer)[0] == socket.AF_INET6:
+        address = peer[8:24]
+        if address[:12] != _MAPPED:
+            return address[0] != 0xFF and any(address)
+        address = address[12:]
+    is_group = 224 <= address[0] < 240
+    return not is_group and address not in (_NO_HOST, _EVERY_HOST)
 
 
 def local_host(peer: bytes) -> str | None:

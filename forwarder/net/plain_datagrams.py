@@ -135,7 +135,7 @@ def _local(ancillary: list[tuple[int, int, bytes]]) -> bytes:
     """Which of our addresses a datagram was sent to, if the socket was asked to say so."""
     for level, kind, content in ancillary:
         if (level, kind) == (socket.IPPROTO_IP, peers.IP_PKTINFO):
-            return bytes(_PKTINFO4.unpack_from(content)[1])
+            return bytes(_PKTINFO4.unpack_from(content)[2])
         if (level, kind) == (socket.IPPROTO_IPV6, socket.IPV6_PKTINFO):
             return bytes(_PKTINFO6.unpack_from(content)[0])
     return b""

@@ -240,7 +240,11 @@ def upstream_socket(target: Target, source: SockAddr | None, how: How) -> socket
         how.apply(sock)
         if source is not None:
             sock.bind(source)
-        sock.connect(target.sockaddr)
+        try:
+            sock.connect(target.sockaddr)
+        except PermissionError:  # a broadcast address, which has to be asked for: socket(7)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+            sock.connect(target.sockaddr)
     except BaseException:
         sock.close()
         raise

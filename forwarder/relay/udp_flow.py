@@ -53,7 +53,7 @@ class UdpFlow(Flow):
         self.listener = listener
         self.peer = peer
         self.join(*self.make_ways())
-        self.u2c.to = Destination(listener.sock.fileno(), peer)
+        self.u2c.to = Destination(listener.sock.fileno(), listener.answer_to(peer))
         self.table = relay.flow_table(self.pool)
         self.table.add(self)
 

@@ -15,7 +15,7 @@ from forwarder.access import Decision
 from forwarder.config.model import Protocol
 from forwarder.errors import CloseReason, Phase, Who
 from forwarder.gate import Busy
-from forwarder.net import peers, sockets, udp
+from forwarder.net import many, peers, sockets, udp
 from forwarder.net.datagrams import SLOTS
 from forwarder.net.sockets import Target
 from forwarder.relay.admission import client_host
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
 
     from forwarder.access import AccessList
+    from forwarder.net.sockets import IpSockAddr
     from forwarder.relay.datagram_ways import Way
     from forwarder.relay.relay import Relay
     from forwarder.upstream.pool import Pool
@@ -36,6 +37,8 @@ _BATCHES: Final = 4
 # made before new sockets of flows are read: more than a queue of the default size (425,984 bytes,
 # at least 768 for a datagram) holds.
 _LAST_BATCHES: Final = 16
+# Addresses of ours of which it is remembered whether they are those of many. Arbitrary.
+_MANY_KNOWN: Final = 256
 # How often in a row flows settle that became ripe while others did.
 _SETTLE_ROUNDS: Final = 4
 
@@ -49,6 +52,7 @@ class UdpListener:
         "_flows",
         "_is_flat",
         "_is_on_wildcard",
+        "_many",
         "_own",
         "_relay",
         "_ripe",
@@ -87,6 +91,7 @@ class UdpListener:
         self._is_on_wildcard = udp.is_on_wildcard(sock)
         self._ripe: set[UdpFlow] = set()  # to settle when the batch at hand is dealt with
         self._blocked: list[Way] = []
+        self._many: dict[bytes, bool] = {}  # what is_for_many has found, by our address
 
     def start(self) -> None:
         """Begin to receive."""
@@ -175,6 +180,8 @@ class UdpListener:
     def _take(self, peer: bytes, first: int, last: int) -> None:
         flow = self._flows.get(peer)
         if flow is None:
+            if self._is_copy(peer):
+                return  # another listener of the group has it, too, and forwards it
             flow = self._open(peer)
             if flow is None:
                 self._relay.drop_datagrams(self.pool, last - first)
@@ -188,9 +195,42 @@ class UdpListener:
         if is_ripe and self._settles and not flow.is_settled:
             self._ripe.add(flow)
 
+    def is_for_many(self, peer: bytes) -> bool:
+        """Whether a client speaks to a group or a broadcast address: others hear it, too.
+
+        A socket that is connected to it would hear nothing of that, or what others hear as well.
+        """
+        asked = peers.split(peer)[1]
+        is_many = self._many.get(asked)
+        if is_many is None:
+            try:
+                is_many = many.is_for_many(asked or self._bound_host())
+            except OSError:  # no descriptor to ask the kernel with; as nearly always
+                return False
+            if len(self._many) >= _MANY_KNOWN:
+                self._many.clear()
+            self._many[asked] = is_many
+        return is_many
+
+    def answer_to(self, peer: bytes) -> bytes:
+        """Whom to send answers to, from where; from an address of this host, whatever was asked."""
+        return peers.split(peer)[0] if self.is_for_many(peer) else peer
+
+    def _is_copy(self, peer: bytes) -> bool:
+        """Whether the listener of another slot takes what this new client has sent."""
+        if not self.is_for_many(peer) or many.is_appointed(self.sock):
+            return False
+        return many.is_copied(peers.split(peer)[1] or self._bound_host())
+
+    def _bound_host(self) -> bytes:
+        host = str(self._bound.sockaddr[0]).partition("%")[0]
+        return socket.inet_pton(self._bound.family, host)
+
     def _open(self, peer: bytes) -> UdpFlow | None:
-        """Begin a flow; None if the client may not have one."""
+        """Begin a flow; None if the client may not have one, or cannot be answered."""
         address = peers.address_of(peer)
+        if not peers.is_answerable(peer) or self._is_ours(peer, address):
+            return None
         decision = Decision.ALLOWED if self.access.is_empty else self.access.decide(address[0])
         if decision is not Decision.ALLOWED:
             self._relay.on_refused(self.pool, address, lambda: self.local(peer), decision)
@@ -216,6 +256,12 @@ class UdpListener:
         self._flows[peer] = flow
         relay.begin(flow)
         return self._flows.get(peer)  # none if it has ended for want of an upstream
+
+    def _is_ours(self, peer: bytes, address: IpSockAddr) -> bool:
+        """Whether a datagram says that it comes from where it came to: its answer would, too."""
+        if address[1] != self._bound.port:
+            return False
+        return str(self.local(peer).sockaddr[0]).partition("%")[0] == address[0]
 
     def _settle_ripe(self) -> None:
         """Give ripe flows sockets of their own, as far as they may have them and there are any.
@@ -243,6 +289,8 @@ class UdpListener:
     def _own_socket(self, flow: UdpFlow) -> tuple[socket.SocketType, bool] | None:
         """As ``udp.flow_socket``; None if the flow must do without."""
         if flow.is_settled or self._flows.get(flow.peer) is not flow or not self._settles:
+            return None
+        if self.is_for_many(flow.peer):
             return None
         if self._settled >= self._relay.settled_limit(is_flat=self._is_flat):
             return None

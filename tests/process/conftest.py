@@ -316,9 +316,9 @@ class Network:
     path: Path
     launch: Launch
 
-    def start(self, text: str) -> Configured:
-        """Start a forwarder with two workers; its notifications do not reach us from there."""
-        self.path.write_text("workers = 2\n" + text)
+    def start(self, text: str, workers: int = 2) -> Configured:
+        """Start a forwarder; its notifications do not reach us from there."""
+        self.path.write_text(f"workers = {workers}\n" + text)
         it = self.launch("-c", str(self.path), prefix=self.middle.prefix, expect_ready=False)
         it.wait_logged(r"master\.ready")
         return Configured(it, self.path)

@@ -1,0 +1,120 @@
+"""Datagrams for many: to a multicast group (RFC 1112, RFC 4291 section 2.7) or a broadcast address.
+
+Of these the kernel gives a copy to every socket that they fit, to each of a SO_REUSEPORT group, too
+(Linux, __udp4_lib_mcast_deliver). So one socket of the group is appointed to take them. Who it is
+is told by an option of the socket itself: it goes with the socket to whoever inherits or adopts it,
+and keeps the kernel from making copies of multicast for others. (Of IPv4 multicast that fits one
+socket only the kernel then chooses one of the group, as for unicast: udp_v4_early_demux and
+inet_steal_sock, Linux 6.18.) Broadcasts come to all all the same; who is not appointed passes over
+them.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import struct
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from forwarder.net.sockets import Target
+
+# linux/in.h and linux/in6.h; Python has no names for them. Whether a socket gets what comes for
+# groups that others have joined; it does unless told otherwise.
+_IP_MULTICAST_ALL: Final = 49
+_IPV6_MULTICAST_ALL: Final = 29  # Linux 4.20
+_MAPPED: Final = bytes(10) + b"\xff\xff"  # an IPv4 address as an IPv6 one, RFC 4291 2.5.5.2
+_LIMITED_BROADCAST: Final = b"\xff\xff\xff\xff"
+_ANY_PORT: Final = 9  # nothing is sent
+
+
+def share(sock: socket.socket, target: Target, device: str | None, *, is_taker: bool) -> None:
+    """Have a socket take what is for many, or leave it to another one of its SO_REUSEPORT group.
+
+    ``target`` is where it is bound, ``device`` what it is bound to. Raises OSError as :func:`join`.
+    """
+    with suppress(OSError):  # an old kernel: multicast comes to all, as broadcasts do
+        sock.setsockopt(socket.IPPROTO_IP, _IP_MULTICAST_ALL, is_taker)
+    if sock.family == socket.AF_INET6:
+        with suppress(OSError):
+            sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_MULTICAST_ALL, is_taker)
+    if is_taker:
+        join(sock, target, device)
+
+
+def is_appointed(sock: socket.socket) -> bool:
+    """Whether it takes what is for many; asked anew each time, as others may appoint."""
+    try:
+        return bool(sock.getsockopt(socket.IPPROTO_IP, _IP_MULTICAST_ALL))
+    except OSError:
+        return True
+
+
+def is_multicast(packed: bytes) -> bool:
+    """Whether an address, of 4 or 16 bytes, is that of a group."""
+    address = packed[12:] if len(packed) == 16 and packed.startswith(_MAPPED) else packed
+    return address[0] == 0xFF if len(address) == 16 else 224 <= address[0] < 240
+
+
+def is_group(target: Target) -> bool:
+    """Whether a socket address is that of a group."""
+    return not target.is_unix and is_multicast(_packed(target))
+
+
+def _packed(target: Target) -> bytes:
+    return socket.inet_pton(target.family, str(target.sockaddr[0]).partition("%")[0])
+
+
+def is_copied(packed: bytes) -> bool:
+    """Whether of what comes for many to an address all sockets of a group may get a copy."""
+    is_ipv4 = len(packed) == 4 or packed.startswith(_MAPPED)
+    return not (is_ipv4 and is_multicast(packed))
+
+
+def is_for_many(packed: bytes) -> bool:
+    """Whether an address of a datagram, of 4 or 16 bytes, is a group's or a broadcast address.
+
+    Which IPv4 addresses are broadcast ones only the kernel knows. Never blocks. Raises OSError when
+    there is no descriptor to ask it with.
+    """
+    if is_multicast(packed):
+        return True
+    address = packed[-4:]
+    if len(packed) == 16 and not packed.startswith(_MAPPED):
+        return False
+    return address == _LIMITED_BROADCAST or _is_broadcast(socket.inet_ntoa(address))
+
+
+def _is_broadcast(host: str) -> bool:
+    """Whether the kernel wants to be asked for leave to send there (SO_BROADCAST, socket(7))."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        try:
+            sock.connect((host, _ANY_PORT))
+        except OSError as err:
+            return err.errno == errno.EACCES
+    return False
+
+
+def join(sock: socket.socket, target: Target, device: str | None) -> None:
+    """Be a member of the group that a socket is bound to, if it is one, on a device.
+
+    Without one it is that of the zone, or of the route to the group. Harmless where it is a member.
+    Raises OSError: ENODEV if there is no such device or route.
+    """
+    packed = _packed(target)
+    if not is_multicast(packed):
+        return
+    index = socket.if_nametoindex(device) if device else 0
+    if target.family == socket.AF_INET:
+        level, name = socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP
+        member = struct.pack("=4s4si", packed, bytes(4), index)
+    else:
+        scope = target.sockaddr[3] if len(target.sockaddr) == 4 else 0
+        level, name = socket.IPPROTO_IPV6, socket.IPV6_JOIN_GROUP
+        member = struct.pack("=16si", packed, index or int(scope))
+    try:
+        sock.setsockopt(level, name, member)
+    except OSError as err:
+        if err.errno != errno.EADDRINUSE:  # a member already
+            raise
