@@ -258,6 +258,8 @@ class DatagramToStream(_FromDatagrams):
         except OSError as err:
             self._pending.clear()
             self._dst = None
+            if self.reverse.src is not None:
+                self.reverse.pump(READABLE)  # it may have said something before it went
             self.flow.on_stream_broken(err.strerror or "reset")
             return False
         del self._pending[:sent]

@@ -54,9 +54,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# How long the survivor of a cut stream may take nothing of what our send queue holds. Arbitrary;
-# four retransmissions at the usual minimum timeout fit in (RFC 6298: 0.2 s in Linux, doubled).
-ABORT_GRACE_S: Final = 5.0
+# How long the survivor of a cut stream may take nothing of what our send queue holds. A reader of
+# 2 KB/s is seen to move: its window of 64 KiB, say, opens again when half of it is free.
+ABORT_GRACE_S: Final = 20.0
 # How often a LINGERING session looks whether it is done. Its survivor has its FIN and waits for
 # nothing, so only a stop of the worker may have to wait for that.
 _LINGER_LOOK_S: Final = 1.0

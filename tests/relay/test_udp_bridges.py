@@ -178,6 +178,23 @@ def test_a_reset_by_the_upstream_ends_the_flow(bench: UdpBench) -> None:
     first_contact(bench, client, upstream, b"again")
 
 
+def test_what_the_upstream_said_before_it_reset_arrives_though_a_send_finds_the_reset(
+    bench: UdpBench,
+) -> None:
+    """The client's next datagram is handled first, and there is nobody to send it to."""
+    upstream = stream_upstream(bench)
+    client = bench.client(bench.listen(to_stream(bench, upstream)))
+    peer = first_contact(bench, client, upstream)
+    client.send(b"not read")
+    bench.turn()
+    client.send(b"one thing more")  # which epoll reports first, since it comes first
+    peer.sendall(b"answer")
+    peer.close()  # with something unread: a reset follows the answer
+    bench.turn()
+    assert client.recv(100) == b"answer"
+    assert not bench.flows()
+
+
 def test_a_silent_flow_ends_its_connection_by_fin(bench: UdpBench) -> None:
     """After the time-out, refreshed from both sides. oxidinetd's never end."""
     upstream = stream_upstream(bench)
