@@ -36,6 +36,7 @@ from forwarder.privileges import (
     network_capabilities,
     raise_descriptor_limit,
 )
+from forwarder.reload import look_up
 from forwarder.reloading import Reloading
 from forwarder.service import Service
 from forwarder.signals import SignalQueue
@@ -83,8 +84,7 @@ class Master:
         self._fleet = Fleet(self._service.table, self._selector, self._release_in_child)
         self._late = LateBinds(
             self._service,
-            self._selector,
-            self._release_in_child,
+            known=lambda: self._fleet.names.answers,
             slots=lambda: self._fleet.size,
             on_bound=self._serve_anew,
         )
@@ -93,7 +93,7 @@ class Master:
             self._selector,
             self._release_in_child,
             drop=lambda: drop(self._fleet.identity),
-            on_answers=lambda _: None,
+            on_answers=self._service.on_answers,
         )
         self._signals: SignalQueue | None = None
         self._requests = Requests(self)
@@ -145,7 +145,8 @@ class Master:
         self._signals = SignalQueue(_SIGNALS)
         self._selector.register(self._signals.fileno(), selectors.EVENT_READ, self._hear_signals)
         self._naming.inherit(upgrade.names_of_predecessor())
-        self._service.open(partial(inherited_sockets, self._fleet.identity))
+        inherited = partial(inherited_sockets, self._fleet.identity)
+        self._service.open(inherited, self._fleet.names.answers)
         if not upgrade.has_predecessor():
             self._open_control()
         self._fleet.logs.use(self._fleet.logs.prepare(config.settings.logs))
@@ -160,12 +161,12 @@ class Master:
             keep_capabilities_of_a_master(rights if is_used else 0)
         self._state = State.RUNNING
 
-    def _load(self) -> Config:
+    def _load(self) -> Candidate:
         """Read the configuration anew, and try what it asks of sockets; in a forked child."""
         assert self._spec.load is not None  # noqa: S101 - else there is no reload
         config = self._spec.load()
         probing.check(config, self._drop)
-        return config
+        return look_up(config, self._fleet.names.answers)
 
     def _drop(self) -> None:
         """Have no more rights than a worker."""
@@ -179,7 +180,6 @@ class Master:
 
     def _close(self) -> None:
         """Give up what the master owns, but sockets and pid file; a forked child does the same."""
-        self._late.close()
         self._reloading.close()
         self._fleet.logs.close()
         if self._signals is not None:
@@ -215,7 +215,6 @@ class Master:
         self._handover.give_up()
         self._requests.on_stopping()
         self._reloading.cancel()
-        self._late.cancel()
         self._deadline = time.monotonic() + patience
         # Ours are the last copies once the workers, which serve what is queued first, have let go:
         # who comes now is refused at once instead of waiting in a queue that nobody serves.
@@ -321,7 +320,8 @@ class Master:
             self._report = None
         self._requests.on_settled()
         # Where all have died there is nobody who has not acknowledged.
-        if not self._is_announced and self._fleet.is_complete:
+        is_started = self._service.is_started(now)
+        if not self._is_announced and self._fleet.is_complete and is_started:
             self._is_announced = True
             log.info(
                 "master.ready pid=%d workers=%d rules=%d generation=%d",
@@ -445,7 +445,6 @@ class Master:
 
     def listening_sockets(self) -> list[socket.socket]:
         """Every listening socket, in the order of the slots; the last look at them."""
-        self._late.cancel()
         return self._service.table.all_sockets()
 
     def known_names(self) -> bytes:
@@ -477,7 +476,6 @@ class Master:
         wanted = candidate.config.settings.workers
         is_resized = wanted != self._service.config.settings.workers
         size = wanted if is_resized else self._fleet.size
-        self._late.cancel()  # this tries them all
         logs = self._fleet.logs.prepare(candidate.config.settings.logs)
         try:
             self._report = self._service.begin(candidate, size)
@@ -485,6 +483,7 @@ class Master:
             discard(logs)
             raise
         self._fleet.logs.use(logs)
+        self._naming.learn(candidate.answers)
         self._requests.on_accepted(self._report, self._service.generation)
         self._take_serving()
         # Those that go now are served for a moment yet; the next reload forgets them.

@@ -55,6 +55,11 @@ class Naming:
         except (ValueError, TypeError, AttributeError, RecursionError) as err:
             log.warning("names: cannot read what the predecessor knew: %s", err)
 
+    def learn(self, answers: Mapping[str, Answer]) -> None:
+        """Know what somebody else has found of names that will be used."""
+        for host, answer in answers.items():
+            self.known.put(host, answer)
+
     def use(self, rules: Mapping[str, list[str]], now: float) -> None:
         """Have these names looked up from now on, and no others; with the rules that have them."""
         self._rules = dict(rules)

@@ -32,7 +32,7 @@ class Preview:
 
     def __init__(
         self,
-        load: Callable[[], Config],
+        load: Callable[[], Candidate],
         in_force: Callable[[], Config],
         selector: selectors.BaseSelector,
         release: Callable[[], None],

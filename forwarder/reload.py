@@ -1,6 +1,6 @@
 """Reading a configuration in a process of its own, so that the master never blocks or dies of it.
 
-Parsing ten thousand rules takes a second and a name server can take many; meanwhile the master must
+Parsing ten thousand rules takes a second and a file system can take many; meanwhile the master must
 answer signals. What the child found comes back over a pipe. Applies nothing.
 """
 
@@ -16,27 +16,34 @@ from typing import TYPE_CHECKING, Final
 
 from forwarder.errors import ForwarderError
 from forwarder.net.addresses import bind_addresses
+from forwarder.upstream.lookup import look_up_all
+from forwarder.upstream.wanted import listening_names
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Container, Mapping
 
     from forwarder.config.model import Config
     from forwarder.net.addresses import BindAddress
+    from forwarder.upstream.answers import Answer
 
 # A configuration that takes longer (a dead name server, a dead network file system) is given up.
 LOAD_TIMEOUT_S: Final = 60.0
+# New names to listen on have so long to be answered; after that their rules wait for them.
+LOOK_UP_S: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """A configuration that can be applied, with the addresses its rules listen on.
 
-    ``unresolved``: why rules that may wait for their address have none now, by name.
+    ``unresolved``: why rules have no address now, by name. ``answers``: what was found of names to
+    listen on that were not known before.
     """
 
     config: Config
     binds: dict[str, tuple[BindAddress, ...]]
     unresolved: dict[str, str] = field(default_factory=dict)
+    answers: dict[str, Answer] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +58,12 @@ class Loading:
 
     def __init__(
         self,
-        load: Callable[[], Config],
+        load: Callable[[], Candidate],
         release: Callable[[], None],
         now: float,
-        *,
-        beside: Config | None = None,
     ) -> None:
         """Fork. In the child ``release`` gives up what the master owns, then ``load`` is called.
 
-        ``beside`` is the configuration in force, if ``load`` gives some of its rules, of which only
-        where they listen has to be looked up.
         Raises OSError.
         """
         self.deadline = now + LOAD_TIMEOUT_S
@@ -76,7 +79,7 @@ class Loading:
             try:
                 os.close(self._read_fd)  # else it would wait for itself to read, once we are gone
                 release()
-                _write_all(write_fd, pickle.dumps(_load(load, beside)))
+                _write_all(write_fd, pickle.dumps(_load(load)))
             finally:
                 os._exit(0)
         os.close(write_fd)
@@ -143,11 +146,9 @@ class Loader:
         """When :meth:`turn` has something to do without an event; None for never."""
         return None if self._loading is None else self._loading.deadline
 
-    def start(
-        self, load: Callable[[], Config], now: float, *, beside: Config | None = None
-    ) -> None:
+    def start(self, load: Callable[[], Candidate], now: float) -> None:
         """Begin, as Loading does, when nothing is under way. Raises OSError."""
-        self._loading = Loading(load, self._release, now, beside=beside)
+        self._loading = Loading(load, self._release, now)
         self._selector.register(self._loading, selectors.EVENT_READ, self._hear)
 
     def turn(self, now: float) -> None:
@@ -180,23 +181,38 @@ class Loader:
             self.close()
 
 
-def _load(load: Callable[[], Config], beside: Config | None = None) -> Candidate | Rejected:
+def _load(load: Callable[[], Candidate]) -> Candidate | Rejected:
     try:
-        config = load()
-        return look_up(config, beside)
+        return load()
     except ForwarderError as err:
         return Rejected(tuple(str(err).splitlines()))
     except Exception as err:  # noqa: BLE001 - a bug in reading must not pass for a dead child
         return Rejected((f"internal error: {err!r}",))
 
 
-def look_up(config: Config, beside: Config | None = None) -> Candidate:
-    """Resolve where the rules of a configuration listen; of a part of it if ``beside`` is all.
+def look_up(config: Config, known: Mapping[str, Answer]) -> Candidate:
+    """Find where the rules of a configuration listen, asking for names that are not ``known``.
 
-    Raises ForwarderError.
+    Blocks LOOK_UP_S at most. Raises ForwarderError, as for a name that means nothing.
     """
+    asked = listening_names(config.rules).keys() - known.keys()
+    answers = look_up_all(asked, LOOK_UP_S) if asked else {}
     unresolved: dict[str, str] = {}
-    return Candidate(config, bind_addresses(config, unresolved, beside), unresolved)
+    binds = bind_addresses(config, {**known, **answers}, unresolved)
+    return Candidate(config, binds, unresolved, answers)
+
+
+def as_known(
+    config: Config,
+    known: Mapping[str, Answer],
+    beside: Config | None = None,
+    *,
+    patient: Container[str],
+) -> Candidate:
+    """Find where the rules listen, asking nobody; the rest is as for ``bind_addresses``."""
+    unresolved: dict[str, str] = {}
+    binds = bind_addresses(config, known, unresolved, beside, patient)
+    return Candidate(config, binds, unresolved)
 
 
 def _write_all(fd: int, content: bytes) -> None:

@@ -56,7 +56,7 @@ class Reloading:
         self,
         master: Reloadable,
         handover: Handover,
-        load: Callable[[], Config] | None,
+        load: Callable[[], Candidate] | None,
         selector: selectors.BaseSelector,
         requests: Requests,
         release: Callable[[], None],
@@ -139,7 +139,7 @@ class Reloading:
         if self._preview is not None:
             self._preview.close()
 
-    def _start(self, load: Callable[[], Config]) -> None:
+    def _start(self, load: Callable[[], Candidate]) -> None:
         self._requests.on_loading()
         now = time.monotonic()
         _tell_reloading(now)

@@ -48,10 +48,19 @@ class Retries:
         soon = now + FIRST_DELAY_S
         return {name for name, one in self._waiting.items() if one.not_before <= soon}
 
+    def expect(self, name: str, why: str, now: float) -> None:
+        """Note that a rule will be tried when something is known, which is no failure yet."""
+        self._waiting[name] = Waiting(why, 0, now + LONGEST_DELAY_S)
+
+    def hasten(self, names: Collection[str], now: float) -> None:
+        """Try these rules now, as far as they wait."""
+        for name in self._waiting.keys() & set(names):
+            self._waiting[name].not_before = now
+
     def on_failure(self, name: str, why: str, now: float) -> bool:
         """Note that a rule has to wait. Returns whether that is news."""
         one = self._waiting.get(name)
-        is_news = one is None
+        is_news = one is None or not one.failures
         if one is None:
             one = self._waiting[name] = Waiting(why, 0, now)
         one.why = why

@@ -20,20 +20,23 @@ from forwarder.addr import UnixAddress
 from forwarder.config.describe import listening, waiting_text
 from forwarder.config.plan import FIXED_SETTINGS, diff
 from forwarder.errors import StartupError
+from forwarder.firstanswers import FirstAnswers
 from forwarder.listeners import CLOSE_GRACE_S, ListenerTable, start_lock
 from forwarder.net.addresses import BindError, address_of
-from forwarder.reload import Candidate, Rejected, look_up
+from forwarder.reload import Candidate, Rejected, as_known
 from forwarder.retries import Retries
 from forwarder.serving import Serving
 from forwarder.status import describe_rule
+from forwarder.upstream.wanted import listening_names
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
     from forwarder.config.model import Config, Rule
     from forwarder.net.addresses import BindAddress
     from forwarder.net.sockets import Target
+    from forwarder.upstream.answers import Answer
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +56,7 @@ class Service:
         self.generation = 1
         self.table = ListenerTable()
         self.retries = Retries()
+        self._start = FirstAnswers()
         self._binds: dict[str, tuple[BindAddress, ...]] = {}
         self._revision = 0
         self._closing: dict[BindAddress, tuple[Rule, float]] = {}
@@ -60,14 +64,19 @@ class Service:
         self._unclaimed_until = math.inf
 
     def open(
-        self, inherited: Callable[[Callable[[socket.socket], bool]], Iterable[socket.socket]]
+        self,
+        inherited: Callable[[Callable[[socket.socket], bool]], Iterable[socket.socket]],
+        known: Mapping[str, Answer],
     ) -> None:
         """Make or take over the sockets of the first configuration: all, or none.
 
-        Rules that may wait for their address do. ``inherited`` gives sockets that exist already; it
-        is told which are wanted. Blocks while names are resolved. Raises StartupError.
+        Rules that may wait for their address do, and those on names that are not ``known``.
+        ``inherited`` gives sockets that exist already; it is told which are wanted. Raises
+        StartupError.
         """
-        candidate = look_up(self.config)
+        names = [rule.name for rule in self.config.rules]
+        candidate = as_known(self.config, known, patient=names)
+        self._start.expect(self.config.rules, known, time.monotonic())
         wanted = _by_address(self.config, candidate.binds)
         slots = self.config.settings.workers
         _check_descriptors(len(wanted) * slots, f"{len(wanted)} addresses for {slots} workers")
@@ -75,7 +84,8 @@ class Service:
         with start_lock():
             self.table.add(_required(candidate), slots)
             self._put_in_force(candidate, slots)
-        for line in listening(self.config.rules, lambda rule: self.retries.get(rule.name)):
+        at_once = [rule for rule in self.config.rules if rule.name not in self._start.rules]
+        for line in listening(at_once, lambda rule: self.retries.get(rule.name)):
             log.info("%s", line)
         for address in self.table.unclaimed():
             if address.aside:  # the giver knows
@@ -95,6 +105,7 @@ class Service:
 
         Raises StartupError if something cannot be bound; then nothing has changed.
         """
+        candidate = self._with_what_is_bound(candidate)
         old, new = self.config, candidate.config
         before = self._rules_by_address()
         required, every = _required(candidate), _by_address(new, candidate.binds)
@@ -121,15 +132,28 @@ class Service:
         waiting = [rule.name for rule in new.rules if self.retries.get(rule.name)]
         return f"{diff(old, new)}, generation {self.generation}{waiting_text(waiting)}"
 
+    def _with_what_is_bound(self, candidate: Candidate) -> Candidate:
+        """The candidate, whose unchanged rules listen on where they do if their name is silent."""
+        before = {rule.name: rule for rule in self.config.rules}
+        kept = {
+            rule.name: self._binds[rule.name]
+            for rule in candidate.config.rules
+            if rule.name in candidate.unresolved
+            and rule.name in before
+            and _listens_alike(rule, before[rule.name])
+            and self._binds[rule.name]
+        }
+        unresolved = {k: why for k, why in candidate.unresolved.items() if k not in kept}
+        return dataclasses.replace(candidate, binds=candidate.binds | kept, unresolved=unresolved)
+
     def _put_in_force(self, candidate: Candidate, slots: int) -> None:
         self.config = candidate.config
-        self._binds = {
-            rule.name: ()
-            if rule.retries_bind
-            else tuple(map(self.table.known, candidate.binds[rule.name]))
-            for rule in candidate.config.rules
-        }
-        self._add_or_wait(candidate, slots)
+        late = [rule for rule in self.config.rules if _is_late(rule, candidate)]
+        self._binds = dict.fromkeys((rule.name for rule in late), ())
+        for rule in self.config.rules:
+            if rule.name not in self._binds:
+                self._on_bound(rule, candidate.binds[rule.name])
+        self._add_or_wait(candidate, late, slots)
         for address in self._rules_by_address():
             self._reopen(address)
 
@@ -168,6 +192,26 @@ class Service:
 
     # -- rules that wait for their address
 
+    @property
+    def awaited(self) -> set[str]:
+        """Rules without whose address the start has failed, as far as that is open yet."""
+        return {
+            rule.name
+            for rule in self.config.rules
+            if rule.name in self._start.rules and not rule.retries_bind
+        }
+
+    def is_started(self, now: float) -> bool:
+        """Whether each name to listen on has been looked up, or that has taken too long."""
+        return self._start.is_over(now)
+
+    def on_answers(self, hosts: Collection[str]) -> None:
+        """Names have been looked up: try again the rules that wait for them."""
+        self._start.on_answers(hosts)
+        names = listening_names(self.config.rules)
+        waiting = [rule for host in hosts for rule in names.get(host, ())]
+        self.retries.hasten(waiting, time.monotonic())
+
     def due(self, now: float) -> Config:
         """The configuration in force, with no other rules than those to try again now."""
         names = self.retries.due(now)
@@ -185,7 +229,7 @@ class Service:
         waiting = len(self.retries)
         with start_lock(patience_s=0.0) as is_alone:
             if is_alone:
-                self._add_or_wait(found, slots)
+                self._add_or_wait(found, tried.rules, slots)
             else:  # our probe could meet theirs
                 for rule in tried.rules:
                     self._wait(rule, "another instance is starting")
@@ -194,12 +238,13 @@ class Service:
                 self._reopen(address)
         return len(self.retries) < waiting
 
-    def _add_or_wait(self, candidate: Candidate, slots: int) -> None:
-        """Bind the rules of a candidate that may wait for their address, each of them or none."""
+    def _add_or_wait(self, candidate: Candidate, late: Iterable[Rule], slots: int) -> None:
+        """Bind rules of a candidate that may wait for their address, each of them or none.
+
+        Raises StartupError for one without which the start has failed.
+        """
         taken = self._rules_by_address()
-        for rule in candidate.config.rules:
-            if not rule.retries_bind:
-                continue
+        for rule in late:
             addresses = candidate.binds.get(rule.name, ())
             why = candidate.unresolved.get(rule.name, "")
             try:
@@ -209,16 +254,29 @@ class Service:
                     _check_descriptors(needed, f"{len(addresses)} addresses more")
                     self.table.add(dict.fromkeys(addresses, rule), slots)
             except StartupError as err:
+                if rule.name in self.awaited:
+                    raise
                 why = err.why if isinstance(err, BindError) else str(err)
             if why:
                 self._wait(rule, why)
-                continue
-            self._binds[rule.name] = tuple(map(self.table.known, addresses))
-            if failures := self.retries.on_success(rule.name):
-                log.info("bind.done rule=%s listens, at attempt %d", rule.name, failures + 1)
+            else:
+                self._on_bound(rule, addresses)
+
+    def _on_bound(self, rule: Rule, addresses: Iterable[BindAddress]) -> None:
+        self._binds[rule.name] = tuple(map(self.table.known, addresses))
+        if failures := self.retries.on_success(rule.name):
+            log.info("bind.done rule=%s listens, at attempt %d", rule.name, failures + 1)
+        elif rule.name in self._start.rules:
+            log.info("%s", listening([rule], lambda _: False)[0])
+        self._start.rules.discard(rule.name)
 
     def _wait(self, rule: Rule, why: str) -> None:
         self._binds[rule.name] = ()
+        if rule.name in self._start.rules:
+            if self._start.is_unanswered(rule):
+                self.retries.expect(rule.name, why, time.monotonic())
+                return
+            self._start.rules.discard(rule.name)
         if self.retries.on_failure(rule.name, why, time.monotonic()):
             log.warning("bind.waiting rule=%s %s; it is tried again", rule.name, why)
 
@@ -251,7 +309,8 @@ class Service:
 
     def deadlines(self) -> list[float]:
         """When :meth:`expire` has something to do."""
-        return [*(until for _, until in self._closing.values()), self._unclaimed_until]
+        closing = (until for _, until in self._closing.values())
+        return [*closing, self._unclaimed_until, self._start.deadline]
 
     def expire(self, now: float) -> bool:
         """Drop what has been closing long enough. Returns whether the workers must be told."""
@@ -313,7 +372,20 @@ def _by_address(
 def _required(candidate: Candidate) -> dict[BindAddress, Rule]:
     """The addresses without which nothing shall start."""
     every = _by_address(candidate.config, candidate.binds)
-    return {address: rule for address, rule in every.items() if not rule.retries_bind}
+    return {address: rule for address, rule in every.items() if not _is_late(rule, candidate)}
+
+
+def _listens_alike(one: Rule, other: Rule) -> bool:
+    return (one.listen, one.protocol.listens_on_udp, one.options.mptcp.on_listen) == (
+        other.listen,
+        other.protocol.listens_on_udp,
+        other.options.mptcp.on_listen,
+    )
+
+
+def _is_late(rule: Rule, candidate: Candidate) -> bool:
+    """Whether a rule may be bound later than the others."""
+    return rule.retries_bind or rule.name in candidate.unresolved
 
 
 def _check_taken(

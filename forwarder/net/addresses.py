@@ -9,7 +9,7 @@ import errno
 import os
 import socket
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from forwarder.addr import Address, UnixAddress
 from forwarder.errors import ConfigError, ExitCode, Issue, StartupError
@@ -19,7 +19,7 @@ from forwarder.net.options import is_mptcp
 from forwarder.net.sockets import Target
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Container, Iterator, Mapping
 
     from forwarder.config.model import Config, Rule
 
@@ -66,25 +66,53 @@ def address_of(sock: socket.socket) -> BindAddress:
 
 
 class BindError(StartupError):
-    """An address cannot be had. ``why`` says it without the rule and its place."""
+    """An address cannot be had. ``why`` says it without the rule and its place.
 
-    def __init__(self, rule: Rule, why: str, hint: str, *, is_denied: bool = False) -> None:
+    ``is_final``: waiting does not help, unlike with a name that cannot be looked up just now.
+    """
+
+    def __init__(
+        self, rule: Rule, why: str, hint: str, *, is_denied: bool = False, is_final: bool = True
+    ) -> None:
         super().__init__(
             f"{rule.place}: rule {rule.name!r} {why}" + (f"; hint: {hint}" if hint else ""),
             ExitCode.NO_PERMISSION if is_denied else ExitCode.UNAVAILABLE,
         )
         self.why = why
+        self.is_final = is_final
+
+
+class Answered(Protocol):
+    """What is known of a name, see ``upstream.answers``."""
+
+    @property
+    def addresses(self) -> tuple[Target, ...]:
+        """The last known ones."""
+
+    @property
+    def why(self) -> str:
+        """Why the last look-up has found none."""
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the name means nothing."""
 
 
 def bind_addresses(
-    config: Config, unresolved: dict[str, str] | None = None, beside: Config | None = None
+    config: Config,
+    answers: Mapping[str, Answered],
+    unresolved: dict[str, str],
+    beside: Config | None = None,
+    patient: Container[str] = (),
 ) -> dict[str, tuple[BindAddress, ...]]:
     """The addresses each rule listens on, by rule name. A host name may stand for several.
 
-    ``beside`` is the whole configuration, where ``config`` has some of its rules only.
-    A rule that may wait for its address, and whose name has none now, has none; ``unresolved`` is
-    told why, by rule. Blocks while names are resolved. Raises StartupError naming the rule and its
-    place, and ConfigError when two rules turn out to listen on one address.
+    ``answers`` is what is known of names; nobody is asked. ``beside`` is the whole configuration,
+    where ``config`` has some of its rules only.
+    A rule whose name has no address now has none, and ``unresolved`` is told why, by rule. But if
+    its name means nothing that is an error, unless it may wait for its address or is ``patient``.
+    Raises StartupError naming the rule and its place, and ConfigError when two rules turn out to
+    listen on one address.
     """
     issues: list[Issue] = []
     first: dict[BindAddress, Rule] = {}
@@ -92,9 +120,9 @@ def bind_addresses(
     found: dict[str, tuple[BindAddress, ...]] = {}
     for rule in config.rules:
         try:
-            found[rule.name] = tuple(_expand(rule, wildcards))
+            found[rule.name] = tuple(_expand(rule, wildcards, answers))
         except BindError as err:
-            if unresolved is None or not rule.retries_bind:
+            if err.is_final and not (rule.retries_bind or rule.name in patient):
                 raise
             found[rule.name] = ()
             unresolved[rule.name] = err.why
@@ -124,14 +152,16 @@ def _ipv4_wildcards(config: Config) -> set[tuple[bool, int]]:
     }
 
 
-def _expand(rule: Rule, wildcards: set[tuple[bool, int]]) -> Iterator[BindAddress]:
+def _expand(
+    rule: Rule, wildcards: set[tuple[bool, int]], answers: Mapping[str, Answered]
+) -> Iterator[BindAddress]:
     """Every address of a rule: each of its ports on each address of its host."""
     listen = rule.listen
     if isinstance(listen, UnixAddress):
         yield BindAddress(sockets.unix_target(listen.path))
         return
     is_udp = rule.protocol.listens_on_udp
-    targets = _resolve_listen(rule, listen)
+    targets = _resolve_listen(rule, listen, answers)
     for port in range(listen.port, listen.last_port + 1):
         for target in targets:
             yield BindAddress(
@@ -143,21 +173,35 @@ def _expand(rule: Rule, wildcards: set[tuple[bool, int]]) -> Iterator[BindAddres
             )
 
 
-def _resolve_listen(rule: Rule, listen: Address) -> list[Target]:
+def _resolve_listen(rule: Rule, listen: Address, answers: Mapping[str, Answered]) -> list[Target]:
+    if not listen.is_literal:
+        return _known(rule, listen, answers.get(listen.host))
     try:
-        answers = socket.getaddrinfo(
+        found = socket.getaddrinfo(
             listen.host,
             listen.port,
             type=socket.SOCK_DGRAM if rule.protocol.listens_on_udp else socket.SOCK_STREAM,
-            flags=socket.AI_PASSIVE,
+            flags=socket.AI_PASSIVE | socket.AI_NUMERICHOST,
         )
-    except (OSError, UnicodeError) as err:  # UnicodeError: a name that IDNA cannot encode
-        why = err.strerror if isinstance(err, OSError) else str(err)
+    except OSError as err:
         raise BindError(
-            rule, f"cannot listen on {listen}: {why}", "use an address of this host"
+            rule, f"cannot listen on {listen}: {err.strerror}", "use an address of this host"
         ) from err
-    targets = [Target(family, sockaddr) for family, _, _, _, sockaddr in answers]  # type: ignore[arg-type]  # IP only
+    targets = [Target(family, sockaddr) for family, _, _, _, sockaddr in found]  # type: ignore[arg-type]  # IP only
     return list(dict.fromkeys(targets))
+
+
+def _known(rule: Rule, listen: Address, answer: Answered | None) -> list[Target]:
+    """What is known of a name to listen on. Raises BindError if there is no address."""
+    if answer is not None and answer.addresses:
+        return list(answer.addresses)
+    why = "its name is being looked up" if answer is None else answer.why
+    raise BindError(
+        rule,
+        f"cannot listen on {listen}: {why}",
+        "use an address of this host",
+        is_final=answer is not None and answer.is_final,
+    )
 
 
 _HINTS = {

@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from forwarder.upstream.answers import Answer, targets_of
@@ -43,10 +44,11 @@ def look_up(host: str) -> Answer:
 
 def look_up_all(hosts: Collection[str], limit_s: float) -> dict[str, Answer]:
     """Ask for names side by side. Blocks ``limit_s`` at most; who has no answer then has failed."""
-    answers = {host: Answer((), f"no answer within {limit_s:.0f} s") for host in hosts}
+    now = time.monotonic()
+    until = now + limit_s
+    answers = {host: Answer((), f"no answer within {limit_s:.0f} s", since=now) for host in hosts}
     lookups = Lookups(look_up)
     lookups.have(len(answers))
-    until = time.monotonic() + limit_s
     for host in answers:
         lookups.begin(host)
     missing = set(answers)
@@ -54,8 +56,9 @@ def look_up_all(hosts: Collection[str], limit_s: float) -> dict[str, Answer]:
         selector.register(lookups, selectors.EVENT_READ)
         while missing and selector.select(max(0.0, until - time.monotonic())):
             for host, answer in lookups.take():
-                answers[host] = answer
+                answers[host] = replace(answer, since=time.monotonic())
                 missing.discard(host)
+    lookups.close()
     return answers
 
 
@@ -69,11 +72,19 @@ class Lookups:
         self._found: queue.SimpleQueue[tuple[str, Answer]] = queue.SimpleQueue()
         self._threads = 0
         self._read_fd, self._write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._lock = threading.Lock()
         threading.stack_size(STACK_BYTES)
 
     def fileno(self) -> int:
         """See the constructor."""
         return self._read_fd
+
+    def close(self) -> None:
+        """Give up what is under way; nobody hears of it."""
+        with self._lock:
+            os.close(self._read_fd)
+            os.close(self._write_fd)
+            self._read_fd = self._write_fd = -1
 
     def have(self, count: int) -> bool:
         """Have at least ``count`` threads, MAX_AT_ONCE at most. False if there can be none more."""
@@ -108,5 +119,6 @@ class Lookups:
                 log.exception("names: bug while looking up %s", host)
                 answer = Answer((), f"internal error: {err!r}")
             self._found.put((host, answer))
-            with suppress(BlockingIOError):  # full of wake-ups
-                os.write(self._write_fd, b"!")
+            with self._lock, suppress(BlockingIOError):  # full of wake-ups
+                if self._write_fd >= 0:
+                    os.write(self._write_fd, b"!")

@@ -23,14 +23,19 @@ def upstream_names(rules: Iterable[Rule]) -> dict[str, list[str]]:
     return found
 
 
+def listening_names(rules: Iterable[Rule]) -> dict[str, list[str]]:
+    """The names that rules listen on, with the names of the rules."""
+    found: dict[str, list[str]] = {}
+    for rule in rules:
+        if isinstance(rule.listen, Address) and not rule.listen.is_literal:
+            found.setdefault(rule.listen.host, []).append(rule.name)
+    return found
+
+
 def all_names(rules: Iterable[Rule]) -> dict[str, list[str]]:
     """The names that rules lead to or listen on, with the names of the rules."""
     every = tuple(rules)
     found = upstream_names(every)
-    for rule in every:
-        listen = rule.listen
-        if isinstance(listen, Address) and not listen.is_literal:
-            users = found.setdefault(listen.host, [])
-            if rule.name not in users:
-                users.append(rule.name)
+    for host, users in listening_names(every).items():
+        found[host] = list(dict.fromkeys([*found.get(host, ()), *users]))
     return found

@@ -17,6 +17,8 @@ from support.ends import Link, carry, listen, open_link
 from support.forwarder import Forwarder, reserve_port
 from support.limited import Limited
 from support.logged import Logged
+from support.named import Named
+from support.names import FakeNames
 from support.namespaces import Namespace, join
 from support.processes import members, run_command
 from support.waiting import eventually
@@ -364,3 +366,10 @@ def stack() -> Iterator[ExitStack]:
     """What is closed at the end."""
     with ExitStack() as found:
         yield found
+
+
+@pytest.fixture
+def named(launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Named]:
+    """A forwarder whose rules have names that mean what the test says."""
+    with ExitStack() as stack:
+        yield Named(launch, tmp_path, stack, FakeNames(tmp_path / "names", monkeypatch))

@@ -3,132 +3,28 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 from contextlib import ExitStack
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
-from support import control, procfs
-from support.configured import Configured
+from support import procfs
 from support.ends import accept, be_reset, carry, connect, listen
-from support.forwarder import reserve_port
-from support.names import FakeNames
 from support.processes import listeners, run_command, state
 from support.waiting import eventually
 
 from process.conftest import stop
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
-
-    from process.conftest import Launch
+    from support.named import Named as Site
 
 pytestmark = pytest.mark.process
 
-Address = tuple[str, int]
-
-
-class Site:
-    """A forwarder whose rules lead to names, and the one upstream that these may mean."""
-
-    def __init__(self, launch: Launch, directory: Path, stack: ExitStack, names: FakeNames) -> None:
-        self.names = names
-        self._launch = launch
-        self._stack = stack
-        self._path = directory / "forwarder.toml"
-        self.control = directory / "control.sock"
-        self.upstream = stack.enter_context(listen())
-        self.addresses: dict[str, Address] = {}
-        self.it: Configured
-
-    def address(self, rule: str) -> Address:
-        """Where a rule listens."""
-        if rule not in self.addresses:
-            self.addresses[rule] = self._stack.enter_context(reserve_port()).getsockname()
-        return self.addresses[rule]
-
-    def text(self, top: str = "", **rules: str) -> str:
-        """The configuration: hosts that each rule leads to, separated by spaces."""
-        port = self.upstream.getsockname()[1]
-        found = f'workers = 2\ncontrol = "{self.control}"\n{top}\n'
-        for rule, hosts in rules.items():
-            upstreams = ", ".join(f'"{host}:{port}"' for host in hosts.split())
-            host, at = self.address(rule)
-            found += (
-                f'[[forwarding_rules]]\nname = "{rule}"\nlisten = "{host}:{at}"\n'
-                f"upstream = [{upstreams}]\n"
-            )
-        return found
-
-    def start(self, top: str = "", **rules: str) -> Configured:
-        """Start with these rules; no worker waits for anybody."""
-        self._path.write_text(self.text(top, **rules))
-        self.it = Configured(self._launch("-c", str(self._path)), self._path)
-        return self.it
-
-    def reload(self, top: str = "", **rules: str) -> str:
-        """Reload with these rules; returns the outcome."""
-        return self.it.reload(self.text(top, **rules))
-
-    def assert_serves(self, rule: str, clients: int = 6) -> None:
-        """Each of some clients, one after the other, gets through."""
-        for _ in range(clients):
-            with connect(self.address(rule)) as client, accept(self.upstream) as far:
-                carry(client, far, b"there")
-                carry(far, client, b"back")
-
-    def status(self) -> dict[str, Any]:
-        """What the status says."""
-        return control.ask(self.control, "status")
-
-    def troubles(self, rule: str) -> dict[str, dict[str, Any]]:
-        """The names of a rule that have no good answer, as in the status."""
-        (found,) = (one for one in self.status()["rules"] if one["name"] == rule)
-        return {name["host"]: name for name in found["names"]}
-
-    def wait_known(self, *rules: str) -> None:
-        """Wait until all names of these rules are answered, and well."""
-        for rule in rules:
-            eventually(partial(self._is_known, rule), partial(self.troubles, rule))
-
-    def _is_known(self, rule: str) -> bool:
-        return not self.troubles(rule)
-
-    def wait_failed(self, rule: str, host: str) -> None:
-        """Wait until a name is known to have no good answer."""
-        eventually(
-            lambda: self.troubles(rule).get(host, {}).get("state") == "failed",
-            lambda: str(self.troubles(rule)),
-        )
-
-    def helper(self) -> int:
-        """The process that looks names up."""
-        eventually(lambda: len(self.it.forwarder.helpers()) == 1)
-        return self.it.forwarder.helpers()[0]
-
-    def logged(self, pattern: str) -> int:
-        """How many lines of the log are so."""
-        return sum(bool(re.search(pattern, line)) for line in self.it.forwarder.lines)
-
-    def stop(self) -> None:
-        """It stops as it should, and nothing is left of it."""
-        assert stop(self.it.forwarder, signal.SIGTERM) == 0
-
 
 @pytest.fixture
-def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeNames:
-    """Names that mean what the test says."""
-    return FakeNames(tmp_path / "names", monkeypatch)
-
-
-@pytest.fixture
-def site(launch: Launch, tmp_path: Path, names: FakeNames) -> Iterator[Site]:
-    """See :class:`Site`."""
-    with ExitStack() as stack:
-        yield Site(launch, tmp_path, stack, names)
+def site(named: Site) -> Site:
+    """One whose rules lead to names."""
+    return named
 
 
 # -- start, reload and upgrade wait for no look-up

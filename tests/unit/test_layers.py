@@ -23,6 +23,7 @@ RANK = {
     "supervision": 1,
     "asking": 1,
     "retries": 1,
+    "firstanswers": 2,
     "rarely": 1,
     "stats": 1,
     "access": 2,
@@ -83,6 +84,7 @@ PURE = {
     "upstream.known",
     "upstream.wanted",
     "retries",
+    "firstanswers",
     "rarely",
     "limits",
 }

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import socket
+import threading
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
+from support.waiting import PATIENCE_S
 
+from forwarder import reload
 from forwarder.addr import Address
 from forwarder.config.model import Config, Rule
 from forwarder.errors import ConfigError, Issue, Place, StartupError
 from forwarder.net.addresses import BindAddress
 from forwarder.net.sockets import Target
-from forwarder.reload import Candidate, Rejected, _load
+from forwarder.reload import Candidate, Rejected, _load, as_known, look_up
+from forwarder.upstream import lookup
+from forwarder.upstream.answers import Answer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,8 +34,8 @@ def config(host: str) -> Config:
     return Config(rules=(rule,))
 
 
-def raising(error: BaseException) -> Callable[[], Config]:
-    def load() -> Config:
+def raising(error: BaseException) -> Callable[[], Candidate]:
+    def load() -> Candidate:
         raise error
 
     return load
@@ -36,7 +43,7 @@ def raising(error: BaseException) -> Callable[[], Config]:
 
 def test_a_good_configuration_comes_with_its_addresses() -> None:
     good = config("127.0.0.1")
-    found = _load(lambda: good)
+    found = _load(lambda: look_up(good, {}))
     assert isinstance(found, Candidate)
     assert found.config is good
     (addresses,) = found.binds.values()
@@ -60,3 +67,51 @@ def test_a_bug_in_reading_is_told_and_not_raised(error: Exception) -> None:
 def test_an_address_that_cannot_be_is_told_with_its_rule_and_place() -> None:
     found = _load(raising(StartupError("file:3: rule 'rule' cannot listen on nowhere:80")))
     assert found == Rejected(("file:3: rule 'rule' cannot listen on nowhere:80",))
+
+
+FOUND = (Target(socket.AF_INET, ("127.0.0.9", 0)), Target(socket.AF_INET, ("127.0.0.8", 0)))
+
+
+def test_a_name_to_listen_on_is_each_address_that_is_known_of_it_however_old() -> None:
+    for why in ("", "no answer within 8 s"):
+        known = {"web.example": Answer(FOUND, why)}
+        found = as_known(config("web.example"), known, patient=())
+        assert [str(at.target) for at in found.binds["rule"]] == ["127.0.0.9:80", "127.0.0.8:80"]
+        assert found.unresolved == {}
+
+
+@pytest.mark.parametrize("known", [{}, {"web.example": Answer((), "no answer within 8 s")}])
+def test_a_name_of_which_nothing_is_known_is_no_error(known: dict[str, Answer]) -> None:
+    found = as_known(config("web.example"), known, patient=())
+    assert found.binds == {"rule": ()}
+    assert "cannot listen on web.example:80: " in found.unresolved["rule"]
+
+
+def test_a_name_that_means_nothing_is_one_unless_its_rule_may_wait() -> None:
+    known = {"web.example": Answer((), "Name or service not known", is_final=True)}
+    with pytest.raises(StartupError, match=r"cannot listen on web\.example:80: Name or"):
+        as_known(config("web.example"), known, patient=())
+    found = as_known(config("web.example"), known, patient=["rule"])
+    assert "Name or service not known" in found.unresolved["rule"]
+
+
+def test_new_names_to_listen_on_are_asked_for_side_by_side_and_known_ones_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Twenty that are silent cost the time of one."""
+    asked = []
+
+    def ask(host: str, *_: object, **__: object) -> list[object]:
+        asked.append(host)
+        threading.Event().wait(PATIENCE_S)
+        return []
+
+    hosts = [f"silent{i}.example" for i in range(20)]
+    rules = [replace(config(host).rules[0], name=host) for host in (*hosts, "web.example")]
+    monkeypatch.setattr(lookup.socket, "getaddrinfo", ask)
+    monkeypatch.setattr(reload, "LOOK_UP_S", 0.5)
+    known = {"web.example": Answer((), "silent")}
+    found = look_up(Config(rules=tuple(rules)), known)
+    assert sorted(asked) == sorted(hosts)
+    assert found.unresolved.keys() == {*hosts, "web.example"}
+    assert set(found.answers) == set(hosts)

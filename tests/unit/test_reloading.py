@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 from forwarder.config.model import Config
 from forwarder.preview import Preview
+from forwarder.reload import Candidate
 from forwarder.reloading import Reloadable, Reloading
 
 if TYPE_CHECKING:
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from forwarder.control.requests import Requests
     from forwarder.control.server import Message
     from forwarder.handover import Handover
-    from forwarder.reload import Candidate
 
 
 def test_a_bug_while_it_is_put_in_force_is_told_to_who_asked(
@@ -48,7 +48,7 @@ def test_who_asks_what_a_reload_would_change_is_told_of_a_stop() -> None:
     answers: list[Message] = []
     config = Config(rules=())
     with selectors.DefaultSelector() as selector:
-        preview = Preview(lambda: config, lambda: config, selector, lambda: None)
+        preview = Preview(lambda: Candidate(config, {}), lambda: config, selector, lambda: None)
         for _ in range(2):
             preview._asked.append(({}, answers.append))
             preview._loading.append(({}, answers.append))
