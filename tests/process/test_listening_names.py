@@ -45,7 +45,7 @@ def test_a_start_in_an_outage_serves_the_rest_at_once_and_the_name_when_that_is_
     site: Site, how: str
 ) -> None:
     site.names.stop_server(how)
-    it = site.start(plain="127.0.0.1", web="127.0.0.1", expect_ready=False)
+    it = site.begin(plain="127.0.0.1", web="127.0.0.1")
     it.forwarder.wait_logged("worker.ready slot=1")
     site.assert_serves("plain")
     it.forwarder.wait_notified("READY=1")
@@ -61,7 +61,7 @@ def test_a_start_in_an_outage_serves_the_rest_at_once_and_the_name_when_that_is_
 def test_a_name_that_means_nothing_is_an_error_of_the_start(site: Site) -> None:
     """Nothing is left of it."""
     site.names.forget("web.example")
-    it = site.start(plain="127.0.0.1", web="127.0.0.1", expect_ready=False)
+    it = site.begin(plain="127.0.0.1", web="127.0.0.1")
     assert it.forwarder.wait() == 69
     assert "cannot listen on web.example:" in it.forwarder.lines[-1]
     assert "Name or service not known" in it.forwarder.lines[-1]
@@ -70,14 +70,15 @@ def test_a_name_that_means_nothing_is_an_error_of_the_start(site: Site) -> None:
 
 def test_so_is_a_name_whose_address_is_taken(site: Site) -> None:
     with site.taken("web"):
-        it = site.start(plain="127.0.0.1", web="127.0.0.1", expect_ready=False)
+        it = site.begin(plain="127.0.0.1", web="127.0.0.1")
         assert it.forwarder.wait() == 69
         assert "Address already in use" in it.forwarder.lines[-1]
 
 
 def test_a_rule_that_may_wait_does(site: Site) -> None:
     site.names.forget("web.example")
-    site.start(plain="127.0.0.1", web="127.0.0.1", arguments=["--keep-going"])
+    it = site.begin("--keep-going", plain="127.0.0.1", web="127.0.0.1")
+    it.forwarder.wait_notified("READY=1")
     site.assert_serves("plain")
     assert "Name or service not known" in str(rule_of(site, "web")["why"])
     site.names.give("web.example", "127.0.0.1")
@@ -152,7 +153,7 @@ def test_a_reload_with_a_new_name_in_an_outage_serves_it_later(site: Site) -> No
 
 def test_a_stop_does_not_wait_for_the_name_of_a_listener(site: Site) -> None:
     site.names.stop_server()
-    it = site.start(plain="127.0.0.1", web="127.0.0.1", expect_ready=False)
+    it = site.begin(plain="127.0.0.1", web="127.0.0.1")
     it.forwarder.wait_logged("worker.ready slot=1")
     it.forwarder.signal(signal.SIGTERM)
     assert it.forwarder.wait() == 0

@@ -14,7 +14,7 @@ from support.waiting import eventually
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from contextlib import ExitStack
     from pathlib import Path
 
@@ -68,18 +68,18 @@ class Named:
             )
         return found
 
-    def start(
-        self,
-        top: str = "",
-        *,
-        expect_ready: bool = True,
-        arguments: Sequence[str] = (),
-        **rules: str,
-    ) -> Configured:
-        """Start with these rules."""
-        self.path.write_text(self.text(top, **rules))
-        command = ("-c", str(self.path), *arguments)
-        self.it = Configured(self._launch(*command, expect_ready=expect_ready), self.path)
+    def start(self, top: str = "", **rules: str) -> Configured:
+        """Start with these rules; returns when it is ready."""
+        return self._start(self.text(top, **rules))
+
+    def begin(self, *arguments: str, **rules: str) -> Configured:
+        """Start with these rules, and these arguments beside; returns at once."""
+        return self._start(self.text(**rules), *arguments, expect_ready=False)
+
+    def _start(self, text: str, *arguments: str, expect_ready: bool = True) -> Configured:
+        self.path.write_text(text)
+        forwarder = self._launch("-c", str(self.path), *arguments, expect_ready=expect_ready)
+        self.it = Configured(forwarder, self.path)
         return self.it
 
     def reload(self, top: str = "", **rules: str) -> str:
