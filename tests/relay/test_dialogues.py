@@ -1,19 +1,22 @@
 """What two ends say to each other, and how they end it, is seen through us as it is directly.
 
-Hypothesis writes the dialogues; ``FORWARDER_DIALOGUES`` says how many, 3000 if unset. A failure is
-printed as code, to be added to ``NAMED``. What must hold and what may differ is in
-``support.dialogues``; ``python -m support.dialogue_peers`` shows what others make of them.
+The dialogues are written at random; ``FORWARDER_DIALOGUES`` says how many, 3000 if unset. A failure
+is made small and printed as code, to be added to ``NAMED``. What must hold, and what may differ:
+``support.dialogues``. ``python -m support.dialogue_peers`` shows what others make of them.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
+import random
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import pytest
+from support.control import ask
 from support.dialogue_routes import Site, direct_routes, forwarder_site
 from support.dialogue_runs import Failure, Judge, report, written_dialogues
 from support.dialogues import (
@@ -30,13 +33,12 @@ from support.dialogues import (
     Reset,
     Send,
 )
+from support.restless import Restless
+from support.waiting import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-pytestmark = pytest.mark.xfail(
-    run=False, reason="a stream that ended by FIN loses its end when the other one breaks"
-)
 
 COUNT: Final = int(os.environ.get("FORWARDER_DIALOGUES", "3000"))
 AT_A_TIME: Final = 2000
@@ -89,12 +91,36 @@ def place() -> Iterator[Place]:
 
 
 def test_dialogues_are_seen_as_they_are_directly(place: Place) -> None:
-    left = COUNT
-    while left > 0:
-        count = min(left, AT_A_TIME)
-        failures = place.failures(written_dialogues(count))
-        assert not failures, "\n" + report(place.judge, failures)
-        left -= count
+    seed = random.getrandbits(32)
+    dialogues = written_dialogues(COUNT, seed)
+    for first in range(0, COUNT, AT_A_TIME):
+        failures = place.failures(dialogues[first : first + AT_A_TIME])
+        assert not failures, f"seed {seed}\n{report(place.judge, failures)}"
+
+
+@pytest.mark.parametrize("relay", ["splice", "copy"])
+@pytest.mark.parametrize("acts", [("reload", "more", "fewer"), ("upgrade",)], ids="-".join)
+def test_nobody_sees_what_the_operator_does_meanwhile(
+    relay: str, acts: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Reloads that change the bandwidth of open sessions, workers that come and go, upgrades."""
+    seed = random.getrandbits(32)
+    (tmp_path / "direct").mkdir()
+    (tmp_path / "site").mkdir()
+    with ExitStack() as stack:
+        judge = Judge(stack.enter_context(direct_routes(tmp_path / "direct")))
+        site = stack.enter_context(forwarder_site(tmp_path / "site", relay))
+        routes = itertools.cycle(site.routes)
+        dialogues = written_dialogues(COUNT // 6, seed)
+        with Restless(site, *acts) as restless:
+            failures = judge.failures(list(zip(dialogues, routes, strict=False)))
+        assert not failures, f"seed {seed}\n" + "\n\n".join(map(str, failures))
+        assert restless.done
+        assert not restless.refused
+        eventually(lambda: site.sessions() == 0, lambda: f"{site.sessions()} sessions are left")
+        assert ask(site.control, "stop")["ok"]
+        assert site.forwarder.wait() == 0, site.forwarder.lines
+        assert not site.forwarder.trouble(), site.forwarder.trouble()
 
 
 def answers(said: int, size: int, stall_ms: int, go: Op, buffers: Buffers) -> Dialogue:
@@ -149,6 +175,10 @@ NAMED: Final = {
     "a reset at once": Dialogue(client=(Reset(),), upstream=()),
     "an answer and a reset, acknowledged before": Dialogue(
         client=(Pause(50), ReadAll()), upstream=(Send(20_480), Linger(), Reset())
+    ),
+    "a word and a reset at once": Dialogue(client=(Send(1), Reset()), upstream=()),
+    "an end and a reset at once": Dialogue(
+        client=(HalfClose(), Reset()), upstream=(Pause(50), Send(9))
     ),
 }
 """What was found once, and what is too particular to be found at random every time."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from support.control import ask
@@ -20,35 +19,53 @@ if TYPE_CHECKING:
 _TIMEOUTS = "half_close_timeout = 3600\nconnect_timeout = 60\n"
 """Out of the way: a wait that only a time-out ends is to be seen as one."""
 
+_METERED = 'bandwidth = "50MB"'
+_SMALL = "rcvbuf = 16384\nsndbuf = 16384"
 RULES = {
     "tcp": (False, False, ""),
     "unix-in": (True, False, ""),
     "unix-out": (False, True, ""),
     "unix": (True, True, ""),
-    "metered": (False, False, 'bandwidth = "50MB"'),
-    "tight": (False, False, "rcvbuf = 16384\nsndbuf = 16384"),
+    "metered": (False, False, _METERED),
+    "tight": (False, False, _SMALL),
 }
 """By name: whether clients and upstream are at unix sockets, and more of the rule."""
+_OTHERWISE = {"tcp": _METERED, "unix-in": _METERED, "unix-out": _METERED, "unix": "", "metered": ""}
+"""What they have more in every other turn: bandwidth that comes and goes under open sessions."""
 
 
-@dataclass
 class Site:
-    """A running forwarder with a rule of each kind."""
+    """A running forwarder with a rule of each kind. Made with an empty directory."""
 
-    forwarder: Forwarder
-    routes: list[Route]
-    control: Path
-    leaks: Leaks
+    def __init__(self, directory: Path, relay: str, stack: ExitStack) -> None:
+        self.relay = relay
+        self.control = directory / "control.sock"
+        self.config = directory / "dialogues.toml"
+        carriers = [Carrier(f"{relay}-{name}", rule[:2]) for name, rule in RULES.items()]
+        self.routes = [open_route(stack, directory / one.name, one) for one in carriers]
+        self.write(0)
+        self.forwarder = Forwarder(["-c", str(self.config), "--control", str(self.control)])
+        self.leaks = Leaks(self.forwarder)
 
-    def nothing_is_left(self) -> None:
-        """Wait until no session is open, and no descriptor that was not at the start."""
-        eventually(lambda: self._sessions() == 0, lambda: f"{self._sessions()} sessions are left")
-        self.leaks.check()
+    def write(self, turn: int) -> None:
+        """Write the configuration; in odd turns other rules have a bandwidth than in even ones."""
+        text = f'relay = "{self.relay}"\nworkers = 2\n{_TIMEOUTS}'
+        for route, (name, rule) in zip(self.routes, RULES.items(), strict=True):
+            more = rule[2] if turn % 2 == 0 or name == "tight" else _OTHERWISE[name]
+            text += f'[[forwarding_rules]]\nlisten = "{written(route.address)}"\n'
+            text += f'upstream = "{written(route.upstream())}"\n{more}\n'
+        self.config.write_text(text)
 
-    def _sessions(self) -> object:
+    def sessions(self) -> object:
+        """How many are open, in all workers."""
         totals = ask(self.control, "status")["totals"]
         assert isinstance(totals, dict)
         return totals["sessions"]
+
+    def nothing_is_left(self) -> None:
+        """Wait until no session is open, and no descriptor that was not at the start."""
+        eventually(lambda: self.sessions() == 0, lambda: f"{self.sessions()} sessions are left")
+        self.leaks.check()
 
 
 @contextmanager
@@ -62,26 +79,15 @@ def direct_routes(directory: Path) -> Iterator[dict[bool, Route]]:
 
 
 @contextmanager
-def forwarder_site(directory: Path, relay: str, workers: int = 2) -> Iterator[Site]:
-    """Start the command; the directory must be empty."""
+def forwarder_site(directory: Path, relay: str) -> Iterator[Site]:
+    """Start the command; the directory must be empty. It is killed if it still runs at the end."""
     with ExitStack() as stack:
-        control = directory / "control.sock"
-        text = f'relay = "{relay}"\nworkers = {workers}\ncontrol = "{control}"\n{_TIMEOUTS}'
-        routes = []
-        for name, (unix_in, unix_out, more) in RULES.items():
-            carrier = Carrier(f"{relay}-{name}", (unix_in, unix_out))
-            route = open_route(stack, directory / name, carrier)
-            routes.append(route)
-            text += f'[[forwarding_rules]]\nlisten = "{written(route.address)}"\n'
-            text += f'upstream = "{written(route.upstream())}"\n{more}\n'
-        path = directory / "dialogues.toml"
-        path.write_text(text)
-        forwarder = Forwarder(["-c", str(path)])
+        site = Site(directory, relay, stack)
         try:
-            yield Site(forwarder, routes, control, Leaks(forwarder))
+            yield site
         finally:
-            if forwarder.process.returncode is None:
-                forwarder.kill()
+            if site.forwarder.process.returncode is None:
+                site.forwarder.kill()
 
 
 def open_route(stack: ExitStack, path: Path, carrier: Carrier) -> Route:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from random import Random
 from typing import TYPE_CHECKING, Final
 
-from hypothesis import HealthCheck, Phase, given, settings
-
 from support.dialogue_driver import Driver, Route
-from support.dialogue_strategy import dialogues
+from support.dialogue_writer import written
 from support.dialogues import Dialogue, Outcome, complaints, differences, smaller
 
 if TYPE_CHECKING:
@@ -27,23 +26,10 @@ _ROUNDS: Final = 60
 _SHOWN: Final = 3
 
 
-def written_dialogues(count: int) -> list[Dialogue]:
-    """So many dialogues as hypothesis writes them."""
-    written: list[Dialogue] = []
-
-    @settings(
-        max_examples=count,
-        phases=[Phase.generate],
-        database=None,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(dialogues())
-    def write(dialogue: Dialogue) -> None:
-        written.append(dialogue)
-
-    write()
-    return written
+def written_dialogues(count: int, seed: int) -> list[Dialogue]:
+    """So many dialogues, always the same for a seed."""
+    random = Random(seed)
+    return [written(random) for _ in range(count)]
 
 
 def hold(pairs: Sequence[Held], at_once: int = 200, limit_s: float = _LIMIT_S) -> list[Outcome]:

@@ -1,11 +1,13 @@
-"""Dialogues as hypothesis writes them: at random, but such that they end on a direct connection."""
+"""Dialogues at random, but such that they end on a direct connection.
+
+Not by a strategy of hypothesis: it takes 4 ms for one, ten times what holding it does, and what
+fails is made small by ``smaller``, many candidates at a time.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Final
-
-from hypothesis import strategies as st
+from typing import TYPE_CHECKING, Final
 
 from support.dialogues import (
     MAX_BYTES,
@@ -23,38 +25,32 @@ from support.dialogues import (
     Send,
 )
 
+if TYPE_CHECKING:
+    from random import Random
+
 _EDGES: Final = (1, 16_384, 20_479, 20_480, 20_481, 65_536, 131_072, 262_144, 262_145)
 """Around the sizes of buffers and pipes on the way."""
-_SIZES: Final = st.one_of(
-    st.integers(1, 10),
-    st.integers(1, 3000),
-    st.sampled_from(_EDGES),
-    st.integers(10_000, 300_000),
-    st.integers(300_000, 3_000_000),
-)
+_RANGES: Final = ((1, 10), (1, 3000), (10_000, 300_000), (300_000, 3_000_000))
 _FEW_AT_A_TIME: Final = 300
 """Up to so many bytes are said or read one at a time."""
-_PIECES: Final = st.sampled_from((1 << 18, 1 << 18, 20_480, 5000, 1))
-_PAUSES_MS: Final = st.sampled_from((0, 0, 0, 1, 5, 10))
-_STALLS_MS: Final = st.sampled_from((1, 5, 10, 20, 50))
+_PIECES: Final = (1 << 18, 1 << 18, 20_480, 5000, 1)
+_PAUSES_MS: Final = (0, 0, 0, 1, 5, 10)
+_STALLS_MS: Final = (1, 5, 10, 20, 50)
 _LONG_STALL_MS: Final = 6500
 """Longer than a forwarder waits for anything that is not configured."""
-_BUFFERS: Final = st.one_of(
-    st.just(Buffers()),
-    st.builds(
-        Buffers, st.sampled_from((0, 4096, 16_384, 65_536)), st.sampled_from((0, 4608, 65_536))
-    ),
-)
+_RECEIVE_BUFFERS: Final = (0, 4096, 16_384, 65_536)
+_SEND_BUFFERS: Final = (0, 4608, 65_536)
 _SLOW_BELOW: Final = 65_536
 _MAX_BYTES_SLOWLY: Final = 60_000
 """A window this small is opened once in 40 ms (delayed acknowledgements): no more is said then."""
-_KINDS: Final = st.sampled_from(
-    ("send",) * 6
-    + ("read",) * 5
-    + ("pause", "meet", "half-close", "linger", "close", "reset", "remark") * 2
-    + ("answer and go", "end and meet")
+_LONG_ONE_IN: Final = 60
+_KINDS: Final = (
+    *("send",) * 6,
+    *("read",) * 5,
+    *("pause", "meet", "half-close", "linger", "close", "reset", "remark") * 2,
+    *("answer and go", "end and meet"),
 )
-_RARELY: Final = st.integers(0, 39).map(lambda number: number == 39)
+_MOST_STEPS: Final = 12
 
 
 @dataclass
@@ -69,32 +65,42 @@ class _Writer:
     is_gone: bool = False
 
 
-@st.composite
-def dialogues(draw: st.DrawFn) -> Dialogue:
+def written(random: Random) -> Dialogue:
     """A dialogue: steps of both ends in one order, each end does its own in that order.
 
     Nobody reads what is not said before in that order, so they never wait for each other.
     """
-    buffers = (draw(_BUFFERS), draw(_BUFFERS))
+    buffers = (_buffers(random), _buffers(random))
     sizes = {size for one in buffers for size in (one.receive, one.send)} - {0}
     limit = _MAX_BYTES_SLOWLY if min(sizes, default=MAX_BYTES) < _SLOW_BELOW else MAX_BYTES
     writers = (_Writer(limit), _Writer(limit))
-    steps = draw(st.lists(st.tuples(st.integers(0, 1), _KINDS), min_size=1, max_size=12))
-    for side, kind in steps:
+    for _ in range(random.randint(1, _MOST_STEPS)):
+        side = random.randrange(2)
         mine, other = writers[side], writers[1 - side]
         if not mine.is_gone:
-            _write(draw, kind, mine, other)
+            _write(random, random.choice(_KINDS), mine, other)
     return Dialogue(tuple(writers[0].ops), tuple(writers[1].ops), *buffers)
 
 
-def _write(draw: st.DrawFn, kind: str, mine: _Writer, other: _Writer) -> None:
+def _buffers(random: Random) -> Buffers:
+    if random.randrange(2):
+        return Buffers()
+    return Buffers(random.choice(_RECEIVE_BUFFERS), random.choice(_SEND_BUFFERS))
+
+
+def _size(random: Random) -> int:
+    number = random.randrange(len(_RANGES) + 1)
+    return random.choice(_EDGES) if number == len(_RANGES) else random.randint(*_RANGES[number])
+
+
+def _write(random: Random, kind: str, mine: _Writer, other: _Writer) -> None:
     match kind:
         case "send":
-            _write_send(draw, mine)
+            _write_send(random, mine, _size(random))
         case "read":
-            _write_read(draw, mine, other)
+            _write_read(random, mine, other)
         case "pause":
-            mine.ops.append(Pause(_LONG_STALL_MS if draw(_RARELY) else draw(_STALLS_MS)))
+            mine.ops.append(Pause(_stall_ms(random)))
         case "meet":
             _write_meet(mine, other)
         case "linger":
@@ -104,24 +110,28 @@ def _write(draw: st.DrawFn, kind: str, mine: _Writer, other: _Writer) -> None:
         case "close" | "reset":
             _write_going(mine, by_reset=kind == "reset")
         case _:
-            _write_phrase(draw, kind, mine, other)
+            _write_phrase(random, kind, mine, other)
 
 
-def _write_phrase(draw: st.DrawFn, kind: str, mine: _Writer, other: _Writer) -> None:
+def _write_phrase(random: Random, kind: str, mine: _Writer, other: _Writer) -> None:
     """Some steps that belong together, which are seldom found next to each other else."""
     match kind:
         case "remark":
-            mine.ops.append(Pause(draw(_STALLS_MS)))
-            _write_send(draw, mine, st.integers(1, 10))
+            mine.ops.append(Pause(random.choice(_STALLS_MS)))
+            _write_send(random, mine, random.randint(1, 10))
         case "answer and go":
-            _write_send(draw, mine)
+            _write_send(random, mine, _size(random))
             _write_half_close(mine)
             mine.ops.append(Linger())
-            _write_going(mine, by_reset=draw(st.booleans()))
+            _write_going(mine, by_reset=bool(random.randrange(2)))
         case "end and meet":
             _write_half_close(mine)
             mine.ops.append(Linger())
             _write_meet(mine, other)
+
+
+def _stall_ms(random: Random) -> int:
+    return _LONG_STALL_MS if not random.randrange(_LONG_ONE_IN) else random.choice(_STALLS_MS)
 
 
 def _write_meet(mine: _Writer, other: _Writer) -> None:
@@ -141,34 +151,34 @@ def _write_going(mine: _Writer, *, by_reset: bool) -> None:
     mine.is_gone = mine.has_ended = True
 
 
-def _write_send(draw: st.DrawFn, mine: _Writer, sizes: st.SearchStrategy[int] = _SIZES) -> None:
-    count = min(draw(sizes), mine.limit - mine.said)
+def _write_send(random: Random, mine: _Writer, size: int) -> None:
+    count = min(size, mine.limit - mine.said)
     if mine.has_ended or not count:
         return
-    mine.ops.append(Send(count, _piece(draw, count)))
+    mine.ops.append(Send(count, _piece(random, count)))
     mine.said += count
 
 
-def _write_read(draw: st.DrawFn, mine: _Writer, other: _Writer) -> None:
+def _write_read(random: Random, mine: _Writer, other: _Writer) -> None:
     there = other.said - mine.read
-    to_the_end = draw(st.booleans()) if other.has_ended else False
+    to_the_end = bool(random.randrange(2)) if other.has_ended else False
     if to_the_end:
-        piece = _piece(draw, there)
-        mine.ops.append(ReadAll(piece, _pause(draw, there, piece)))
+        piece = _piece(random, there)
+        mine.ops.append(ReadAll(piece, _pause(random, there, piece)))
         mine.read = other.said
     elif there:
-        count = min(there, draw(_SIZES))
-        piece = _piece(draw, count)
-        mine.ops.append(Read(count, piece, _pause(draw, count, piece)))
+        count = min(there, _size(random))
+        piece = _piece(random, count)
+        mine.ops.append(Read(count, piece, _pause(random, count, piece)))
         mine.read += count
 
 
-def _piece(draw: st.DrawFn, count: int) -> int:
-    piece = draw(_PIECES)
+def _piece(random: Random, count: int) -> int:
+    piece = random.choice(_PIECES)
     return piece if piece > 1 or count <= _FEW_AT_A_TIME else 1 << 18
 
 
-def _pause(draw: st.DrawFn, count: int, piece: int) -> int:
+def _pause(random: Random, count: int, piece: int) -> int:
     """So long that all of them do not take more than 0.3 s."""
-    pause_ms = draw(_PAUSES_MS)
+    pause_ms = random.choice(_PAUSES_MS)
     return pause_ms if count // piece * pause_ms < 300 else 0
