@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # How long the survivor of a cut stream may take nothing of what our send queue holds. A reader of
-# 2 KB/s is seen to move: its window of 64 KiB, say, opens again when half of it is free.
+# 5 KB/s is seen to move: its window opens again when half of a queue of 128 KiB is free.
 ABORT_GRACE_S: Final = 20.0
 # How often a LINGERING session looks whether it is done. Its survivor has its FIN and waits for
 # nothing, so only a stop of the worker may have to wait for that.
