@@ -301,7 +301,7 @@ class Worker:
             self._stop_listening()  # what came with this assignment, too
             return
         self._relay.pipes.budget_pages = assignment.pipe_budget_pages
-        self._relay.workers = assignment.workers
+        self._relay.flows.workers = assignment.workers
         rules = assignment.config.rules
         before = set(self._pools.values())
         accesses = [access_of(assignment.config, rule) for rule in rules]

@@ -28,7 +28,8 @@ from forwarder.relay.admission import client_host
 from forwarder.relay.bridge import Bridge
 from forwarder.relay.direction import BULK_BYTES, SMALL_BYTES, Direction
 from forwarder.relay.flow import Flow
-from forwarder.relay.flow_table import FlowTable, share
+from forwarder.relay.flow_table import share
+from forwarder.relay.flow_tables import FlowTables
 from forwarder.relay.pauses import Pauses
 from forwarder.relay.poller import Poller
 from forwarder.relay.restrictions import Restrictions
@@ -80,7 +81,7 @@ class Relay:
     ``refused`` clients that got none.
 
     ``sessions`` are those with TCP on both sides and flows, which have UDP on one or both.
-    ``workers`` is how many relays there are, which share what is limited per rule.
+    ``flows.workers`` is how many relays there are, which share what is limited per rule.
 
     ``small_view``, ``bulk_view`` and ``batch`` are scratch space, used within one call and never
     across.
@@ -116,13 +117,12 @@ class Relay:
         self.batch: Batch | PlainBatch = (
             Batch() if mode is not RelayMode.COPY and datagrams.is_supported() else PlainBatch()
         )
-        self.workers = 1
         self.total = self.failed = self.refused = 0
         self.pauses = Pauses(loop, lambda: len(self.sessions))
-        self.datagrams_dropped = self.flows_evicted = 0
+        self.datagrams_dropped = 0
         # How many UDP listeners are on the IPv6 wildcard, by port.
         self.wildcard_ports: Counter[int] = Counter()
-        self._flow_tables: dict[Pool, FlowTable] = {}
+        self.flows = FlowTables()
         self.connlog = ConnectionLog()
         self._bytes_c2u = self._bytes_u2c = self._bytes_spliced = 0
         self.restrictions = Restrictions(loop, holder)
@@ -210,7 +210,7 @@ class Relay:
             pipes.refused,
             self.datagrams_dropped + self.batch.dropped,
             self.batch.errors,
-            self.flows_evicted,
+            self.flows.evicted,
             self.pauses.total,
             pipes.made,
             pipes.idle,
@@ -370,34 +370,13 @@ class Relay:
 
     # -- flows
 
-    def flow_table(self, pool: Pool) -> FlowTable:
-        """The flows of a rule, of all its ports; those of former rules go once they are empty."""
-        origin = pool.origin
-        table = self._flow_tables.get(origin)
-        if table is None:
-            self._flow_tables = {old: table for old, table in self._flow_tables.items() if table}
-            table = FlowTable(share(pool.rule.max_flows, self.workers))
-            self._flow_tables[origin] = table
-        return table
-
-    def make_room_for_flow(self, pool: Pool) -> None:
-        """End the longest silent flow of a rule that has as many as it may have."""
-        table = self.flow_table(pool)
-        table.limit = share(pool.rule.max_flows, self.workers)  # there may be more workers by now
-        while len(table) >= table.limit and (flow := table.oldest()):
-            self._evict(flow)
-
     def settled_limit(self, *, is_flat: bool) -> int:
         """How many flows of a listener may have sockets of their own in this worker.
 
         ``is_flat``: they cost others nothing but descriptors, of which a part is left for flows
         that do without.
         """
-        return self._fd_limit // 4 if is_flat else share(MAX_SETTLED, self.workers)
-
-    def _evict(self, flow: Flow) -> None:
-        self.flows_evicted += 1
-        flow.close(CloseReason(Who.US, Phase.LIMIT, "too many flows"))
+        return self._fd_limit // 4 if is_flat else share(MAX_SETTLED, self.flows.workers)
 
     # -- timers
 
@@ -462,12 +441,7 @@ class Relay:
         """
         if self.close_idle_pipes():
             return True
-        tables = self._flow_tables.values()
-        oldest = [flow for table in tables if (flow := table.oldest()) and flow is not keep]
-        if not oldest:
-            return False
-        self._evict(min(oldest, key=lambda flow: flow.active_at))
-        return True
+        return self.flows.make_room(keep)
 
     def recover_spare_fd(self) -> bool:
         """Try to reserve the spare descriptor again; True if it is there, else see ``shortage``."""

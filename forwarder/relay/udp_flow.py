@@ -54,7 +54,7 @@ class UdpFlow(Flow):
         self.peer = peer
         self.join(*self.make_ways())
         self.u2c.to = Destination(listener.sock.fileno(), listener.answer_to(peer))
-        self.table = relay.flow_table(self.pool)
+        self.table = relay.flows.of(self.pool)
         self.table.add(self)
 
     def make_ways(self) -> tuple[DatagramWay | DatagramToStream, DatagramWay | StreamToDatagram]:

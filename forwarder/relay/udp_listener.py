@@ -249,7 +249,7 @@ class UdpListener:
             if held_as is None:
                 relay.on_limited(self.pool, address, lambda: self.local(peer), admission)
                 return None
-        relay.make_room_for_flow(self.pool)
+        relay.flows.make_room_in(self.pool)
         is_bridge = self.pool.rule.protocol is Protocol.UDP_TO_TCP
         flow = (UdpToTcpFlow if is_bridge else UdpFlow)(relay, self, peer, address)
         flow.held_as = held_as

@@ -556,16 +556,16 @@ def test_all_ports_of_a_range_have_the_limit_of_flows_together(bench: UdpBench) 
     whole = Pool(rule, cast("Names", None), 1, new_row())
     first, second = whole.at(1), whole.at(2)
     assert first is not second
-    table = bench.relay.flow_table(first)
-    assert bench.relay.flow_table(second) is table
-    assert bench.relay.flow_table(whole) is table
+    table = bench.relay.flows.of(first)
+    assert bench.relay.flows.of(second) is table
+    assert bench.relay.flows.of(whole) is table
 
 
 def test_the_limit_of_flows_follows_the_number_of_workers(bench: UdpBench) -> None:
     upstream = bench.upstream()
     listener = bench.listen(bench.pool(upstream, max_flows=8))
     for workers, limit in ((1, 8), (4, 2), (2, 4)):
-        bench.relay.workers = workers
+        bench.relay.flows.workers = workers
         for _ in range(10):
             ask(bench, bench.client(listener), upstream, b"x")
         assert bench.flows() == limit

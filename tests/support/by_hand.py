@@ -181,7 +181,7 @@ class UdpBench:
     def __init__(self, mode: RelayMode, *, workers: int = 1) -> None:
         self.loop = HandLoop()
         self.relay = Relay(cast("AbstractEventLoop", self.loop), mode, 1024)
-        self.relay.workers = workers
+        self.relay.flows.workers = workers
         self.sockets: list[socket.socket] = []
         self.listeners: list[UdpListener] = []
         self.pools: list[StubPool] = []
@@ -269,7 +269,7 @@ class UdpBench:
             assert listener._settled == 0
         assert not self.relay.sessions
         assert not self.relay.wheel
-        assert not any(self.relay._flow_tables.values())
+        assert not self.relay.flows
         dropped = sum(pool.counts[DATAGRAMS_DROPPED] for pool in self.pools)
         assert self.relay.datagrams_dropped == dropped
         self.relay.close()
