@@ -75,6 +75,11 @@ ACCEPT_IGNORE: Final = frozenset(
 OUT_OF_RESOURCES: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
+# In place of what Linux says when no local port is free: EAGAIN or EADDRINUSE of UDP, EADDRNOTAVAIL
+# of TCP, each of which may mean something else. Nothing else here says this when it connects.
+NO_PORT: Final = errno.EADDRINUSE
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
     """A socket address that can be connected to."""
@@ -243,6 +248,22 @@ def upstream_socket(target: Target, source: SockAddr | None, how: How) -> socket
         sock.close()
         raise
     return sock
+
+
+def why_no_address(sock: socket.SocketType, target: Target) -> int:
+    """What EADDRNOTAVAIL of connect(2) means: NO_PORT, or that there is no address to connect from.
+
+    The latter is of IPv6 only, where it depends on the destination. UDP chooses in the same way.
+    """
+    if target.family != socket.AF_INET6:
+        return NO_PORT
+    with socket.socket(target.family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind((*sock.getsockname()[:1], 0, 0, 0))
+            probe.connect(target.sockaddr)
+        except OSError as err:
+            return errno.EADDRNOTAVAIL if err.errno == errno.EADDRNOTAVAIL else NO_PORT
+    return NO_PORT
 
 
 @dataclass(frozen=True, slots=True)

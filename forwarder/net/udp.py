@@ -31,7 +31,7 @@ from forwarder import kernel
 from forwarder.net import options as socket_options
 from forwarder.net import peers
 from forwarder.net.proc import local_addresses
-from forwarder.net.sockets import attach_filter, detach_filter, is_v6only, set_v6only
+from forwarder.net.sockets import NO_PORT, attach_filter, detach_filter, is_v6only, set_v6only
 
 if TYPE_CHECKING:
     from forwarder.config.model import SocketOptions
@@ -231,7 +231,8 @@ def _new_flow_socket(family: int, how: How, *, v6only: bool) -> socket.SocketTyp
 def upstream_socket(target: Target, source: SockAddr | None, how: How) -> socket.SocketType:
     """Make a non-blocking UDP socket connected to ``target``, bound to ``source`` if there is one.
 
-    The caller owns it. Raises OSError: EMFILE and the like, ENETUNREACH, EADDRNOTAVAIL.
+    The caller owns it. Raises OSError: EMFILE and the like, ENETUNREACH, EADDRNOTAVAIL, and NO_PORT
+    when all local ports are in use.
     """
     sock = socket.SocketType(target.family, _NONBLOCKING_DATAGRAM)
     try:
@@ -245,6 +246,8 @@ def upstream_socket(target: Target, source: SockAddr | None, how: How) -> socket
         except PermissionError:  # a broadcast address, which has to be asked for: socket(7)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
             sock.connect(target.sockaddr)
+        except BlockingIOError as err:  # EAGAIN, connect(2)
+            raise OSError(NO_PORT, "no local port is free") from err
     except BaseException:
         sock.close()
         raise

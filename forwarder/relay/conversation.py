@@ -137,6 +137,11 @@ class Conversation:
         """There is no descriptor; they come back some time."""
         self.arm(TICK_S)
 
+    def on_portless(self, target: Target) -> bool:
+        """There is no local port; no session ends for another one's sake."""
+        del target
+        return False
+
     def on_connected(self, upstream: socket.SocketType, mask: int) -> None:
         """``upstream`` is connected."""
         raise NotImplementedError

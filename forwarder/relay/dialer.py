@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 from forwarder.errors import Who
 from forwarder.net import sockets
 from forwarder.relay.poller import BROKEN, WRITABLE
+from forwarder.relay.ports import SETTING
 from forwarder.relay.wheel import TICK_S
 
 if TYPE_CHECKING:
@@ -76,6 +77,12 @@ class Caller(Protocol):
 
     def on_starved(self) -> None:
         """There is no descriptor: have :meth:`Dialer.on_timer` called when there may be one."""
+
+    def on_portless(self, target: Target) -> bool:
+        """There is no local port towards ``target``: whether one has been made free.
+
+        If so have :meth:`Dialer.on_turn` called when it is.
+        """
 
     def on_connected(self, upstream: socket.SocketType, mask: int) -> None:
         """``upstream`` is connected, to ``target``, and is the caller's from here on.
@@ -230,9 +237,15 @@ class Dialer:
             if error in _UNDER_WAY:
                 self._begin(attempt, sock)
                 return True
+            if error == errno.EADDRNOTAVAIL:
+                error = sockets.why_no_address(sock, target)
             sock.close()
         if error in sockets.OUT_OF_RESOURCES or (error == errno.EAGAIN and target.is_unix):
             self._wait(attempt, error)
+            return True
+        if error == sockets.NO_PORT and caller.on_portless(target):
+            if attempt not in self._attempts:
+                self._attempts.append(attempt)
             return True
         self._note_failed(attempt, error)
         return False
@@ -284,7 +297,7 @@ class Dialer:
 
     def _note_failed(self, attempt: Attempt, error: int) -> None:
         self._error = error
-        if error not in sockets.OUT_OF_RESOURCES:
+        if error not in sockets.OUT_OF_RESOURCES and error != sockets.NO_PORT:
             caller, has_others = self.caller, len(self._targets) > 1
             caller.relay.on_attempt_failed(
                 caller.pool, attempt.target, os.strerror(error), has_others=has_others
@@ -331,5 +344,7 @@ class Dialer:
         if self._error in sockets.OUT_OF_RESOURCES:
             why = f"no descriptor or memory in time: {os.strerror(self._error)}"
             self.caller.on_no_upstream(why, Who.US)
+        elif self._error == sockets.NO_PORT:
+            self.caller.on_no_upstream(f"no local port is free ({SETTING})", Who.US)
         else:
             self.caller.on_no_upstream(os.strerror(self._error), Who.UPSTREAM)

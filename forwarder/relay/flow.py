@@ -29,7 +29,7 @@ from forwarder.relay.wheel import TICK_S
 if TYPE_CHECKING:
     import socket
 
-    from forwarder.net.sockets import SockAddr
+    from forwarder.net.sockets import SockAddr, Target
     from forwarder.relay.datagram_ways import Way
     from forwarder.relay.relay import Relay
     from forwarder.upstream.pool import Pool
@@ -53,7 +53,7 @@ class Flow(Conversation):
     def __init__(self, relay: Relay, pool: Pool, client_address: SockAddr) -> None:
         super().__init__(relay, pool, client_address)
         self.client: socket.SocketType | None = None
-        self.has_waited = False  # for a descriptor
+        self.has_waited = False  # for a descriptor or a port
         relay.sessions[self] = None
 
     def join(self, c2u: Way, u2c: Way) -> None:
@@ -71,14 +71,23 @@ class Flow(Conversation):
         else:
             self.arm(TICK_S)
 
+    def on_portless(self, target: Target) -> bool:
+        """A flow makes room, once; its port is free after this batch."""
+        if self.has_waited or not self.relay.flows.make_room_for_port(self.pool, target, self):
+            return False
+        self.has_waited = True
+        self.relay.poller.call_again(self)
+        return True
+
     def on_turn(self) -> None:
-        """Go on after :meth:`on_starved`."""
+        """Go on after :meth:`on_starved` or :meth:`on_portless`."""
         if self.dialer is not None:
             self.dialer.on_turn()
 
     def on_open(self) -> None:
         """Both sides are there."""
         self.state = _OPEN
+        self.relay.flows.ports.take(self.pool.rule)
         self.active_at = self.connected_at = self.relay.poller.now
         self.arm(self.silence_limit_s)
         self.relay.on_open(self)
@@ -152,6 +161,8 @@ class Flow(Conversation):
             return
         if self.to_stream is not None and self.to_stream.holds_data:
             self._reset_stream(self.to_stream)
+        if self.state is _OPEN:
+            self.relay.flows.ports.give(self.pool.rule)
         self.state = _CLOSED
         if self.dialer is not None:
             self.dialer.close(is_abort=False)

@@ -6,6 +6,8 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from forwarder.relay.flow import Flow
 
 
@@ -28,6 +30,9 @@ class FlowTable:
     def touch(self, flow: Flow) -> None:
         """A flow that is here was heard just now."""
         self._flows.move_to_end(flow)
+
+    def __iter__(self) -> Iterator[Flow]:
+        return iter(self._flows)
 
     def discard(self, flow: Flow) -> None:
         """Forget a flow, if it is here."""

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from itertools import islice
+from typing import TYPE_CHECKING, Final
 
 from forwarder.errors import CloseReason, Phase, Who
 from forwarder.relay.flow_table import FlowTable, share
+from forwarder.relay.ports import SETTING, Ports, has_ports
 
 if TYPE_CHECKING:
+    from forwarder.net.sockets import Target
     from forwarder.relay.flow import Flow
     from forwarder.upstream.pool import Pool
 
+NO_PORT: Final = f"local ports are used up ({SETTING})"
+
 
 class FlowTables:
-    """``workers`` is how many share what a rule may have; ``evicted`` counts who made room."""
+    """``workers`` is how many share what a rule may have; ``evicted`` counts who made room.
 
-    __slots__ = ("_tables", "evicted", "workers")
+    ``ports``: local ports towards UDP upstreams.
+    """
+
+    __slots__ = ("_tables", "evicted", "ports", "workers")
 
     def __init__(self) -> None:
         self.workers = 1
         self.evicted = 0
+        self.ports = Ports()
         self._tables: dict[Pool, FlowTable] = {}
 
     def __bool__(self) -> bool:
@@ -37,11 +46,40 @@ class FlowTables:
         return table
 
     def make_room_in(self, pool: Pool) -> None:
-        """End the longest silent flow of a rule that has as many as it may have."""
-        table = self.of(pool)
-        table.limit = share(pool.rule.max_flows, self.workers)  # there may be more workers by now
+        """End the longest silent flow of a rule that has as many as it, or its ports, may have."""
+        table, rule = self.of(pool), pool.rule
+        table.limit = share(rule.max_flows, self.workers)  # there may be more workers by now
         while len(table) >= table.limit and (flow := table.oldest()):
-            self._evict(flow)
+            self._evict(flow, "too many flows")
+        most = share(self.ports.limit, self.workers)
+        if has_ports(rule):
+            while self.ports.used(rule) >= most and self.make_room_for_port(pool, None):
+                continue
+        elif not rule.protocol.connects_by_udp:  # a port for each upstream
+            most *= len(rule.upstreams)
+            while len(table) >= most and (flow := table.oldest()):
+                self._evict(flow, NO_PORT)
+
+    def make_room_for_port(
+        self, pool: Pool, target: Target | None, keep: Flow | None = None
+    ) -> bool:
+        """End the longest silent flow but ``keep`` that has a port such as ``pool`` wants.
+
+        ``target``: where a TCP connection is to lead; a port is taken towards that alone. False if
+        there is none. The port is free when the batch of events at hand is over.
+        """
+        found: list[Flow] = []
+        for other, table in self._tables.items():
+            if pool.rule.protocol.connects_by_udp:
+                if has_ports(other.rule) and other.rule.source == pool.rule.source:
+                    found += [flow for flow in islice(table, 2) if flow is not keep][:1]
+            elif not other.rule.protocol.connects_by_udp:
+                fits = (flow for flow in table if flow.target == target and flow is not keep)
+                found += islice(fits, 1)
+        if not found:
+            return False
+        self._evict(min(found, key=lambda flow: flow.active_at), NO_PORT)
+        return True
 
     def make_room(self, keep: Flow | None = None) -> bool:
         """End the longest silent flow of all but ``keep``, for its descriptors; False: none."""
@@ -49,9 +87,14 @@ class FlowTables:
         oldest = [flow for table in tables if (flow := table.oldest()) and flow is not keep]
         if not oldest:
             return False
-        self._evict(min(oldest, key=lambda flow: flow.active_at))
+        self._evict(min(oldest, key=lambda flow: flow.active_at), "a descriptor was needed")
         return True
 
-    def _evict(self, flow: Flow) -> None:
+    def _evict(self, flow: Flow, why: str) -> None:
         self.evicted += 1
-        flow.close(CloseReason(Who.US, Phase.LIMIT, "too many flows"))
+        reason = CloseReason(Who.US, Phase.LIMIT, why)
+        if why is NO_PORT:
+            flow.relay.on_limit(flow.pool, f"{why}: the longest silent flows make room")
+            flow.abort(reason)  # after a FIN a TCP port would be in use for a minute, tcp(7)
+        else:
+            flow.close(reason)
