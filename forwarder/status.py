@@ -75,7 +75,7 @@ def _names_as_text(rules: Iterable[Mapping[str, object]]) -> list[str]:
             what = "is being looked up"
             if name.get("state") == "failed":
                 since = as_duration(_number(name.get("for_s")))
-                what = f"does not resolve for {since}, {name.get('why')}; addresses in use: {used}"
+                what = f"unresolved for {since}: {name.get('why')}; in use: {used}"
             lines.append(f"rule {rule.get('name')}: {name.get('host')} {what}")
     return ["", *lines] if lines else []
 

@@ -214,8 +214,8 @@ def test_an_outage_is_told_once_and_so_is_its_end(
     assert trouble["addresses"] == ["127.0.0.1"]
     assert "Temporary failure" in trouble["why"]
     shown = run_command("status", "--control", str(site.control)).stdout
-    assert "rule web: db.example does not resolve for" in shown
-    assert "addresses in use: 127.0.0.1" in shown
+    assert "rule web: db.example unresolved for" in shown
+    assert "; in use: 127.0.0.1" in shown
     asked = site.names.asked()["db.example"]
     eventually(lambda: site.names.asked()["db.example"] >= asked + 2)
     site.assert_serves("web")
