@@ -51,7 +51,7 @@ def as_text(status: Mapping[str, object]) -> list[str]:
         f"forwarder {status.get('version')}, pid {status.get('pid')}, {status.get('state')}, "
         f"generation {status.get('generation')}, up {as_duration(_number(status.get('uptime_s')))}",
         f"{_count(totals, 'sessions')} sessions, {_count(totals, 'sessions_total')} in total, "
-        f"{_count(totals, 'connects_failed')} without an upstream; "
+        f"{_count(totals, 'connects_failed')} failed to connect; "
         f"{as_bytes(_count(totals, 'bytes_c2u'))} to upstreams, "
         f"{as_bytes(_count(totals, 'bytes_u2c'))} to clients",
         f"now {_number(rates.get('sessions_total_per_s')):.1f} new sessions/s, "

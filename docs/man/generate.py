@@ -1,8 +1,8 @@
 """Writes the man pages beside this file: ``python docs/man/generate.py``.
 
 Nothing is written twice: forwarder.toml(5) is docs/configuration.md, forwarder(8) is what the
-commands say of themselves and parts of the README. With ``--check`` it writes nothing and fails if
-a page is not what it should be.
+commands say of themselves and parts of docs/command-line.md. With ``--check`` it writes nothing and
+fails if a page is not what it should be.
 """
 
 from __future__ import annotations
@@ -257,15 +257,15 @@ def page_toml() -> str:
 
 def page_command() -> str:
     """forwarder(8)."""
-    readme = (ROOT / "README.md").read_text()
+    page = (ROOT / "docs" / "command-line.md").read_text()
     context = click.Context(cli, info_name="forwarder")
     lines = []
     for name in cli.list_commands(context):
         lines += command(cli.commands[name])
     lines += [".SS Options without a command", *options(cli)]
     lines += [".TP", ".B \\-h, \\-\\-help", "Show the options, also behind a command."]
-    lines += [".SH SIGNALS", *section_of(readme, "Signals to the master")]
-    lines += [".SH EXIT STATUS", *section_of(readme, "Exit codes")]
+    lines += [".SH SIGNALS", *section_of(page, "Signals to the master")]
+    lines += [".SH EXIT STATUS", *section_of(page, "Exit codes")]
     return heading("forwarder", 8) + _OPENING + "\n".join(lines) + "\n" + _CLOSING
 
 

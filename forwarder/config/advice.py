@@ -1,4 +1,4 @@
-"""Foot-guns: what a configuration may say, and hardly means. For people who ask; ``run`` does not.
+"""Likely mistakes: what is valid but probably unintended. For people who ask; ``run`` does not.
 
 Pure. Everything here is a warning with a place and a hint. It names what is certain from the text
 alone: a rule that may make sense is left in peace.

@@ -152,7 +152,7 @@ def _check_udp_timeout(rule: RawRule, issues: Issues) -> None:
     elif timeout.value == 0:
         issues.warn(
             timeout.place,
-            "timeout 0 keeps UDP flows for ever, and with them two sockets each",
+            "timeout 0 keeps UDP flows open forever, and with them two sockets each",
             hint=f"leave it out for {UDP_TIMEOUT_S:g} s",
         )
 

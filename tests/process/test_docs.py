@@ -43,6 +43,8 @@ ELSEWHERE: Final = {
     "systemctl": "needs systemd; test_unit_file.py runs what it would run",
     "journalctl": "needs systemd",
     "sysctl --system": "changes the machine; test_deploy.py looks whether the settings exist",
+    "pipx": "changes the machine; test_packaging.py installs what it would",
+    "podman": "needs podman; test_container.py runs what it would run",
     "docker": "needs docker; test_container.py runs what it would run",
     "kubectl": "needs a cluster; test_container.py runs what it would run",
     "python3 -m venv /opt": "changes the machine; the Makefile does it for .venv",
