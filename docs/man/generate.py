@@ -1,8 +1,8 @@
 """Writes the man pages beside this file: ``python docs/man/generate.py``.
 
 Nothing is written twice: forwarder.toml(5) is docs/configuration.md, forwarder(8) is what the
-commands say of themselves and parts of docs/command-line.md. With ``--check`` it writes nothing and
-fails if a page is not what it should be.
+commands say of themselves and parts of docs/command-line.md, with the README's example. With
+``--check`` it writes nothing and fails if a page is not what it should be.
 """
 
 from __future__ import annotations
@@ -252,7 +252,16 @@ def page_toml() -> str:
         elif depth == 3:
             lines.append(f'.SS "{inline(title)}"')
         lines += body(content)
-    return "\n".join([*lines, ".SH SEE ALSO", ".BR forwarder (8)"]) + "\n"
+    lines += [".SH EXAMPLE", *example(), ".SH SEE ALSO", ".BR forwarder (8)"]
+    return "\n".join(lines) + "\n"
+
+
+def example() -> list[str]:
+    """The configuration of the README's first screen."""
+    readme = (ROOT / "README.md").read_text()
+    found = re.search(r"^```toml.*?\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+    assert found is not None  # noqa: S101 - a page without it is not to be made
+    return [".EX", *(escape(line) or ".sp" for line in found[1].splitlines()), ".EE"]
 
 
 def page_command() -> str:

@@ -45,8 +45,8 @@ def listening(rules: Sequence[Rule], is_waiting: Callable[[Rule], object]) -> li
     """A line for each rule, up to a number, as the log has them at a start."""
     lines = []
     for rule in rules[:MOST_LISTED]:
-        state = "waiting" if is_waiting(rule) else "listening"
-        lines.append(f"{state} {label(rule, ' ')}{way(rule, _MOST_SHOWN)}")
+        text = label(rule, " ") + way(rule, _MOST_SHOWN)
+        lines.append(f"waiting {text}" if is_waiting(rule) else f"listening {text}")
     if len(rules) > MOST_LISTED:
         lines.append(f"listening and {plural(len(rules) - MOST_LISTED, 'more rule')}")
     return lines

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.process
 ROOT: Final = Path(__file__).parents[2]
 SDIST: Final = f"{DISTRIBUTION.replace('-', '_')}-{__version__}"
 WHEEL: Final = f"{SDIST}-py3-none-any.whl"
-DATA: Final = f"{SDIST}.data/data/share/man"
+DATA: Final = f"{SDIST}.data/data/share"
 INFO: Final = f"{SDIST}.dist-info"
 
 
@@ -89,7 +89,11 @@ def test_the_wheel_has_the_package_and_what_belongs_to_it(built: Path) -> None:
         if path.suffix == ".py" or path.name == "py.typed"
     }
     assert package <= names
-    assert {f"{DATA}/man8/forwarder.8", f"{DATA}/man5/forwarder.toml.5"} <= names
+    shared = (
+        *("man/man8/forwarder.8", "man/man5/forwarder.toml.5"),
+        *(f"doc/forwarder/examples/{name}" for name in ("forwarder.toml", "rinetd.conf")),
+    )
+    assert {f"{DATA}/{name}" for name in shared} <= names
     assert f"{INFO}/licenses/LICENSE" in names
     others = {name for name in names - package if not name.startswith((INFO, DATA))}
     assert not others
