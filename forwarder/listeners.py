@@ -237,12 +237,39 @@ class ListenerTable:
         A unix socket has no handshakes: who connects is queued at once, and served until it is
         closed. Nor has UDP.
         """
+        listeners = self._by_address[address].sockets
+        is_aside = _turn_away(listeners, address, is_served=is_served)
+        return self.set_aside(address) if is_aside else address
+
+    def set_aside(self, address: BindAddress) -> BindAddress:
+        """Make room for other sockets at an address whose sockets get no new clients.
+
+        Returns under which address these are found from now on.
+        """
         slotted = self._by_address[address]
-        if not _turn_away(slotted.sockets, address, is_served=is_served):
-            return address
         slotted.address = replace(address, aside=next(self._asides))
         self._by_address[slotted.address] = self._by_address.pop(address)
+        self._owned.pop(address, None)
         return slotted.address
+
+    def has_file(self, addresses: Iterable[BindAddress]) -> bool:
+        """Whether one of the addresses is a unix socket with a file that is ours."""
+        return any(self._owned.get(address) is not None for address in addresses)
+
+    def why_deaf(self, address: BindAddress, interface: str) -> str:
+        """Why no client can reach an address any more; "" if they can, or nobody knows.
+
+        ``interface`` is what it is bound to, by name, or "".
+        """
+        target = address.target
+        file = self._owned.get(address)
+        if file is not None and not file.is_there:
+            return f"cannot be reached at {target}: its file has gone"
+        listeners = self._by_address[address].sockets
+        if not interface or not listeners:
+            return ""
+        what = diverting.why_unreachable(listeners[0], interface)
+        return what and f"cannot be reached at {target}: {what}"
 
     def accept_handshakes(self, address: BindAddress) -> None:
         """Undo :meth:`turn_away`, of what was not set aside; harmless where that was not done."""

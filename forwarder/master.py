@@ -42,11 +42,12 @@ from forwarder.service import Service
 from forwarder.signals import SignalQueue
 from forwarder.slot import WorkerProcess
 from forwarder.spec import MasterSpec, State
+from forwarder.surroundings import Surroundings
+from forwarder.surviving import survive
 from forwarder.upstream.wanted import all_names
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable
 
     from forwarder.asking import Answered
     from forwarder.config.model import Config
@@ -55,8 +56,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 KILL_AFTER_S: Final = 2.0  # a worker that was told to stop and does not leave is killed
-# After what failed: if it goes on failing, the log must not fill up with it. Arbitrary.
-BUG_PAUSE_S: Final = 0.5
 
 _SIGNALS: Final = (
     signal.SIGTERM,
@@ -95,6 +94,7 @@ class Master:
             drop=lambda: drop(self._fleet.identity),
             on_answers=self._service.on_answers,
         )
+        self._surroundings = Surroundings(self._service, self._selector)
         self._signals: SignalQueue | None = None
         self._requests = Requests(self)
         self._handover = Handover(self, self._selector, self._requests)
@@ -115,7 +115,7 @@ class Master:
         try:
             self._boot()
             while self._state is not State.STOPPED:
-                _survive(self._turn)
+                survive(self._turn)
         except StartupError:
             # There are workers if we are a successor that cannot take over: none shall be left.
             self._fleet.kill("is not to serve, killing it")
@@ -165,8 +165,9 @@ class Master:
         """Read the configuration anew, and try what it asks of sockets; in a forked child."""
         assert self._spec.load is not None  # noqa: S101 - else there is no reload
         config = self._spec.load()
-        probing.check(config, self._drop)
-        return look_up(config, self._fleet.names.answers)
+        waiting = self._service.waiting
+        probing.check(config, self._drop, waiting)
+        return look_up(config, self._fleet.names.answers, waiting)
 
     def _drop(self) -> None:
         """Have no more rights than a worker."""
@@ -180,6 +181,7 @@ class Master:
 
     def _close(self) -> None:
         """Give up what the master owns, but sockets and pid file; a forked child does the same."""
+        self._surroundings.close()
         self._reloading.close()
         self._fleet.logs.close()
         if self._signals is not None:
@@ -256,7 +258,8 @@ class Master:
         if self._state is State.RUNNING:
             deadlines = [self._fleet.next_deadline(), self._reloading.deadline]
             deadlines += [*self._service.deadlines(), self._naming.deadline(self._hang_s)]
-            deadlines += [self._late.deadline if self._may_bind_late else None]
+            if self._may_bind_late:
+                deadlines += [self._late.deadline, self._surroundings.deadline]
         else:
             deadlines = [self._deadline, self._fleet.next_look()]
         deadlines += [self._requests.deadline, self._watchdog.deadline, self._handover.deadline]
@@ -267,7 +270,7 @@ class Master:
 
     def _hear_signals(self) -> None:
         for number in self._signals.take() if self._signals is not None else ():
-            _survive(partial(self._on_signal, number))
+            survive(partial(self._on_signal, number))
 
     def _on_signal(self, number: signal.Signals) -> None:
         if number is signal.SIGCHLD:
@@ -308,6 +311,8 @@ class Master:
         now = time.monotonic()
         self._reloading.turn(now)
         if self._may_bind_late:
+            if self._surroundings.turn(now):
+                self._serve_anew()
             self._late.turn(now)
         if self._service.expire(now):
             self._serve_anew()
@@ -489,14 +494,3 @@ class Master:
         # Those that go now are served for a moment yet; the next reload forgets them.
         self._fleet.forget_rules()
         self._fleet.resize(size)
-
-
-def _survive(act: Callable[[], None]) -> None:
-    """Do something; a bug in it costs what it was about, not the instance."""
-    try:
-        act()
-    except StartupError:  # a successor that cannot take over
-        raise
-    except Exception:
-        log.exception("master.bug: going on; please report it")
-        time.sleep(BUG_PAUSE_S)

@@ -24,7 +24,7 @@ from forwarder.errors import ConfigError, ExitCode, Issue, RightsError, StartupE
 from forwarder.net import options as socket_options
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Collection, Iterable, Iterator
 
     from forwarder.addr import Endpoint
     from forwarder.config.model import Config, Rule
@@ -72,10 +72,13 @@ class _Case:
         return not self.is_udp and (sides.on_listen if self.listens else sides.on_connect)
 
 
-def check(config: Config, drop: Callable[[], None] | None = None) -> None:
+def check(
+    config: Config, drop: Callable[[], None] | None = None, waiting: Collection[str] = ()
+) -> None:
     """Try all options that are not the default.
 
     ``drop`` gives up the rights that workers do not have. None: rights are not looked at.
+    ``waiting`` are rules that wait already, perhaps for a device.
     Raises ConfigError, or RightsError when nothing but privileges is missing; StartupError when
     there is no process to try with.
     """
@@ -92,7 +95,9 @@ def check(config: Config, drop: Callable[[], None] | None = None) -> None:
     issues: dict[Issue, bool] = {}
     for rule in config.rules:
         for problem in dict.fromkeys(p for c in cases.get(rule.name, ()) for p in problems[c]):
-            is_waited_for = problem.is_missing_device and rule.retries_bind
+            is_waited_for = problem.is_missing_device and (
+                rule.retries_bind or rule.name in waiting
+            )
             if not is_waited_for and not (problem.is_denied and drop is None):
                 issues[_issue(rule, problem)] = problem.is_denied
     if issues:

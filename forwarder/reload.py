@@ -190,15 +190,16 @@ def _load(load: Callable[[], Candidate]) -> Candidate | Rejected:
         return Rejected((f"internal error: {err!r}",))
 
 
-def look_up(config: Config, known: Mapping[str, Answer]) -> Candidate:
+def look_up(config: Config, known: Mapping[str, Answer], patient: Container[str] = ()) -> Candidate:
     """Find where the rules of a configuration listen, asking for names that are not ``known``.
 
-    Blocks LOOK_UP_S at most. Raises ForwarderError, as for a name that means nothing.
+    ``patient`` as for ``bind_addresses``. Blocks LOOK_UP_S at most. Raises ForwarderError, as for a
+    name that means nothing.
     """
     asked = listening_names(config.rules).keys() - known.keys()
     answers = look_up_all(asked, LOOK_UP_S) if asked else {}
     unresolved: dict[str, str] = {}
-    binds = bind_addresses(config, {**known, **answers}, unresolved)
+    binds = bind_addresses(config, {**known, **answers}, unresolved, patient=patient)
     return Candidate(config, binds, unresolved, answers)
 
 

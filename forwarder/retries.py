@@ -1,7 +1,8 @@
-"""Rules whose address cannot be had yet: when it is tried again. Pure; ``now`` is passed in."""
+"""Rules with an address that cannot be had yet: when to try again. Pure; ``now`` is passed in."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -16,7 +17,7 @@ LONGEST_DELAY_S: Final = 30.0
 
 @dataclass(slots=True)
 class Waiting:
-    """A rule that waits: why, how often it was tried, and when it is tried again."""
+    """A rule that waits, at least for some of its addresses: why, how often, until when."""
 
     why: str
     failures: int
@@ -28,6 +29,7 @@ class Retries:
 
     def __init__(self) -> None:
         self._waiting: dict[str, Waiting] = {}
+        self._hastened = -math.inf
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -69,6 +71,13 @@ class Retries:
         one.failures += 1
         one.not_before = now + delay
         return is_news
+
+    def hasten_all(self, now: float) -> None:
+        """Something has changed: try all at once, but not more often than FIRST_DELAY_S apart."""
+        if now >= self._hastened:
+            self._hastened = max(now, self._hastened + FIRST_DELAY_S)
+        for one in self._waiting.values():
+            one.not_before = min(one.not_before, self._hastened)
 
     def on_success(self, name: str) -> int:
         """Note that a rule has its address. Returns how often it had failed; 0 if it never has."""

@@ -12,19 +12,17 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import resource
 import time
 from typing import TYPE_CHECKING, Final
 
 from forwarder.addr import UnixAddress
+from forwarder.binding import Binding, check_descriptors
 from forwarder.config.describe import listening, waiting_text
 from forwarder.config.plan import FIXED_SETTINGS, diff
-from forwarder.errors import StartupError
 from forwarder.firstanswers import FirstAnswers
 from forwarder.listeners import CLOSE_GRACE_S, ListenerTable, start_lock
-from forwarder.net.addresses import BindError, address_of
+from forwarder.net.addresses import address_of
 from forwarder.reload import Candidate, Rejected, as_known
-from forwarder.retries import Retries
 from forwarder.serving import Serving
 from forwarder.status import describe_rule
 from forwarder.upstream.wanted import listening_names
@@ -33,6 +31,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Collection, Iterable, Mapping
 
+    from forwarder.binding import Had
     from forwarder.config.model import Config, Rule
     from forwarder.net.addresses import BindAddress
     from forwarder.net.sockets import Target
@@ -40,9 +39,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Of master and worker each, besides listening sockets: channels, epoll, loop, log, pipes, and room
-# for a few sessions. Arbitrary, above the 16 that an idle worker has.
-RESERVED_DESCRIPTORS: Final = 24
 # How long a rule that an upgrade has dropped can have its sockets again: until the predecessor,
 # which serves them, has closed them for certain.
 UNCLAIMED_S: Final = 2 * CLOSE_GRACE_S
@@ -55,9 +51,9 @@ class Service:
         self.config = config
         self.generation = 1
         self.table = ListenerTable()
-        self.retries = Retries()
         self._start = FirstAnswers()
-        self._binds: dict[str, tuple[BindAddress, ...]] = {}
+        self._binding = Binding(self.table, self._start)
+        self.retries = self._binding.retries
         self._revision = 0
         self._closing: dict[BindAddress, tuple[Rule, float]] = {}
         self._dropped: set[BindAddress] = set()
@@ -74,18 +70,18 @@ class Service:
         ``inherited`` gives sockets that exist already; it is told which are wanted. Raises
         StartupError.
         """
-        names = [rule.name for rule in self.config.rules]
+        names = [rule.name for rule in self.config.rules if not rule.listen.is_literal]
         candidate = as_known(self.config, known, patient=names)
         self._start.expect(self.config.rules, known, time.monotonic())
         wanted = _by_address(self.config, candidate.binds)
         slots = self.config.settings.workers
-        _check_descriptors(len(wanted) * slots, f"{len(wanted)} addresses for {slots} workers")
+        check_descriptors(len(wanted) * slots, f"{len(wanted)} addresses for {slots} workers")
         self.table.inherit(inherited(lambda sock: address_of(sock) in wanted))
         with start_lock():
-            self.table.add(_required(candidate), slots)
-            self._put_in_force(candidate, slots)
-        at_once = [rule for rule in self.config.rules if rule.name not in self._start.rules]
-        for line in listening(at_once, lambda rule: self.retries.get(rule.name)):
+            had = self._binding.require(candidate, slots, lambda _: False)
+            at_once = [rule for rule in self.config.rules if rule.name not in self._start.rules]
+            self._put_in_force(candidate, had, slots)
+        for line in listening(at_once, self._binding.state_of):
             log.info("%s", line)
         for address in self.table.unclaimed():
             if address.aside:  # the giver knows
@@ -95,7 +91,7 @@ class Service:
     def grow(self, slots: int) -> None:
         """Have sockets for ``slots`` workers. Raises StartupError; what was made is kept unused."""
         wanted = self._rules_by_address()
-        _check_descriptors(
+        check_descriptors(
             self.table.count(wanted, slots), f"{len(wanted)} addresses for {slots} workers"
         )
         self.table.grow(wanted, slots)
@@ -108,52 +104,52 @@ class Service:
         candidate = self._with_what_is_bound(candidate)
         old, new = self.config, candidate.config
         before = self._rules_by_address()
-        required, every = _required(candidate), _by_address(new, candidate.binds)
+        every = _by_address(new, candidate.binds)
         needed = self.table.count(every, slots)
-        _check_descriptors(needed, f"{len(every)} addresses for {slots} workers")
-        added = [address for address in required if address not in self.table]
+        check_descriptors(needed, f"{len(every)} addresses for {slots} workers")
+        added = [address for address in every if address not in self.table]
+        listens = {rule.name: rule.listen for rule in old.rules}
+        kept_names = {r.name for r in new.rules if listens.get(r.name) == r.listen}
+
+        def may_wait(rule: Rule) -> bool:
+            """One that waits already is no reason to refuse what is new."""
+            return rule.name in kept_names and self.retries.get(rule.name) is not None
+
         try:
-            self.table.add(required, slots)
+            had = self._binding.require(candidate, slots, may_wait)
             kept = {address: rule for address, rule in every.items() if address in self.table}
             self.table.grow(kept, slots)
         except BaseException:
             self.table.close(added)
             raise
         self.generation += 1
-        listens = {rule.name: rule.listen for rule in old.rules}
-        self.retries.keep([r.name for r in new.rules if listens.get(r.name) == r.listen])
-        self._put_in_force(candidate, slots)
+        self.retries.keep(kept_names)
+        self._put_in_force(candidate, had, slots)
         wanted = self._rules_by_address()
         self._begin_closing(before, wanted)
         self.table.set_modes(wanted)
         for setting in FIXED_SETTINGS:
             if getattr(old.settings, setting) != getattr(new.settings, setting):
                 log.warning("reload: a change of %s takes effect at the next start", setting)
-        waiting = [rule.name for rule in new.rules if self.retries.get(rule.name)]
-        return f"{diff(old, new)}, generation {self.generation}{waiting_text(waiting)}"
+        return f"{diff(old, new)}, generation {self.generation}{waiting_text(self.waiting)}"
 
     def _with_what_is_bound(self, candidate: Candidate) -> Candidate:
         """The candidate, whose unchanged rules listen on where they do if their name is silent."""
         before = {rule.name: rule for rule in self.config.rules}
         kept = {
-            rule.name: self._binds[rule.name]
+            rule.name: self._binding.of(rule.name)
             for rule in candidate.config.rules
             if rule.name in candidate.unresolved
             and rule.name in before
             and _listens_alike(rule, before[rule.name])
-            and self._binds[rule.name]
+            and self._binding.of(rule.name)
         }
         unresolved = {k: why for k, why in candidate.unresolved.items() if k not in kept}
         return dataclasses.replace(candidate, binds=candidate.binds | kept, unresolved=unresolved)
 
-    def _put_in_force(self, candidate: Candidate, slots: int) -> None:
+    def _put_in_force(self, candidate: Candidate, had: Mapping[str, Had], slots: int) -> None:
         self.config = candidate.config
-        late = [rule for rule in self.config.rules if _is_late(rule, candidate)]
-        self._binds = dict.fromkeys((rule.name for rule in late), ())
-        for rule in self.config.rules:
-            if rule.name not in self._binds:
-                self._on_bound(rule, candidate.binds[rule.name])
-        self._add_or_wait(candidate, late, slots)
+        self._binding.put_in_force(candidate, had, slots)
         for address in self._rules_by_address():
             self._reopen(address)
 
@@ -221,70 +217,35 @@ class Service:
     def bind_late(self, found: Candidate | Rejected, tried: Config, slots: int) -> bool:
         """Bind what could not be had before, as far as that is possible now. True if something was.
 
-        ``found`` is where the rules of ``tried`` listen.
+        ``found`` is where the rules of ``tried`` listen. Raises StartupError, as ``Binding`` does.
         """
-        if isinstance(found, Rejected):
-            why = "; ".join(found.problems)
-            found = Candidate(tried, {}, {rule.name: why for rule in tried.rules})
-        waiting = len(self.retries)
-        with start_lock(patience_s=0.0) as is_alone:
-            if is_alone:
-                self._add_or_wait(found, tried.rules, slots)
-            else:  # our probe could meet theirs
-                for rule in tried.rules:
-                    self._wait(rule, "another instance is starting")
+        is_more = self._binding.bind_late(found, tried, self.config, slots)
         for rule in tried.rules:
-            for address in self._binds[rule.name]:
+            for address in self._binding.of(rule.name):
                 self._reopen(address)
-        return len(self.retries) < waiting
+        return is_more
 
-    def _add_or_wait(self, candidate: Candidate, late: Iterable[Rule], slots: int) -> None:
-        """Bind rules of a candidate that may wait for their address, each of them or none.
+    @property
+    def waiting(self) -> list[str]:
+        """Rules that wait for some of their addresses; a reload is not refused because of these."""
+        return [rule.name for rule in self.config.rules if self.retries.get(rule.name)]
 
-        Raises StartupError for one without which the start has failed.
-        """
-        taken = self._rules_by_address()
-        for rule in late:
-            addresses = candidate.binds.get(rule.name, ())
-            why = candidate.unresolved.get(rule.name, "")
-            try:
-                if not why:
-                    _check_taken(rule, addresses, taken)
-                    needed = self.table.count(addresses, slots)
-                    _check_descriptors(needed, f"{len(addresses)} addresses more")
-                    self.table.add(dict.fromkeys(addresses, rule), slots)
-            except StartupError as err:
-                if rule.name in self.awaited:
-                    raise
-                why = err.why if isinstance(err, BindError) else str(err)
-            if why:
-                self._wait(rule, why)
-            else:
-                self._on_bound(rule, addresses)
+    @property
+    def can_go_deaf(self) -> bool:
+        """Whether there are addresses that can go without our doing."""
+        return self._binding.can_go_deaf(self.config.rules)
 
-    def _on_bound(self, rule: Rule, addresses: Iterable[BindAddress]) -> None:
-        self._binds[rule.name] = tuple(map(self.table.known, addresses))
-        if failures := self.retries.on_success(rule.name):
-            log.info("bind.done rule=%s listens, at attempt %d", rule.name, failures + 1)
-        elif rule.name in self._start.rules:
-            log.info("%s", listening([rule], lambda _: False)[0])
-        self._start.rules.discard(rule.name)
-
-    def _wait(self, rule: Rule, why: str) -> None:
-        self._binds[rule.name] = ()
-        if rule.name in self._start.rules:
-            if self._start.is_unanswered(rule):
-                self.retries.expect(rule.name, why, time.monotonic())
-                return
-            self._start.rules.discard(rule.name)
-        if self.retries.on_failure(rule.name, why, time.monotonic()):
-            log.warning("bind.waiting rule=%s %s; it is tried again", rule.name, why)
+    def look_around(self, now: float) -> bool:
+        """Give up what no client can reach any more. Returns whether the workers must be told."""
+        gone = self._binding.give_up_deaf(self.config.rules, now)
+        self._dropped.update(gone)
+        return bool(gone)
 
     # -- what the workers are told
 
     def serving(self) -> Serving:
         """What the workers shall serve now: the configuration, and what is being closed."""
-        binds = dict(self._binds)
+        binds = {rule.name: self._binding.of(rule.name) for rule in self.config.rules}
         counted_as: dict[str, str] = {}
         rules = list(self.config.rules)
         closing: dict[int, list[BindAddress]] = {}
@@ -338,8 +299,8 @@ class Service:
         return [
             describe_rule(
                 rule,
-                [str(target) for target in _first_ports(rule, self._binds[rule.name])],
-                {**counters(rule.name), "queue": self.table.queue(self._binds[rule.name])},
+                [str(target) for target in _first_ports(rule, self._binding.of(rule.name))],
+                {**counters(rule.name), "queue": self.table.queue(self._binding.of(rule.name))},
                 self.retries.get(rule.name),
                 now,
             )
@@ -347,20 +308,7 @@ class Service:
         ]
 
     def _rules_by_address(self) -> dict[BindAddress, Rule]:
-        return _by_address(self.config, self._binds)
-
-
-def _check_descriptors(listening: int, what: str) -> None:
-    """Refuse what could never serve, before anything is bound."""
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # The master has all sockets. A worker that adopts those of all others has them all, too.
-    needed = listening + RESERVED_DESCRIPTORS
-    if limit != resource.RLIM_INFINITY and limit < needed:
-        raise StartupError(
-            f"{what} need at least {needed} file descriptors "
-            f"and 2 for each session, the limit is {limit}; "
-            "hint: raise the limit of open files (LimitNOFILE=, ulimit -n), or have fewer workers"
-        )
+        return self._binding.by_address(self.config.rules)
 
 
 def _by_address(
@@ -369,33 +317,12 @@ def _by_address(
     return {address: rule for rule in config.rules for address in binds[rule.name]}
 
 
-def _required(candidate: Candidate) -> dict[BindAddress, Rule]:
-    """The addresses without which nothing shall start."""
-    every = _by_address(candidate.config, candidate.binds)
-    return {address: rule for address, rule in every.items() if not _is_late(rule, candidate)}
-
-
 def _listens_alike(one: Rule, other: Rule) -> bool:
     return (one.listen, one.protocol.listens_on_udp, one.options.mptcp.on_listen) == (
         other.listen,
         other.protocol.listens_on_udp,
         other.options.mptcp.on_listen,
     )
-
-
-def _is_late(rule: Rule, candidate: Candidate) -> bool:
-    """Whether a rule may be bound later than the others."""
-    return rule.retries_bind or rule.name in candidate.unresolved
-
-
-def _check_taken(
-    rule: Rule, addresses: Iterable[BindAddress], taken: Mapping[BindAddress, Rule]
-) -> None:
-    """A name may have come to mean what another rule listens on. Raises BindError."""
-    for address in addresses:
-        if address in taken:
-            why = f"cannot listen on {address.target}, as rule {taken[address].name!r} does"
-            raise BindError(rule, why, "remove one of the two rules")
 
 
 def _first_ports(rule: Rule, addresses: Iterable[BindAddress]) -> list[Target | str]:

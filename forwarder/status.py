@@ -24,11 +24,11 @@ def describe_rule(
     waiting: Waiting | None,
     now: float,
 ) -> dict[str, object]:
-    """One rule, as in the JSON of the status; ``waiting`` if it has no address yet."""
+    """One rule, as in the JSON of the status; ``waiting`` if it has not all of its addresses."""
     state: dict[str, object] = {"state": "listening"}
     if waiting is not None:
         state = {
-            "state": "waiting",
+            "state": "partial" if addresses else "waiting",
             "why": waiting.why,
             "attempts": waiting.failures,
             "retry_in_s": round(max(0.0, waiting.not_before - now), 1),
@@ -130,8 +130,9 @@ def _worker_row(worker: Mapping[str, object]) -> list[str]:
 
 def _rule_row(rule: Mapping[str, object]) -> list[str]:
     listens = " ".join(map(str, _list(rule.get("addresses"))))
-    if rule.get("state") == "waiting":
-        listens = f"{rule.get('why')}; next attempt in {_number(rule.get('retry_in_s')):.0f} s"
+    if rule.get("state") in ("waiting", "partial"):
+        why = f"{rule.get('why')}; next attempt in {_number(rule.get('retry_in_s')):.0f} s"
+        listens = f"{listens} ({why})" if listens else why
     return [
         str(rule.get("name")),
         listens,

@@ -41,12 +41,15 @@ def way(rule: Rule, most: int | None = None) -> str:
     return f"{rule.protocol.value} {rule.listen} -> {upstreams}"
 
 
-def listening(rules: Sequence[Rule], is_waiting: Callable[[Rule], object]) -> list[str]:
-    """A line for each rule, up to a number, as the log has them at a start."""
-    lines = []
-    for rule in rules[:MOST_LISTED]:
-        text = label(rule, " ") + way(rule, _MOST_SHOWN)
-        lines.append(f"waiting {text}" if is_waiting(rule) else f"listening {text}")
+def listening(rules: Sequence[Rule], state_of: Callable[[Rule], str]) -> list[str]:
+    """A line for each rule, up to a number, as the log has them at a start.
+
+    ``state_of`` says whether it is listening, partly listening or waiting.
+    """
+    lines = [
+        f"{state_of(rule)} {label(rule, ' ')}{way(rule, _MOST_SHOWN)}"
+        for rule in rules[:MOST_LISTED]
+    ]
     if len(rules) > MOST_LISTED:
         lines.append(f"listening and {plural(len(rules) - MOST_LISTED, 'more rule')}")
     return lines

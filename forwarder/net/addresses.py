@@ -11,7 +11,7 @@ import socket
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
-from forwarder.addr import Address, UnixAddress
+from forwarder.addr import Address, UnixAddress, parse_host
 from forwarder.errors import ConfigError, ExitCode, Issue, StartupError
 from forwarder.net import sockets
 from forwarder.net.many import is_group
@@ -69,10 +69,18 @@ class BindError(StartupError):
     """An address cannot be had. ``why`` says it without the rule and its place.
 
     ``is_final``: waiting does not help, unlike with a name that cannot be looked up just now.
+    ``is_shortage``: for want of descriptors or memory, which is no matter of this address.
     """
 
     def __init__(
-        self, rule: Rule, why: str, hint: str, *, is_denied: bool = False, is_final: bool = True
+        self,
+        rule: Rule,
+        why: str,
+        hint: str,
+        *,
+        is_denied: bool = False,
+        is_final: bool = True,
+        is_shortage: bool = False,
     ) -> None:
         super().__init__(
             f"{rule.place}: rule {rule.name!r} {why}" + (f"; hint: {hint}" if hint else ""),
@@ -80,6 +88,7 @@ class BindError(StartupError):
         )
         self.why = why
         self.is_final = is_final
+        self.is_shortage = is_shortage
 
 
 class Answered(Protocol):
@@ -162,6 +171,8 @@ def _expand(
         return
     is_udp = rule.protocol.listens_on_udp
     targets = _resolve_listen(rule, listen, answers)
+    if listen.host == "::" and not sockets.has_ipv6():
+        targets = [Target(socket.AF_INET, ("0.0.0.0", listen.port))]  # every address there is
     for port in range(listen.port, listen.last_port + 1):
         for target in targets:
             yield BindAddress(
@@ -184,9 +195,12 @@ def _resolve_listen(rule: Rule, listen: Address, answers: Mapping[str, Answered]
             flags=socket.AI_PASSIVE | socket.AI_NUMERICHOST,
         )
     except OSError as err:
-        raise BindError(
-            rule, f"cannot listen on {listen}: {err.strerror}", "use an address of this host"
-        ) from err
+        why, hint = err.strerror, "use an address of this host"
+        scope = listen.host.partition("%")[2]
+        if scope:
+            why = f"there is no network interface {scope!r} now"
+            hint = 'bind = "retry" waits for one that comes later'
+        raise BindError(rule, f"cannot listen on {listen}: {why}", hint) from err
     targets = [Target(family, sockaddr) for family, _, _, _, sockaddr in found]  # type: ignore[arg-type]  # IP only
     return list(dict.fromkeys(targets))
 
@@ -194,7 +208,7 @@ def _resolve_listen(rule: Rule, listen: Address, answers: Mapping[str, Answered]
 def _known(rule: Rule, listen: Address, answer: Answered | None) -> list[Target]:
     """What is known of a name to listen on. Raises BindError if there is no address."""
     if answer is not None and answer.addresses:
-        return list(answer.addresses)
+        return list(dict.fromkeys(map(_plain, answer.addresses)))
     why = "its name is being looked up" if answer is None else answer.why
     raise BindError(
         rule,
@@ -204,11 +218,20 @@ def _known(rule: Rule, listen: Address, answer: Answered | None) -> list[Target]
     )
 
 
+def _plain(target: Target) -> Target:
+    """IPv4 in IPv6 clothes, as a name may have it, is IPv4: see ``addr.parse_host``."""
+    host, port = target.sockaddr[0], target.port
+    if target.family == socket.AF_INET6 and "." in host:
+        return Target(socket.AF_INET, (parse_host(host), port))
+    return target
+
+
 _HINTS = {
     errno.EADDRINUSE: "another program, or another forwarder, listens there: `ss -lntup` shows it",
     errno.EADDRNOTAVAIL: "this host has no such address: `ip address` lists those it has",
     errno.EACCES: "ports below net.ipv4.ip_unprivileged_port_start (1024) need root "
     "or CAP_NET_BIND_SERVICE",
+    errno.EAFNOSUPPORT: "this system has no IPv6: write an IPv4 address, or * for every address",
     errno.ENODEV: "there is no such network device: `ip link` lists those there are",
     errno.EMFILE: "raise the limit of open files (LimitNOFILE=, ulimit -n)",
 }
@@ -245,4 +268,5 @@ def bind_error(address: BindAddress, rule: Rule, err: OSError) -> BindError:
         f"cannot listen on {address.target}: {os.strerror(number)}",
         hints.get(number, ""),
         is_denied=number in (errno.EACCES, errno.EPERM),
+        is_shortage=number in sockets.OUT_OF_RESOURCES,
     )

@@ -37,6 +37,27 @@ def interface_of(sock: socket.socket) -> int:
     return 0
 
 
+def why_unreachable(sock: socket.socket, name: str) -> str:
+    """Why nothing can come to a socket that is bound to the interface ``name``; "" if it can.
+
+    An interface that is made anew has another index. One that has another name now still serves.
+    """
+    address = sock.getsockname()
+    scope = address[3] if len(address) == 4 else 0
+    index = scope or interface_of(sock)
+    if not index:
+        return ""
+    with suppress(OSError):
+        now = int(name) if name.isdigit() else socket.if_nametoindex(name)
+        if now != index:
+            return f"the network interface {name} was made anew"
+    try:
+        socket.if_indextoname(index)
+    except OSError:
+        return f"the network interface {name} has gone"
+    return ""
+
+
 def divert(sock: socket.socket) -> bool:
     """Have new clients of a listener go elsewhere, or be refused. Returns whether that is so."""
     with suppress(OSError):

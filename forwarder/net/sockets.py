@@ -167,6 +167,15 @@ def listen_tcp(
     return sock
 
 
+def has_ipv6() -> bool:
+    """Whether this system has IPv6 at all; a host without such addresses has (``disable_ipv6``)."""
+    try:
+        socket.socket(socket.AF_INET6, socket.SOCK_DGRAM).close()
+    except OSError as err:
+        return err.errno != errno.EAFNOSUPPORT
+    return True
+
+
 def listen_abstract(target: Target, backlog: int) -> socket.socket:
     """Bind and listen on a name in the abstract namespace. The caller owns it. Raises OSError."""
     sock = socket.socket(socket.AF_UNIX, _NONBLOCKING_STREAM)

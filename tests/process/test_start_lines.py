@@ -44,15 +44,15 @@ def test_a_start_says_where_each_rule_listens_and_a_reload_what_waits(
 def test_twenty_rules_have_a_line_each_and_the_others_are_counted() -> None:
     text = "".join(RULE.format(f"r{n}", f":{n + 1}", '"a:1"') for n in range(25))
     rules = parse(text, "a.toml", Dialect.TOML).config.rules
-    lines = listening(rules, lambda rule: rule.name == "r1")
+    lines = listening(rules, lambda rule: "waiting" if rule.name == "r1" else "listening")
     assert len(lines) == 21
     assert lines[:2] == ["listening r0 tcp [::]:1 -> a:1", "waiting r1 tcp [::]:2 -> a:1"]
     assert lines[20] == "listening and 5 more rules"
-    assert len(listening(rules[:20], lambda _: False)) == 20
-    assert listening(rules[:21], lambda _: False)[20] == "listening and 1 more rule"
+    assert len(listening(rules[:20], lambda _: "listening")) == 20
+    assert listening(rules[:21], lambda _: "listening")[20] == "listening and 1 more rule"
 
 
 def test_a_rule_without_a_name_is_not_called_by_its_address_twice() -> None:
     text = '[[forwarding_rules]]\nlisten = ":1"\nupstream = ["a:1", "a:2", "a:3", "a:4", "a:5"]\n'
-    (line,) = listening(parse(text, "a.toml", Dialect.TOML).config.rules, lambda _: False)
+    (line,) = listening(parse(text, "a.toml", Dialect.TOML).config.rules, lambda _: "listening")
     assert line == "listening tcp [::]:1 -> a:1, a:2, a:3 and 2 more"

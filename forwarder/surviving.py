@@ -1,0 +1,28 @@
+"""A bug costs what it was about, not the instance."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING, Final
+
+from forwarder.errors import StartupError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+log = logging.getLogger(__name__)
+
+# After what failed: if it goes on failing, the log must not fill up with it. Arbitrary.
+BUG_PAUSE_S: Final = 0.5
+
+
+def survive(act: Callable[[], None]) -> None:
+    """Do something. A bug in it is logged, and followed by a pause."""
+    try:
+        act()
+    except StartupError:  # a successor that cannot take over
+        raise
+    except Exception:
+        log.exception("master.bug: going on; please report it")
+        time.sleep(BUG_PAUSE_S)
