@@ -152,8 +152,7 @@ class Fleet:
         self.end_hung(now)
         self.ledger.sample(now)
         self._recount()
-        self.tell_logs()
-        self.tell_names()
+        self.tell_news()
         self._assign()
         if self._retiring and self.is_settled:
             for process in self._retiring:
@@ -192,9 +191,10 @@ class Fleet:
                 self._gate.recount(living, self.ledger.rows_in_use())
                 self._must_recount = False
 
-    def tell_logs(self) -> None:
-        """Tell each worker, those that are leaving too, where the connection log goes now."""
+    def tell_news(self) -> None:
+        """Tell each worker, those that leave too, what names mean and where the log goes now."""
         for process in self.processes():
+            self._tell_names(process)
             if process.logs_revision == self.logs.revision or time.monotonic() < process.deaf_until:
                 continue
             try:
@@ -208,11 +208,6 @@ class Fleet:
                 continue
             process.logs_revision = self.logs.revision
             self._watch(process)
-
-    def tell_names(self) -> None:
-        """Tell each worker, those that are leaving too, what has become of names."""
-        for process in self.processes():
-            self._tell_names(process)
 
     def ask(
         self,

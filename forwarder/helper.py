@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import setproctitle
 
+from forwarder.config.model import HANG_TIMEOUT_S
 from forwarder.heartbeat import Heartbeats
 from forwarder.net.channel import Channel, ChannelClosed, channel_pair
 from forwarder.signals import describe_end
@@ -69,7 +70,11 @@ class Helper:
         release: Callable[[], None],
         drop: Callable[[], None],
     ) -> None:
-        """In the child ``release`` gives up what is the master's, ``drop`` its rights."""
+        """In the child ``release`` gives up what is the master's, ``drop`` its rights.
+
+        ``hang_s``: who gives no sign of life for so long is hung, and replaced.
+        """
+        self.hang_s = HANG_TIMEOUT_S
         self._name = name
         self._job = job
         self._selector = selector
@@ -109,11 +114,12 @@ class Helper:
             }
         ]
 
-    def deadline(self, hang_s: float) -> float | None:
+    @property
+    def deadline(self) -> float | None:
         """When :meth:`turn` has something to do; None for never."""
         if not self._is_wanted:
             return None
-        return self._backoff.not_before if self._pid is None else self._looked_at + hang_s / 4
+        return self._backoff.not_before if self._pid is None else self._looked_at + self.hang_s / 4
 
     def want(self, *, is_wanted: bool) -> None:
         """Have one from the next :meth:`turn` on, or end it."""
@@ -121,16 +127,16 @@ class Helper:
         if not is_wanted:
             self._kill()
 
-    def turn(self, now: float, hang_s: float) -> None:
-        """Start it if there shall be one, or end it if it gave no sign of life for ``hang_s``."""
+    def turn(self, now: float) -> None:
+        """Start it if there shall be one, or end it if it gives no sign of life."""
         if self._is_wanted and self._pid is None and now >= self._backoff.not_before:
             self._start(now)
         elif self._pid is not None:
-            if now - self._looked_at > hang_s / 2:
+            if now - self._looked_at > self.hang_s / 2:
                 self._awake_since = now  # we were stopped ourselves, see Fleet.end_hung
             self._looked_at = now
             silent_s = now - max(self._heartbeats.last(self._cell), self._awake_since)
-            if silent_s > hang_s and not self._is_killed:
+            if silent_s > self.hang_s and not self._is_killed:
                 log.error("helper.hung name=%s pid=%d; killing it", self._name, self._pid)
                 self._kill()
 

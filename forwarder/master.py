@@ -232,7 +232,7 @@ class Master:
             notify.notify("WATCHDOG=1")
         self._handover.turn(time.monotonic())
         if self._state is State.RUNNING:
-            self._naming.turn(time.monotonic(), self._hang_s)
+            self._naming.turn(time.monotonic())
             self._fleet.supervise()
             self._settle()
         elif not self._fleet.processes() and not self._handover.is_under_way:
@@ -241,8 +241,7 @@ class Master:
             return
         else:
             self._fleet.end_hung(time.monotonic())
-            self._fleet.tell_logs()  # SIGUSR1 means those that drain, too
-            self._fleet.tell_names()
+            self._fleet.tell_news()  # SIGUSR1 means those that drain, too
             if time.monotonic() >= self._deadline:
                 self._on_deadline()
         self._fleet.questions.expire(time.monotonic())
@@ -257,7 +256,7 @@ class Master:
         """Seconds until something has to be done without being asked; None for never."""
         if self._state is State.RUNNING:
             deadlines = [self._fleet.next_deadline(), self._reloading.deadline]
-            deadlines += [*self._service.deadlines(), self._naming.deadline(self._hang_s)]
+            deadlines += [*self._service.deadlines(), self._naming.deadline]
             if self._may_bind_late:
                 deadlines += [self._late.deadline, self._surroundings.deadline]
         else:
@@ -360,12 +359,9 @@ class Master:
     def _take_serving(self) -> None:
         """Have the workers serve, and the helper look up, what the service has come to serve."""
         self._fleet.serving = self._service.serving()
-        self._naming.use(all_names(self._fleet.serving.config.rules), time.monotonic())
-
-    @property
-    def _hang_s(self) -> float:
-        """Who gives no sign of life for so long is replaced."""
-        return self._service.config.settings.hang_timeout_s
+        serving = self._fleet.serving.config
+        self._naming.helper.hang_s = serving.settings.hang_timeout_s
+        self._naming.use(all_names(serving.rules), time.monotonic())
 
     # -- what clients of the control socket may ask, see requests.Instance
 

@@ -73,9 +73,9 @@ class Naming:
         self.helper.want(is_wanted=bool(rules))
         self._tell()
 
-    def turn(self, now: float, hang_s: float) -> None:
+    def turn(self, now: float) -> None:
         """Keep the helper alive, pass on what workers ask for, give up waiting for a dead one."""
-        self.helper.turn(now, hang_s)
+        self.helper.turn(now)
         if self.known.hurried and self.helper.is_free:
             for message in say_hosts(HURRY, self.known.hurried):
                 self.helper.send(message)
@@ -84,9 +84,10 @@ class Naming:
         why = "not looked up yet: the process that does that is busy or dead"
         self._take({host: Answer((), why, since=now) for host in silent})
 
-    def deadline(self, hang_s: float) -> float | None:
+    @property
+    def deadline(self) -> float | None:
         """When :meth:`turn` has something to do without an event; None for never."""
-        deadlines = [*self._unanswered.values(), self.helper.deadline(hang_s)]
+        deadlines = [*self._unanswered.values(), self.helper.deadline]
         return min((one for one in deadlines if one is not None), default=None)
 
     def describe(self, rules: Collection[dict[str, object]], now: float) -> list[dict[str, object]]:

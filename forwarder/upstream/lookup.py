@@ -39,7 +39,8 @@ def look_up(host: str) -> Answer:
         return Answer((), str(err), is_final=True)
     except OSError as err:
         return Answer((), err.strerror or str(err), is_final=err.errno in _FINAL)
-    return Answer(targets_of((family, address) for family, _, _, _, address in found))
+    addresses = targets_of((family, address) for family, _, _, _, address in found)
+    return Answer(addresses, "" if addresses else "it has no address")
 
 
 def look_up_all(hosts: Collection[str], limit_s: float) -> dict[str, Answer]:
