@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from forwarder.addr import UnixAddress
 from forwarder.config.endpoints import transport
-from forwarder.config.model import MAX_FLOWS, Framing
+from forwarder.config.model import MAX_FLOWS, Answers, Framing
 from forwarder.config.options import describe_options
 
 if TYPE_CHECKING:
@@ -85,6 +85,8 @@ def _unusual(rule: Rule) -> str:
         text += f", at most {rule.max_flows} flows"
     if rule.framing is not Framing.RAW:
         text += f", framing {rule.framing.value}"
+    if rule.answers is not Answers.MANY:
+        text += f", answers {rule.answers.value}"
     if options := describe_options(rule.options):
         text += f", {options}"
     if rule.retries_bind:

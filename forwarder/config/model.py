@@ -74,6 +74,19 @@ class Framing(Enum):
     LENGTH = "length"
 
 
+class Answers(Enum):
+    """What the upstream of a UDP client answers with.
+
+    ``many``: any number of datagrams, from where it was asked. ``one``: one to each datagram, as in
+    DNS; the flow ends when nothing is left to be answered. ``any-port``: many, from whatever port
+    answers first, as in TFTP.
+    """
+
+    MANY = "many"
+    ONE = "one"
+    ANY_PORT = "any-port"
+
+
 class BindPolicy(Enum):
     """What becomes of a rule whose address cannot be had.
 
@@ -253,6 +266,7 @@ class Rule:
     udp_timeout_s: float = UDP_TIMEOUT_S
     max_flows: int = MAX_FLOWS
     framing: Framing = Framing.RAW
+    answers: Answers = Answers.MANY
     limits: Limits = Limits()
     unix_mode: int = UNIX_MODE
     retries_bind: bool = False

@@ -14,6 +14,7 @@ from forwarder.config.model import (
     HALF_CLOSE_TIMEOUT_S,
     IDLE_TIMEOUT_S,
     AccessRule,
+    Answers,
     BindPolicy,
     Framing,
     Limits,
@@ -61,6 +62,7 @@ class RawRule:
     idle_timeout_s: float | None = None
     max_flows: Placed[int] | None = None
     framing: Placed[Framing] | None = None
+    answers: Placed[Answers] | None = None
     unix_mode: Placed[int] | None = None
     bind: BindPolicy | None = None
     limits: Limits = field(default_factory=Limits)

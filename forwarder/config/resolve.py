@@ -14,6 +14,7 @@ from forwarder.config.model import (
     UDP_TIMEOUT_S,
     UNIX_MODE,
     AccessRule,
+    Answers,
     BindPolicy,
     Config,
     Framing,
@@ -74,6 +75,7 @@ def _finish(rule: RawRule, name: str, raw: RawConfig, issues: Issues) -> Rule:
         udp_timeout_s=_value(rule.udp_timeout_s, UDP_TIMEOUT_S),
         max_flows=_value(rule.max_flows, MAX_FLOWS),
         framing=_value(rule.framing, Framing.RAW),
+        answers=_value(rule.answers, Answers.MANY),
         unix_mode=_value(rule.unix_mode, UNIX_MODE),
         limits=rule.limits,
         retries_bind=(rule.bind or raw.bind) is BindPolicy.RETRY,
@@ -173,3 +175,29 @@ def _check_datagram_keys(rule: RawRule, issues: Issues) -> None:
             allowed='framing where protocol is "udptotcp" or "tcptoudp"',
             hint="leave it out",
         )
+    _check_answers(rule, issues)
+
+
+def _check_answers(rule: RawRule, issues: Issues) -> None:
+    """Of a stream only framing tells what one answer is, and it has one port."""
+    if rule.answers is None or rule.answers.value is Answers.MANY:
+        return
+    key = f'answers = "{rule.answers.value.value}"'
+    is_one = rule.answers.value is Answers.ONE
+    if rule.protocol is Protocol.UDP:
+        return
+    if rule.protocol is Protocol.UDP_TO_TCP and is_one:
+        if rule.framing is None or rule.framing.value is not Framing.LENGTH:
+            issues.error(
+                rule.answers.place,
+                f"{key} without framing: nothing tells where an answer ends",
+                hint='add framing = "length"',
+            )
+        return
+    allowed = '"udp", or "udptotcp" with framing = "length"' if is_one else '"udp"'
+    issues.error(
+        rule.answers.place,
+        f"{key} on a {rule.protocol.value} rule",
+        allowed=f"{key} where protocol is {allowed}",
+        hint="leave it out",
+    )

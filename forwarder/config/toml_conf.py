@@ -14,6 +14,7 @@ from forwarder.config.model import (
     HANG_TIMEOUT_S,
     MAX_WORKERS,
     AccessRule,
+    Answers,
     BindPolicy,
     Framing,
     LogFormat,
@@ -67,6 +68,7 @@ RULE_KEYS = tuple(
         (
             *LIMIT_KEYS,
             *OPTION_KEYS,
+            "answers",
             "bind",
             "bind_address",
             "bind_port",
@@ -263,6 +265,7 @@ def _rule(table: Table, raw: RawConfig) -> RawRule | None:
     upstreams = read_upstreams(table)
     protocol = table.choice("protocol", Protocol) or Protocol.TCP
     framing = table.choice("framing", Framing)
+    answers = table.choice("answers", Answers)
     bind = table.choice("bind", BindPolicy)
     name = table.text("name")
     source = read_host(table, "source_address")
@@ -292,6 +295,7 @@ def _rule(table: Table, raw: RawConfig) -> RawRule | None:
         udp_timeout_s=udp_timeout_s,
         max_flows=max_flows,
         framing=Placed(framing, table.place("framing")) if framing else None,
+        answers=Placed(answers, table.place("answers")) if answers else None,
         unix_mode=unix_mode,
         bind=bind,
         limits=limits,

@@ -70,6 +70,13 @@ def is_answerable(peer: bytes) -> bool:
     return not is_group and address not in (_NO_HOST, _EVERY_HOST)
 
 
+def is_from(peer: bytes, host: str) -> bool:
+    """Whether a peer has this numeric address, of its own family and with or without a scope."""
+    family = _FAMILY.unpack_from(peer)[0]
+    packed = peer[4:8] if family == socket.AF_INET else peer[8:24]
+    return packed == socket.inet_pton(family, host.partition("%")[0])
+
+
 def local_host(peer: bytes) -> str | None:
     """Our own address of a peer, if it has one."""
     local = split(peer)[1]

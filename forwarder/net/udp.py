@@ -254,6 +254,24 @@ def upstream_socket(target: Target, source: SockAddr | None, how: How) -> socket
     return sock
 
 
+def open_socket(target: Target, source: SockAddr | None, how: How) -> socket.SocketType:
+    """Make a UDP socket that hears whoever writes to it, bound to ``source`` if there is one.
+
+    For the family of ``target``. The caller owns it. Raises OSError as :func:`upstream_socket`.
+    """
+    sock = socket.SocketType(target.family, _NONBLOCKING_DATAGRAM)
+    try:
+        sock.setblocking(False)
+        _set_buffers(sock)
+        how.apply(sock)
+        # A port now: for want of one a send would say that it should be tried again.
+        sock.bind(source or ("" if target.family == socket.AF_INET else "::", 0))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
 def _set_buffers(sock: socket.SocketType) -> None:
     with suppress(OSError):  # the default is smaller, and works
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_BYTES)

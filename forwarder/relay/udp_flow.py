@@ -37,11 +37,15 @@ if TYPE_CHECKING:
 
 
 class UdpFlow(Flow):
-    """The flow of a client of ``listener``, by whose ``peer`` it is known there."""
+    """The flow of a client of ``listener``, by whose ``peer`` it is known there.
+
+    ``gathers``: the kernel may hand over several datagrams as one.
+    """
 
     __slots__ = ("listener", "peer", "table")
 
     is_answered = False
+    gathers = True
 
     c2u: DatagramWay | DatagramToStream
     u2c: DatagramWay | StreamToDatagram
@@ -73,7 +77,8 @@ class UdpFlow(Flow):
     def settle(self, sock: socket.SocketType) -> None:
         """Own from here on a socket for this client alone: connected to it, and read dry."""
         self.client = sock
-        self.relay.batch.prepare(sock)
+        if self.gathers:
+            self.relay.batch.prepare(sock)
         self.u2c.to = Destination(sock.fileno())
         self.c2u.src = sock
         is_blocked = self.u2c.holds_data
@@ -103,13 +108,20 @@ class UdpFlow(Flow):
         del mask
         self.dialer = None
         self.upstream = upstream
-        self.relay.batch.prepare(upstream)
+        if self.gathers:
+            self.relay.batch.prepare(upstream)
         assert isinstance(self.c2u, DatagramWay)  # noqa: S101 - make_ways of this class
-        self.c2u.to = Destination(upstream.fileno())
+        assert self.target is not None  # noqa: S101 - it is connected
+        self.c2u.to = self.to_upstream(upstream, self.target)
         self.u2c.src = upstream
         self.relay.poller.register(upstream.fileno(), self.u2c, EDGE_IN)
         self.on_open()
         self.c2u.resume()
+
+    def to_upstream(self, upstream: socket.SocketType, target: Target) -> Destination:
+        """How datagrams are sent to ``target``."""
+        del target
+        return Destination(upstream.fileno())
 
     def on_blocked(self, way: Way) -> None:
         """``way``, to a UDP socket, waits until that takes more; it may be the listener's."""

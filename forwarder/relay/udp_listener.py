@@ -12,15 +12,14 @@ import socket
 from typing import TYPE_CHECKING, Final
 
 from forwarder.access import Decision
-from forwarder.config.model import Protocol
 from forwarder.errors import CloseReason, Phase, Who
 from forwarder.gate import Busy
 from forwarder.net import many, peers, sockets, udp
 from forwarder.net.datagrams import SLOTS
 from forwarder.net.sockets import Target
 from forwarder.relay.admission import client_host
+from forwarder.relay.answers import flow_class
 from forwarder.relay.poller import READABLE, WRITABLE
-from forwarder.relay.udp_flow import UdpFlow, UdpToTcpFlow
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from forwarder.net.sockets import IpSockAddr
     from forwarder.relay.datagram_ways import Way
     from forwarder.relay.relay import Relay
+    from forwarder.relay.udp_flow import UdpFlow
     from forwarder.upstream.pool import Pool
 
 # Receives per event. The poll is level-triggered, so the rest is reported by the next one.
@@ -250,8 +250,7 @@ class UdpListener:
                 relay.on_limited(self.pool, address, lambda: self.local(peer), admission)
                 return None
         relay.flows.make_room_in(self.pool)
-        is_bridge = self.pool.rule.protocol is Protocol.UDP_TO_TCP
-        flow = (UdpToTcpFlow if is_bridge else UdpFlow)(relay, self, peer, address)
+        flow = flow_class(self.pool.rule)(relay, self, peer, address)
         flow.held_as = held_as
         self._flows[peer] = flow
         relay.begin(flow)

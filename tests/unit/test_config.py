@@ -71,6 +71,7 @@ TOML_PIECES = st.sampled_from(
         'bind_port = "80-70"\n',
         'mode = "0660"\n',
         'framing = "length"\n',
+        'answers = "one"\n',
         'bind = "retry"\n',
         "max_flows = 7\n",
         "bind_port = 80\n",
