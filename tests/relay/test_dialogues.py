@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import signal
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,7 +19,13 @@ from typing import TYPE_CHECKING, Final
 import pytest
 from support.control import ask
 from support.dialogue_routes import Site, direct_routes, forwarder_site
-from support.dialogue_runs import Failure, Judge, report, written_dialogues
+from support.dialogue_runs import (
+    Failure,
+    Judge,
+    complaints_at_once,
+    report,
+    written_dialogues,
+)
 from support.dialogues import (
     Buffers,
     Close,
@@ -119,6 +126,25 @@ def test_nobody_sees_what_the_operator_does_meanwhile(
         assert not restless.refused
         eventually(lambda: site.sessions() == 0, lambda: f"{site.sessions()} sessions are left")
         assert ask(site.control, "stop")["ok"]
+        assert site.forwarder.wait() == 0, site.forwarder.lines
+        assert not site.forwarder.trouble(), site.forwarder.trouble()
+
+
+@pytest.mark.parametrize("relay", ["splice", "copy"])
+def test_nobody_sees_that_the_instance_stops(relay: str, tmp_path: Path) -> None:
+    """All of it is said in workers that drain."""
+    seed = random.getrandbits(32)
+    with ExitStack() as stack:
+        site = stack.enter_context(forwarder_site(tmp_path, relay))
+        dialogues = written_dialogues(COUNT // 6, seed)
+        pairs = list(zip(dialogues, itertools.cycle(site.routes), strict=False))
+
+        def stop() -> None:
+            eventually(lambda: site.sessions() == len(pairs), site.sessions)
+            site.forwarder.signal(signal.SIGTERM)
+
+        failures = complaints_at_once(pairs, stop)
+        assert not failures, f"seed {seed}\n" + "\n\n".join(map(str, failures))
         assert site.forwarder.wait() == 0, site.forwarder.lines
         assert not site.forwarder.trouble(), site.forwarder.trouble()
 

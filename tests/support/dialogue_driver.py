@@ -36,7 +36,7 @@ from support.dialogues import (
 from support.ends import family_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from support.dialogues import Carrier
 
@@ -63,6 +63,10 @@ class Route:
     listener: socket.socket
     waiting: deque[Conversation] = field(default_factory=deque)
     opening: Conversation | None = None
+
+    def is_opening(self) -> bool:
+        """Whether a client of a dialogue has not been accepted yet."""
+        return self.opening is not None or bool(self.waiting)
 
     def upstream(self) -> tuple[str, int] | str:
         """Where the listener is."""
@@ -279,10 +283,19 @@ class Driver:
         self._limits: deque[tuple[float, Conversation]] = deque()
         self._tick = itertools.count()
         self._open: set[Conversation] = set()
+        self._are_waiting = False
 
-    def hold(self, dialogues: Iterable[tuple[Dialogue, Route]]) -> list[Outcome]:
-        """Hold all of them; the outcomes are in the order of the dialogues."""
+    def hold(
+        self,
+        dialogues: Iterable[tuple[Dialogue, Route]],
+        when_open: Callable[[], object] | None = None,
+    ) -> list[Outcome]:
+        """Hold all of them; the outcomes are in the order of the dialogues.
+
+        With ``when_open`` all of them are connected first, then it is called, then they begin.
+        """
         everything = [Conversation(*pair) for pair in dialogues]
+        self._are_waiting = when_open is not None
         todo = deque(everything)
         routes = list({id(it.route): it.route for it in todo}.values())
         for route in routes:
@@ -297,6 +310,8 @@ class Driver:
                     it.route.waiting.append(it)
                     self._open_next(it.route)
                 self._turn()
+                if self._are_waiting and not todo and not any(map(Route.is_opening, routes)):
+                    self._let_begin(when_open)
         finally:
             for route in routes:
                 self._epoll.unregister(route.listener)
@@ -364,7 +379,16 @@ class Driver:
         while self._limits and self._limits[0][0] <= now_s:
             self._give_up(self._limits.popleft()[1])
 
+    def _let_begin(self, first: Callable[[], object] | None) -> None:
+        if first is not None:
+            first()
+        self._are_waiting = False
+        for it in list(self._open):
+            self._advance(it)
+
     def _advance(self, it: Conversation) -> None:
+        if self._are_waiting:
+            return
         met = [-1, -1]
         while met != it.met:  # who comes to a meeting lets the other one go on
             met = list(it.met)

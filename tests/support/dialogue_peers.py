@@ -1,6 +1,6 @@
 """What well-known forwarders make of dialogues, and we: a table, for people.
 
-``PYTHONPATH=.:tests .venv/bin/python -m support.dialogue_peers 1000``.
+``PYTHONPATH=.:tests .venv/bin/python -m support.dialogue_peers 300 1``: how many, and the seed.
 """
 
 from __future__ import annotations
@@ -160,4 +160,4 @@ def failures_of_all(dialogues: Sequence[Dialogue]) -> list[Failure]:
 
 
 if __name__ == "__main__":
-    failures_of_all(written_dialogues(int(sys.argv[1]), seed=1))
+    failures_of_all(written_dialogues(int(sys.argv[1]), seed=int(sys.argv[2])))

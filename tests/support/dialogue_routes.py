@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-_TIMEOUTS = "half_close_timeout = 3600\nconnect_timeout = 60\n"
+_TIMEOUTS = "half_close_timeout = 3600\nconnect_timeout = 60\ndrain_timeout = 0\n"
 """Out of the way: a wait that only a time-out ends is to be seen as one."""
 
 _METERED = 'bandwidth = "50MB"'

@@ -12,7 +12,7 @@ from support.dialogue_writer import written
 from support.dialogues import Dialogue, Outcome, complaints, differences, smaller
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     Held = tuple[Dialogue, Route]
 
@@ -32,11 +32,16 @@ def written_dialogues(count: int, seed: int) -> list[Dialogue]:
     return [written(random) for _ in range(count)]
 
 
-def hold(pairs: Sequence[Held], at_once: int = 200, limit_s: float = _LIMIT_S) -> list[Outcome]:
-    """Hold dialogues over their routes."""
+def hold(
+    pairs: Sequence[Held],
+    at_once: int = 200,
+    limit_s: float = _LIMIT_S,
+    when_open: Callable[[], object] | None = None,
+) -> list[Outcome]:
+    """Hold dialogues over their routes; see :meth:`Driver.hold`."""
     driver = Driver(at_once, limit_s)
     try:
-        return driver.hold(pairs)
+        return driver.hold(pairs, when_open)
     finally:
         driver.close()
 
@@ -118,6 +123,19 @@ class Judge:
             if one.kind() == failure.kind()
         ]
         return min(failing, key=lambda one: _weight(one.dialogue), default=None)
+
+
+def complaints_at_once(pairs: Sequence[Held], when_open: Callable[[], object]) -> list[Failure]:
+    """Failures of dialogues of which all connect first, then ``when_open`` is called.
+
+    They are judged by the laws alone, not compared with direct ones.
+    """
+    outcomes = hold(pairs, len(pairs), when_open=when_open)
+    return [
+        Failure(dialogue, route, said, outcome, Outcome())
+        for (dialogue, route), outcome in zip(pairs, outcomes, strict=True)
+        if (said := complaints(outcome, route.carrier))
+    ]
 
 
 def _weight(dialogue: Dialogue) -> tuple[int, int]:
