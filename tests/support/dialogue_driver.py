@@ -13,6 +13,7 @@ import struct
 import termios
 import time
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -254,11 +255,18 @@ class End:
         if by_reset and not self._is_unix:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             seen.cut = True
-        elif _asked(self.sock, termios.FIONREAD):
+        elif self._has_unread():
             seen.cut = True
         elif not seen.write_end:
             seen.fin = True
         self._leave()
+
+    def _has_unread(self) -> bool:
+        """Whether closing cuts. What came to a unix socket between the two would, too: so none."""
+        if self._is_unix:
+            with suppress(OSError):
+                self.sock.shutdown(socket.SHUT_RD)
+        return _asked(self.sock, termios.FIONREAD) > 0
 
     def give_up(self) -> None:
         """Say where it stands, and close."""
