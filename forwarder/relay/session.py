@@ -237,8 +237,10 @@ class Session(Conversation):
         direction.stop()
         survivor = direction.dst
         sockets.set_abort_on_close(survivor)
-        # The peer of a unix socket has all in its own queue, and no reset overtakes that.
-        self.unsent = 0 if survivor.family == socket.AF_UNIX else sockets.unsent_bytes(survivor)
+        # The peer of a unix socket has all in its own queue, and no reset overtakes that. An MPTCP
+        # socket whose peer knows TCP only counts a byte too many until something is sent.
+        is_sent = survivor.family == socket.AF_UNIX or not direction.moved
+        self.unsent = 0 if is_sent else sockets.unsent_bytes(survivor)
         if self.unsent:
             self._wait_for_survivor(_ABORTING, ABORT_GRACE_S)
         else:
