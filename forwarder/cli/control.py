@@ -111,13 +111,17 @@ def control_option(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def preview(control: str | None, *, shows_all: bool) -> dict[str, object]:
-    """What a reload would change now. Raises ControlError; CONFIG if the file cannot be used."""
+    """What a reload would change now.
+
+    Raises ControlError: CONFIG if the file cannot be used, UNAVAILABLE if there is none.
+    """
     asked: dict[str, object] = {"op": "preview", "all": shows_all}
     try:
         return ask(control, asked, _RELOAD_TIMEOUT_S)
     except ControlError as err:
-        if str(err).startswith(REJECTED):
-            err.exit_code = ExitCode.CONFIG
+        if err.exit_code is ExitCode.FAILED:  # which of diff means that something would change
+            is_bad = str(err).startswith(REJECTED)
+            err.exit_code = ExitCode.CONFIG if is_bad else ExitCode.UNAVAILABLE
         raise
 
 

@@ -161,6 +161,8 @@ def kill_command(
     unknown = _unknown_ids(control, ids)
     if dry_run:
         found = choice.find()
+        if not found.sessions:
+            _check_rule(control, rule)
         for line in status.sessions_as_text(found.sessions):
             click.echo(line)
         count = len(found.sessions)
