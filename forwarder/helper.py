@@ -31,8 +31,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# What the master handles and a terminal sends to the whole process group.
+# What the master handles, and a terminal or a service manager sends to all processes: a helper ends
+# with its master, and not before it.
 _IGNORED_SIGNALS: Final = (
+    signal.SIGTERM,
     signal.SIGINT,
     signal.SIGQUIT,
     signal.SIGHUP,
@@ -222,7 +224,6 @@ class Helper:
         self._release()
         for number in _IGNORED_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         setproctitle.setproctitle(f"forwarder: {self._name}")
         self._drop()

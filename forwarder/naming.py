@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 # A name of which the helper has said nothing for so long has failed: it is dead, hung, or has too
 # many dead names to wait for.
 SILENCE_S: Final = LIMIT_S + 4.0
+# Of names that change at the same time, as in an outage. Arbitrary.
+MOST_LINES: Final = 5
 
 
 class Naming:
@@ -125,6 +127,7 @@ class Naming:
             self._told = set(self._rules)
 
     def _take(self, answers: Mapping[str, Answer]) -> None:
+        news: dict[str, list[str]] = {}
         changed = []
         for host, answer in answers.items():
             before = self.known.answers.get(host)
@@ -132,21 +135,39 @@ class Naming:
             self._unanswered.pop(host, None)
             if now != before:
                 changed.append(host)
-                self._log(host, before, now)
+                if event := _event(before, now):
+                    news.setdefault(event, []).append(self._what(host, now))
+        self._log(news)
         if changed:
             self._on_answers(changed)
 
-    def _log(self, host: str, before: Answer | None, now: Answer) -> None:
-        """Say what has become of a name: once for a change, not for each look-up."""
-        rules = ",".join(self._rules[host])
-        was_good = before is None or not before.why
-        if now.why and was_good:
-            kept = f"; in use: {', '.join(_texts(now))}" if now.addresses else ""
-            log.warning("name.failed host=%s rules=%s: %s%s", host, rules, now.why, kept)
-        elif before is not None and before.why and not now.why:
-            log.info("name.works host=%s rules=%s: %s", host, rules, ", ".join(_texts(now)))
-        elif before is not None and set(before.addresses) != set(now.addresses):
-            log.info("name.moved host=%s rules=%s: %s", host, rules, ", ".join(_texts(now)))
+    def _what(self, host: str, answer: Answer) -> str:
+        """What has become of a name, for people."""
+        used = ", ".join(_texts(answer))
+        if answer.why:
+            used = f"{answer.why}; in use: {used}" if used else answer.why
+        return f"host={host} rules={','.join(self._rules[host])}: {used}"
+
+    def _log(self, news: Mapping[str, list[str]]) -> None:
+        """Say what has changed: once for a change, not for each look-up."""
+        for event, lines in news.items():
+            level = logging.WARNING if event == "name.failed" else logging.INFO
+            for line in lines[:MOST_LINES]:
+                log.log(level, "%s %s", event, line)
+            if len(lines) > MOST_LINES:
+                more = len(lines) - MOST_LINES
+                log.log(level, "%s and %d more names: `forwarder status`", event, more)
+
+
+def _event(before: Answer | None, now: Answer) -> str:
+    """What the log calls a change; "" for one that it does not tell."""
+    was_good = before is None or not before.why
+    if now.why:
+        return "name.failed" if was_good else ""
+    if not was_good:
+        return "name.works"
+    is_moved = before is not None and set(before.addresses) != set(now.addresses)
+    return "name.moved" if is_moved else ""
 
 
 def _texts(answer: Answer) -> list[str]:

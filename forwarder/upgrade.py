@@ -233,7 +233,7 @@ def control_of_predecessor() -> str | None:
 def names_of_predecessor() -> bytes:
     """What the master that started us knew of names, to be read once; nothing if there is none."""
     text = os.environ.pop(_NAMES_VARIABLE, "")
-    if not text.isdigit():
+    if not (has_predecessor() and text.isdigit()):
         return b""
     try:
         return from_memory_file(int(text))

@@ -34,6 +34,7 @@ from forwarder.inherit import OrphanDoor
 from forwarder.messages import Op, read_assignment, read_logs, send_answer
 from forwarder.net.channel import Channel, ChannelClosed, Received
 from forwarder.relay import listing
+from forwarder.relay.conversation import State
 from forwarder.relay.listener import listener_class
 from forwarder.relay.relay import Relay
 from forwarder.upstream.messages import read_answers
@@ -69,8 +70,8 @@ _IGNORED_SIGNALS: Final = (
 # Sessions are freed by reference counts (Session._unlink); the collector is only for what bugs and
 # tracebacks leave behind. With its default of 700 it ran in the middle of every burst of sessions.
 _GC_THRESHOLD: Final = 50_000
-# A flow that is silent for so long when the instance stops does not hold it up; an answer that is
-# later is lost. Arbitrary.
+# A flow that is silent for so long when the instance stops does not hold it up, nor does a client
+# whose upstream has no address by then; an answer that is later is lost. Arbitrary.
 LAST_SILENCE_S: Final = 1.0
 # Ids in one acknowledgement, so that it fits into a message; what is missing beyond stays missing
 # until the next change.
@@ -198,6 +199,7 @@ class Worker:
             self.drain()
             if received.message["is_last"]:
                 self._end_silent_flows()
+                self._loop.call_later(LAST_SILENCE_S, self._end_unresolved)
             self._end_sessions_after(received.message["limit_s"], self._relay.sessions)
         elif op == Op.STOP:
             self._finish()
@@ -406,6 +408,11 @@ class Worker:
         """UDP has no end: at a stop, what is silent for a moment is taken to be over."""
         self._relay.end_silent_flows(LAST_SILENCE_S)
         self._loop.call_later(LAST_SILENCE_S / 2, self._end_silent_flows)
+
+    def _end_unresolved(self) -> None:
+        """A stop does not wait for the answer to a name, which may take long and help nobody."""
+        waiting = [one for one in self._relay.sessions if one.state is State.RESOLVING]
+        self._relay.abort_sessions(Phase.DRAIN, "no address of an upstream is known", waiting)
 
     def _leave_when_idle(self) -> None:
         if self._relay.sessions or self._relay.restrictions.has_undecided:

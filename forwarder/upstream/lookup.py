@@ -69,7 +69,7 @@ class Lookups:
     def __init__(self, look: Callable[[str], Answer]) -> None:
         """``look`` blocks. Owns a pipe, readable when there is something to :meth:`take`."""
         self._look = look
-        self._jobs: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._found: queue.SimpleQueue[tuple[str, Answer]] = queue.SimpleQueue()
         self._threads = 0
         self._read_fd, self._write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -81,7 +81,9 @@ class Lookups:
         return self._read_fd
 
     def close(self) -> None:
-        """Give up what is under way; nobody hears of it."""
+        """Give up what is under way; nobody hears of it. The threads end as soon as they can."""
+        for _ in range(self._threads):
+            self._jobs.put(None)
         with self._lock:
             os.close(self._read_fd)
             os.close(self._write_fd)
@@ -112,8 +114,7 @@ class Lookups:
                 yield self._found.get_nowait()
 
     def _run(self) -> None:
-        while True:
-            host = self._jobs.get()
+        while (host := self._jobs.get()) is not None:
             try:
                 answer = self._look(host)
             except Exception as err:  # a thread that is lost would be missing for ever

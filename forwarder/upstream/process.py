@@ -63,6 +63,8 @@ class NamesProcess:
                     # What the master does not take yet is sent a beat later.
                     due_at = max(self._schedule.deadline(), self._no_thread_until)
                     selector.select(max(min(BEAT_S, due_at - now), 0.01))
+            selector.unregister(self._lookups)
+        self._lookups.close()
 
     def _turn(self, now: float) -> None:
         self._hear(now)

@@ -90,6 +90,12 @@ def children(pid: int) -> list[int]:
     return sorted(found)
 
 
+def credentials(pid: int) -> dict[str, str]:
+    """Users, groups and capabilities, and all else that the kernel's status has."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
 def title(pid: int) -> str:
     """What a process calls itself; "" for one that has gone."""
     try:
