@@ -68,3 +68,19 @@ def test_who_fails_is_due_within_the_longest_pause(
             failed.add(name)
     assert retries.due(now + LONGEST_DELAY_S) == failed
     assert len(retries) == len(failed)
+
+
+def test_what_appears_hastens_all_but_not_more_than_once_a_second() -> None:
+    """However often something changes, and however long the rules would have waited."""
+    retries = Retries()
+    for name in ("one", "other"):
+        for now in range(8):
+            retries.on_failure(name, "why", float(now))
+    tried = []
+    for step in range(300):
+        now = 100 + step / 100
+        retries.hasten_all(now)
+        for name in retries.due(now):
+            tried.append(now)
+            retries.on_failure(name, "why", now)
+    assert tried == [100.0] * 2 + [101.0] * 2 + [102.0] * 2
