@@ -74,8 +74,8 @@ def test_what_appears_hastens_all_but_not_more_than_once_a_second() -> None:
     """However often something changes, and however long the rules would have waited."""
     retries = Retries()
     for name in ("one", "other"):
-        for now in range(8):
-            retries.on_failure(name, "why", float(now))
+        for second in range(8):
+            retries.on_failure(name, "why", float(second))
     tried = []
     for step in range(300):
         now = 100 + step / 100
