@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 
 # When a worker is told again what to serve, after it or we had no descriptors left for that.
 RETRY_S: Final = 1.0
+SHORT_S: Final = 0.1  # what waits for memory of the kernel is sent again after this time
 
 
 class Fleet:
@@ -102,14 +103,7 @@ class Fleet:
     def describe(self, now: float) -> list[dict[str, object]]:
         """All worker processes, with what they have counted; as in the status."""
         return [
-            {
-                "slot": process.slot,
-                "pid": process.pid,
-                "state": process.state.value,
-                "generation": process.generation,
-                "uptime_s": round(now - process.started_at, 1),
-                **self.ledger.worker(process.tables.board),
-            }
+            {**process.describe(now), **self.ledger.worker(process.tables.board)}
             for process in self.processes()
         ]
 
@@ -126,6 +120,8 @@ class Fleet:
         """When :meth:`end_hung` is to be called again, or a worker told again, at the latest."""
         now = time.monotonic()
         deaf = [it.deaf_until for it in self.processes() if it.deaf_until > now]
+        if any(it.channel.is_short for it in self.processes()):
+            deaf.append(now + SHORT_S)
         return min([*deaf, now + self.serving.config.settings.hang_timeout_s / 4])
 
     # -- what it does
@@ -174,7 +170,8 @@ class Fleet:
         limit_s = self.serving.config.settings.drain_timeout_s if is_alone else None
         try:
             process.channel.send({"op": op, "limit_s": limit_s or 0, "is_last": is_last})
-        except ChannelClosed:
+        except ChannelClosed:  # it has died; or it lives, and hears of this
+            process.signal(signal.SIGTERM)
             return
         self._watch(process)
 
@@ -239,6 +236,8 @@ class Fleet:
             self._awake_since = now
         self._checked_at = now
         for process in self.processes():
+            if process.channel.is_short:
+                self.hear(process)
             self._check_alive(process, now, limit_s)
 
     def kill(self, why: str) -> None:
@@ -299,16 +298,17 @@ class Fleet:
             if board is not None:
                 self.ledger.close(board)
             delay = slot.backoff.on_death(now, now)
-            log.error(
-                "worker.failed slot=%d: cannot fork: %s; next try in %.1f s",
-                slot.index,
-                err.strerror,
-                delay,
-            )
+            what = f"slot={slot.index}: cannot fork: {err.strerror}"
+            log.error("worker.failed %s; next try in %.1f s", what, delay)
             return
         process.cell = cell
         slot.process = process
-        self._selector.register(process.channel, selectors.EVENT_READ, process)
+        try:
+            self._selector.register(process.channel, selectors.EVENT_READ, process)
+        except OSError as err:  # ENOMEM, ENOSPC: epoll_ctl(2)
+            log.error("worker.failed slot=%d: cannot watch it: %s", slot.index, err.strerror)
+            process.channel.close()
+            process.signal(signal.SIGKILL)
 
     def _become(self, slot: Slot, cell: int, tables: WorkerTables, channel: Channel) -> None:
         """In the forked child: give up everything of the master, then be a worker."""
@@ -329,14 +329,11 @@ class Fleet:
         )
 
     def _check_alive(self, process: WorkerProcess, now: float, limit_s: float) -> None:
-        silent_s = now - max(self._heartbeats.last(process.cell), self._awake_since)
+        heard_at = process.cut_off_at or self._heartbeats.last(process.cell)
+        silent_s = now - max(heard_at, self._awake_since)
         if silent_s > limit_s and process.state is not WorkerState.HUNG:
-            log.error(
-                "worker.hung slot=%d pid=%d: no sign of life for %.0f s; killing it",
-                process.slot,
-                process.pid,
-                silent_s,
-            )
+            what = f"slot={process.slot} pid={process.pid}: no sign of life for {silent_s:.0f} s"
+            log.error("worker.hung %s; killing it", what)
             process.state = WorkerState.HUNG
             process.signal(signal.SIGKILL)
 
@@ -377,6 +374,7 @@ class Fleet:
         if process.channel.fileno() >= 0:
             self._selector.unregister(process.channel)
             process.channel.close()
+            process.cut_off_at = time.monotonic()
 
     # -- messages
 
@@ -424,7 +422,7 @@ class Fleet:
     def _watch(self, process: WorkerProcess) -> None:
         """Ask for writability exactly while something waits for the worker."""
         events = selectors.EVENT_READ
-        if process.channel.has_outbox:
+        if process.channel.has_outbox and not process.channel.is_short:
             events |= selectors.EVENT_WRITE
         if self._selector.get_key(process.channel).events != events:
             self._selector.modify(process.channel, events, process)

@@ -60,8 +60,19 @@ class WorkerProcess:
         self.names_revision = 0  # Fleet's: which answers about names it knows
         self.generation = 0  # of what it has applied
         self.known_sockets: set[int] = set()
+        self.cut_off_at = 0.0  # since when it has no channel; if it lives on, it serves for nobody
         self.deaf_until = 0.0  # Fleet's: when there is a point in telling it again
         self.told: tuple[int, int, tuple[int, ...]] | None = None  # Fleet's: what it was told last
+
+    def describe(self, now: float) -> dict[str, object]:
+        """Who it is and how it fares, as in the status."""
+        return {
+            "slot": self.slot,
+            "pid": self.pid,
+            "state": self.state.value,
+            "generation": self.generation,
+            "uptime_s": round(now - self.started_at, 1),
+        }
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal; a process that has gone just now is no error."""

@@ -289,11 +289,12 @@ class Worker:
         self._loop.call_later(ORPHAN_GRACE_S, self.drain)
 
     def _beat(self) -> None:
+        # First, as whatever fails below (MemoryError) must not be the last beat.
+        self._loop.call_later(BEAT_S, self._beat)
         self._heartbeats.beat(self._cell, time.monotonic())
         self._relay.count(self._board.row(0))
         with suppress(ChannelClosed):
             self._channel.flush()
-        self._loop.call_later(BEAT_S, self._beat)
 
     # -- acting
 
@@ -406,8 +407,8 @@ class Worker:
 
     def _end_silent_flows(self) -> None:
         """UDP has no end: at a stop, what is silent for a moment is taken to be over."""
-        self._relay.end_silent_flows(LAST_SILENCE_S)
         self._loop.call_later(LAST_SILENCE_S / 2, self._end_silent_flows)
+        self._relay.end_silent_flows(LAST_SILENCE_S)
 
     def _end_unresolved(self) -> None:
         """A stop does not wait for the answer to a name, which may take long and help nobody."""

@@ -16,6 +16,8 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeAlias
 
+from forwarder.net.sockets import OUT_OF_RESOURCES
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -51,9 +53,13 @@ class Received:
 
 
 class Channel:
-    """One end of the pair. Owns the socket."""
+    """One end of the pair. Owns the socket.
+
+    ``is_short``: what waits does so for want of memory; no event tells when there is some.
+    """
 
     def __init__(self, sock: socket.socket) -> None:
+        self.is_short = False
         sock.setblocking(False)
         self._sock = sock
         self._outbox: deque[tuple[bytes, tuple[int, ...], bool]] = deque()
@@ -100,9 +106,9 @@ class Channel:
                 data, ancillary, flags, _ = self._sock.recvmsg(
                     MAX_MESSAGE_BYTES, socket.CMSG_SPACE(MAX_FDS * 4), _CLOEXEC
                 )
-            except BlockingIOError:
-                return found
             except OSError as err:
+                if err.errno in _LATER:
+                    return found
                 raise ChannelClosed from err
             if not data:
                 if found:
@@ -143,12 +149,17 @@ class Channel:
         except BlockingIOError:
             return False
         except OSError as err:
-            if err.errno == errno.ETOOMANYREFS:
-                return False  # unix(7): too many descriptors in flight, until a worker took some
+            # unix(7): too many descriptors in flight, until a worker took some.
+            self.is_short = err.errno == errno.ETOOMANYREFS or err.errno in OUT_OF_RESOURCES
+            if self.is_short:
+                return False
             raise ChannelClosed from err
+        self.is_short = False
         return True
 
 
+# There is nothing, or no memory to take it in; then the event comes again.
+_LATER: Final = OUT_OF_RESOURCES | {errno.EAGAIN}
 _CLOEXEC: Final = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 
 

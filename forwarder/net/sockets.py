@@ -72,7 +72,31 @@ ACCEPT_IGNORE: Final = frozenset(
     }
 )
 # The process or the system is short of something that comes back when sessions end.
-OUT_OF_RESOURCES: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+# ENOSPC: the user's limit of what epoll watches, epoll_ctl(2).
+OUT_OF_RESOURCES: Final = frozenset(
+    {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ENOSPC}
+)
+# The other end of a connection is gone, or the way to it: RFC 9293, ICMP, tcp(7). With any other
+# error it is still there, and waits.
+PEER_GONE: Final = frozenset(
+    {
+        errno.ECONNRESET,
+        errno.EPIPE,
+        errno.ETIMEDOUT,
+        errno.ENOTCONN,
+        errno.ESHUTDOWN,
+        errno.ECONNABORTED,
+        errno.ECONNREFUSED,
+        errno.EHOSTUNREACH,
+        errno.EHOSTDOWN,
+        errno.ENETUNREACH,
+        errno.ENETDOWN,
+        errno.ENETRESET,
+        errno.EPROTO,
+        errno.ENOPROTOOPT,
+        errno.EOPNOTSUPP,
+    }
+)
 
 
 # In place of what Linux says when no local port is free: EAGAIN or EADDRINUSE of UDP, EADDRNOTAVAIL

@@ -58,26 +58,27 @@ class Bridge(Flow):
         return udp.upstream_socket(target, source, self.pool.how[target.family])
 
     def connect(self, upstream: socket.SocketType, target: Target) -> int:
-        """It is."""
-        del upstream, target
+        """It is; watch it, and the client. What that has sent already is reported at once."""
+        del target
+        client = self.client
+        if client is None:
+            raise OSError(errno.ENOTCONN, "the client has gone")
+        self.relay.poller.register(upstream.fileno(), self.u2c, EDGE_IN)
+        self.relay.poller.register(client.fileno(), self.c2u)
         return 0
 
     def on_connected(self, upstream: socket.SocketType, mask: int) -> None:
-        """Watch both sides from now on."""
+        """Both sides are there."""
         del mask
         self.dialer = None
         self.upstream = self.u2c.src = upstream
         client = self.client
-        if client is None:
-            raise OSError(errno.ENOTCONN, "the client has gone")
+        assert client is not None  # noqa: S101 - it was when this connected, just now
         self.relay.batch.prepare(upstream)
         self.c2u.to = Destination(upstream.fileno())
         self.c2u.src = client
         self.on_open()
         self.u2c.open(client)
-        # What the client has sent already is reported at once.
-        self.relay.poller.register(upstream.fileno(), self.u2c, EDGE_IN)
-        self.relay.poller.register(client.fileno(), self.c2u)
 
     @property
     def silence_limit_s(self) -> float:

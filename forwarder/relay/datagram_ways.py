@@ -18,6 +18,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Final
 
 from forwarder.net.datagrams import MAX_DATAGRAM, SLOTS, Destination
+from forwarder.net.sockets import OUT_OF_RESOURCES
 from forwarder.relay import framing
 from forwarder.relay.poller import BROKEN, READABLE, WRITABLE
 
@@ -256,6 +257,8 @@ class DatagramToStream(_FromDatagrams):
         except BlockingIOError:
             return False
         except OSError as err:
+            if err.errno in OUT_OF_RESOURCES:
+                return False  # with the next datagram, or event
             self._pending.clear()
             self._dst = None
             if self.reverse.src is not None:

@@ -235,8 +235,10 @@ class Dialer:
             error = err.errno or errno.EIO
         if sock is not None:
             if error in _UNDER_WAY:
-                self._begin(attempt, sock)
-                return True
+                error = self._begin(attempt, sock)
+                if not error:
+                    return True
+                self.early = 0
             if error == errno.EADDRNOTAVAIL:
                 error = sockets.why_no_address(sock, target)
             sock.close()
@@ -250,20 +252,27 @@ class Dialer:
         self._note_failed(attempt, error)
         return False
 
-    def _begin(self, attempt: Attempt, sock: socket.SocketType) -> None:
-        """Wait for the outcome of a connect, if there is one to wait for."""
+    def _begin(self, attempt: Attempt, sock: socket.SocketType) -> int:
+        """Wait for the outcome of a connect, if there is one to wait for.
+
+        Returns 0, or an errno if the poller takes no more for now.
+        """
         caller = self.caller
+        try:
+            if caller.is_answered:
+                caller.relay.poller.register(sock.fileno(), attempt)
+                if not self._has_begun:
+                    caller.on_dialing()
+                    self._has_begun = True
+        except OSError as err:
+            return err.errno or errno.ENOMEM
         attempt.sock = sock
         attempt.error = errno.ETIMEDOUT
         if attempt not in self._attempts:
             self._attempts.append(attempt)
         if not caller.is_answered:
             self._win(attempt, sock, 0)
-            return
-        if not self._has_begun:
-            self._has_begun = True
-            caller.on_dialing()
-        caller.relay.poller.register(sock.fileno(), attempt)
+        return 0
 
     def _wait(self, attempt: Attempt, error: int) -> None:
         """Have it tried again at the next tick; a rival that lacks a descriptor not so soon."""

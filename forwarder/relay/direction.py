@@ -177,8 +177,10 @@ class Direction:
         except BlockingIOError:
             sent = 0
         except OSError as err:
-            self.session.on_undeliverable(self, err)
-            return False
+            if not self.session.can_rest(err):
+                self.session.on_undeliverable(self, err)
+                return False
+            sent = 0
         if sent == count:
             return True
         self.pending = memoryview(bytes(view[sent:count]))
@@ -195,7 +197,8 @@ class Direction:
         except BlockingIOError:
             return False
         except OSError as err:
-            self.session.on_undeliverable(self, err)
+            if not self.session.can_rest(err):
+                self.session.on_undeliverable(self, err)
             return False
         if sent < len(pending):
             self.pending = pending[sent:]

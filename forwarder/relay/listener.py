@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 # Accepts per event. The poll is level-triggered, so the rest is reported by the next one.
 ACCEPT_BATCH: Final = 8
-# How long a listener rests when descriptors or memory are used up. Clients wait in its queue.
-PAUSE_S: Final = 0.1
 _ALLOWED: Final = Decision.ALLOWED
 # What has become of an accept: a client was handed over, one was not, there is none (for now).
 _TAKEN, _PASSED_OVER, _STOP = range(3)
@@ -72,8 +70,9 @@ class Listener:
         self._waits_for: Admission | None = None  # wakes us earlier
 
     def start(self) -> None:
-        """Begin to accept."""
-        self._relay.poller.register(self.sock.fileno(), self, select.EPOLLIN)
+        """Begin to accept, as soon as the poller takes it."""
+        self._is_paused = True
+        self._resume()
 
     def stop(self) -> None:
         """Accept what is queued, then no more. The socket stays open."""
@@ -178,7 +177,7 @@ class Listener:
         if self._is_paused or self._is_stopped:
             return
         self._relay.pauses.note(number)
-        self._rest(PAUSE_S)
+        self._rest(pauses.PAUSE_S)
 
     def _rest(self, seconds: float) -> None:
         """Accept nobody for a while."""
@@ -206,12 +205,12 @@ class Listener:
         number = 0 if self._relay.recover_spare_fd() else self._relay.shortage
         try:
             if not number:
-                self.start()
+                self._relay.poller.register(self.sock.fileno(), self, select.EPOLLIN)
         except OSError as err:  # ENOSPC, ENOMEM: the set takes no more for now, epoll_ctl(2)
             number = err.errno or pauses.BUG
         if number:
             self._relay.pauses.note(number)
-            self._timer = self._loop.call_later(PAUSE_S, self._resume)
+            self._timer = self._loop.call_later(pauses.PAUSE_S, self._resume)
         else:
             self._is_paused = False
 

@@ -26,6 +26,8 @@ CALM_S: Final = 5.0
 # How often a cause is told, while it lasts or if it comes again.
 INTERVAL_S: Final = 60.0
 BUG: Final = -1  # in place of an errno: accepting has failed in a way nobody thought of
+# How long a listener rests when descriptors or memory are used up. Clients wait in its queue.
+PAUSE_S: Final = 0.1
 
 
 class Pauses:

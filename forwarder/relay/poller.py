@@ -89,12 +89,15 @@ class Poller:
         self.now = self._loop.time()
 
     def register(self, fd: int, handler: Handler, events: int = EDGE_ALL) -> None:
-        """Report events of ``fd`` to ``handler``; what is ready already is reported at once."""
+        """Report events of ``fd`` to ``handler``; what is ready already is reported at once.
+
+        Raises OSError, ENOMEM and ENOSPC above all; then nothing has changed.
+        """
+        self._epoll.register(fd, events)
         handlers = self._handlers
         if fd >= len(handlers):
             handlers.extend([None] * (fd + 64 - len(handlers)))
         handlers[fd] = handler
-        self._epoll.register(fd, events)
 
     def modify(self, fd: int, events: int) -> None:
         """Report other events of a registered ``fd`` from now on."""

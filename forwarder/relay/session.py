@@ -77,7 +77,7 @@ class Session(Conversation):
     ``ending``: one side is gone by RST, and this will be the reason when all is delivered.
     """
 
-    __slots__ = ("client", "ending", "unsent")
+    __slots__ = ("client", "ending", "is_short", "unsent")
 
     c2u: Direction
     u2c: Direction
@@ -89,6 +89,7 @@ class Session(Conversation):
         super().__init__(relay, pool, client_address)
         self.client = client
         self.ending: CloseReason | None = None
+        self.is_short = False  # a way waits for memory of the kernel
         self.unsent = 0  # in our send queues when a timeout was last looked at
         make = relay.make_unix_direction if pool.has_unix else relay.make_direction
         c2u = self.c2u = make(relay, self)
@@ -185,7 +186,11 @@ class Session(Conversation):
     def on_reset(self, direction: Direction, err: OSError) -> None:
         """The source of ``direction`` is gone: everything it had sent is read, nothing follows."""
         detail = err.strerror or "reset"
-        if direction.is_sink:
+        if self.can_rest(err):
+            direction.block()
+        elif err.errno not in sockets.PEER_GONE:
+            self._give_up(err)
+        elif direction.is_sink:
             self._end_without_sides(direction, detail)
         else:
             self._cut(direction, detail)
@@ -193,6 +198,9 @@ class Session(Conversation):
     def on_undeliverable(self, direction: Direction, err: OSError) -> None:
         """The destination of ``direction`` is gone, but may have sent something before that."""
         reverse = direction.reverse
+        if err.errno not in sockets.PEER_GONE:
+            self._give_up(err)
+            return
         if reverse.is_sink:  # it was the survivor
             self._end_without_sides(reverse, err.strerror or "reset")
             return
@@ -203,6 +211,24 @@ class Session(Conversation):
             reverse.missed |= READABLE
         else:
             reverse.pump(READABLE)
+
+    def can_rest(self, err: OSError) -> bool:
+        """Whether it was a lack of memory, which passes: then both ways go on a moment later.
+
+        No event tells when it is over.
+        """
+        if err.errno not in sockets.OUT_OF_RESOURCES:
+            return False
+        self.is_short = True
+        self.arm(TICK_S)
+        return True
+
+    def _give_up(self, err: OSError) -> None:
+        """A socket fails though its peer is there, who is not to take the stream for whole."""
+        if self.state is _ABORTING:
+            self.abort(self._ending)
+        else:
+            self.abort(CloseReason(Who.US, Phase.ERROR, err.strerror or str(err)))
 
     def on_broken_while_blocked(self, direction: Direction) -> None:
         """The source of ``direction`` is gone while nothing may be read from it."""
@@ -289,6 +315,10 @@ class Session(Conversation):
     def on_timer(self, now: float) -> float:
         """Look whether this session is overdue; returns its next deadline, 0 for none."""
         rule = self.pool.rule
+        if self.is_short:
+            self.is_short = False
+            self.c2u.resume()
+            self.u2c.resume()
         if self.state is _RELAYING and self.ending is None:
             return self._check_silence(now, rule.idle_timeout_s, Phase.IDLE)
         if self.state in (_RELAYING, _HALF_CLOSED):

@@ -115,12 +115,12 @@ class SpliceDirection(Direction):
         while left:
             try:
                 left -= os.splice(pipe.read_fd, dst_fd, left, None, None, _FLAGS)
-            except BlockingIOError:
-                self.pipe = pipe
-                pipe.filled = left
-                self.block()
-                return False
             except OSError as err:
+                if err.errno == errno.EAGAIN or self.session.can_rest(err):
+                    self.pipe = pipe
+                    pipe.filled = left
+                    self.block()
+                    return False
                 self.relay.pipes.discard(pipe)
                 self.session.on_undeliverable(self, err)
                 return False

@@ -74,17 +74,23 @@ class UdpFlow(Flow):
         """Whether it has a socket of its own for its client."""
         return self.client is not None
 
-    def settle(self, sock: socket.SocketType) -> None:
-        """Own from here on a socket for this client alone: connected to it, and read dry."""
+    def settle(self, sock: socket.SocketType) -> bool:
+        """Own from here on a socket for this client alone: connected to it, and read dry.
+
+        False if the poller does not take it: then all is as it was.
+        """
+        is_blocked = self.u2c.holds_data
+        events = EDGE_IN | WRITABLE if is_blocked else EDGE_IN
+        try:
+            self.relay.poller.register(sock.fileno(), self.c2u, events)
+        except OSError:
+            return False
         self.client = sock
         if self.gathers:
             self.relay.batch.prepare(sock)
         self.u2c.to = Destination(sock.fileno())
         self.c2u.src = sock
-        is_blocked = self.u2c.holds_data
-        self.relay.poller.register(
-            sock.fileno(), self.c2u, EDGE_IN | WRITABLE if is_blocked else EDGE_IN
-        )
+        return True
 
     def touch(self) -> None:
         """Something was heard just now."""
@@ -99,8 +105,9 @@ class UdpFlow(Flow):
         return udp.upstream_socket(target, source, self.pool.how[target.family])
 
     def connect(self, upstream: socket.SocketType, target: Target) -> int:
-        """It is."""
-        del upstream, target
+        """It is; watch it."""
+        del target
+        self.relay.poller.register(upstream.fileno(), self.u2c, EDGE_IN)
         return 0
 
     def on_connected(self, upstream: socket.SocketType, mask: int) -> None:
@@ -114,7 +121,6 @@ class UdpFlow(Flow):
         assert self.target is not None  # noqa: S101 - it is connected
         self.c2u.to = self.to_upstream(upstream, self.target)
         self.u2c.src = upstream
-        self.relay.poller.register(upstream.fileno(), self.u2c, EDGE_IN)
         self.on_open()
         self.c2u.resume()
 

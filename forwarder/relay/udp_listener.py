@@ -17,12 +17,13 @@ from forwarder.gate import Busy
 from forwarder.net import many, peers, sockets, udp
 from forwarder.net.datagrams import SLOTS
 from forwarder.net.sockets import Target
+from forwarder.relay import pauses
 from forwarder.relay.admission import client_host
 from forwarder.relay.answers import flow_class
 from forwarder.relay.poller import READABLE, WRITABLE
 
 if TYPE_CHECKING:
-    from asyncio import AbstractEventLoop
+    from asyncio import AbstractEventLoop, TimerHandle
 
     from forwarder.access import AccessList
     from forwarder.net.sockets import IpSockAddr
@@ -52,6 +53,7 @@ class UdpListener:
         "_flows",
         "_is_flat",
         "_is_on_wildcard",
+        "_loop",
         "_many",
         "_own",
         "_relay",
@@ -59,6 +61,7 @@ class UdpListener:
         "_settled",
         "_settles",
         "_strays_to",
+        "_timer",
         "access",
         "pool",
         "sock",
@@ -66,7 +69,7 @@ class UdpListener:
 
     def __init__(
         self,
-        _loop: AbstractEventLoop,
+        loop: AbstractEventLoop,
         relay: Relay,
         sock: socket.socket,
         pool: Pool,
@@ -77,6 +80,8 @@ class UdpListener:
         Of a rule with a range of ports, ``pool`` is that of the whole rule until a client comes.
         """
         self.sock = sock
+        self._loop = loop
+        self._timer: TimerHandle | None = None  # while the poller does not take it
         self._bound = sockets.bound_to(sock)  # flows outlive the socket
         self.pool = pool
         self.access = access
@@ -97,12 +102,24 @@ class UdpListener:
         """Begin to receive."""
         if self._is_on_wildcard and self.sock.family == socket.AF_INET6:
             self._relay.wildcard_ports[self._bound.port] += 1
-        self._relay.poller.register(self.sock.fileno(), self, select.EPOLLIN)
+        self._watch()
+
+    def _watch(self) -> None:
+        """Have the poller tell what comes, now or when it takes one more."""
+        self._timer = None
+        try:
+            self._relay.poller.register(self.sock.fileno(), self, select.EPOLLIN)
+        except OSError as err:
+            self._relay.pauses.note(err.errno or pauses.BUG)
+            self._timer = self._loop.call_later(pauses.PAUSE_S, self._watch)
 
     def stop(self) -> None:
         """Take what is queued, then no more; flows settle now, or end. The socket stays open."""
         self._receive(self.sock.fileno(), _LAST_BATCHES)
-        self._relay.poller.unregister(self.sock.fileno())
+        if self._timer is None:
+            self._relay.poller.unregister(self.sock.fileno())
+        else:
+            self._timer.cancel()
         if self._is_on_wildcard and self.sock.family == socket.AF_INET6:
             self._relay.wildcard_ports[self._bound.port] -= 1
         for flow in tuple(self._flows.values()):
@@ -278,9 +295,8 @@ class UdpListener:
                     self._strays_to = peers.split(flow.peer)[1]
                     self._read(sock.fileno(), _LAST_BATCHES)
                     self._strays_to = None
-                if self._flows.get(flow.peer) is flow:
-                    flow.settle(sock)
-                else:  # it has ended by what was read
+                # It may have ended by what was read.
+                if self._flows.get(flow.peer) is not flow or not flow.settle(sock):
                     sock.close()
                     self._settled -= 1
                 self._ripe.discard(flow)

@@ -18,7 +18,8 @@ from forwarder.config.model import AccessRule, Verdict
 from forwarder.errors import Phase, Place
 from forwarder.net.sockets import Target
 from forwarder.relay import fast_open
-from forwarder.relay.listener import ACCEPT_BATCH, PAUSE_S, Listener
+from forwarder.relay.listener import ACCEPT_BATCH, Listener
+from forwarder.relay.pauses import PAUSE_S
 from forwarder.relay.poller import Poller
 from forwarder.relay.wheel import BUCKETS, TICK_S
 

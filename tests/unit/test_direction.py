@@ -80,6 +80,9 @@ class FakeSession:
         direction.stop()
         self.told.append("reset")
 
+    def can_rest(self, err: OSError) -> bool:
+        return err.errno == errno.ENOMEM
+
     def on_undeliverable(self, direction: Direction, err: OSError) -> None:
         assert err.errno == errno.EPIPE
         direction.stop()

@@ -1,0 +1,1 @@
+"""What each fault of the kernel costs: ``make faults``."""
