@@ -67,16 +67,19 @@ def _hear_what_is_ignored() -> None:
             signal.signal(number, lambda *_: None)
 
 
-# -- FORWARDER_NO_SKIP=1: a skipped test is a failed one
+# -- FORWARDER_NO_SKIP=1: a skipped test is a failed one; =user: but for what only root can do
+
+_NEEDS_ROOT = re.compile(r"\b(?:only|needs) root\b")
 
 
 def _forbid_skip(report: TestReport | CollectReport) -> None:
-    if os.environ.get("FORWARDER_NO_SKIP") == "1" and report.skipped:
-        if hasattr(report, "wasxfail"):
-            return
+    forbids = os.environ.get("FORWARDER_NO_SKIP", "")
+    if forbids and report.skipped and not hasattr(report, "wasxfail"):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        if forbids == "user" and _NEEDS_ROOT.search(str(reason)):
+            return
         report.outcome = "failed"
-        report.longrepr = f"{report.nodeid}: FORWARDER_NO_SKIP=1 forbids: {reason}"
+        report.longrepr = f"{report.nodeid}: FORWARDER_NO_SKIP={forbids} forbids: {reason}"
 
 
 @pytest.hookimpl(wrapper=True)
