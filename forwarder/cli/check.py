@@ -16,6 +16,7 @@ from forwarder.cli.options import FILE
 from forwarder.config.advice import advise
 from forwarder.config.describe import describe, plural
 from forwarder.errors import ConfigError, Issue, Place
+from forwarder.upstream.unresolved import unresolved_names
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,6 +31,9 @@ SERVICES: Final = Path("/etc")
 @click.command("check", short_help="Validate a configuration and print what it means.")
 @config_options
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON with everything.")
+@click.option(
+    "--names", "asks_names", is_flag=True, help="Look host names up, too; takes 6 s at most."
+)
 @click.argument("file", metavar="[FILE]", type=FILE, required=False)
 def check_command(  # noqa: PLR0913 - one parameter per option is click's way
     config_file: str | None,
@@ -40,6 +44,7 @@ def check_command(  # noqa: PLR0913 - one parameter per option is click's way
     *,
     is_udp: bool,
     as_json: bool,
+    asks_names: bool,
 ) -> None:
     """Validate a configuration and print what it means. Opens no port; needs no privilege.
 
@@ -59,6 +64,8 @@ def check_command(  # noqa: PLR0913 - one parameter per option is click's way
     issues = [*loaded.warnings, *advise(found, loaded.dialect)]
     if name is not None and name != STDIN and os.geteuid() == 0 and not found.settings.user:
         issues += unreadable(name)
+    if asks_names:
+        issues += unresolved_names(found)
     if as_json:
         click.echo(json.dumps(_as_json(found, issues)))
         return

@@ -21,7 +21,7 @@ from forwarder.upstream.answers import Answer, targets_of
 from forwarder.upstream.schedule import MAX_AT_ONCE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def look_up(host: str) -> Answer:
     return Answer(addresses, "" if addresses else "it has no address")
 
 
-def look_up_all(hosts: Collection[str], limit_s: float) -> dict[str, Answer]:
+def look_up_all(hosts: Iterable[str], limit_s: float) -> dict[str, Answer]:
     """Ask for names side by side. Blocks ``limit_s`` at most; who has no answer then has failed."""
     now = time.monotonic()
     until = now + limit_s

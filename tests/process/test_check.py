@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from support.ends import listen
+from support.names import FakeNames
 from support.processes import COMMAND, as_nobody, run_command
 
 from forwarder.cli import check
@@ -295,3 +296,27 @@ def test_output_that_goes_nowhere_is_no_internal_error(where: str) -> None:
     assert ended.returncode not in (0, 70), ended
     assert "Traceback" not in ended.stderr
     assert "internal error" not in ended.stderr
+
+
+def test_names_are_looked_up_if_that_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Side by side, so that many which are not answered take no longer than one."""
+    names = FakeNames(tmp_path / "names", monkeypatch)
+    names.give("web.example", "127.0.0.1")
+    names.silence(*(f"dead{i}.example" for i in range(20)))
+    path = tmp_path / "f.toml"
+    upstreams = ", ".join(f'"dead{i}.example:1"' for i in range(20))
+    path.write_text(
+        '[[forwarding_rules]]\nname = "web"\nlisten = "web.example:1"\n'
+        f'upstream = ["127.0.0.1:2", "typo.example:1", {upstreams}]\n'
+    )
+    plain = run_command("check", str(path))
+    assert (plain.returncode, plain.stderr) == (0, "")
+    assert not names.asked()
+    done = run_command("check", "--names", str(path))
+    assert done.returncode == 0
+    assert "rule 'web': the name typo.example has no address: Name or service" in done.stderr
+    assert done.stderr.count("no answer within 6 s") == 20
+    assert "web.example" not in done.stderr
+    assert done.stdout.rstrip().endswith("ok, with 21 warnings")

@@ -1,0 +1,38 @@
+"""Which names of a configuration mean something here and now: for people who ask; blocks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from forwarder.errors import Issue
+from forwarder.upstream.lookup import look_up_all
+from forwarder.upstream.wanted import all_names
+
+if TYPE_CHECKING:
+    from forwarder.config.model import Config
+
+# For all names together, since they are asked for side by side. More than the 5 s after which the
+# second name server is asked, resolv.conf(5).
+PATIENCE_S: Final = 6.0
+_HINT: Final = "check the name and the name servers (`getent ahosts NAME`)"
+
+
+def unresolved_names(config: Config) -> list[Issue]:
+    """A warning for each rule and name of it that has no address now.
+
+    Blocks PATIENCE_S at most.
+    """
+    names = all_names(config.rules)
+    answers = look_up_all(names, PATIENCE_S) if names else {}
+    places = {rule.name: rule.place for rule in config.rules}
+    return [
+        Issue(
+            places[rule],
+            f"rule {rule!r}: the name {host} has no address: {answer.why}",
+            hint=_HINT,
+            is_warning=True,
+        )
+        for host, answer in answers.items()
+        if answer.why
+        for rule in names[host]
+    ]
