@@ -204,6 +204,8 @@ class Service:
     def on_answers(self, hosts: Collection[str]) -> None:
         """Names have been looked up: try again the rules that wait for them."""
         self._start.on_answers(hosts)
+        if not len(self.retries):
+            return
         names = listening_names(self.config.rules)
         waiting = [rule for host in hosts for rule in names.get(host, ())]
         self.retries.hasten(waiting, time.monotonic())

@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
+from forwarder.daemonlog import warn_rarely
 from forwarder.upstream.answers import Answer, targets_of
 from forwarder.upstream.schedule import MAX_AT_ONCE
 
@@ -95,7 +96,8 @@ class Lookups:
             try:
                 threading.Thread(target=self._run, daemon=True).start()
             except RuntimeError as err:  # the limit of processes, or no memory
-                log.warning("names: cannot start thread %d: %s", self._threads + 1, err)
+                what = f"names: cannot start thread {self._threads + 1}: {err}"
+                warn_rarely(log, "names: thread", what)
                 return False
             self._threads += 1
         return True
