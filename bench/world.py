@@ -15,8 +15,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, cast
 
-from bench.procs import BenchError
-
 if TYPE_CHECKING:
     import random
     from collections.abc import Awaitable, Callable
@@ -68,8 +66,7 @@ class World:
     events: dict[str, int] = field(default_factory=dict)
     settles_at: float = 0.0
     _names: subprocess.Popen[bytes] | None = None
-    _servers: dict[str, asyncio.Server] = field(default_factory=dict)
-    _udp: dict[str, asyncio.DatagramTransport] = field(default_factory=dict)
+    _servers: list[asyncio.Server] = field(default_factory=list)
     _moved_to: int = 0
 
     async def begin(self) -> None:
@@ -78,7 +75,7 @@ class World:
         self._start_names()
         for host in (ALWAYS, *MOVING, *REFUSING):
             await self._serve(host)
-        await self._refuse(REFUSING[0])
+        self._refuse(REFUSING[0])
 
     def end(self) -> None:
         """Leave nothing running."""
@@ -132,10 +129,7 @@ class World:
 
     async def _refuse_in_turn(self, _rng: random.Random) -> None:
         """The upstream that refused serves again, then the other one refuses."""
-        was, others = next((host, other) for host in REFUSING for other in REFUSING
-                           if host in self.away and other != host)  # fmt: skip
-        await self._serve(was)
-        await self._refuse(others)
+        self._refuse(next(host for host in REFUSING if host not in self.away))
 
     async def _move(self, _rng: random.Random) -> None:
         """A name means another address."""
@@ -188,17 +182,22 @@ class World:
         self._names.wait()
 
     async def _serve(self, host: str) -> None:
-        self._servers[host] = await asyncio.start_server(_echo, host, TCP_PORT, reuse_address=True)
-        transport, _ = await asyncio.get_running_loop().create_datagram_endpoint(
-            UdpEcho, (host, UDP_PORT)
-        )
-        self._udp[host] = transport
-        self.away.discard(host)
+        loop = asyncio.get_running_loop()
+        await loop.create_datagram_endpoint(UdpEcho, (host, UDP_PORT))
+        self._servers.append(await asyncio.start_server(_echo, host, TCP_PORT))
 
-    async def _refuse(self, host: str) -> None:
-        """Have it refuse new connections and datagrams; those that are open go on."""
-        if host not in self._servers:
-            raise BenchError(f"{host} does not serve")
-        self._servers.pop(host).close()
-        self._udp.pop(host).close()
+    def _refuse(self, host: str) -> None:
+        """Have ``host`` alone refuse new connections, and datagrams; open connections go on.
+
+        By the firewall: a listening socket that is closed resets what it has accepted already.
+        """
+        rules = (
+            "add table inet world; flush table inet world;"
+            "add chain inet world in { type filter hook input priority 0; };"
+            f"add rule inet world in ip daddr {host} tcp flags & (syn | ack) == syn "
+            "reject with tcp reset;"
+            f"add rule inet world in ip daddr {host} udp dport {UDP_PORT} reject;"
+        )
+        subprocess.run(["nft", rules], check=True)
+        self.away -= set(REFUSING)
         self.away.add(host)
