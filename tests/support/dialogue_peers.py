@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -74,7 +75,9 @@ def _haproxy(more: str) -> Command:
 
 def _nginx(more: str) -> Command:
     def command(directory: Path, routes: list[Route]) -> list[list[str]]:
-        text = nginx_stream_module() + _NGINX.format(directory=directory, more=more)
+        # As root its workers would be another user, who may not connect to our unix sockets.
+        text = "user root;\n" if os.geteuid() == 0 else ""
+        text += nginx_stream_module() + _NGINX.format(directory=directory, more=more)
         for route in routes:
             shared = "" if isinstance(route.address, str) else " reuseport"
             text += f"server {{ listen {written(route.address)}{shared}; "
