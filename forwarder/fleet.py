@@ -24,6 +24,7 @@ from forwarder.net import pipes
 from forwarder.net.channel import Channel, ChannelClosed
 from forwarder.signals import describe_end
 from forwarder.slot import Slot, WorkerProcess, WorkerState, WorkerTables, fork_worker
+from forwarder.upstream import failing
 from forwarder.upstream.known import KnownNames
 from forwarder.upstream.messages import read_hosts, say_answers
 
@@ -64,6 +65,7 @@ class Fleet:
         self.ledger = Ledger()
         self.questions = Questions()
         self.names = KnownNames()
+        self.refusal = ""  # why a worker cannot serve what all were told last
         self._table = table
         self._selector = selector
         self._release_master = release_master
@@ -106,6 +108,12 @@ class Fleet:
             {**process.describe(now), **self.ledger.worker(process.tables.board)}
             for process in self.processes()
         ]
+
+    def describe_failing(
+        self, rules: list[dict[str, object]], now: float
+    ) -> list[dict[str, object]]:
+        """Rules as in the status, each with the addresses of its upstreams that fail."""
+        return failing.describe(rules, (it.failing for it in self.processes()), now)
 
     def next_deadline(self) -> float | None:
         """When :meth:`supervise` has something to do without being asked; None for never."""
@@ -350,6 +358,8 @@ class Fleet:
         slot.process = None
         if process.is_leaving:
             return
+        if process.sent_serial and not process.applied_serial and slot.backoff.quick_deaths:
+            self.refusal = f"worker {process.slot} died again before it served"
         delay = slot.backoff.on_death(process.started_at, time.monotonic())
         log.error(
             "worker.died slot=%d pid=%d: %s; its sockets stay open, next start in %.1f s%s",
@@ -381,17 +391,10 @@ class Fleet:
     def _handle(self, process: WorkerProcess, received: Received) -> None:
         message = received.message
         if message["op"] == messages.Op.APPLIED:
-            serial = message["serial"]
-            process.applied_serial = serial if isinstance(serial, int) else 0
-            missing = message["missing"]
-            if not serial or missing:
-                process.told = None  # again, when there may be descriptors
-                process.known_sockets.difference_update(
-                    missing if isinstance(missing, list) else ()
-                )
-                process.deaf_until = time.monotonic() + RETRY_S
-            if process.applied_serial == process.sent_serial:
-                process.generation = self.serving.generation
+            retry_at = time.monotonic() + RETRY_S
+            refusal = process.on_applied(message, self.serving.generation, retry_at)
+            if refusal and process.applied_serial == process.sent_serial:
+                self.refusal = refusal
             if process.state is WorkerState.STARTING:
                 process.state = WorkerState.READY
                 log.info("worker.ready slot=%d pid=%d", process.slot, process.pid)
@@ -402,6 +405,8 @@ class Fleet:
             if self.questions.is_awaited(number, process.pid):
                 answer = messages.read_answer(received)
                 self.questions.on_answer(number, process.pid, answer)
+        elif message["op"] == messages.Op.FAILING:
+            process.failing = failing.read(message)
         elif message["op"] == messages.Op.REFRESH:
             self.names.hurry(read_hosts(message))
         elif message["op"] == messages.Op.LOGS:  # it had no descriptors for them

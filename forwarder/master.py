@@ -39,7 +39,7 @@ from forwarder.privileges import (
 from forwarder.reload import look_up
 from forwarder.reloading import Reloading
 from forwarder.service import Service
-from forwarder.signals import SignalQueue
+from forwarder.signals import OF_A_MASTER, SignalQueue
 from forwarder.slot import WorkerProcess
 from forwarder.spec import MasterSpec, State
 from forwarder.surroundings import Surroundings
@@ -56,18 +56,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 KILL_AFTER_S: Final = 2.0  # a worker that was told to stop and does not leave is killed
-
-_SIGNALS: Final = (
-    signal.SIGTERM,
-    signal.SIGINT,
-    signal.SIGQUIT,
-    signal.SIGHUP,
-    signal.SIGUSR1,
-    signal.SIGUSR2,
-    signal.SIGTTIN,
-    signal.SIGTTOU,
-    signal.SIGCHLD,
-)
 
 
 class Master:
@@ -142,7 +130,7 @@ class Master:
         rights = network_capabilities()
         self._fleet.capabilities = rights if config.needs_rights else 0
         probing.check(config, self._drop)
-        self._signals = SignalQueue(_SIGNALS)
+        self._signals = SignalQueue(OF_A_MASTER)
         self._selector.register(self._signals.fileno(), selectors.EVENT_READ, self._hear_signals)
         self._naming.inherit(upgrade.names_of_predecessor())
         inherited = partial(inherited_sockets, self._fleet.identity)
@@ -315,8 +303,12 @@ class Master:
             self._late.turn(now)
         if self._service.expire(now):
             self._serve_anew()
+        if self._fleet.refusal:
+            why, self._fleet.refusal = self._fleet.refusal, ""
+            self._reloading.on_refused(why)
         if not self._fleet.is_settled:
             return
+        self._reloading.on_settled()
         self._service.close_dropped()
         if self._report is not None:
             log.info("master.reloaded %s", self._report)
@@ -377,6 +369,7 @@ class Master:
     def status(self) -> dict[str, object]:
         """Describe the instance: what it serves and what it has done."""
         now = time.monotonic()
+        rules = self._service.describe_rules(self._fleet.ledger.rule, now)
         return {
             "version": __version__,
             "pid": os.getpid(),
@@ -389,9 +382,7 @@ class Master:
             "rates": self._fleet.ledger.rates(now),
             "workers": self._fleet.describe(now),
             "helpers": self._naming.helper.describe(now),
-            "rules": self._naming.describe(
-                self._service.describe_rules(self._fleet.ledger.rule, now), now
-            ),
+            "rules": self._naming.describe(self._fleet.describe_failing(rules, now), now),
         }
 
     def list_sessions(self, choice: dict[str, object], callback: Answered) -> None:
@@ -470,6 +461,10 @@ class Master:
     def in_force(self) -> Config:
         """The configuration that is served."""
         return self._service.config
+
+    def candidate(self) -> Candidate:
+        """What is in force, to be put in force again."""
+        return self._service.candidate()
 
     def begin_generation(self, candidate: Candidate) -> None:
         """Put it in force and tell the workers. Raises StartupError; then nothing has changed."""

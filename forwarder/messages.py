@@ -3,8 +3,9 @@
 Master to worker: SOCKETS (listening sockets, by id), APPLY (which of them serve which rule, from
 now on), LOGS (where the connection log goes), NAMES (their addresses, see ``upstream.messages``),
 DRAIN, STOP, LIST and KILL (some of its sessions). Worker to master: APPLIED, LEAVING, REFRESH (look
-a name up soon), and ANSWER to LIST or KILL. A worker that starts, one that gets a new configuration
-and one that takes over another's sockets do the same: apply an assignment.
+a name up soon), FAILING (addresses of upstreams that do), and ANSWER to LIST or KILL. A worker that
+starts, one that gets a new configuration and one that takes over another's sockets do the same:
+apply an assignment. One that cannot says so in APPLIED, by ``refusal``, and goes on as before.
 
 The assignment travels pickled, from the master to its own forked child, never the other way: a
 worker may run with fewer rights than the master and must not be able to make it run anything.
@@ -53,6 +54,7 @@ class Op(StrEnum):
     LIST = "list"
     KILL = "kill"
     ANSWER = "answer"
+    FAILING = "failing"
     NAMES = "names"
     REFRESH = "refresh"
 

@@ -45,6 +45,9 @@ class Reloadable(Protocol):
     def in_force(self) -> Config:
         """The configuration that is served."""
 
+    def candidate(self) -> Candidate:
+        """What is in force, to be put in force again."""
+
     def begin_generation(self, candidate: Candidate) -> None:
         """Put it in force. Raises StartupError if that is not possible; then nothing changes."""
 
@@ -72,6 +75,7 @@ class Reloading:
         too_long = "reading the configuration took too long"
         self._loader = Loader(selector, release, self._end, too_long)
         self._is_wanted_again = False
+        self._before: Candidate | None = None  # until all workers serve what came after it
         self._preview: Preview | None = None
         if load is not None:
             self._preview = Preview(load, lambda: master.in_force, selector, release)
@@ -157,9 +161,29 @@ class Reloading:
             self._is_wanted_again = False
             self.begin()
 
+    def on_settled(self) -> None:
+        """All workers serve what was put in force last."""
+        self._before = None
+
+    def on_refused(self, why: str) -> None:
+        """The workers cannot serve what was put in force last: have again what was before it."""
+        before, self._before = self._before, None
+        if before is None:
+            return  # nothing was put in force; the log has it
+        problem = f"the workers cannot serve it: {why}; please report it"
+        log.error("reload.rejected %s", problem)
+        self._requests.on_refused((problem,))
+        try:
+            self._master.begin_generation(before)
+        except StartupError as err:
+            log.error("master: cannot serve again what was served before: %s", err)
+        notify.notify("READY=1", "STATUS=reload rejected, see the log")
+
     def _begin(self, candidate: Candidate) -> None:
+        before = self._master.candidate()
         try:
             self._master.begin_generation(candidate)
+            self._before = before
         except StartupError as err:
             self._reject((str(err),))
         except Exception:  # whoever asked, and the service manager, must still hear of an end

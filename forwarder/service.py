@@ -96,6 +96,12 @@ class Service:
         )
         self.table.grow(wanted, slots)
 
+    def candidate(self) -> Candidate:
+        """What is in force, to be put in force again should the next generation fail."""
+        waiting = {rule.name: self.retries.get(rule.name) for rule in self.config.rules}
+        why = {name: how.why for name, how in waiting.items() if how is not None}
+        return Candidate(self.config, dict(self._binds), why)
+
     def begin(self, candidate: Candidate, slots: int) -> str:
         """Put a candidate in force for ``slots`` workers. Returns what it changes, for people.
 

@@ -17,6 +17,19 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from types import FrameType
 
+OF_A_MASTER = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGQUIT,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGTTIN,
+    signal.SIGTTOU,
+    signal.SIGCHLD,
+)
+"""What a master handles; see ``Master``."""
+
 
 class SignalQueue:
     """Notes some signals while it is open. Owns its wake-up pipe."""

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from forwarder.board import Board
     from forwarder.gate import Holdings
+    from forwarder.net.channel import Message
+    from forwarder.upstream.failing import Failing
 
 
 class WorkerState(Enum):
@@ -63,6 +65,22 @@ class WorkerProcess:
         self.cut_off_at = 0.0  # since when it has no channel; if it lives on, it serves for nobody
         self.deaf_until = 0.0  # Fleet's: when there is a point in telling it again
         self.told: tuple[int, int, tuple[int, ...]] | None = None  # Fleet's: what it was told last
+        self.failing: list[Failing] = []  # addresses of upstreams, by what it has said last
+
+    def on_applied(self, message: Message, generation: int, retry_at: float) -> str:
+        """Take in an acknowledgement; what did not arrive is told again at ``retry_at``.
+
+        Returns why it goes on with what it had before, or "". Raises KeyError for nonsense.
+        """
+        serial, missing, refusal = message["serial"], message["missing"], message["refusal"]
+        self.applied_serial = serial if isinstance(serial, int) else 0
+        if not serial or missing:
+            self.told = None  # again, when there may be descriptors
+            self.known_sockets.difference_update(missing if isinstance(missing, list) else ())
+            self.deaf_until = retry_at
+        if self.applied_serial == self.sent_serial and not refusal:
+            self.generation = generation
+        return str(refusal)
 
     def describe(self, now: float) -> dict[str, object]:
         """Who it is and how it fares, as in the status."""

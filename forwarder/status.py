@@ -62,8 +62,9 @@ def as_text(status: Mapping[str, object]) -> list[str]:
     workers = [_worker_row(_table(worker)) for worker in _list(status.get("workers"))]
     rules = [_rule_row(_table(rule)) for rule in _list(status.get("rules"))]
     names = _names_as_text(_table(rule) for rule in _list(status.get("rules")))
+    failing = _failing_as_text(_table(rule) for rule in _list(status.get("rules")))
     tables = [*_columns(_WORKER_COLUMNS, workers), "", *_columns(_RULE_COLUMNS, rules)]
-    return [*lines, *tables, *names]
+    return [*lines, *tables, *names, *failing]
 
 
 def _names_as_text(rules: Iterable[Mapping[str, object]]) -> list[str]:
@@ -77,6 +78,19 @@ def _names_as_text(rules: Iterable[Mapping[str, object]]) -> list[str]:
                 since = as_duration(_number(name.get("for_s")))
                 what = f"unresolved for {since}: {name.get('why')}; in use: {used}"
             lines.append(f"rule {rule.get('name')}: {name.get('host')} {what}")
+    return ["", *lines] if lines else []
+
+
+def _failing_as_text(rules: Iterable[Mapping[str, object]]) -> list[str]:
+    """The addresses of upstreams that fail now, after an empty line, if there are some."""
+    lines = []
+    for rule in rules:
+        for failing in map(_table, _list(rule.get("failing"))):
+            since = as_duration(_number(failing.get("since_s")))
+            lines.append(
+                f"rule {rule.get('name')}: {failing.get('upstream')} cannot be used for {since}, "
+                f"{failing.get('why')}"
+            )
     return ["", *lines] if lines else []
 
 

@@ -37,6 +37,7 @@ from forwarder.relay import listing
 from forwarder.relay.conversation import State
 from forwarder.relay.listener import listener_class
 from forwarder.relay.relay import Relay
+from forwarder.upstream.failing import of_pools
 from forwarder.upstream.messages import read_answers
 from forwarder.upstream.names import Names
 from forwarder.upstream.pool import Pool
@@ -76,6 +77,8 @@ LAST_SILENCE_S: Final = 1.0
 # Ids in one acknowledgement, so that it fits into a message; what is missing beyond stays missing
 # until the next change.
 MAX_MISSING: Final = 1000
+# Of the text of a bug, to whoever asked for a reload. Arbitrary.
+_MAX_REFUSAL: Final = 200
 # How long workers without a master go on accepting. A service manager restarts a killed master
 # within a second; a person needs longer. Arbitrary.
 ORPHAN_GRACE_S: Final = 30.0
@@ -146,7 +149,9 @@ class Worker:
         self._pools: dict[str, Pool] = {}
         self._listeners: dict[int, AnyListener] = {}
         self._sockets: dict[int, socket.socket] = {}
-        self._unreceived: list[int] = []  # ids of sockets for which there was no descriptor
+        self._unreceived: list[int] = []  # ids of sockets that could not be taken over
+        self._in_force: Assignment | None = None
+        self._has_said_failing = False
         self._board = spec.board
         self._done: asyncio.Future[WorkerExit] = loop.create_future()
         self._is_draining = False
@@ -216,7 +221,10 @@ class Worker:
             received.close()
             return
         for socket_id, fd in zip(ids, received.fds, strict=True):
-            self._sockets[socket_id] = socket.socket(fileno=fd)
+            if socket_id in self._sockets:  # kept when an assignment was refused
+                os.close(fd)
+            else:
+                self._sockets[socket_id] = socket.socket(fileno=fd)
 
     def _take_logs(self, received: Received) -> None:
         """Write the connection log there from now on."""
@@ -295,48 +303,68 @@ class Worker:
         self._relay.count(self._board.row(0))
         with suppress(ChannelClosed):
             self._channel.flush()
+        self._look_at_upstreams()
+
+    def _look_at_upstreams(self) -> None:
+        """Notice interfaces that come and go, and say which addresses fail, if some do."""
+        relay = self._relay
+        relay.look_at_interfaces()
+        failing = [*relay.failing]
+        if not failing and not self._has_said_failing:
+            return
+        for pool in failing:
+            if not pool.failures or self._pools.get(pool.rule.name) is not pool:
+                del relay.failing[pool]
+        if not self._channel.has_outbox:
+            said = of_pools(relay.failing, self._loop.time())
+            self._has_said_failing = bool(said)
+            self._say(Op.FAILING, failing=said)
 
     # -- acting
 
     def apply(self, assignment: Assignment) -> None:
-        """Accept on the assigned sockets for their rules, and on no others, from now on."""
+        """Accept on the assigned sockets for their rules, and on no others, from now on.
+
+        An assignment in which there is a bug is refused, and what was in force goes on.
+        """
         if self._is_draining:
             self._stop_listening()  # what came with this assignment, too
             return
-        self._relay.pipes.budget_pages = assignment.pipe_budget_pages
-        self._relay.flows.workers = assignment.workers
+        try:
+            self._put_in_force(assignment)
+        except Exception as err:
+            log.exception("worker.bug: cannot serve what the master said; going on as before")
+            self._acknowledge(assignment.serial, f"{type(err).__name__}: {err}"[:_MAX_REFUSAL])
+            if self._in_force is None:
+                raise
+            self._put_in_force(self._in_force)  # its sockets are all here yet
+            for socket_id in self._listeners.keys() - self._in_force.routes.keys():
+                self._listeners.pop(socket_id).stop()
+            return
+        self._in_force = assignment
+        for socket_id in self._sockets.keys() - assignment.routes.keys():
+            self._release(socket_id)
+        self._acknowledge(assignment.serial)
+
+    def _put_in_force(self, assignment: Assignment) -> None:
         rules = assignment.config.rules
         before = set(self._pools.values())
         accesses = [access_of(assignment.config, rule) for rule in rules]
+        # From here on something may be half done if this fails.
         self._pools = {
             rule.name: self._pool(rule, row)
             for rule, row in zip(rules, assignment.rows, strict=True)
         }
+        self._relay.pipes.budget_pages = assignment.pipe_budget_pages
+        self._relay.flows.workers = assignment.workers
+        self._relay.needing = [pool for pool in self._pools.values() if pool.needs_interfaces]
         self._names.keep(upstream_names(rules).keys())
         self._relay.restrictions.apply(
             self._pools.values(), assignment.config.settings.max_sessions, self._relay.sessions
         )
         for socket_id, index in assignment.routes.items():
-            if socket_id not in self._sockets:
-                continue  # for want of descriptors: see _acknowledge
-            rule = rules[index]
-            pool = self._pools[rule.name]
-            access = accesses[index]
-            listener = self._listeners.get(socket_id)
-            kind = listener_class(rule)
-            if listener is not None and type(listener) is not kind:
-                listener.stop()
-                listener = None
-            if listener is None:
-                listener = kind(self._loop, self._relay, self._sockets[socket_id], pool, access)
-                self._listeners[socket_id] = listener
-                listener.start()
-            else:
-                if listener.pool.origin is not pool:
-                    listener.pool = pool
-                listener.access = access
-        for socket_id in self._sockets.keys() - assignment.routes.keys():
-            self._release(socket_id)
+            if socket_id in self._sockets:  # else for want of descriptors: see _acknowledge
+                self._route(socket_id, rules[index], accesses[index])
         gone = before.difference(self._pools.values())
         self._end_sessions_after(
             assignment.config.settings.drain_timeout_s,
@@ -344,7 +372,30 @@ class Worker:
         )
         if assignment.config.settings.cut_denied:
             self._cut_denied(assignment.config, accesses)
-        self._acknowledge(assignment.serial)
+
+    def _route(self, socket_id: int, rule: Rule, access: AccessList) -> None:
+        """Have the clients of a socket served by a rule."""
+        pool = self._pools[rule.name]
+        listener = self._listeners.get(socket_id)
+        kind = listener_class(rule)
+        if listener is not None and type(listener) is not kind:
+            listener.stop()
+            listener = None
+        if listener is not None:
+            if listener.pool.origin is not pool:
+                listener.pool = pool
+            listener.access = access
+            return
+        listener = kind(self._loop, self._relay, self._sockets[socket_id], pool, access)
+        try:
+            listener.start()
+        except OSError as err:  # ENOSPC, ENOMEM: the set takes no more for now, epoll_ctl(2)
+            what = f"worker: cannot listen for rule {rule.name}: {err.strerror}; trying again"
+            warn_rarely(log, what, what, logging.ERROR)
+            self._sockets.pop(socket_id).close()
+            self._unreceived.append(socket_id)
+            return
+        self._listeners[socket_id] = listener
 
     def _cut_denied(self, config: Config, accesses: Sequence[AccessList]) -> None:
         """End sessions whose client may not use their rule any more.
@@ -368,8 +419,11 @@ class Worker:
                 denied.append(session)
         self._relay.abort_sessions(Phase.ACCESS, "not allowed any more", denied)
 
-    def _acknowledge(self, serial: int) -> None:
-        """Say what is in force, and which sockets did not arrive; the master sends those again."""
+    def _acknowledge(self, serial: int, refusal: str = "") -> None:
+        """Say what is in force, and which sockets did not arrive; the master sends those again.
+
+        ``refusal``: why it is not what the master has said, but what was in force before.
+        """
         missing, self._unreceived = self._unreceived[:MAX_MISSING], []
         if missing or not serial:
             what = (
@@ -378,7 +432,7 @@ class Worker:
             )
             warn_rarely(log, what, what, logging.ERROR)
             self._relay.pipes.close()  # the idle ones; they make room for the next try
-        self._say(Op.APPLIED, serial=serial, missing=missing)
+        self._say(Op.APPLIED, serial=serial, missing=missing, refusal=refusal)
 
     def _end_sessions_after(self, limit_s: object, sessions: Iterable[Conversation]) -> None:
         """Reset what is left of ``sessions`` then; 0 or None leaves them all the time they want."""

@@ -261,6 +261,16 @@ class Requests:
         self._settling += [(reply, answer) for reply in self._loading]
         self._loading.clear()
 
+    def on_refused(self, problems: Iterable[str]) -> None:
+        """The workers cannot serve what was accepted; what was in force before is so again."""
+        answer = refusal(REJECTED, problems=list(problems))
+        settling, self._settling = self._settling, []
+        for reply, accepted in settling:
+            if "report" in accepted:
+                reply(answer)
+            else:
+                self._settling.append((reply, accepted))
+
     def on_settled(self) -> None:
         """Every worker has acknowledged all that it was told."""
         settled, self._settling = self._settling, []

@@ -232,7 +232,8 @@ class Dialer:
             sock = caller.make_socket(target, source, is_rival=self.is_racing)
             error = caller.connect(sock, target)
         except OSError as err:
-            error = err.errno or errno.EIO
+            # Below 0: of getaddrinfo, for an interface that has gone just now.
+            error = err.errno if err.errno and err.errno > 0 else errno.ENODEV
         if sock is not None:
             if error in _UNDER_WAY:
                 error = self._begin(attempt, sock)

@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from forwarder.gate import Holder
     from forwarder.net.options import How
     from forwarder.net.sockets import SockAddr, Target
+    from forwarder.net.zones import Zoned
     from forwarder.relay.admission import Admission
     from forwarder.relay.conversation import Conversation
     from forwarder.relay.meter import Meter
@@ -123,6 +124,8 @@ class Relay:
         # How many UDP listeners are on the IPv6 wildcard, by port.
         self.wildcard_ports: Counter[int] = Counter()
         self.flows = FlowTables()
+        self.failing: dict[Pool, None] = {}  # rules some of whose addresses fail, or did
+        self.needing: list[Pool] = []  # rules whose upstreams need interfaces that are named
         self.connlog = ConnectionLog()
         self._bytes_c2u = self._bytes_u2c = self._bytes_spliced = 0
         self.restrictions = Restrictions(loop, holder)
@@ -349,18 +352,36 @@ class Relay:
         self.on_unanswered(pool, target, why, has_others=has_others)
 
     def on_unanswered(
-        self, pool: Pool, target: Target, why: str = "does not answer", *, has_others: bool = True
+        self,
+        pool: Pool,
+        target: Target | Zoned | str,
+        why: str = "does not answer",
+        *,
+        has_others: bool = True,
     ) -> None:
         """Others are tried before an address of an upstream, for a while."""
-        if pool.failures.note(target, why, self.poller.now) and has_others:
+        is_news = pool.failures.note(target, why, self.poller.now)
+        self.failing[pool.origin] = None
+        if is_news and has_others:
             rule = pool.rule.name
             about = f"upstream {rule} {target}"
             self.warn_rarely(about, f"upstream.failed rule={rule} upstream={target}: {why}")
 
-    def on_attempt_worked(self, pool: Pool, target: Target) -> None:
+    def on_attempt_worked(self, pool: Pool, target: Target | Zoned | str) -> None:
         """An address of an upstream has answered; called only while some are known to fail."""
         if pool.failures.forget(target):
             log.info("upstream.recovered rule=%s upstream=%s", pool.rule.name, target)
+
+    def look_at_interfaces(self) -> None:
+        """Notice which interfaces have come or gone; some microseconds for each that is named."""
+        if self.needing:
+            self.poller.read_clock()
+        for pool in self.needing:
+            for what, why in pool.interfaces():
+                if why:
+                    self.on_unanswered(pool, what, why)
+                else:
+                    self.on_attempt_worked(pool, what)
 
     def warn_rarely(self, about: str, message: str) -> None:
         """Log a warning; further ones about the same only now and then, with a count."""

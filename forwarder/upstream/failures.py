@@ -1,5 +1,7 @@
 """Which addresses of a rule have failed just now, so that others are tried before them. Pure.
 
+Also what else cannot be used: an interface that is not there, by what names it.
+
 An address that has failed is avoided for a while; each time it fails again after that, for twice as
 long. When the while is over one session tries it first, and only one: the others go on avoiding it
 until it is known what has come of that. Nothing is ever left out.
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from forwarder.net.sockets import Target
+    from forwarder.net.zones import Zoned
 
 # How long an address is avoided after its first failure, and at most. Arbitrary: a service that is
 # restarted is back within the first, and the last costs one session in a minute its wait.
@@ -40,22 +43,20 @@ class Failure:
 class Failures:
     """The addresses of a rule that fail in one worker. Empty, and then false, as a rule."""
 
-    __slots__ = ("_known", "revision")
+    __slots__ = ("_known",)
 
     def __init__(self) -> None:
-        self._known: dict[Target, Failure] = {}
-        self.revision = 0
-        """Grows whenever an address begins to fail, fails in another way, or fails no more."""
+        self._known: dict[Target | Zoned | str, Failure] = {}
 
     def __len__(self) -> int:
         return len(self._known)
 
     @property
-    def known(self) -> Mapping[Target, Failure]:
+    def known(self) -> Mapping[Target | Zoned | str, Failure]:
         """All that fail."""
         return self._known
 
-    def note(self, target: Target, why: str, now: float) -> bool:
+    def note(self, target: Target | Zoned | str, why: str, now: float) -> bool:
         """``target`` has failed. Returns whether that is news."""
         failure = self._known.get(target)
         if failure is not None:
@@ -64,20 +65,16 @@ class Failures:
                 failure.until = now + failure.pause_s
                 failure.is_tried = False
             failure.last = now
-            self.revision += failure.why != why
             failure.why = why
             return False
         if len(self._known) >= MAX_KNOWN:
             del self._known[min(self._known, key=lambda known: self._known[known].last)]
         self._known[target] = Failure(why, now, now, until=now + FIRST_S)
-        self.revision += 1
         return True
 
-    def forget(self, target: Target) -> bool:
+    def forget(self, target: Target | Zoned | str) -> bool:
         """``target`` works. Returns whether that is news."""
-        is_news = self._known.pop(target, None) is not None
-        self.revision += is_news
-        return is_news
+        return self._known.pop(target, None) is not None
 
     def expire(self, now: float) -> None:
         """Forget what nobody has tried for long."""

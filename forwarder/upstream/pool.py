@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, TypeAlias
 from forwarder.addr import UnixAddress
 from forwarder.net.options import to_connect, to_listen
 from forwarder.net.sockets import Target, unix_target
+from forwarder.net.zones import Zoned, index_of, literal
 from forwarder.upstream.failures import Failures
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from forwarder.addr import Endpoint
     from forwarder.config.model import Rule
@@ -28,15 +29,6 @@ if TYPE_CHECKING:
 
 # A name that has to be looked up, and the port to connect to.
 _Named: TypeAlias = tuple[str, int]
-
-
-def literal_target(host: str, port: int) -> Target:
-    """The socket address of an IP literal, scope included. Blocks never. Raises OSError."""
-    found = socket.getaddrinfo(
-        host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
-    )
-    family, _, _, _, sockaddr = found[0]
-    return Target(family, sockaddr)  # type: ignore[arg-type]  # an IP family gives an IP address
 
 
 class Pool:
@@ -60,6 +52,9 @@ class Pool:
         "_source",
         "_turn",
         "_upstreams",
+        "_zoned",
+        "_zoned_source",
+        "_zones",
         "counts",
         "failures",
         "has_unix",
@@ -96,9 +91,13 @@ class Pool:
         self._names = names
         self._revision = -1
         self._turn = 0
-        self._source = literal_target(rule.source, 0) if rule.source else None
+        source = literal(rule.source, 0) if rule.source else None
+        self._source = source if isinstance(source, Target) else None
+        self._zoned_source = source if isinstance(source, Zoned) else None
         upstreams = self._upstreams = tuple(_moved(up, offset) for up in rule.upstreams)
-        self._hosts = tuple(dict.fromkeys(up[0] for up in upstreams if not isinstance(up, Target)))
+        self._hosts = tuple(dict.fromkeys(up[0] for up in upstreams if isinstance(up, tuple)))
+        self._zoned = tuple(up for up in upstreams if isinstance(up, Zoned))
+        self._zones: tuple[Target | None, ...] = ()  # what they were when they were used last
         # For each turn what to try in which order; None while a name has to be waited for.
         self._rounds: tuple[tuple[Target, ...], ...] | None = None
         if not self._hosts:
@@ -128,6 +127,8 @@ class Pool:
         None while there is no address at all and some name has never been answered; empty if there
         is none though all of them have, see :meth:`why_no_target`.
         """
+        if self._zoned and self._zones != tuple(one.target() for one in self._zoned):
+            self._look_up()
         if self._hosts and self._revision != self._names.revision:
             self._revision = self._names.revision
             self._look_up()
@@ -152,12 +153,42 @@ class Pool:
         self._names.wait(self._hosts, attempt)
 
     def why_no_target(self) -> str:
-        """Why :meth:`targets` is empty, by name."""
-        return "; ".join(f"{host}: {self._names.why(host)}" for host in self._hosts)
+        """Why :meth:`targets` is empty, by name and interface."""
+        names = [f"{host}: {self._names.why(host)}" for host in self._hosts]
+        return "; ".join([*names, *(f"{what}: {why}" for what, why in self.interfaces() if why)])
+
+    @property
+    def needs_interfaces(self) -> bool:
+        """Whether interfaces are named that must be there to reach the upstreams."""
+        return bool(self._zoned or self._zoned_source or self.rule.options.upstream_device)
+
+    def interfaces(self) -> Iterator[tuple[Zoned | str, str]]:
+        """What names an interface towards the upstreams, and why it cannot be used now or ""."""
+        for zoned in self._zoned:
+            yield zoned, _why_absent(zoned.zone)
+        if self._zoned_source is not None:
+            source = self._zoned_source
+            yield f"source_address {source.host}", _why_absent(source.zone)
+        device = self.rule.options.upstream_device
+        if device:
+            yield f"upstream_device {device}", _why_absent(device)
 
     def _look_up(self) -> None:
         """Put together what can be tried at each turn, from what the names mean now."""
-        found = [(up,) if isinstance(up, Target) else self._names.at(*up) for up in self._upstreams]
+        before, self._zones = self._zones, tuple(one.target() for one in self._zoned)
+        for target in before:
+            if target is not None and target not in self._zones:
+                self.failures.forget(target)  # nobody will ever try it again
+        zones = dict(zip(self._zoned, self._zones, strict=True))
+        found: list[tuple[Target, ...] | None] = []
+        for upstream in self._upstreams:
+            if isinstance(upstream, Target):
+                found.append((upstream,))
+            elif isinstance(upstream, Zoned):
+                target = zones[upstream]
+                found.append(() if target is None else (target,))
+            else:
+                found.append(self._names.at(*upstream))
         self._rounds = None
         if any(found) or None not in found:
             self._rounds = tuple(
@@ -172,11 +203,16 @@ class Pool:
     def source(self, family: int, client: SockAddr) -> SockAddr | None:
         """The local address for connections to ``family``, or None to leave it to the kernel.
 
-        Raises OSError when it is to be that of the client, which is of another family.
+        Raises OSError when it is to be that of the client, which is of another family, and while
+        the interface that it names is not there.
         """
         if self.rule.options.transparent and family != socket.AF_UNIX:
             return _own_address(client, family)
         source = self._source
+        if self._zoned_source is not None and family == socket.AF_INET6:
+            source = self._zoned_source.target()
+            if source is None:
+                raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
         return source.sockaddr if source is not None and source.family == family else None
 
     def on_failure(self) -> None:
@@ -199,11 +235,16 @@ def _own_address(client: SockAddr, family: int) -> SockAddr:
 
 def _only_local(listen: Endpoint) -> Target | None:
     """Where clients connect to, if it is the same for all of them."""
-    if isinstance(listen, UnixAddress) or listen.ports > 1 or "%" in listen.host:
+    if isinstance(listen, UnixAddress) or listen.ports > 1:
         return None
     if not listen.is_literal or ip_address(listen.host).is_unspecified:
         return None
-    return literal_target(listen.host, listen.port)
+    local = literal(listen.host, listen.port)
+    return local if isinstance(local, Target) else None  # a zone: its index may change
+
+
+def _why_absent(interface: str) -> str:
+    return "" if index_of(interface) else f"there is no interface {interface}"
 
 
 def _as_written(end: Endpoint, offset: int) -> tuple[str, int]:
@@ -213,10 +254,10 @@ def _as_written(end: Endpoint, offset: int) -> tuple[str, int]:
     return end.host, end.port + (offset if end.ports > 1 else 0)
 
 
-def _moved(upstream: Endpoint, offset: int) -> Target | _Named:
+def _moved(upstream: Endpoint, offset: int) -> Target | Zoned | _Named:
     if isinstance(upstream, UnixAddress):
         return unix_target(upstream.path)
     port = upstream.port + offset if upstream.ports > 1 else upstream.port
     if upstream.is_literal:
-        return literal_target(upstream.host, port)
+        return literal(upstream.host, port)
     return upstream.host, port

@@ -82,16 +82,3 @@ def test_what_nobody_has_tried_for_long_is_forgotten(failures: Failures) -> None
     failures.note(B, "refused", 200.0)
     failures.expire(100.0 + FORGET_S)
     assert list(failures.known) == [B]
-
-
-def test_the_revision_tells_what_people_should_see(failures: Failures) -> None:
-    seen = [failures.revision]
-    for why in ("refused", "does not answer"):
-        failures.note(A, why, 100.0)
-        seen.append(failures.revision)
-    failures.forget(A)
-    seen.append(failures.revision)
-    assert len(set(seen)) == len(seen)
-    before = failures.revision
-    failures.forget(A)
-    assert failures.revision == before

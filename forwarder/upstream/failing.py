@@ -1,0 +1,79 @@
+"""Addresses of upstreams that fail, from workers to the status. Pure.
+
+A worker says all that it knows at each beat while there is something; what it says last holds.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Mapping
+
+    from forwarder.upstream.pool import Pool
+
+# What a worker says at most, so that it fits into a message: some 200 bytes each.
+MAX_SAID: Final = 100
+_MAX_WHY: Final = 100
+
+
+class Failing(NamedTuple):
+    """``what`` of ``rule`` fails, in seconds of the monotonic clock, and ``why`` it did last."""
+
+    rule: str
+    what: str
+    why: str
+    since: float
+    last: float
+
+
+def of_pools(pools: Iterable[Pool], now: float) -> list[Failing]:
+    """What fails of some rules; what nobody has tried for long is forgotten first."""
+    found: list[Failing] = []
+    for pool in pools:
+        pool.failures.expire(now)
+        for what, how in pool.failures.known.items():
+            why = how.why[:_MAX_WHY]
+            found.append(Failing(pool.rule.name, str(what), why, how.since, how.last))
+    return found[:MAX_SAID]
+
+
+def read(message: Mapping[str, object]) -> list[Failing]:
+    """What a worker has said. Raises KeyError or TypeError for nonsense."""
+    said = message["failing"]
+    if not isinstance(said, list):
+        raise TypeError("not a list")
+    found = []
+    for one in said[:MAX_SAID]:
+        rule, what, why, since, last = one
+        if not isinstance(since, int | float) or not isinstance(last, int | float):
+            raise TypeError("not a time")
+        found.append(Failing(str(rule), str(what), str(why), since, last))
+    return found
+
+
+def describe(
+    rules: Collection[dict[str, object]], said: Iterable[Iterable[Failing]], now: float
+) -> list[dict[str, object]]:
+    """Rules as in the status, each with what fails of it, by what any of the workers say."""
+    by_rule: dict[str, dict[str, Failing]] = {}
+    for one in (failing for worker in said for failing in worker):
+        known = by_rule.setdefault(one.rule, {}).get(one.what, one)
+        latest = max(one, known, key=lambda failing: failing.last)
+        since = min(one.since, known.since)
+        by_rule[one.rule][one.what] = latest._replace(since=since)
+    return [
+        {
+            **rule,
+            "failing": [
+                {
+                    "upstream": one.what,
+                    "why": one.why,
+                    "since_s": round(max(0.0, now - one.since), 1),
+                    "last_s": round(max(0.0, now - one.last), 1),
+                }
+                for _, one in sorted(by_rule.get(str(rule["name"]), {}).items())
+            ],
+        }
+        for rule in rules
+    ]
