@@ -98,9 +98,10 @@ class Service:
 
     def candidate(self) -> Candidate:
         """What is in force, to be put in force again should the next generation fail."""
-        waiting = {rule.name: self.retries.get(rule.name) for rule in self.config.rules}
+        binds = {rule.name: self._binding.of(rule.name) for rule in self.config.rules}
+        waiting = {name: self.retries.get(name) for name in binds if not binds[name]}
         why = {name: how.why for name, how in waiting.items() if how is not None}
-        return Candidate(self.config, dict(self._binds), why)
+        return Candidate(self.config, binds, why)
 
     def begin(self, candidate: Candidate, slots: int) -> str:
         """Put a candidate in force for ``slots`` workers. Returns what it changes, for people.

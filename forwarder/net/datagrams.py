@@ -15,7 +15,7 @@ on the way in: a slot then holds several datagrams, all of the size that a contr
 the last, which may be shorter. Both keep the boundaries of datagrams.
 
 An ICMP error of an earlier datagram is reported by whichever call comes next, which does nothing
-else; it is counted and the call is made again.
+else; it is counted, ``on_report`` is called, and the call is made again.
 """
 
 from __future__ import annotations
@@ -27,9 +27,12 @@ import os
 import socket
 import struct
 import sys
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from forwarder.net.peers import IP_PKTINFO, SOCKADDR_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 # 32, 64 and 128 slots gave the same rate within noise; the kernel takes at least 64 segments.
 SLOTS: Final = 64
@@ -69,6 +72,9 @@ REPORTED: Final = frozenset(
         errno.EPROTO,
     }
 )
+# Besides those, what a send says where nothing can be sent to now: a firewall, a route that forbids
+# or has gone, with its device.
+REFUSED: Final = REPORTED | {errno.EACCES, errno.EPERM, errno.ENETDOWN, errno.ENODEV}
 # What a system or a device says that cannot cut segments, or not of this size.
 _UNSEGMENTABLE: Final = frozenset({errno.EINVAL, errno.EIO, errno.EMSGSIZE, errno.EOPNOTSUPP})
 
@@ -164,12 +170,15 @@ _FULL_CONTROLS: Final = _SAME[_CONTROL_BYTES]
 class Batch:
     """The datagrams of one receive. Slots count from 0 and are good until the next receive.
 
-    ``errors`` counts ICMP errors, ``dropped`` the datagrams that could not be sent.
+    ``errors`` counts ICMP errors, ``dropped`` the datagrams that could not be sent. ``on_report``
+    is called with a descriptor and an errno when nobody is where it leads to; amid a call, so it
+    may do nothing to sockets.
     """
 
     def __init__(self) -> None:
         self.errors = 0
         self.dropped = 0
+        self.on_report: Callable[[int, int], None] = lambda _fd, _number: None
         self._data = _Area((SLOTS + 1) * SLOT_BYTES)
         self._iovecs = _Area((SLOTS + 1) * 16)
         self._send_iovecs = _Area((SLOTS + 1) * 16)
@@ -248,9 +257,11 @@ class Batch:
             count: int = _libc.recvmmsg(fd, table.pointers[0], SLOTS, _DONTWAIT, None)
             if count >= 0:
                 return count
-            if ctypes.get_errno() in FULL:
+            number = ctypes.get_errno()
+            if number in FULL:
                 break
             self.errors += 1
+            self.on_report(fd, number)
         return 0
 
     def peer(self, slot: int) -> bytes:
@@ -333,7 +344,9 @@ class Batch:
             os.write(fd, self._data.view[start : start + size])
         except OSError as err:
             # An error of an earlier datagram is told once only.
-            self.errors += err.errno in REPORTED
+            if err.errno in REPORTED:
+                self.errors += 1
+                self.on_report(fd, err.errno)
             return False
         return True
 
@@ -409,6 +422,7 @@ class Batch:
             if number not in REPORTED:
                 return None
             self.errors += 1
+            self.on_report(to.fd, number)
         return None
 
     def _send_each(self, to: Destination, first: int, last: int) -> int:
@@ -425,6 +439,8 @@ class Batch:
             if number in FULL:
                 break
             reports += 1
+            if number in REFUSED:
+                self.on_report(to.fd, number)
             if number in REPORTED and reports < MAX_REPORTS:
                 self.errors += 1
                 continue

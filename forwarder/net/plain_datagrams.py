@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from forwarder.net import peers
-from forwarder.net.datagrams import FULL, MAX_REPORTS, REPORTED, SLOT_BYTES, SLOTS
+from forwarder.net.datagrams import FULL, MAX_REPORTS, REFUSED, REPORTED, SLOT_BYTES, SLOTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -43,6 +43,7 @@ class PlainBatch:
     def __init__(self) -> None:
         self.errors = 0
         self.dropped = 0
+        self.on_report: Callable[[int, int], None] = lambda _fd, _number: None
         self._view = memoryview(bytearray(SLOT_BYTES))
         self._slots: list[bytes] = []
         self._peers: list[bytes] = []
@@ -55,19 +56,20 @@ class PlainBatch:
         self._slots = []
         with _borrowed(fd) as sock:
             receive = partial(sock.recv_into, self._view)
-            while len(self._slots) < SLOTS and (count := self._receive(receive)) is not None:
+            while len(self._slots) < SLOTS and (count := self._receive(fd, receive)) is not None:
                 self._slots.append(bytes(self._view[:count]))
         return len(self._slots)
 
-    def _receive(self, receive: Callable[[], T]) -> T | None:
+    def _receive(self, fd: int, receive: Callable[[], T]) -> T | None:
         """One datagram; None if there is none, or nothing but errors, which are counted."""
         for _ in range(MAX_REPORTS):
             try:
                 return receive()
             except BlockingIOError:
                 return None
-            except OSError:
+            except OSError as err:
                 self.errors += 1
+                self.on_report(fd, err.errno or 0)
         return None
 
     def receive_from(self, fd: int) -> int:
@@ -75,7 +77,7 @@ class PlainBatch:
         self._slots, self._peers = [], []
         with _borrowed(fd) as sock:
             receive = partial(sock.recvmsg_into, [self._view], _CONTROL_BYTES)
-            while len(self._slots) < SLOTS and (found := self._receive(receive)) is not None:
+            while len(self._slots) < SLOTS and (found := self._receive(fd, receive)) is not None:
                 count, ancillary, _, address = found
                 self._slots.append(bytes(self._view[:count]))
                 self._peers.append(peers.pack(sock.family, address, _local(ancillary)))
@@ -109,6 +111,8 @@ class PlainBatch:
                 except OSError as err:
                     if err.errno in FULL:
                         return False
+                    if err.errno in REFUSED:
+                        self.on_report(to.fd, err.errno)
                     if err.errno not in REPORTED:
                         break
                     self.errors += 1

@@ -171,7 +171,14 @@ class _AnyPortFlow(UdpFlow):
     ) -> socket.SocketType:
         """Make a socket that hears everybody."""
         del is_rival
+        self.is_found = False  # where another upstream was left
+        self.u2c.answerer = b""
         return udp.open_socket(target, source, self.pool.how[target.family])
+
+    def on_report(self, number: int) -> None:
+        """The port that has answered is closed: the flow ends, see :class:`_FirstAnswer`."""
+        if not self.is_found:
+            super().on_report(number)
 
     def to_upstream(self, upstream: socket.SocketType, target: Target) -> Destination:
         """Each datagram is sent there, until it is known who answers."""
@@ -191,13 +198,13 @@ class _AnyPortFlow(UdpFlow):
 class _FirstAnswer(DatagramWay):
     """From the upstream, of whom at first only the address is known."""
 
-    __slots__ = ("_answerer",)
+    __slots__ = ("answerer",)
 
     flow: _AnyPortFlow
 
     def __init__(self, relay: Relay, flow: _AnyPortFlow) -> None:
         super().__init__(relay, flow)
-        self._answerer = b""
+        self.answerer = b""
 
     def move(self, mask: int, room: int = UNLIMITED) -> None:
         """Move what is there; look who it is from, as long as it may be from anybody."""
@@ -218,9 +225,9 @@ class _FirstAnswer(DatagramWay):
     def _take(self, slot: int) -> None:
         peer = self.relay.batch.peer(slot)
         if not self.flow.is_found and self._is_upstream(peer):
-            self._answerer = peer
+            self.answerer = peer
             self.flow.find(peer)
-        if peer == self._answerer:
+        if peer == self.answerer:
             self.deliver(slot, slot + 1)
         else:
             self.relay.drop_datagrams(self.flow.pool, 1)

@@ -14,7 +14,6 @@ from forwarder.net import sockets, udp
 from forwarder.net.datagrams import Destination
 from forwarder.relay.datagram_ways import DatagramToStream, StreamToDatagram
 from forwarder.relay.flow import Flow
-from forwarder.relay.poller import EDGE_IN
 
 if TYPE_CHECKING:
     import socket
@@ -64,21 +63,23 @@ class Bridge(Flow):
         if client is None:
             raise OSError(errno.ENOTCONN, "the client has gone")
         self.relay.poller.register(upstream.fileno(), self.u2c, EDGE_IN)
-        self.relay.poller.register(client.fileno(), self.c2u)
+        if not self.connected_at:  # else it is watched already, and another upstream was left
+            self.relay.poller.register(client.fileno(), self.c2u)
         return 0
 
     def on_connected(self, upstream: socket.SocketType, mask: int) -> None:
-        """Both sides are there."""
+        """Both sides are there, for the first time or with another upstream."""
         del mask
-        self.dialer = None
-        self.upstream = self.u2c.src = upstream
+        is_first = not self.connected_at
+        self.join_upstream(upstream, Destination(upstream.fileno()))
         client = self.client
         assert client is not None  # noqa: S101 - it was when this connected, just now
-        self.relay.batch.prepare(upstream)
-        self.c2u.to = Destination(upstream.fileno())
         self.c2u.src = client
         self.on_open()
-        self.u2c.open(client)
+        if is_first:
+            self.u2c.open(client)
+        else:
+            self.c2u.resume()
 
     @property
     def silence_limit_s(self) -> float:

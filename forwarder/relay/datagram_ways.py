@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from forwarder.config.model import Framing
     from forwarder.relay.flow import Flow
     from forwarder.relay.relay import Relay
+    from forwarder.relay.trial import Trial
 
 # Receives in a row before others get their turn: 256 datagrams, some 300 KB.
 BATCHES_PER_TURN: Final = 4
@@ -44,10 +45,21 @@ class Way:
     """One way of a flow. ``moved`` counts bytes of payload, ``src`` is None while there is none.
 
     ``reverse`` is set by the flow before anything is registered. ``held_up``: the events that came
-    while it waits for a meter, 0 if it does not.
+    while it waits for a meter, 0 if it does not. ``trial`` is told of what is sent to an upstream
+    that has not answered yet; there is none of one that has.
     """
 
-    __slots__ = ("counted", "flow", "held_up", "is_queued", "moved", "relay", "reverse", "src")
+    __slots__ = (
+        "counted",
+        "flow",
+        "held_up",
+        "is_queued",
+        "moved",
+        "relay",
+        "reverse",
+        "src",
+        "trial",
+    )
 
     reverse: Way
     spliced = 0  # datagrams pass through the process
@@ -59,6 +71,7 @@ class Way:
         self.moved = self.counted = 0
         self.held_up = 0
         self.is_queued = False
+        self.trial: Trial | None = None
 
     def on_events(self, mask: int) -> None:
         """Handle events of ``src``: it feeds this way and is fed by the reverse one."""
@@ -117,6 +130,11 @@ class Way:
         self.is_queued = False
         if self.src is not None:
             self.pump(READABLE)
+
+    def on_report(self, number: int) -> None:
+        """Nobody is where ``src`` is connected to. A client that has gone is no matter."""
+        if self is self.flow.u2c:
+            self.flow.on_report(number)
 
     def on_bug(self) -> None:
         """End the flow whose event handler failed."""
@@ -180,6 +198,8 @@ class DatagramWay(_FromDatagrams):
         self.moved += batch.total(first, last)
         if self.pending is None and self.to.fd >= 0:
             taken = batch.send(self.to, first, last)
+            if self.trial is not None:
+                self.trial.keep(batch.datagrams(first, taken))
             if taken == last:
                 return True
             first = taken
@@ -204,6 +224,12 @@ class DatagramWay(_FromDatagrams):
         self.pending = None
         if self.src is not None:
             self.pump(READABLE)
+
+    def detach(self, again: deque[bytes]) -> None:
+        """Keep what is to be sent until there is somewhere to send it; ``again`` comes first."""
+        self.to = Destination()
+        if again or self.pending:
+            self.pending = deque((*again, *(self.pending or ())))
 
     @property
     def holds_data(self) -> bool:
@@ -333,7 +359,16 @@ class StreamToDatagram(Way):
 
     def _send(self) -> bool:
         """Send as much as goes; True if nothing is left."""
-        return not self._pending if self.to.fd < 0 else _send_all(self, self._pending)
+        if self.to.fd >= 0:
+            return _send_all(self, self._pending)
+        if self._pending:
+            self.flow.on_blocked(self)
+        return not self._pending
+
+    def detach(self, again: deque[bytes]) -> None:
+        """Keep what is to be sent until there is somewhere to send it; ``again`` comes first."""
+        self.to = Destination()
+        self._pending.extendleft(reversed(again))
 
     @property
     def holds_data(self) -> bool:
@@ -353,5 +388,7 @@ def _send_all(way: DatagramWay | StreamToDatagram, pending: deque[bytes]) -> boo
         if not batch.send_copy(way.to, pending[0]):
             way.flow.on_blocked(way)
             return False
-        pending.popleft()
+        sent = pending.popleft()
+        if way.trial is not None:
+            way.trial.keep([sent])
     return True

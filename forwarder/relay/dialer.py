@@ -152,6 +152,11 @@ class Dialer:
         self._has_begun = self._is_over = False
 
     @property
+    def has_others(self) -> bool:
+        """Whether there is more than one target."""
+        return len(self._targets) > 1
+
+    @property
     def is_racing(self) -> bool:
         """Whether an attempt is under way, beside which another one would be a rival."""
         return any(attempt.sock is not None for attempt in self._attempts)
@@ -308,7 +313,7 @@ class Dialer:
     def _note_failed(self, attempt: Attempt, error: int) -> None:
         self._error = error
         if error not in sockets.OUT_OF_RESOURCES and error != sockets.NO_PORT:
-            caller, has_others = self.caller, len(self._targets) > 1
+            caller, has_others = self.caller, self.has_others
             caller.relay.on_attempt_failed(
                 caller.pool, attempt.target, os.strerror(error), has_others=has_others
             )

@@ -18,17 +18,22 @@ the one that has been silent longest and there are too many.
 
 from __future__ import annotations
 
+import os
+from collections import deque
 from typing import TYPE_CHECKING
 
 from forwarder.errors import CloseReason, Phase, Who
 from forwarder.net import sockets
 from forwarder.relay.conversation import Conversation, State
+from forwarder.relay.datagram_ways import DatagramWay, StreamToDatagram
 from forwarder.relay.poller import EDGE_IN, WRITABLE
+from forwarder.relay.trial import Trial
 from forwarder.relay.wheel import TICK_S
 
 if TYPE_CHECKING:
     import socket
 
+    from forwarder.net.datagrams import Destination
     from forwarder.net.sockets import SockAddr, Target
     from forwarder.relay.datagram_ways import Way
     from forwarder.relay.relay import Relay
@@ -45,7 +50,7 @@ class Flow(Conversation):
     ``c2u`` and ``u2c`` are made by the subclass.
     """
 
-    __slots__ = ("client", "has_waited")
+    __slots__ = ("client", "has_waited", "refusal")
 
     c2u: Way
     u2c: Way
@@ -54,6 +59,7 @@ class Flow(Conversation):
         super().__init__(relay, pool, client_address)
         self.client: socket.SocketType | None = None
         self.has_waited = False  # for a descriptor or a port
+        self.refusal = 0  # errno that the upstream was reported with, until that is dealt with
         relay.sessions[self] = None
 
     def join(self, c2u: Way, u2c: Way) -> None:
@@ -80,17 +86,115 @@ class Flow(Conversation):
         return True
 
     def on_turn(self) -> None:
-        """Go on after :meth:`on_starved` or :meth:`on_portless`."""
+        """Go on after one of the above, a report, or with what has nowhere to go to."""
         if self.dialer is not None:
             self.dialer.on_turn()
+        elif self.state is _OPEN and self.refusal:
+            self._on_refused()
+        elif self.state is _OPEN and self._is_detached and self.c2u.holds_data:
+            self._go_elsewhere()
 
     def on_open(self) -> None:
-        """Both sides are there."""
+        """Both sides are there, for the first time or with another upstream."""
         self.state = _OPEN
         self.relay.flows.ports.take(self.pool.rule)
-        self.active_at = self.connected_at = self.relay.poller.now
+        self.active_at = self.relay.poller.now
         self.arm(self.silence_limit_s)
-        self.relay.on_open(self)
+        if not self.connected_at:
+            self.connected_at = self.active_at
+            self.relay.on_open(self)
+
+    # -- an upstream that is spoken to by UDP
+
+    def join_upstream(
+        self, upstream: socket.SocketType, to: Destination, *, gathers: bool = True
+    ) -> None:
+        """Speak to ``upstream``, which is watched, by UDP from now on.
+
+        It is on trial if anything comes of that.
+
+        ``gathers``: the kernel may hand over several datagrams as one.
+        """
+        c2u = self.c2u
+        assert isinstance(c2u, DatagramWay | StreamToDatagram)  # noqa: S101 - by UDP
+        has_others = self.dialer is not None and self.dialer.has_others
+        self.dialer = None
+        self.upstream = self.u2c.src = upstream
+        if gathers:
+            self.relay.batch.prepare(upstream)
+        c2u.to = to
+        c2u.trial = Trial(self) if has_others or self.pool.failures else None
+        if c2u.trial is not None:
+            self.relay.poller.hand_over(upstream.fileno(), c2u.trial)
+
+    def on_answer(self) -> None:
+        """The upstream, which was on trial, has answered."""
+        upstream = self.upstream
+        self.c2u.trial = None
+        if upstream is not None and self.target is not None:
+            self.relay.poller.hand_over(upstream.fileno(), self.u2c)
+            self.relay.on_attempt_worked(self.pool, self.target)
+
+    def on_report(self, number: int) -> None:
+        """The upstream refuses; it is amid a send or a receive that this is told."""
+        if self.state is _OPEN and not self.refusal:
+            self.refusal = number
+            self.relay.poller.call_again(self)
+
+    def _on_refused(self) -> None:
+        """Leave an upstream that refuses: at once with what it has not answered, else later.
+
+        Where there is nobody else to go to, or all have refused just now, it stays.
+        """
+        number, self.refusal = self.refusal, 0
+        target, upstream, relay = self.target, self.upstream, self.relay
+        if target is None or upstream is None:
+            return
+        relay.on_attempt_failed(self.pool, target, os.strerror(number), has_others=True)
+        again = self.c2u.trial.take() if self.c2u.trial is not None else deque()
+        now = relay.poller.now
+        if any(
+            other != target and self.pool.failures.is_worth_a_try(other, now)
+            for other in self.pool.targets() or ()
+        ):
+            self.move_on(again)
+        elif self.c2u.trial is None:
+            self.c2u.trial = Trial(self)
+            relay.poller.hand_over(upstream.fileno(), self.c2u.trial)
+
+    def move_on(self, again: deque[bytes]) -> None:
+        """Have another upstream as soon as there is something to send to it; ``again``, perhaps.
+
+        What the one that is left still says until then is passed on.
+        """
+        c2u = self.c2u
+        assert isinstance(c2u, DatagramWay | StreamToDatagram)  # noqa: S101 - by UDP
+        c2u.detach(again)
+        if c2u.holds_data:
+            self._go_elsewhere()
+
+    def _go_elsewhere(self) -> None:
+        upstream = self.upstream
+        now = self.relay.poller.now
+        targets = sorted(  # stable, so that they still have their turns
+            self.pool.targets() or (),
+            key=lambda target: (
+                target == self.target,
+                not self.pool.failures.is_worth_a_try(target, now),
+            ),
+        )
+        if not targets or upstream is None:
+            self.fail("there is no other upstream address")
+            return
+        self.relay.flows.ports.give(self.pool.rule)
+        self.relay.poller.release(upstream)
+        self.upstream = self.u2c.src = None
+        self.dial(tuple(targets))
+
+    @property
+    def _is_detached(self) -> bool:
+        c2u = self.c2u
+        return isinstance(c2u, DatagramWay | StreamToDatagram) and c2u.to.fd < 0
 
     # -- what the ways tell
 
@@ -99,7 +203,11 @@ class Flow(Conversation):
         self.active_at = self.relay.poller.now
 
     def on_blocked(self, way: Way) -> None:
-        """``way``, to a UDP socket, waits until that takes more."""
+        """``way``, to a UDP socket, waits until that takes more, or until there is another one."""
+        if way is self.c2u and self._is_detached:
+            if self.state is _OPEN:
+                self.relay.poller.call_again(self)
+            return
         sock = self._end_of(way)
         if sock is not None:
             self.relay.poller.modify(sock.fileno(), EDGE_IN | WRITABLE)
@@ -200,5 +308,6 @@ class Flow(Conversation):
         """
         if self.held_as is not None:
             self.relay.let_go(self)
+        self.c2u.trial = None
         del self.c2u.reverse, self.c2u.flow
         del self.u2c.reverse, self.u2c.flow

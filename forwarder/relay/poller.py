@@ -103,6 +103,10 @@ class Poller:
         """Report other events of a registered ``fd`` from now on."""
         self._epoll.modify(fd, events)
 
+    def handler(self, fd: int) -> Handler | None:
+        """Who is told of the events of ``fd``."""
+        return self._handlers[fd] if 0 <= fd < len(self._handlers) else None
+
     def hand_over(self, fd: int, handler: Handler) -> None:
         """Report further events of a registered ``fd`` to another handler."""
         self._handlers[fd] = handler

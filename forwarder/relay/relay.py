@@ -26,6 +26,7 @@ from forwarder.rarely import Rarely
 from forwarder.relay import reporting
 from forwarder.relay.admission import client_host
 from forwarder.relay.bridge import Bridge
+from forwarder.relay.datagram_ways import Way
 from forwarder.relay.direction import BULK_BYTES, SMALL_BYTES, Direction
 from forwarder.relay.flow import Flow
 from forwarder.relay.flow_table import share
@@ -35,6 +36,7 @@ from forwarder.relay.poller import Poller
 from forwarder.relay.restrictions import Restrictions
 from forwarder.relay.session import Session
 from forwarder.relay.splice import HAS_SPLICE, SpliceDirection
+from forwarder.relay.trial import Trial
 from forwarder.relay.unix import UnixDirection, UnixSpliceDirection
 from forwarder.relay.wheel import TICK_S, Wheel
 from forwarder.stats import (
@@ -118,6 +120,7 @@ class Relay:
         self.batch: Batch | PlainBatch = (
             Batch() if mode is not RelayMode.COPY and datagrams.is_supported() else PlainBatch()
         )
+        self.batch.on_report = self._on_report
         self.total = self.failed = self.refused = 0
         self.pauses = Pauses(loop, lambda: len(self.sessions))
         self.datagrams_dropped = 0
@@ -371,6 +374,12 @@ class Relay:
         """An address of an upstream has answered; called only while some are known to fail."""
         if pool.failures.forget(target):
             log.info("upstream.recovered rule=%s upstream=%s", pool.rule.name, target)
+
+    def _on_report(self, fd: int, number: int) -> None:
+        """The kernel says that nobody is where datagrams of a socket go to, or why they cannot."""
+        handler = self.poller.handler(fd)
+        if isinstance(handler, Way | Trial):
+            handler.on_report(number)
 
     def look_at_interfaces(self) -> None:
         """Notice which interfaces have come or gone; some microseconds for each that is named."""

@@ -113,14 +113,9 @@ class UdpFlow(Flow):
     def on_connected(self, upstream: socket.SocketType, mask: int) -> None:
         """Send there from now on, what waits first."""
         del mask
-        self.dialer = None
-        self.upstream = upstream
-        if self.gathers:
-            self.relay.batch.prepare(upstream)
-        assert isinstance(self.c2u, DatagramWay)  # noqa: S101 - make_ways of this class
         assert self.target is not None  # noqa: S101 - it is connected
-        self.c2u.to = self.to_upstream(upstream, self.target)
-        self.u2c.src = upstream
+        to = self.to_upstream(upstream, self.target)
+        self.join_upstream(upstream, to, gathers=self.gathers)
         self.on_open()
         self.c2u.resume()
 

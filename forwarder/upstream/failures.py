@@ -86,6 +86,11 @@ class Failures:
         failure = self._known.get(target)
         return failure is not None and now < failure.until
 
+    def is_worth_a_try(self, target: Target, now: float) -> bool:
+        """Whether ``target`` has not failed within the last moments."""
+        failure = self._known.get(target)
+        return failure is None or now >= failure.last + FIRST_S
+
     def order(self, targets: Iterable[Target], now: float) -> tuple[Target, ...]:
         """The same targets, those that are avoided behind the others.
 

@@ -1,0 +1,213 @@
+"""Upstreams that refuse datagrams: they are left for others, and nothing that can be had is lost.
+
+Each test runs over the batched and over the plain way.
+"""
+
+from __future__ import annotations
+
+import socket
+from typing import TYPE_CHECKING, cast
+
+import pytest
+from support.by_hand import StubPool, UdpBench, target_of
+from support.datagrams import drain, numbered, udp
+
+from forwarder.config.model import Protocol, RelayMode
+from forwarder.relay.trial import KEPT
+from forwarder.stats import ATTEMPTS_FAILED, SESSIONS_TOTAL
+from forwarder.upstream.failures import FIRST_S, MOST_S
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from forwarder.net.sockets import Target
+
+
+@pytest.fixture(params=[RelayMode.AUTO, RelayMode.COPY], ids=["batched", "plain"])
+def bench(request: pytest.FixtureRequest) -> Iterator[UdpBench]:
+    bench = UdpBench(request.param)
+    yield bench
+    bench.close()
+
+
+def dead() -> Target:
+    """An address where nobody is any more, which the kernel says."""
+    with udp() as sock:
+        return target_of(sock)
+
+
+def revive(bench: UdpBench, target: Target) -> socket.socket:
+    """Somebody is there again."""
+    return bench.own(udp(*cast("tuple[str, int]", target.sockaddr)))
+
+
+def pool_of(bench: UdpBench, *upstreams: socket.socket | Target, **rule: object) -> StubPool:
+    pool = bench.pool(**rule)
+    pool.resolved = tuple(
+        target_of(up) if isinstance(up, socket.socket) else up for up in upstreams
+    )
+    return pool
+
+
+def test_the_first_question_reaches_the_next_though_the_client_does_not_repeat_it(
+    bench: UdpBench,
+) -> None:
+    alive = bench.upstream()
+    pool = pool_of(bench, dead(), dead(), alive)
+    client = bench.client(bench.listen(pool))
+    client.send(b"question")
+    bench.turn(5)
+    got, source = alive.recvfrom(100)
+    assert got == b"question"
+    alive.sendto(b"answer", source)
+    bench.turn()
+    assert client.recv(100) == b"answer"
+    assert pool.counts[ATTEMPTS_FAILED] == 2
+    assert pool.counts[SESSIONS_TOTAL] == 1
+
+
+@pytest.mark.parametrize("count", [2, KEPT])
+def test_all_that_was_said_before_the_refusal_arrives_in_order(bench: UdpBench, count: int) -> None:
+    alive = bench.upstream()
+    client = bench.client(bench.listen(pool_of(bench, dead(), alive)))
+    sent = numbered(count)
+    for content in sent:
+        client.send(content)
+    bench.turn(5)
+    assert drain(alive) == sent
+
+
+def test_what_is_kept_for_the_next_is_bounded_and_the_last_is_what_counts(
+    bench: UdpBench,
+) -> None:
+    alive = bench.upstream()
+    client = bench.client(bench.listen(pool_of(bench, dead(), alive)))
+    sent = numbered(3 * KEPT)
+    for content in sent:
+        client.send(content)
+    bench.turn(5)
+    assert drain(alive) == sent[-KEPT:]
+
+
+def test_later_clients_do_not_go_there_first(bench: UdpBench) -> None:
+    alive = bench.upstream()
+    pool = pool_of(bench, dead(), alive)
+    listener = bench.listen(pool)
+    for _ in range(5):
+        client = bench.client(listener)
+        client.send(b"question")
+        bench.turn(5)
+        assert drain(alive) == [b"question"]
+    assert pool.counts[ATTEMPTS_FAILED] == 1
+
+
+def test_one_that_refuses_after_it_has_answered_is_left_too(bench: UdpBench) -> None:
+    """With what the client says next; what was refused is lost, as it would be directly."""
+    first, second = bench.upstream(), bench.upstream()
+    client = bench.client(bench.listen(pool_of(bench, first, second)))
+    for _ in range(2):
+        client.send(b"question")
+        bench.turn()
+        _, source = first.recvfrom(100)
+        first.sendto(b"answer", source)
+        bench.turn()
+        assert client.recv(100) == b"answer"
+    first.close()
+    client.send(b"lost")
+    bench.turn(5)
+    assert drain(second) == []
+    client.send(b"again")
+    bench.turn(5)
+    got, source = second.recvfrom(100)
+    assert got == b"again"
+    second.sendto(b"there", source)
+    bench.turn()
+    assert client.recv(100) == b"there"
+    assert bench.flows() == 1
+
+
+def test_the_only_one_is_not_left_and_is_known_to_work_when_it_answers(
+    bench: UdpBench, caplog: pytest.LogCaptureFixture
+) -> None:
+    target = dead()
+    pool = pool_of(bench, target)
+    client = bench.client(bench.listen(pool))
+    for _ in range(3):
+        client.send(b"anybody?")
+        bench.turn(5)
+    assert list(pool.failures.known) == [target]
+    back = revive(bench, target)
+    client.send(b"now?")
+    bench.turn(5)
+    got, source = back.recvfrom(100)
+    assert got == b"now?"
+    back.sendto(b"yes", source)
+    bench.turn()
+    assert client.recv(100) == b"yes"
+    assert not pool.failures
+    assert caplog.text.count("upstream.failed") == 1
+
+
+def test_where_all_refuse_nothing_goes_round_and_the_first_that_is_back_is_found(
+    bench: UdpBench,
+) -> None:
+    targets = (dead(), dead(), dead())
+    pool = pool_of(bench, *targets)
+    client = bench.client(bench.listen(pool))
+    client.send(b"anybody?")
+    bench.turn(50)
+    assert pool.counts[ATTEMPTS_FAILED] == len(targets)
+    for _ in range(3):
+        client.send(b"anybody?")
+        bench.turn(50)
+    assert pool.counts[ATTEMPTS_FAILED] == len(targets) + 3, "each question is asked once"
+    back = revive(bench, targets[1])
+    bench.loop.pass_time(FIRST_S)
+    for _ in range(2):
+        client.send(b"now?")
+        bench.turn(10)
+    assert b"now?" in drain(back)
+    assert MOST_S > FIRST_S
+
+
+def test_an_address_that_cannot_be_had_is_no_reason_to_end(bench: UdpBench) -> None:
+    """The kernel says at once that there is no way there. *Result*: the next, at once."""
+    nowhere = target_of(bench.upstream())
+    nowhere = type(nowhere)(socket.AF_INET6, ("fe80::1", 9, 0, 0))  # no interface is named
+    alive = bench.upstream()
+    client = bench.client(bench.listen(pool_of(bench, nowhere, alive)))
+    client.send(b"question")
+    bench.turn(5)
+    assert drain(alive) == [b"question"]
+
+
+def test_what_a_stream_has_said_reaches_the_next(bench: UdpBench) -> None:
+    alive = bench.upstream()
+    pool = pool_of(bench, dead(), alive, protocol=Protocol.TCP_TO_UDP)
+    client = bench.bridge(pool)
+    client.sendall(b"question")
+    bench.turn(6)
+    got, source = alive.recvfrom(100)
+    assert got == b"question"
+    alive.sendto(b"answer", source)
+    bench.turn()
+    assert client.recv(100) == b"answer"
+    client.sendall(b"more")
+    bench.turn()
+    assert alive.recv(100) == b"more"
+
+
+def test_a_client_that_is_gone_says_nothing_of_the_upstream(bench: UdpBench) -> None:
+    upstream = bench.upstream()
+    pool = pool_of(bench, upstream)
+    client = bench.client(bench.listen(pool))
+    for _ in range(2):
+        client.send(b"question")
+        bench.turn()
+        _, source = upstream.recvfrom(100)
+    client.close()
+    for _ in range(3):
+        upstream.sendto(b"answer", source)
+        bench.turn()
+    assert bench.count("icmp_errors") > 0
+    assert not pool.failures
