@@ -391,10 +391,11 @@ class Fleet:
     def _handle(self, process: WorkerProcess, received: Received) -> None:
         message = received.message
         if message["op"] == messages.Op.APPLIED:
-            retry_at = time.monotonic() + RETRY_S
-            refusal = process.on_applied(message, self.serving.generation, retry_at)
-            if refusal and process.applied_serial == process.sent_serial:
+            refusal = process.on_applied(message, time.monotonic() + RETRY_S)
+            if process.applied_serial == process.sent_serial and refusal:
                 self.refusal = refusal
+            elif process.applied_serial == process.sent_serial:
+                process.generation = self.serving.generation
             if process.state is WorkerState.STARTING:
                 process.state = WorkerState.READY
                 log.info("worker.ready slot=%d pid=%d", process.slot, process.pid)

@@ -67,7 +67,7 @@ class WorkerProcess:
         self.told: tuple[int, int, tuple[int, ...]] | None = None  # Fleet's: what it was told last
         self.failing: list[Failing] = []  # addresses of upstreams, by what it has said last
 
-    def on_applied(self, message: Message, generation: int, retry_at: float) -> str:
+    def on_applied(self, message: Message, retry_at: float) -> str:
         """Take in an acknowledgement; what did not arrive is told again at ``retry_at``.
 
         Returns why it goes on with what it had before, or "". Raises KeyError for nonsense.
@@ -78,8 +78,6 @@ class WorkerProcess:
             self.told = None  # again, when there may be descriptors
             self.known_sockets.difference_update(missing if isinstance(missing, list) else ())
             self.deaf_until = retry_at
-        if self.applied_serial == self.sent_serial and not refusal:
-            self.generation = generation
         return str(refusal)
 
     def describe(self, now: float) -> dict[str, object]:

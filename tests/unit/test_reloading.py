@@ -28,7 +28,7 @@ def test_a_bug_while_it_is_put_in_force_is_told_to_who_asked(
         raise ZeroDivisionError
 
     told: list[object] = []
-    master = SimpleNamespace(is_running=True, generation=1, begin_generation=fail)
+    master = SimpleNamespace(is_running=True, generation=1, candidate=object, begin_generation=fail)
     requests = SimpleNamespace(on_rejected=told.extend, preview_by=lambda _: None)
     reloading = Reloading(
         cast("Reloadable", master),
