@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from forwarder.asking import Answered
     from forwarder.board import Board
     from forwarder.listeners import ListenerTable
-    from forwarder.net.channel import Received
+    from forwarder.net.channel import Message, Received
     from forwarder.privileges import Identity
     from forwarder.serving import Serving
 
@@ -388,17 +388,20 @@ class Fleet:
 
     # -- messages
 
+    def _on_applied(self, process: WorkerProcess, message: Message) -> None:
+        refusal = process.on_applied(message, time.monotonic() + RETRY_S)
+        if process.applied_serial == process.sent_serial and refusal:
+            self.refusal = refusal
+        elif process.applied_serial == process.sent_serial:
+            process.generation = self.serving.generation
+        if process.state is WorkerState.STARTING:
+            process.state = WorkerState.READY
+            log.info("worker.ready slot=%d pid=%d", process.slot, process.pid)
+
     def _handle(self, process: WorkerProcess, received: Received) -> None:
         message = received.message
         if message["op"] == messages.Op.APPLIED:
-            refusal = process.on_applied(message, time.monotonic() + RETRY_S)
-            if process.applied_serial == process.sent_serial and refusal:
-                self.refusal = refusal
-            elif process.applied_serial == process.sent_serial:
-                process.generation = self.serving.generation
-            if process.state is WorkerState.STARTING:
-                process.state = WorkerState.READY
-                log.info("worker.ready slot=%d pid=%d", process.slot, process.pid)
+            self._on_applied(process, message)
         elif message["op"] == messages.Op.LEAVING:
             self._on_leaving(process)
         elif message["op"] == messages.Op.ANSWER:

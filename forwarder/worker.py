@@ -16,6 +16,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Final
 
@@ -23,7 +24,7 @@ import setproctitle
 import uvloop
 
 from forwarder import privileges
-from forwarder.access import AccessList, Decision
+from forwarder.access import AccessList
 from forwarder.addr import UnixAddress
 from forwarder.connlog.log import FLUSH_S
 from forwarder.daemonlog import warn_rarely
@@ -36,6 +37,7 @@ from forwarder.net.channel import Channel, ChannelClosed, Received
 from forwarder.relay import listing
 from forwarder.relay.conversation import State
 from forwarder.relay.listener import listener_class
+from forwarder.relay.listing import denied_sessions
 from forwarder.relay.relay import Relay
 from forwarder.upstream.failing import of_pools
 from forwarder.upstream.messages import read_answers
@@ -44,7 +46,7 @@ from forwarder.upstream.pool import Pool
 from forwarder.upstream.wanted import upstream_names
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
     from forwarder.board import Board
     from forwarder.config.model import Config, RelayMode, Rule
@@ -194,7 +196,7 @@ class Worker:
         elif op == Op.LOGS:
             self._take_logs(received)
         elif op == Op.NAMES:
-            self._names.update(read_answers(received.message))
+            self._take_names(received)
         elif op == Op.APPLY:
             if received.is_truncated:
                 self._acknowledge(0)
@@ -225,6 +227,13 @@ class Worker:
                 os.close(fd)
             else:
                 self._sockets[socket_id] = socket.socket(fileno=fd)
+
+    def _take_names(self, received: Received) -> None:
+        """Know what names mean now; flows follow those that have moved."""
+        before = self._names.revision
+        self._names.update(read_answers(received.message))
+        if self._names.revision != before:
+            self._relay.follow_names()
 
     def _take_logs(self, received: Received) -> None:
         """Write the connection log there from now on."""
@@ -371,7 +380,10 @@ class Worker:
             [session for session in self._relay.sessions if session.pool.origin in gone],
         )
         if assignment.config.settings.cut_denied:
-            self._cut_denied(assignment.config, accesses)
+            by_rule = {rule.name: access for rule, access in zip(rules, accesses, strict=True)}
+            of = partial(access_of, assignment.config)
+            denied = denied_sessions(self._relay.sessions, by_rule, of)
+            self._relay.abort_sessions(Phase.ACCESS, "not allowed any more", denied)
 
     def _route(self, socket_id: int, rule: Rule, access: AccessList) -> None:
         """Have the clients of a socket served by a rule."""
@@ -396,28 +408,6 @@ class Worker:
             self._unreceived.append(socket_id)
             return
         self._listeners[socket_id] = listener
-
-    def _cut_denied(self, config: Config, accesses: Sequence[AccessList]) -> None:
-        """End sessions whose client may not use their rule any more.
-
-        Rules that are gone are judged by what they allowed, and by what now holds for all.
-        """
-        by_rule = {rule.name: access for rule, access in zip(config.rules, accesses, strict=True)}
-        decisions: dict[tuple[str, str], Decision] = {}
-        denied = []
-        for session in self._relay.sessions:
-            rule, address = session.pool.rule, session.client_address
-            if not isinstance(address, tuple):
-                continue  # a unix socket, whose clients have no address to judge them by
-            key = (rule.name, address[0])
-            if key not in decisions:
-                access = by_rule.get(rule.name)
-                if access is None:
-                    access = by_rule[rule.name] = access_of(config, rule)
-                decisions[key] = access.decide(address[0])
-            if decisions[key] is not Decision.ALLOWED:
-                denied.append(session)
-        self._relay.abort_sessions(Phase.ACCESS, "not allowed any more", denied)
 
     def _acknowledge(self, serial: int, refusal: str = "") -> None:
         """Say what is in force, and which sockets did not arrive; the master sends those again.

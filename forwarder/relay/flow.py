@@ -173,6 +173,14 @@ class Flow(Conversation):
         if c2u.holds_data:
             self._go_elsewhere()
 
+    def follow(self) -> None:
+        """Leave an address that the upstream's name has no more, with what the client says next."""
+        target = self.target
+        if self.state is not _OPEN or target is None or self._is_detached:
+            return
+        if self.pool.rule.protocol.connects_by_udp and not self.pool.leads_to(target):
+            self.move_on(deque())
+
     def _go_elsewhere(self) -> None:
         upstream = self.upstream
         now = self.relay.poller.now

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from forwarder.access import pattern_matcher
+from forwarder.access import Decision, pattern_matcher
 from forwarder.net.sockets import client_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
+    from forwarder.access import AccessList
+    from forwarder.config.model import Rule
     from forwarder.relay.conversation import Conversation
 
 
@@ -52,6 +54,32 @@ class Choice:
 def identify(session: Conversation) -> str:
     """What a session is called: unique on this machine while its worker lives."""
     return f"{session.relay.pid}.{session.id}"
+
+
+def denied_sessions(
+    sessions: Iterable[Conversation],
+    by_rule: dict[str, AccessList],
+    access_of: Callable[[Rule], AccessList],
+) -> list[Conversation]:
+    """Sessions whose client may not use their rule any more.
+
+    Rules that are gone, which are not in ``by_rule``, are judged by what they allowed, and by what
+    now holds for all, as ``access_of`` puts together.
+    """
+    decisions: dict[tuple[str, str], Decision] = {}
+    denied = []
+    for session in sessions:
+        rule, address = session.pool.rule, session.client_address
+        if not isinstance(address, tuple):
+            continue  # a unix socket, whose clients have no address to judge them by
+        key = (rule.name, address[0])
+        if key not in decisions:
+            if rule.name not in by_rule:
+                by_rule[rule.name] = access_of(rule)
+            decisions[key] = by_rule[rule.name].decide(address[0])
+        if decisions[key] is not Decision.ALLOWED:
+            denied.append(session)
+    return denied
 
 
 def describe(session: Conversation, now: float) -> dict[str, object]:

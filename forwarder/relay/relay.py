@@ -325,6 +325,12 @@ class Relay:
             if isinstance(session, Flow):
                 session.end_if_silent_for(limit_s)
 
+    def follow_names(self) -> None:
+        """Names have other addresses: flows follow. Walks over all sessions; it is rare."""
+        for session in tuple(self.sessions):
+            if isinstance(session, Flow):
+                session.follow()
+
     def _log_session(self, session: Conversation, reason: CloseReason) -> None:
         log.debug(
             "session.closed rule=%s client=%s upstream=%s end=%s c2u=%d u2c=%d total_s=%.3f",

@@ -152,6 +152,11 @@ class Pool:
 
         self._names.wait(self._hosts, attempt)
 
+    def leads_to(self, target: Target) -> bool:
+        """Whether ``target`` is one of the upstreams still; also where nothing is known now."""
+        targets = self.targets()
+        return not targets or target in targets
+
     def why_no_target(self) -> str:
         """Why :meth:`targets` is empty, by name and interface."""
         names = [f"{host}: {self._names.why(host)}" for host in self._hosts]

@@ -211,3 +211,44 @@ def test_a_client_that_is_gone_says_nothing_of_the_upstream(bench: UdpBench) -> 
         bench.turn()
     assert bench.count("icmp_errors") > 0
     assert not pool.failures
+
+
+@pytest.mark.parametrize("protocol", [Protocol.UDP, Protocol.TCP_TO_UDP])
+def test_a_flow_follows_a_name_that_has_moved_with_what_the_client_says_next(
+    bench: UdpBench, protocol: Protocol
+) -> None:
+    """Until then the old address may still answer what it was asked."""
+    old, new = bench.upstream(), bench.upstream()
+    pool = pool_of(bench, old, protocol=protocol)
+    client = bench.client(bench.listen(pool)) if protocol is Protocol.UDP else bench.bridge(pool)
+    client.send(b"question")
+    bench.turn()
+    _, source = old.recvfrom(100)
+    pool.resolved = (target_of(new),)
+    bench.relay.follow_names()
+    old.sendto(b"late answer", source)
+    bench.turn()
+    assert client.recv(100) == b"late answer"
+    for content in (b"next", b"and next"):
+        client.send(content)
+        bench.turn()
+        got, source = new.recvfrom(100)
+        assert got == content
+        new.sendto(b"from there", source)
+        bench.turn()
+        assert client.recv(100) == b"from there"
+    assert drain(old) == []
+    assert bench.flows() == 1
+
+
+def test_a_flow_stays_where_its_name_still_leads_or_nothing_is_known(bench: UdpBench) -> None:
+    one, two = bench.upstream(), bench.upstream()
+    pool = pool_of(bench, one)
+    client = bench.client(bench.listen(pool))
+    client.send(b"first")
+    bench.turn()
+    pool.resolved = (target_of(two), target_of(one))
+    bench.relay.follow_names()
+    client.send(b"second")
+    bench.turn()
+    assert drain(one) == [b"first", b"second"]

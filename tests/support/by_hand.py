@@ -106,6 +106,9 @@ class StubPool:
     def targets(self) -> tuple[Target, ...] | None:
         return self.resolved
 
+    def leads_to(self, target: Target) -> bool:
+        return target in (self.resolved or ())
+
     def wait_for_targets(self, callback: Callable[[tuple[Target, ...]], None]) -> None:
         self.waiting.append(callback)
 

@@ -240,3 +240,16 @@ def test_what_was_found_once_stays_and_is_as_old_as_it_is() -> None:
     assert Answer((), "refused", since=4.0).after(failed) == Answer((one,), "refused", since=3.0)
     assert Answer((one,), since=5.0).after(failed) == Answer((one,), since=5.0)
     assert Answer((other,), since=6.0).after(first) == Answer((other,), since=6.0)
+
+
+def test_a_pool_tells_whether_it_leads_to_an_address_still(answers: Answers) -> None:
+    """Also where nothing is known, or no more: then it may."""
+    named = pool(answers, "a:1", "some.example:7", "10.0.0.1:8")
+    one, two = (Target(socket.AF_INET, (f"192.0.2.{n}", 7)) for n in (1, 2))
+    literal = Target(socket.AF_INET, ("10.0.0.1", 8))
+    answers.give("some.example", "192.0.2.1")
+    assert [named.leads_to(target) for target in (one, two, literal)] == [True, False, True]
+    answers.give("some.example", "192.0.2.2")
+    assert [named.leads_to(target) for target in (one, two, literal)] == [False, True, True]
+    unknown = pool(answers, "a:1", "other.example:7")
+    assert unknown.leads_to(one)
