@@ -14,6 +14,7 @@ from forwarder.net import sockets, udp
 from forwarder.net.datagrams import Destination
 from forwarder.relay.datagram_ways import DatagramToStream, StreamToDatagram
 from forwarder.relay.flow import Flow
+from forwarder.relay.poller import EDGE_IN
 
 if TYPE_CHECKING:
     import socket
