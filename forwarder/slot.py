@@ -67,16 +67,6 @@ class WorkerProcess:
         self.told: tuple[int, int, tuple[int, ...]] | None = None  # Fleet's: what it was told last
         self.failing: list[Failing] = []  # addresses of upstreams, by what it has said last
 
-    def describe(self, now: float) -> dict[str, object]:
-        """The process, as in the status."""
-        return {
-            "slot": self.slot,
-            "pid": self.pid,
-            "state": self.state.value,
-            "generation": self.generation,
-            "uptime_s": round(now - self.started_at, 1),
-        }
-
     def on_applied(self, message: Message, retry_at: float) -> str:
         """Take in an acknowledgement; what did not arrive is told again at ``retry_at``.
 
