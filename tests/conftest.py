@@ -69,7 +69,7 @@ def _hear_what_is_ignored() -> None:
 
 # -- FORWARDER_NO_SKIP=1: a skipped test is a failed one; =user: but for what only root can do
 
-_NEEDS_ROOT = re.compile(r"\b(?:only|needs) root\b")
+_NEEDS_ROOT = re.compile(r"\broot\b")
 
 
 def _forbid_skip(report: TestReport | CollectReport) -> None:
