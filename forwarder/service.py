@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# The same for sockets that were set aside, in whose way nobody is: the answer to a SYN may get lost
+# twice, and is sent again after 1 and 3 s (tcp(7)).
+ASIDE_GRACE_S: Final = 3.5
 # How long a rule that an upgrade has dropped can have its sockets again: until the predecessor,
 # which serves them, has closed them for certain.
 UNCLAIMED_S: Final = 2 * CLOSE_GRACE_S
@@ -169,11 +172,12 @@ class Service:
     def _begin_closing(
         self, before: Mapping[BindAddress, Rule], wanted: Mapping[BindAddress, Rule]
     ) -> None:
-        until = time.monotonic() + CLOSE_GRACE_S
+        now = time.monotonic()
         ports = {address.port for address in wanted}
         for address in before.keys() - wanted.keys():
             # A port that is still served, by a wildcard or a single address, must not lose SYNs.
             closing = self.table.turn_away(address, is_served=address.port in ports)
+            until = now + (ASIDE_GRACE_S if closing.aside else CLOSE_GRACE_S)
             # UDP has no handshakes: who comes now has not begun before.
             self._closing[closing] = (before[address], 0.0 if address.is_udp else until)
 

@@ -6,8 +6,10 @@ import os
 import re
 import signal
 import socket
+import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,13 +17,12 @@ from support.configured import IS_SOAK, Configured, rule
 from support.ends import listen
 from support.forwarder import reserve_port
 from support.loads import Load
-from support.processes import listeners, run_command
+from support.processes import as_nobody, listeners, run_command
 
 from process.conftest import stop
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from process.conftest import Launch
 
@@ -106,6 +107,24 @@ def test_a_reload_that_moves_a_rule_resets_nobody(
         load.wait_served(EACH)
         for number in range(MOVES):
             form = other if number % 2 == 0 else one
+            assert "master.reloaded" in it.reload(form.text(port, upstream))
+            load.wait_served(EACH)
+        account = load.stop()
+    assert account.dropped == 0, account
+    assert stop(it.forwarder, signal.SIGTERM) == 0
+
+
+def test_no_privilege_is_needed_for_that(launch: Launch, stack: ExitStack, port: int) -> None:
+    """As an ordinary user."""
+    directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    directory.chmod(0o755)
+    path, upstream = directory / "forwarder.toml", stack.enter_context(listen())
+    path.write_text(ONE.text(port, upstream))
+    it = Configured(launch("-c", str(path), prefix=as_nobody()), path)
+    with Load(("127.0.0.1", port), upstream, rate=2000) as load:
+        load.wait_served(EACH)
+        for number in range(MOVES // 2):
+            form = (ALL, ONE)[number % 2]
             assert "master.reloaded" in it.reload(form.text(port, upstream))
             load.wait_served(EACH)
         account = load.stop()
