@@ -33,7 +33,7 @@ SERVICES: Final = Path("/etc")
 @config_options
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON with everything.")
 @click.option(
-    "--names", "asks_names", is_flag=True, help="Look host names up, too; takes 6 s at most."
+    "--names", "asks_names", is_flag=True, help="Look host names up, too; takes 8 s at most."
 )
 @click.argument("file", metavar="[FILE]", type=FILE, required=False)
 def check_command(  # noqa: PLR0913 - one parameter per option is click's way
@@ -62,12 +62,11 @@ def check_command(  # noqa: PLR0913 - one parameter per option is click's way
             click.echo(json.dumps(_as_json(None, err.issues)))
         raise
     found = loaded.config
-    advice = advise(found, loaded.dialect)
-    issues = [*loaded.warnings, *advice, *absent_addresses(found.rules)]
+    issues = [*loaded.warnings, *advise(found, loaded.dialect)]
     if name is not None and name != STDIN and os.geteuid() == 0 and not found.settings.user:
         issues += unreadable(name)
     if asks_names:
-        issues += unresolved_names(found)
+        issues += [*unresolved_names(found), *absent_addresses(found.rules)]
     if as_json:
         click.echo(json.dumps(_as_json(found, issues)))
         return

@@ -211,10 +211,10 @@ def test_a_name_listens_on_those_of_its_addresses_that_can_be_had(
 
     with Namespace() as there:
         there.sysctl("ipv6/conf/all/disable_ipv6", 1)
-        checked = run_command("check", str(path), prefix=[*there.prefix, *with_hosts(hosts)])
+        prefix = [*there.prefix, *with_hosts(hosts)]
+        checked = run_command("check", "--names", str(path), prefix=prefix)
         assert checked.returncode == 0
         assert "::1: Cannot assign requested address; hint: the rule listens on" in checked.stderr
-        prefix = [*there.prefix, *with_hosts(hosts)]
         it = Configured(launch("-c", str(path), prefix=prefix, expect_ready=False), path)
         it.forwarder.wait_logged(
             r"bind.waiting rule=web cannot listen on \[::1\]:8080: Cannot assign requested address;"
