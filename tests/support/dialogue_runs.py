@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _LIMIT_S: Final = 25.0
 """Per dialogue, while hundreds of others are held on a busy machine."""
-_SLOW_S: Final = 3.0
+_SLOW_S: Final = 4.0
 """What a dialogue may take longer than directly; beyond that it is held again, alone."""
 _TRIES: Final = 6
 """How often a smaller dialogue is held, at once, to see whether it fails as well."""
