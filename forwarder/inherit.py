@@ -73,6 +73,36 @@ def from_environment() -> list[socket.socket]:
     return list(_sockets(numbers, lent))
 
 
+def foreign_descriptors() -> list[int]:
+    """Descriptors that whoever started us has left open, and no variable says that they are for us.
+
+    A file of root, perhaps, that a worker without rights is not to have. To be asked before
+    anything else is opened.
+    """
+    meant = {0, 1, 2}
+    for name, text in os.environ.items():
+        if name.startswith("FORWARDER_"):
+            with suppress(ValueError):  # it is about something else
+                meant.update(numbers_in(text))
+    count = os.environ.get("LISTEN_FDS", "")[:9]
+    first = _FIRST_LISTEN_FD
+    given = range(first, first + int(count)) if count.isdecimal() else range(0)
+    try:
+        numbers = [int(entry.name) for entry in Path("/proc/self/fd").iterdir()]
+    except OSError:
+        return []
+    return [fd for fd in numbers if fd not in meant and fd not in given and _is_open(fd)]
+
+
+def _is_open(fd: int) -> bool:
+    """Not so the one by which they were listed."""
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
+
+
 def _numbers_of(variable: str) -> list[int]:
     """Descriptors that a variable names, which is gone afterwards; none if it is not from us."""
     text = os.environ.pop(variable, "")

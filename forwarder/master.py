@@ -26,6 +26,7 @@ from forwarder.control.requests import STOPPING, Requests
 from forwarder.errors import ExitCode, StartupError
 from forwarder.fleet import Fleet
 from forwarder.handover import UNDER_WAY, Handover, inherited_sockets
+from forwarder.inherit import foreign_descriptors
 from forwarder.latebind import LateBinds
 from forwarder.messages import Op
 from forwarder.naming import Naming
@@ -62,13 +63,14 @@ class Master:
     """The supervising process of one instance. Owns all listening sockets."""
 
     def __init__(self, spec: MasterSpec) -> None:
+        self._foreign = foreign_descriptors()
         self._spec = spec
         self._state = State.BOOTING
         self._deadline = 0.0
         self._is_announced = False
         self._service = Service(spec.config)
         self._selector = selectors.DefaultSelector()
-        self._fleet = Fleet(self._service.table, self._selector, self._release_in_child)
+        self._fleet = Fleet(self._service.table, self._selector, self._release_for_good)
         self._late = LateBinds(
             self._service,
             known=lambda: self._fleet.names.answers,
@@ -78,7 +80,7 @@ class Master:
         self._naming = Naming(
             self._fleet.names,
             self._selector,
-            self._release_in_child,
+            self._release_for_good,
             drop=lambda: drop(self._fleet.identity),
             on_answers=self._service.on_answers,
         )
@@ -184,6 +186,12 @@ class Master:
         self._naming.helper.hang_up_in_child()
         self._close()
         self._handover.close_in_child()
+
+    def _release_for_good(self) -> None:
+        """Give up what the master owns, and what it does not know, in a child that stays."""
+        self._release_in_child()
+        for fd in self._foreign:
+            os.close(fd)
 
     def _stop(self, *, is_fast: bool) -> None:
         """Begin to stop, or hurry a stop that has begun."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import pytest
+from support import procfs
 from support.configured import Configured, rule
 from support.ends import accept, carry, connect
 from support.hosts import own_host
@@ -183,3 +184,18 @@ def test_who_is_not_root_gets_no_sockets_of_anothers_orphans(serve: Serve, launc
     )
     assert other.wait() == 69
     old.assert_serves()
+
+
+def test_workers_have_no_descriptor_of_who_started_it(
+    launch: Launch, address: tuple[str, int], upstream: socket.socket
+) -> None:
+    """A shell of root, say, that has a file open; neither has the helper that looks names up."""
+    name = f"localhost:{upstream.getsockname()[1]}"
+    shell = ["sh", "-c", 'exec 7</etc/passwd 8</etc/group; exec "$@"', "sh"]
+    arguments = ("-l", f"{address[0]}:{address[1]}", "-r", name, "--workers", "2")
+    it = launch(*arguments, prefix=shell)
+    for pid in procfs.children(it.pid):
+        assert not {"/etc/passwd", "/etc/group"} & {*procfs.descriptors(pid).values()}
+    with connect(address) as client, accept(upstream) as far:
+        carry(client, far, b"served")
+    assert it.stop() == 0
