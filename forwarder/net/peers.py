@@ -61,7 +61,7 @@ def is_answerable(peer: bytes) -> bool:
     if peer[2:4] == b"\0\0":
         return False
     address = peer[4:8]
-    if _FAMILY.unpack_from(peer)[0] == socket.AF_INET6:
+    if len(peer) >= _IPV6.size:  # more than an IPv4 address and our own
         address = peer[8:24]
         if address[:12] != _MAPPED:
             return address[0] != 0xFF and any(address)

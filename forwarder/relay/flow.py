@@ -97,7 +97,7 @@ class Flow(Conversation):
     def on_open(self) -> None:
         """Both sides are there, for the first time or with another upstream."""
         self.state = _OPEN
-        self.relay.flows.ports.take(self.pool.rule)
+        self.relay.flows.ports.take(self.pool)
         self.active_at = self.relay.poller.now
         self.arm(self.silence_limit_s)
         if not self.connected_at:
@@ -194,7 +194,7 @@ class Flow(Conversation):
         if not targets or upstream is None:
             self.fail("there is no other upstream address")
             return
-        self.relay.flows.ports.give(self.pool.rule)
+        self.relay.flows.ports.give(self.pool)
         self.relay.poller.release(upstream)
         self.upstream = self.u2c.src = None
         self.dial(tuple(targets))
@@ -278,7 +278,7 @@ class Flow(Conversation):
         if self.to_stream is not None and self.to_stream.holds_data:
             self._reset_stream(self.to_stream)
         if self.state is _OPEN:
-            self.relay.flows.ports.give(self.pool.rule)
+            self.relay.flows.ports.give(self.pool)
         self.state = _CLOSED
         if self.dialer is not None:
             self.dialer.close(is_abort=False)

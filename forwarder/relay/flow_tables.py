@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from forwarder.errors import CloseReason, Phase, Who
 from forwarder.relay.flow_table import FlowTable, share
-from forwarder.relay.ports import SETTING, Ports, has_ports
+from forwarder.relay.ports import SETTING, Ports
 
 if TYPE_CHECKING:
     from forwarder.net.sockets import Target
@@ -52,7 +52,7 @@ class FlowTables:
         while len(table) >= table.limit and (flow := table.oldest()):
             self._evict(flow, "too many flows")
         most = share(self.ports.limit, self.workers)
-        if has_ports(rule):
+        if pool.takes_ports:
             while self.ports.used(rule) >= most and self.make_room_for_port(pool, None):
                 continue
         elif not rule.protocol.connects_by_udp:  # a port for each upstream
@@ -71,7 +71,7 @@ class FlowTables:
         found: list[Flow] = []
         for other, table in self._tables.items():
             if pool.rule.protocol.connects_by_udp:
-                if has_ports(other.rule) and other.rule.source == pool.rule.source:
+                if other.takes_ports and other.rule.source == pool.rule.source:
                     found += [flow for flow in islice(table, 2) if flow is not keep][:1]
             elif not other.rule.protocol.connects_by_udp:
                 fits = (flow for flow in table if flow.target == target and flow is not keep)

@@ -15,6 +15,7 @@ from forwarder import kernel
 
 if TYPE_CHECKING:
     from forwarder.config.model import Rule
+    from forwarder.upstream.pool import Pool
 
 # An eighth of the ports is left to others. Arbitrary.
 _SHARES: Final = 8
@@ -45,17 +46,12 @@ class Ports:
         """How many the rules with this one's source address have."""
         return self._used[rule.source]
 
-    def take(self, rule: Rule) -> None:
+    def take(self, pool: Pool) -> None:
         """An upstream socket of a rule was made."""
-        if has_ports(rule):
-            self._used[rule.source] += 1
+        if pool.takes_ports:
+            self._used[pool.rule.source] += 1
 
-    def give(self, rule: Rule) -> None:
+    def give(self, pool: Pool) -> None:
         """It is closed."""
-        if has_ports(rule):
-            self._used[rule.source] -= 1
-
-
-def has_ports(rule: Rule) -> bool:
-    """Whether its upstream sockets take ports that others want."""
-    return rule.protocol.connects_by_udp and not rule.options.transparent
+        if pool.takes_ports:
+            self._used[pool.rule.source] -= 1

@@ -55,6 +55,7 @@ class UdpListener:
         "_is_on_wildcard",
         "_loop",
         "_many",
+        "_name_bytes",
         "_own",
         "_relay",
         "_ripe",
@@ -96,6 +97,7 @@ class UdpListener:
         self._is_on_wildcard = udp.is_on_wildcard(sock)
         self._ripe: set[UdpFlow] = set()  # to settle when the batch at hand is dealt with
         self._blocked: list[Way] = []
+        self._name_bytes = peers.SOCKADDR_BYTES[sock.family]
         self._many: dict[bytes, bool] = {}  # what is_for_many has found, by our address
 
     def start(self) -> None:
@@ -197,7 +199,7 @@ class UdpListener:
     def _take(self, peer: bytes, first: int, last: int) -> None:
         flow = self._flows.get(peer)
         if flow is None:
-            if self._is_copy(peer):
+            if self._many.get(peer[self._name_bytes :]) is not False and self._is_copy(peer):
                 return  # another listener of the group has it, too, and forwards it
             flow = self._open(peer)
             if flow is None:
@@ -217,7 +219,7 @@ class UdpListener:
 
         A socket that is connected to it would hear nothing of that, or what others hear as well.
         """
-        asked = peers.split(peer)[1]
+        asked = peer[self._name_bytes :]
         is_many = self._many.get(asked)
         if is_many is None:
             try:
@@ -231,13 +233,13 @@ class UdpListener:
 
     def answer_to(self, peer: bytes) -> bytes:
         """Whom to send answers to, from where; from an address of this host, whatever was asked."""
-        return peers.split(peer)[0] if self.is_for_many(peer) else peer
+        return peer[: self._name_bytes] if self.is_for_many(peer) else peer
 
     def _is_copy(self, peer: bytes) -> bool:
         """Whether the listener of another slot takes what this new client has sent."""
         if not self.is_for_many(peer) or many.is_appointed(self.sock):
             return False
-        return many.is_copied(peers.split(peer)[1] or self._bound_host())
+        return many.is_copied(peer[self._name_bytes :] or self._bound_host())
 
     def _bound_host(self) -> bytes:
         host = str(self._bound.sockaddr[0]).partition("%")[0]

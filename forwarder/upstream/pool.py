@@ -40,7 +40,8 @@ class Pool:
     ``upstream_text`` (host and port of the first) are as written. ``local`` is the address that all
     clients connect to, or None if only their sockets tell it. ``how`` says how upstream sockets are
     made, by family; ``opens_fast``: with data in the first segment, where there is some.
-    ``failures``: which addresses have failed just now, of all ports of the rule.
+    ``failures``: which addresses have failed just now, of all ports of the rule. ``takes_ports``:
+    each upstream socket has a local port that others want, too: of UDP, unless it is a client's.
     """
 
     __slots__ = (
@@ -64,6 +65,7 @@ class Pool:
         "opens_fast",
         "row",
         "rule",
+        "takes_ports",
         "upstream_text",
     )
 
@@ -84,6 +86,7 @@ class Pool:
         self.listen_host, _ = _as_written(rule.listen, 0)
         self.opens_fast = rule.options.fast_open.on_connect
         self.how = to_connect(rule.options, is_udp=rule.protocol.connects_by_udp)
+        self.takes_ports = rule.protocol.connects_by_udp and not rule.options.transparent
         self.local = None if rule.options.transparent else _only_local(rule.listen)
         self.upstream_text = _as_written(rule.upstreams[0], offset)
         self._origin = origin

@@ -98,6 +98,7 @@ class StubPool:
         self.failures = Failures()
         self.how = to_connect(rule.options, is_udp=rule.protocol.connects_by_udp)
         self.local: Target | None = None
+        self.takes_ports = rule.protocol.connects_by_udp
         self.listen_host, self.upstream_text = "127.0.0.1", ("127.0.0.1", 2)
         self.resolved = targets
         self.waiting: list[Callable[[tuple[Target, ...]], None]] = []
