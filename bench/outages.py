@@ -94,12 +94,11 @@ class Load:
     async def _repeat(self, rule: str, ask: Callable[[str], object]) -> None:
         while not self.is_over:
             began = time.monotonic()
-            may_fail = self.world.may_fail(rule)
             try:
                 async with asyncio.timeout(PATIENCE_S):
                     await ask(rule)  # type: ignore[misc]  # both are coroutines
             except (OSError, EOFError, TimeoutError) as err:
-                self._note_failed(rule, err, may_fail=may_fail)
+                self._note_failed(rule, err, may_fail=self.world.may_fail(rule, began))
             else:
                 self.served[rule] += 1
                 took_s = time.monotonic() - began
@@ -107,7 +106,7 @@ class Load:
             await asyncio.sleep(PAUSE_S)
 
     def _note_failed(self, rule: str, err: Exception, *, may_fail: bool) -> None:
-        if may_fail or self.world.may_fail(rule):
+        if may_fail:
             self.excused[rule] += 1
             return
         self.failed[rule] += 1

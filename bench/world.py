@@ -64,6 +64,7 @@ class World:
     reload: Callable[[], Awaitable[None]]
     away: set[str] = field(default_factory=set)
     events: dict[str, int] = field(default_factory=dict)
+    lost_at: float = 0.0
     settles_at: float = 0.0
     _names: subprocess.Popen[bytes] | None = None
     _servers: list[asyncio.Server] = field(default_factory=list)
@@ -99,10 +100,10 @@ class World:
             await asyncio.sleep(rng.uniform(0.5, 4))
         await self._recover()
 
-    def may_fail(self, rule: str) -> bool:
-        """Whether clients of a rule may fail now, since what it listens on is not there."""
-        is_settling = asyncio.get_running_loop().time() < self.settles_at
-        return rule == "link-local" and (DEVICE in self.away or is_settling)
+    def may_fail(self, rule: str, since: float) -> bool:
+        """Whether what a rule listens on was not there at some time ``since`` then (monotonic)."""
+        is_settling = since < self.settles_at
+        return rule == "link-local" and (DEVICE in self.away or is_settling or since < self.lost_at)
 
     # -- what happens
 
@@ -121,6 +122,7 @@ class World:
     async def _device(self, rng: random.Random) -> None:
         """An interface is deleted and made again, with another index."""
         self.away.add(DEVICE)
+        self.lost_at = asyncio.get_running_loop().time()
         ip(f"link delete {DEVICE}")
         await asyncio.sleep(rng.uniform(0, 15))
         self._make_device()
