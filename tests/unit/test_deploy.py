@@ -239,3 +239,14 @@ def test_logrotate_understands_its_file(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "error" not in done.stderr
     assert "/var/log/forwarder/*.log /var/log/forwarder/*.json" in done.stderr
+
+
+def test_podman_is_given_only_what_its_version_4_3_knows() -> None:
+    """Of Debian 12, which says of `--tmpfs ...:uid=65532`: unknown mount option."""
+    page = (ROOT / "docs" / "deployment.md").read_text().replace("\\\n", " ")
+    (command,) = [line for line in page.splitlines() if line.startswith("podman run ")]
+    assert "uid=" not in command
+    assert "--tmpfs" not in command
+    assert "--mount type=tmpfs,destination=/run/forwarder,tmpfs-mode=0700,U=true " in command
+    (build,) = [line for line in page.splitlines() if line.startswith("podman build ")]
+    assert "--format docker " in build
