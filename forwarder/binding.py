@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from forwarder.addr import Address
+from forwarder.addr import Address, UnixAddress
 from forwarder.config.describe import listening
 from forwarder.errors import StartupError
 from forwarder.listeners import ListenerTable, start_lock
@@ -54,6 +54,7 @@ class Binding:
         self._table = table
         self._start = start
         self._had: dict[str, tuple[BindAddress, ...]] = {}
+        self._fragile: list[Rule] = []  # that can go deaf
 
     def of(self, name: str) -> tuple[BindAddress, ...]:
         """Where a rule listens."""
@@ -91,6 +92,7 @@ class Binding:
     def put_in_force(self, candidate: Candidate, found: Mapping[str, Had], slots: int) -> None:
         """Have what :meth:`require` has bound, and of the other rules what is possible."""
         self._had = {name: had.addresses for name, had in found.items()}
+        self._fragile = [r for r in candidate.config.rules if interface_of(r) or _has_file(r)]
         taken = {a: rule for rule in candidate.config.rules for a in self.of(rule.name)}
         for rule in candidate.config.rules:
             had = found.get(rule.name)
@@ -113,31 +115,31 @@ class Binding:
             why = "; ".join(found.problems)
             found = Candidate(tried, {}, {rule.name: why for rule in tried.rules})
         before = dict(self._had)
+        taken = self.by_address(in_force.rules)
         with start_lock(patience_s=0.0) as is_alone:
             for rule in tried.rules:
                 now = self.of(rule.name)
                 had = Had((), "another instance is starting")  # our probe could meet it
                 if is_alone:
-                    others = (other for other in in_force.rules if other.name != rule.name)
-                    had = self._bind_if_possible(rule, found, slots, self.by_address(others))
+                    had = self._bind_if_possible(rule, found, slots, taken)
+                    taken |= dict.fromkeys(had.addresses, rule)
                 more = tuple(address for address in had.addresses if address not in now)
                 self._note(rule, Had(now + more, had.why))
         return self._had != before
 
-    def can_go_deaf(self, rules: Iterable[Rule]) -> bool:
-        """Whether some address is bound to an interface, or has a file."""
-        return any(interface_of(r) or self._table.has_file(self.of(r.name)) for r in rules)
+    @property
+    def can_go_deaf(self) -> bool:
+        """Whether some rule is bound to an interface, or has a file."""
+        return bool(self._fragile)
 
-    def give_up_deaf(self, rules: Iterable[Rule], now: float) -> list[BindAddress]:
+    def give_up_deaf(self, now: float) -> list[BindAddress]:
         """Give up addresses at which no client can reach us, and have them tried anew at once.
 
         Returns under which addresses the sockets are found that the workers have yet.
         """
         gone: list[BindAddress] = []
-        for rule in rules:
+        for rule in self._fragile:
             interface = interface_of(rule)
-            if not interface and not self._table.has_file(self.of(rule.name)):
-                continue
             for address in self.of(rule.name):
                 why = self._table.why_deaf(address, interface)
                 if why:
@@ -232,6 +234,10 @@ def interface_of(rule: Rule) -> str:
     return rule.options.device or listen.host.partition("%")[2]
 
 
+def _has_file(rule: Rule) -> bool:
+    return isinstance(rule.listen, UnixAddress) and rule.listen.path.startswith("/")
+
+
 def check_descriptors(listening: int, what: str) -> None:
     """Refuse what could never serve, before anything is bound. Raises StartupError."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -262,6 +268,6 @@ def _check_taken(
 ) -> None:
     """A name may have come to mean what another rule listens on. Raises BindError."""
     for address in addresses:
-        if address in taken:
+        if address in taken and taken[address].name != rule.name:
             why = f"cannot listen on {address.target}, as rule {taken[address].name!r} does"
             raise BindError(rule, why, "remove one of the two rules")

@@ -252,10 +252,6 @@ class ListenerTable:
         self._owned.pop(address, None)
         return slotted.address
 
-    def has_file(self, addresses: Iterable[BindAddress]) -> bool:
-        """Whether one of the addresses is a unix socket with a file that is ours."""
-        return any(self._owned.get(address) is not None for address in addresses)
-
     def why_deaf(self, address: BindAddress, interface: str) -> str:
         """Why no client can reach an address any more; "" if they can, or nobody knows.
 

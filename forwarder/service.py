@@ -246,11 +246,11 @@ class Service:
     @property
     def can_go_deaf(self) -> bool:
         """Whether there are addresses that can go without our doing."""
-        return self._binding.can_go_deaf(self.config.rules)
+        return self._binding.can_go_deaf
 
     def look_around(self, now: float) -> bool:
         """Give up what no client can reach any more. Returns whether the workers must be told."""
-        gone = self._binding.give_up_deaf(self.config.rules, now)
+        gone = self._binding.give_up_deaf(now)
         self._dropped.update(gone)
         return bool(gone)
 
