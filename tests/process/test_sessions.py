@@ -270,7 +270,8 @@ def test_thousands_of_sessions_are_listed_and_killed_by_their_ids(logged: Loggin
 
 
 def test_a_worker_that_is_stopped_is_named_and_the_others_answer(logged: Logging) -> None:
-    it = logged("", workers=3)
+    # It must not be taken for hung before the last question.
+    it = logged("", top='hang_timeout = "5m"', workers=3)
     links = [it.link() for _ in range(60)]
     eventually(lambda: it.rule()["sessions"] == 60)
     stopped = it.forwarder.workers()[1]
