@@ -136,4 +136,4 @@ def test_the_operations_guide_names_only_events_that_are_logged() -> None:
     events = first_cells("## The log of the program")
     assert "master.ready" in events
     for event in events:
-        assert re.search(rf'"{re.escape(event)}[ :]', package), event
+        assert re.search(rf'"{re.escape(event)}[ :"]', package), event
