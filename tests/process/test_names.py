@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
@@ -11,9 +12,11 @@ import pytest
 from support import procfs
 from support.ends import accept, be_reset, carry, connect, listen, receive_to_reset
 from support.processes import listeners, run_command, state
-from support.waiting import eventually
+from support.waiting import PATIENCE_S, eventually
 
 if TYPE_CHECKING:
+    import socket
+
     from support.named import Named as Site
 
 pytestmark = pytest.mark.process
@@ -197,10 +200,18 @@ def test_a_name_that_moves_is_followed_though_nobody_comes(
     with listen("127.0.0.9", site.upstream.getsockname()[1]) as moved:
         site.names.give("db.example", "127.0.0.9")
         site.it.forwarder.wait_logged("name.moved host=db.example rules=web: 127.0.0.9")
-        with connect(site.address("web")) as client, accept(moved) as far:
-            carry(client, far, b"there")
+        # The workers are told right after that.
+        eventually(lambda: _reached(site, moved, site.upstream) is moved)
     assert site.logged("name.moved") == 1
     site.stop()
+
+
+def _reached(site: Site, *upstreams: socket.socket) -> socket.socket:
+    """Which of some upstreams a new client of ``web`` is led to."""
+    with connect(site.address("web")):
+        (found, *_), _, _ = select.select(upstreams, (), (), PATIENCE_S)
+        accept(found).close()
+        return found
 
 
 def test_an_outage_is_told_once_and_so_is_its_end(
