@@ -1,4 +1,4 @@
-# make run | test | docs-test | faults | check | format | man | bench | profile | clean; needs make and
+# make run | test | docs-test | systemd-test | faults | check | format | man | bench | profile | clean; needs make and
 # CPython >= 3.11 with venv. ARGS is passed on: make run ARGS="--seconds 5", make test ARGS="-k demo"
 # or ARGS="-n0".
 
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 TEST_WORKERS ?= 6
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: run test docs-test faults check format man bench profile clean
+.PHONY: run test docs-test systemd-test faults check format man bench profile clean
 
 run: $(VENV)/installed
 	$(BIN)/forwarder demo $(ARGS)
@@ -21,6 +21,10 @@ test: $(VENV)/installed-dev
 # The commands and configurations of README.md and docs; part of `make test`, too.
 docs-test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) tests/process/test_docs.py tests/process/test_migration.py $(ARGS)
+
+# The shipped unit under a real systemd, which is booted over a view of this system; needs root.
+systemd-test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -n 1 tests/systemd $(ARGS)
 
 # What each fault of the kernel costs, as in docs/faults.md; needs strace, takes half an hour.
 # make faults ARGS="'worker splice' ENOMEM" tries those whose name has one of the words.
