@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     from bench.peers import Peer
     from forwarder.net.options import How
     from forwarder.net.sockets import SockAddr, Target
-    from forwarder.worker import WorkerExit, WorkerSpec
+    from forwarder.worker import WorkerExit
+    from forwarder.workerspec import WorkerSpec
 
 AS_IT_IS: Final = "as it is"
 _SO_BUSY_POLL: Final = 46

@@ -1,6 +1,6 @@
-"""Questions of the master to all its workers: who has still to answer, and when to give up.
+"""Questions of the master to its workers and to an old master: who has still to answer, till when.
 
-The answers of different workers are put together by whoever asked. Sends nothing itself.
+The answers are put together by whoever asked. Sends nothing itself.
 """
 
 from __future__ import annotations
@@ -40,14 +40,20 @@ class Questions:
         """When :meth:`expire` has something to do; None for never."""
         return min((question.deadline for question in self._open.values()), default=None)
 
-    def begin(self, pids: Iterable[int], now: float, callback: Answered) -> int:
-        """Note a question to these workers. Returns its number, for :meth:`on_answer`.
+    def begin(
+        self,
+        pids: Iterable[int],
+        now: float,
+        callback: Answered,
+        within_s: float = ANSWER_WITHIN_S,
+    ) -> int:
+        """Note a question to these processes. Returns its number, for :meth:`on_answer`.
 
         ``callback`` is called once: when the last answer is there, or it is time. It gets the
         answers, and the pids of those that have not answered or could not.
         """
         number = next(self._numbers)
-        self._open[number] = _Question(set(pids), now + ANSWER_WITHIN_S, callback)
+        self._open[number] = _Question(set(pids), now + within_s, callback)
         return number
 
     def is_awaited(self, number: object, pid: int) -> bool:
@@ -60,13 +66,20 @@ class Questions:
 
     def on_answer(self, number: object, pid: int, answer: object) -> None:
         """A worker has answered; None: it could not."""
+        if answer is None:
+            self.on_answers(number, pid, [], [pid])
+        else:
+            self.on_answers(number, pid, [answer], [])
+
+    def on_answers(
+        self, number: object, pid: int, answers: Iterable[object], silent: Iterable[int]
+    ) -> None:
+        """One that has asked others has answered: what they said, and who of them was silent."""
         question = self._awaiting(number, pid)
         if question is not None:
             question.waiting.discard(pid)
-            if answer is None:
-                question.silent.append(pid)
-            else:
-                question.answers.append(answer)
+            question.answers += answers
+            question.silent += silent
             self._close_finished()
 
     def on_exit(self, pid: int) -> None:

@@ -17,8 +17,9 @@ from forwarder import messages, supervision, worker
 from forwarder.asking import Questions
 from forwarder.connlog.files import LogFiles
 from forwarder.daemonlog import warn_rarely
+from forwarder.errors import Phase
 from forwarder.gate import STUCK_S, Busy, Gate, Holdings
-from forwarder.heartbeat import Heartbeats
+from forwarder.heartbeat import Heartbeats, Vigil
 from forwarder.ledger import Ledger
 from forwarder.net import pipes
 from forwarder.net.channel import Channel, ChannelClosed
@@ -27,11 +28,11 @@ from forwarder.slot import Slot, WorkerProcess, WorkerState, WorkerTables, fork_
 from forwarder.upstream import failing
 from forwarder.upstream.known import KnownNames
 from forwarder.upstream.messages import read_hosts, say_answers
+from forwarder.workerspec import WorkerSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from forwarder.asking import Answered
     from forwarder.board import Board
     from forwarder.listeners import ListenerTable
     from forwarder.net.channel import Message, Received
@@ -76,7 +77,7 @@ class Fleet:
         self._gate = Gate()
         self._must_recount = False
         self._serial = 0
-        self._checked_at = self._awake_since = time.monotonic()
+        self._vigil = Vigil(time.monotonic())
 
     # -- what it is like
 
@@ -162,14 +163,21 @@ class Fleet:
             for process in self._retiring:
                 self.tell(process, messages.Op.DRAIN)
 
-    def tell(self, process: WorkerProcess, op: messages.Op, *, is_last: bool = False) -> None:
+    def tell(
+        self,
+        process: WorkerProcess,
+        op: messages.Op,
+        *,
+        is_last: bool = False,
+        phase: Phase = Phase.SHUTDOWN,
+    ) -> None:
         """Tell a worker to leave, now (STOP) or when its sessions have ended (DRAIN); once.
 
         ``is_last``: nobody serves in its place, so that there is no point in waiting for UDP flows
-        that are silent.
+        that are silent. ``phase`` is why sessions that are left at a STOP end.
         """
         state = WorkerState.DRAINING if op is messages.Op.DRAIN else WorkerState.STOPPING
-        if process.state is state:
+        if process.state is WorkerState.STOPPING or (process.state is state and not is_last):
             return
         process.state = state
         process.is_leaving = True
@@ -177,11 +185,13 @@ class Fleet:
         is_alone = process in self._retiring and op is messages.Op.DRAIN
         limit_s = self.serving.config.settings.drain_timeout_s if is_alone else None
         try:
-            process.channel.send({"op": op, "limit_s": limit_s or 0, "is_last": is_last})
+            process.channel.send(
+                {"op": op, "limit_s": limit_s or 0, "is_last": is_last, "phase": phase.value}
+            )
         except ChannelClosed:  # it has died; or it lives, and hears of this
             process.signal(signal.SIGTERM)
             return
-        self._watch(process)
+        self.watch(process)
 
     def forget_rules(self) -> None:
         """Drop what was counted for rules that are served no more and have no session left."""
@@ -212,37 +222,12 @@ class Fleet:
                 self._tell_again(process)
                 continue
             process.logs_revision = self.logs.revision
-            self._watch(process)
-
-    def ask(
-        self,
-        op: messages.Op,
-        choice: dict[str, object],
-        callback: Answered,
-    ) -> None:
-        """Ask all workers about some of their sessions.
-
-        ``callback`` gets the answers, once, and the pids of workers that have not answered.
-        """
-        asked = self.processes()
-        now = time.monotonic()
-        number = self.questions.begin((process.pid for process in asked), now, callback)
-        for process in asked:
-            try:
-                process.channel.send({"op": op, "number": number, **choice})
-                self._watch(process)
-            except ChannelClosed:
-                continue  # it has died; SIGCHLD follows
-        self.questions.expire(now)  # if there was nobody to ask
+            self.watch(process)
 
     def end_hung(self, now: float) -> None:
         """Kill workers that give no sign of life, those that are leaving, too."""
         limit_s = self.serving.config.settings.hang_timeout_s
-        if now - self._checked_at > limit_s / 2:
-            # We were stopped ourselves, and so were the workers (a paused container, a suspended
-            # machine): nobody could give a sign of life.
-            self._awake_since = now
-        self._checked_at = now
+        self._vigil.look(now, limit_s)
         for process in self.processes():
             if process.channel.is_short:
                 self.hear(process)
@@ -271,7 +256,7 @@ class Fleet:
             log.exception("worker.nonsense slot=%d pid=%d", process.slot, process.pid)
             process.signal(signal.SIGKILL)
             return
-        self._watch(process)
+        self.watch(process)
 
     def close(self) -> None:
         """Give up what is not the workers', at the end."""
@@ -322,7 +307,7 @@ class Fleet:
         """In the forked child: give up everything of the master, then be a worker."""
         self._release_master()
         worker.run_and_exit(
-            worker.WorkerSpec(
+            WorkerSpec(
                 slot=slot.index,
                 cell=cell,
                 channel=channel,
@@ -338,7 +323,7 @@ class Fleet:
 
     def _check_alive(self, process: WorkerProcess, now: float, limit_s: float) -> None:
         heard_at = process.cut_off_at or self._heartbeats.last(process.cell)
-        silent_s = now - max(heard_at, self._awake_since)
+        silent_s = self._vigil.silent_s(heard_at, now)
         if silent_s > limit_s and process.state is not WorkerState.HUNG:
             what = f"slot={process.slot} pid={process.pid}: no sign of life for {silent_s:.0f} s"
             log.error("worker.hung %s; killing it", what)
@@ -426,9 +411,9 @@ class Fleet:
             for part in say_answers(messages.Op.NAMES, answers):
                 process.channel.send(part)
             process.names_revision = self.names.revision
-            self._watch(process)
+            self.watch(process)
 
-    def _watch(self, process: WorkerProcess) -> None:
+    def watch(self, process: WorkerProcess) -> None:
         """Ask for writability exactly while something waits for the worker."""
         events = selectors.EVENT_READ
         if process.channel.has_outbox and not process.channel.is_short:
@@ -497,4 +482,4 @@ class Fleet:
         process.told = wanted
         process.known_sockets = set(routes)
         process.sent_serial = self._serial
-        self._watch(process)
+        self.watch(process)

@@ -9,15 +9,15 @@ from __future__ import annotations
 import logging
 import os
 import selectors
-import signal
 import time
-from contextlib import suppress
 from typing import TYPE_CHECKING, Final, Protocol
 
 from forwarder import inherit, notify, upgrade
 from forwarder.control.requests import STOPPING
 from forwarder.errors import StartupError
+from forwarder.lineage import Elder, Heir, Predecessor
 from forwarder.listeners import CLOSE_GRACE_S
+from forwarder.messages import access_file
 from forwarder.pidfile import PidFile, UnwritableError
 from forwarder.upgrade import Successor
 
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable
 
-    from forwarder.config.model import Settings
+    from forwarder.asking import Questions
+    from forwarder.config.model import Config, Settings
     from forwarder.control.requests import Requests
     from forwarder.privileges import Identity
 
@@ -57,19 +58,29 @@ class Incumbent(Protocol):
     def leave(self) -> None:
         """The successor serves: let our sessions end."""
 
+    @property
+    def elder(self) -> Elder:
+        """What a successor may ask of us."""
+
 
 class Handover:
     """The pid file of this master and, during an upgrade, its successor. Owns both."""
 
     def __init__(
-        self, master: Incumbent, selector: selectors.BaseSelector, requests: Requests
+        self,
+        master: Incumbent,
+        selector: selectors.BaseSelector,
+        requests: Requests,
+        questions: Questions,
     ) -> None:
+        """``questions``: where answers of a predecessor go."""
         self._has_heir = False
-        self._heir: Successor | None = None  # serves after an upgrade, while it lives
+        self._heir: Heir | None = None  # who serves after an upgrade
         self._master = master
         self._selector = selector
         self._requests = requests
-        self._predecessor: socket.socket | None = None  # the line to it
+        self.predecessor: Predecessor | None = None  # stays after its end
+        self._questions = questions
         self._pid_file: PidFile | None = None
         self._successor: Successor | None = None
         self._is_reload_wanted = False
@@ -93,13 +104,35 @@ class Handover:
         if self._pid_file is not None:
             self._pid_file.claim()
 
-    def say_ready(self, *, has_dropped_some: bool) -> None:
-        """Say that we serve to the predecessor, if there is one; it hears of our end, too."""
-        self._predecessor = upgrade.tell_predecessor(has_dropped_some=has_dropped_some)
+    def say_ready(self, config: Config, *, has_dropped_some: bool) -> None:
+        """Say that we serve to the predecessor, if there is one; ``config`` holds for it, too."""
+        line = upgrade.tell_predecessor(has_dropped_some=has_dropped_some)
+        if line is not None:
+            self.predecessor = Predecessor(line, self._selector, self._questions)
+            self.on_configuration(config)
+
+    def on_configuration(self, config: Config) -> None:
+        """End sessions of the predecessor that this does not allow, if that is wanted."""
+        before = self.predecessor
+        if before is None or not before.is_open or not config.settings.cut_denied:
+            return
+        try:
+            fd = access_file(config)
+        except OSError as err:
+            log.error("upgrade: cannot tell the old one who is denied: %s", err)
+            return
+        try:
+            before.cut_denied(fd)
+        finally:
+            os.close(fd)
+
+    def describe(self) -> list[dict[str, object]]:
+        """Old masters that drain, as in the status."""
+        return [] if self.predecessor is None else self.predecessor.left.describe()
 
     def close(self) -> None:
-        """Stop listening to the successor; the pid file stays."""
-        for one in (self._successor, self._heir, self._predecessor):
+        """Stop listening to other masters; the pid file stays."""
+        for one in (self._successor, self._heir, self.predecessor):
             if one is not None:
                 one.close()
 
@@ -129,7 +162,9 @@ class Handover:
     @property
     def deadline(self) -> float | None:
         """When :meth:`turn` has something to do without an event; None for never."""
-        return self._leave_at if self._successor is None else self._successor.deadline
+        if self._successor is not None:
+            return self._successor.deadline
+        return self._leave_at if self._heir is None else self._heir.next_deadline(self._leave_at)
 
     def begin(self) -> str:
         """Start the installed code beside this one, if that is not under way already.
@@ -161,6 +196,8 @@ class Handover:
             self._master.leave()
         if self._successor is not None and now >= self._successor.deadline:
             self._successor.give_up(now)
+        if self._heir is not None:
+            self._heir.turn(now)
 
     def give_up(self) -> None:
         """The master is stopping: tell the successor to end, if there is one."""
@@ -171,7 +208,13 @@ class Handover:
     def note_reload(self) -> None:
         """A reload is asked for: one that comes during an upgrade is for the one that stays."""
         self._is_reload_wanted = self._successor is not None
-        self._ask_heir_to_reload()
+        if self._heir is not None:
+            self._heir.reload()
+
+    def say_last_words(self) -> None:
+        """Tell the heir how many sessions had to be cut."""
+        if self._heir is not None:
+            self._heir.tell()
 
     def _start(self) -> None:
         sockets = self._master.listening_sockets()
@@ -202,24 +245,15 @@ class Handover:
         if self._pid_file is not None:
             self._pid_file.leave_to(successor.pid)
             self._pid_file = None
-        self._has_heir, self._heir = True, successor
-        self._selector.register(successor, selectors.EVENT_READ, self._hear_heir)
+        self._has_heir = True
+        self._heir = Heir(successor.pid, successor.line, self._selector, self._master.elder)
         if self._is_reload_wanted:  # it may have read the configuration before it was changed
-            self._ask_heir_to_reload()
+            self._heir.reload()
         self._leave_at = time.monotonic()
         if successor.has_dropped_some:
             # Handshakes under way at sockets that it does not serve are still ours to serve.
             log.info("upgrade: a rule has gone; serving it for %.1f s more", CLOSE_GRACE_S)
             self._leave_at += CLOSE_GRACE_S
-
-    def _hear_heir(self) -> None:
-        heir = self._heir
-        if heir is not None:
-            heir.hear()
-            if heir.end is not None:
-                self._selector.unregister(heir)
-                heir.close()
-                self._heir = None
 
     def _on_failed(self, successor: Successor, how: str) -> None:
         self._selector.unregister(successor)
@@ -237,11 +271,6 @@ class Handover:
         if self._is_reload_wanted:
             self._is_reload_wanted = False
             self._master.reload()
-
-    def _ask_heir_to_reload(self) -> None:
-        if self._heir is not None:
-            with suppress(ProcessLookupError):
-                os.kill(self._heir.pid, signal.SIGHUP)
 
 
 def inherited_sockets(

@@ -41,3 +41,22 @@ class Heartbeats:
     def last(self, cell: int) -> float:
         """When the worker of ``cell`` was alive last; the monotonic clock is the same for all."""
         return self._times[cell]
+
+
+class Vigil:
+    """For how long workers have given no sign of life, if whoever asks was not stopped itself."""
+
+    def __init__(self, now: float) -> None:
+        self._looked_at = self._awake_since = now
+
+    def look(self, now: float, limit_s: float) -> None:
+        """To be called several times in ``limit_s``, and before :meth:`silent_s`."""
+        if now - self._looked_at > limit_s / 2:
+            # We were stopped ourselves, and so were the workers (a paused container, a suspended
+            # machine): nobody could give a sign of life.
+            self._awake_since = now
+        self._looked_at = now
+
+    def silent_s(self, heard_at: float, now: float) -> float:
+        """Seconds since the last sign of life, which was at ``heard_at``, or since we are awake."""
+        return now - max(heard_at, self._awake_since)

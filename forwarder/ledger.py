@@ -93,6 +93,13 @@ class Ledger:
         """The counters of all workers."""
         return describe_worker(self._sum(0))
 
+    def sum(self, column: int) -> int:
+        """One counter of rules over all rules and workers, as it is now; totals lag by a beat."""
+        rows = self._rows.used()
+        return self._tally.sum(column) + sum(
+            board.row(number)[column] for board in self._boards for number in rows
+        )
+
     def rule(self, name: str) -> dict[str, object]:
         """The counters of a rule over all workers."""
         return describe_rule(self._sum(self._rows.of(name)))

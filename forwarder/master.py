@@ -15,7 +15,7 @@ import signal
 import time
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import setproctitle
 
@@ -23,7 +23,8 @@ from forwarder import __version__, notify, probing, upgrade
 from forwarder.config.model import MAX_WORKERS, STOP_TIMEOUT_S
 from forwarder.connlog.files import discard
 from forwarder.control.requests import STOPPING, Requests
-from forwarder.errors import ExitCode, StartupError
+from forwarder.ending import Ending
+from forwarder.errors import ExitCode, Phase, StartupError
 from forwarder.fleet import Fleet
 from forwarder.handover import UNDER_WAY, Handover, inherited_sockets
 from forwarder.inherit import foreign_descriptors
@@ -52,11 +53,10 @@ if TYPE_CHECKING:
 
     from forwarder.asking import Answered
     from forwarder.config.model import Config
+    from forwarder.lineage import Elder
     from forwarder.reload import Candidate
 
 log = logging.getLogger(__name__)
-
-KILL_AFTER_S: Final = 2.0  # a worker that was told to stop and does not leave is killed
 
 
 class Master:
@@ -66,7 +66,6 @@ class Master:
         self._foreign = foreign_descriptors()
         self._spec = spec
         self._state = State.BOOTING
-        self._deadline = 0.0
         self._is_announced = False
         self._service = Service(spec.config)
         self._selector = selectors.DefaultSelector()
@@ -87,7 +86,8 @@ class Master:
         self._surroundings = Surroundings(self._service, self._selector)
         self._signals: SignalQueue | None = None
         self._requests = Requests(self)
-        self._handover = Handover(self, self._selector, self._requests)
+        self._handover = Handover(self, self._selector, self._requests, self._fleet.questions)
+        self._ending = Ending(self._fleet, self._handover, self)
         self._reloading = Reloading(
             self,
             self._handover,
@@ -193,32 +193,32 @@ class Master:
         for fd in self._foreign:
             os.close(fd)
 
-    def _stop(self, *, is_fast: bool) -> None:
-        """Begin to stop, or hurry a stop that has begun."""
+    def _stop(self, *, is_fast: bool, phase: Phase = Phase.SHUTDOWN) -> None:
+        """Begin to stop, or hurry a stop that has begun; ``phase`` is why sessions then end."""
         if self._state is State.STOPPING:
             return  # it cannot be hurried more, and must not be given its time anew
         if is_fast or self._state is State.DRAINING:
-            op, self._state, patience = Op.STOP, State.STOPPING, KILL_AFTER_S
+            self._state = State.STOPPING
         elif self._state is State.RUNNING:
-            limit_s = self._service.config.settings.drain_timeout_s
-            patience = STOP_TIMEOUT_S if limit_s is None else limit_s or math.inf
-            op, self._state = Op.DRAIN, State.DRAINING
+            self._state = State.DRAINING
         else:
             return
-        workers = self._fleet.processes()
-        log.info("master.stopping how=%s workers=%d", op, len(workers))
         # A successor that has to give up speaks for nobody: the one that goes on does.
         if not (self._handover.has_heir or upgrade.has_predecessor()):
             notify.notify("STOPPING=1")
         self._handover.give_up()
         self._requests.on_stopping()
         self._reloading.cancel()
-        self._deadline = time.monotonic() + patience
         # Ours are the last copies once the workers, which serve what is queued first, have let go:
         # who comes now is refused at once instead of waiting in a queue that nobody serves.
         self._service.table.close()
-        for process in workers:
-            self._fleet.tell(process, op, is_last=not self._handover.has_heir)
+        if self._state is State.STOPPING:
+            self._ending.reset(phase, with_those_before=not self._handover.has_heir)
+        else:
+            limit_s = self._service.config.settings.drain_timeout_s
+            if limit_s is None:  # nobody waits for one that has an heir; a signal hurries it
+                limit_s = 0 if self._handover.has_heir else STOP_TIMEOUT_S
+            self._ending.drain(limit_s or math.inf)
 
     # -- one turn
 
@@ -231,15 +231,15 @@ class Master:
             self._naming.turn(time.monotonic())
             self._fleet.supervise()
             self._settle()
-        elif not self._fleet.processes() and not self._handover.is_under_way:
+        elif self._ending.is_over:
             self._state = State.STOPPED
-            self._requests.on_stopped()
+            self._handover.say_last_words()
+            self._requests.on_stopped(self._ending.sum_up())
             return
         else:
             self._fleet.end_hung(time.monotonic())
             self._fleet.tell_news()  # SIGUSR1 means those that drain, too
-            if time.monotonic() >= self._deadline:
-                self._on_deadline()
+            self._ending.turn(time.monotonic())
         self._fleet.questions.expire(time.monotonic())
         self._requests.turn()
         for key, _ in self._selector.select(self._patience()):
@@ -256,7 +256,7 @@ class Master:
             if self._may_bind_late:
                 deadlines += [self._late.deadline, self._surroundings.deadline]
         else:
-            deadlines = [self._deadline, self._fleet.next_look()]
+            deadlines = [self._ending.next_deadline(), self._fleet.next_look()]
         deadlines += [self._requests.deadline, self._watchdog.deadline, self._handover.deadline]
         deadlines += [self._fleet.questions.deadline]
         known = [deadline for deadline in deadlines if deadline is not None]
@@ -274,7 +274,7 @@ class Master:
             self._handover.note_reload()
             self.reload()
         elif number is signal.SIGUSR1:
-            self._fleet.logs.reopen()
+            self._ending.sessions.reopen_logs()
         elif number is signal.SIGUSR2:
             self.upgrade()
         elif number is signal.SIGTTIN:
@@ -283,14 +283,6 @@ class Master:
             self.resize(self._fleet.size - 1)
         else:
             self._stop(is_fast=number is not signal.SIGTERM)
-
-    def _on_deadline(self) -> None:
-        if self._state is State.DRAINING:
-            log.warning("master: sessions are left after drain_timeout, ending them")
-            self._stop(is_fast=True)
-            return
-        self._deadline = time.monotonic() + KILL_AFTER_S
-        self._fleet.kill("does not stop, killing it")
 
     def _reap(self) -> None:
         with suppress(ChildProcessError):  # no child is left
@@ -344,7 +336,7 @@ class Master:
                 "READY=1",
                 f"STATUS={len(self._service.config.rules)} rules",
             )
-            self._handover.say_ready(has_dropped_some=has_dropped_some)
+            self._handover.say_ready(self._service.config, has_dropped_some=has_dropped_some)
 
     @property
     def _may_bind_late(self) -> bool:
@@ -391,15 +383,16 @@ class Master:
             "workers": self._fleet.describe(now),
             "helpers": self._naming.helper.describe(now),
             "rules": self._naming.describe(self._fleet.describe_failing(rules, now), now),
+            "predecessors": self._handover.describe(),
         }
 
     def list_sessions(self, choice: dict[str, object], callback: Answered) -> None:
-        """Ask the workers for some of their sessions."""
-        self._fleet.ask(Op.LIST, choice, callback)
+        """Ask the workers, and old masters that drain, for some of their sessions."""
+        self._ending.sessions.ask(Op.LIST, choice, callback)
 
     def kill_sessions(self, choice: dict[str, object], callback: Answered) -> None:
-        """Have the workers end some of their sessions."""
-        self._fleet.ask(Op.KILL, choice, callback)
+        """Have the workers, and old masters that drain, end some of their sessions."""
+        self._ending.sessions.ask(Op.KILL, choice, callback)
 
     def resize(self, size: int) -> str:
         """Begin to have ``size`` workers. Returns why not, or ""."""
@@ -455,8 +448,15 @@ class Master:
         """A successor serves: let our sessions end."""
         self._service.table.disown()
         self._stop(is_fast=False)
-        if self._service.config.settings.drain_timeout_s is None:
-            self._deadline = math.inf  # nobody waits for this process; a signal hurries it
+
+    def end(self, phase: Phase) -> None:
+        """Sessions have had their time, or the successor wants us gone."""
+        self._stop(is_fast=True, phase=phase)
+
+    @property
+    def elder(self) -> Elder:
+        """What a successor may ask of us."""
+        return self._ending
 
     # -- what a reload asks, see reloading.Reloadable
 
@@ -493,3 +493,4 @@ class Master:
         # Those that go now are served for a moment yet; the next reload forgets them.
         self._fleet.forget_rules()
         self._fleet.resize(size)
+        self._handover.on_configuration(candidate.config)

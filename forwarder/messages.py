@@ -2,10 +2,12 @@
 
 Master to worker: SOCKETS (listening sockets, by id), APPLY (which of them serve which rule, from
 now on), LOGS (where the connection log goes), NAMES (their addresses, see ``upstream.messages``),
-DRAIN, STOP, LIST and KILL (some of its sessions). Worker to master: APPLIED, LEAVING, REFRESH (look
-a name up soon), FAILING (addresses of upstreams that do), and ANSWER to LIST or KILL. A worker that
-starts, one that gets a new configuration and one that takes over another's sockets do the same:
-apply an assignment. One that cannot says so in APPLIED, by ``refusal``, and goes on as before.
+DRAIN, STOP, LIST and KILL (some of its sessions), ACCESS (who may use which rule, by the word of an
+heir). Worker to master: APPLIED, LEAVING, REFRESH (look a name up soon), FAILING (addresses of
+upstreams that do), and ANSWER to LIST or KILL. A worker that starts, one that gets a new
+configuration and one that takes over another's sockets do the same: apply an assignment. One that
+cannot says so in APPLIED, by ``refusal``, and goes on as before. What masters say to each other:
+``lineage``.
 
 The assignment travels pickled, from the master to its own forked child, never the other way: a
 worker may run with fewer rights than the master and must not be able to make it run anything.
@@ -21,7 +23,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
-from forwarder.config.model import LogFormat
+from forwarder.config.model import AccessRule, LogFormat, Verdict
+from forwarder.errors import Place
 from forwarder.net.channel import (
     MAX_FDS,
     MAX_MESSAGE_BYTES,
@@ -30,7 +33,7 @@ from forwarder.net.channel import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from forwarder.config.model import Config, LogPlace
     from forwarder.net.channel import Channel, Received
@@ -57,6 +60,8 @@ class Op(StrEnum):
     FAILING = "failing"
     NAMES = "names"
     REFRESH = "refresh"
+    ACCESS = "access"
+    DRAINS = "drains"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +127,46 @@ def read_answer(received: Received) -> object:
     if not received.fds:  # short, or we had no descriptor for it
         return received.message["answer"]
     return json.loads(from_memory_file(received.fds.pop(0), MAX_ANSWER_BYTES))
+
+
+def access_file(config: Config) -> int:
+    """Who may use which rule, as JSON in a memory file, whose descriptor becomes the caller's.
+
+    For workers of older code, so it holds nothing but texts. Raises OSError.
+    """
+    content = {
+        "all": _access_texts(config.access),
+        "rules": {rule.name: _access_texts(rule.access) for rule in config.rules},
+    }
+    return to_memory_file(json.dumps(content).encode())
+
+
+def _access_texts(rules: Iterable[AccessRule]) -> list[tuple[str, str]]:
+    return [(rule.verdict.value, rule.pattern) for rule in rules]
+
+
+def send_access(channel: Channel, fd: int) -> None:
+    """Send an access file; the descriptor stays the sender's. Raises OSError."""
+    channel.send({"op": Op.ACCESS}, [os.dup(fd)], gives=True)
+
+
+def read_access(fd: int) -> tuple[list[AccessRule], dict[str, list[AccessRule]]]:
+    """The access rules for everybody and of each rule, in an access file, which is closed.
+
+    Raises ValueError for nonsense.
+    """
+    content = json.loads(from_memory_file(fd, MAX_ANSWER_BYTES))
+    return _access_rules(content["all"]), {
+        name: _access_rules(texts) for name, texts in content["rules"].items()
+    }
+
+
+def _access_rules(texts: Iterable[tuple[str, str]]) -> list[AccessRule]:
+    place = Place("upgrade")
+    return [
+        AccessRule(verdict=Verdict(verdict), pattern=pattern, place=place)
+        for verdict, pattern in texts
+    ]
 
 
 def send_logs(channel: Channel, places: Sequence[tuple[LogPlace, int | None]]) -> None:

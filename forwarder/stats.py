@@ -19,7 +19,8 @@ Row: TypeAlias = "memoryview[int]"
 
 # Of one rule in one worker. SESSIONS are open now; all others only grow. REFUSED are clients that
 # were turned away and got no session. ATTEMPTS_FAILED: addresses of upstreams that refused, or did
-# not answer in time. BYTES_* have those of open sessions at the last beat.
+# not answer in time. SESSIONS_CUT: sessions that a stop or drain_timeout has reset, or the death of
+# their worker. BYTES_* have those of open sessions at the last beat.
 # At any time, sum of ENDS + SESSIONS = SESSIONS_TOTAL + REFUSED.
 (
     SESSIONS,
@@ -31,9 +32,10 @@ Row: TypeAlias = "memoryview[int]"
     BYTES_SPLICED,
     DATAGRAMS_DROPPED,
     ATTEMPTS_FAILED,
-) = range(9)
+    SESSIONS_CUT,
+) = range(10)
 # How long connecting took: below 1 ms, below 2, 4, 8 ... ms, and longer.
-CONNECT_MS: Final = ATTEMPTS_FAILED + 1
+CONNECT_MS: Final = SESSIONS_CUT + 1
 CONNECT_BUCKETS: Final = 16
 # How often sessions ended for each reason, in the order of ``errors.REASONS``.
 ENDS: Final = CONNECT_MS + CONNECT_BUCKETS
@@ -172,6 +174,7 @@ class Tally:
             kept = list(row)
             if number:
                 kept[_LOST] += kept[SESSIONS]
+                kept[SESSIONS_CUT] += kept[SESSIONS]
                 kept[SESSIONS] = 0
             else:
                 for name in _STATES:
@@ -185,6 +188,10 @@ class Tally:
         for row in living:
             found = _add(found, row)
         return found
+
+    def sum(self, column: int) -> int:
+        """One counter of rules, over all rules and all workers that are gone."""
+        return sum(row[column] for number, row in self._gone.items() if number)
 
     def forget(self, number: int) -> None:
         """A row begins anew."""

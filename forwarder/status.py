@@ -57,6 +57,10 @@ def as_text(status: Mapping[str, object]) -> list[str]:
         f"now {_number(rates.get('sessions_total_per_s')):.1f} new sessions/s, "
         f"{as_bytes(_count(rates, 'bytes_c2u_per_s'))}/s to upstreams, "
         f"{as_bytes(_count(rates, 'bytes_u2c_per_s'))}/s to clients",
+        *(
+            f"predecessor pid {one.get('pid')} drains, {_sessions(_count(one, 'sessions'))}"
+            for one in map(_table, _list(status.get("predecessors")))
+        ),
         "",
     ]
     workers = [_worker_row(_table(worker)) for worker in _list(status.get("workers"))]
@@ -92,6 +96,19 @@ def _failing_as_text(rules: Iterable[Mapping[str, object]]) -> list[str]:
                 f"{failing.get('why')}"
             )
     return ["", *lines] if lines else []
+
+
+def stop_as_text(answer: Mapping[str, object]) -> str:
+    """What has become of sessions at a stop, for people."""
+    ended, cut = _count(answer, "ended"), _count(answer, "cut")
+    if not ended and not cut:
+        return "stopped"
+    after_s = _number(answer.get("after_s"))
+    return f"stopped: {ended} ended, {cut} reset after {after_s:.{0 if after_s >= 10 else 1}f} s"
+
+
+def _sessions(count: int) -> str:
+    return f"{count} session{'' if count == 1 else 's'}"
 
 
 def sessions_as_text(sessions: Sequence[object]) -> list[str]:

@@ -14,7 +14,6 @@ import signal
 import socket
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 from itertools import islice
@@ -32,13 +31,12 @@ from forwarder.errors import Phase
 from forwarder.gate import Holder
 from forwarder.heartbeat import BEAT_S
 from forwarder.inherit import OrphanDoor
-from forwarder.messages import Op, read_assignment, read_logs, send_answer
-from forwarder.net.channel import Channel, ChannelClosed, Received
+from forwarder.messages import Op, read_access, read_assignment, read_logs, send_answer
+from forwarder.net.channel import ChannelClosed, Received
 from forwarder.relay import listing
 from forwarder.relay.conversation import State
-from forwarder.relay.interfaces import look_at_interfaces
 from forwarder.relay.listener import listener_class
-from forwarder.relay.listing import denied_sessions
+from forwarder.relay.listing import denied_by, denied_sessions
 from forwarder.relay.relay import Relay
 from forwarder.upstream.failing import of_pools
 from forwarder.upstream.messages import read_answers
@@ -49,15 +47,12 @@ from forwarder.upstream.wanted import upstream_names
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from forwarder.board import Board
-    from forwarder.config.model import Config, RelayMode, Rule
-    from forwarder.gate import Gate, Holdings
-    from forwarder.heartbeat import Heartbeats
+    from forwarder.config.model import Config, Rule
     from forwarder.messages import Assignment
     from forwarder.net.channel import Message
-    from forwarder.privileges import Identity
     from forwarder.relay.conversation import Conversation
     from forwarder.relay.listener import AnyListener
+    from forwarder.workerspec import WorkerSpec
 
 log = logging.getLogger(__name__)
 
@@ -92,22 +87,6 @@ class WorkerExit(Enum):
 
     STOPPED = 0
     CRASHED = 70
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerSpec:
-    """What a worker is born with. Rules and sockets come over the channel, which it owns."""
-
-    slot: int
-    cell: int  # of the heartbeats
-    channel: Channel
-    heartbeats: Heartbeats
-    board: Board
-    gate: Gate
-    holdings: Holdings
-    relay: RelayMode
-    identity: Identity | None
-    capabilities: int  # that it keeps
 
 
 def main(spec: WorkerSpec) -> WorkerExit:
@@ -152,13 +131,13 @@ class Worker:
         self._pools: dict[str, Pool] = {}
         self._listeners: dict[int, AnyListener] = {}
         self._sockets: dict[int, socket.socket] = {}
-        self._unreceived: list[int] = []  # ids of sockets for which there was no descriptor
+        self._unreceived: list[int] = []  # ids of sockets that could not be taken over
         self._in_force: Assignment | None = None
         self._has_said_failing = False
-        self._needing: list[Pool] = []  # those whose upstreams need interfaces that are named
         self._board = spec.board
         self._done: asyncio.Future[WorkerExit] = loop.create_future()
         self._is_draining = False
+        self._last_phase = Phase.SHUTDOWN  # why sessions end that are left when we leave
         self._door: OrphanDoor | None = None
 
     async def run(self) -> WorkerExit:
@@ -172,7 +151,9 @@ class Worker:
         """Give back everything. Sessions that are left are reset."""
         self._loop.remove_reader(self._channel.fileno())
         self._stop_listening()
-        self._relay.abort_sessions(Phase.SHUTDOWN, "worker stopped")
+        is_late = self._last_phase is Phase.DRAIN
+        why = "drain_timeout" if is_late else "worker stopped"
+        self._relay.abort_sessions(self._last_phase, why)
         self._relay.count(self._board.row(0))
         self._relay.close()
         self._channel.close()
@@ -211,9 +192,17 @@ class Worker:
                 self._loop.call_later(LAST_SILENCE_S, self._end_unresolved)
             self._end_sessions_after(received.message["limit_s"], self._relay.sessions)
         elif op == Op.STOP:
+            self._last_phase = Phase(received.message["phase"])
             self._finish()
-        elif op in (Op.LIST, Op.KILL):
+        else:
+            self._handle_about_sessions(received)
+
+    def _handle_about_sessions(self, received: Received) -> None:
+        op = received.message["op"]
+        if op in (Op.LIST, Op.KILL):
             self._answer(received.message)
+        elif op == Op.ACCESS:
+            self._on_access(received)
 
     def _take_sockets(self, received: Received) -> None:
         """Own listening sockets, for assignments to come."""
@@ -319,9 +308,7 @@ class Worker:
     def _look_at_upstreams(self) -> None:
         """Notice interfaces that come and go, and say which addresses fail, if some do."""
         relay = self._relay
-        if self._needing:
-            relay.poller.read_clock()
-            look_at_interfaces(relay, self._needing)
+        relay.look_at_interfaces()
         failing = [*relay.failing]
         if not failing and not self._has_said_failing:
             return
@@ -329,8 +316,9 @@ class Worker:
             if not pool.failures or self._pools.get(pool.rule.name) is not pool:
                 del relay.failing[pool]
         if not self._channel.has_outbox:
-            self._say(Op.FAILING, failing=of_pools(relay.failing, self._loop.time()))
-            self._has_said_failing = bool(relay.failing)
+            said = of_pools(relay.failing, self._loop.time())
+            self._has_said_failing = bool(said)
+            self._say(Op.FAILING, failing=said)
 
     # -- acting
 
@@ -369,7 +357,7 @@ class Worker:
         }
         self._relay.pipes.budget_pages = assignment.pipe_budget_pages
         self._relay.flows.workers = assignment.workers
-        self._needing = [pool for pool in self._pools.values() if pool.needs_interfaces]
+        self._relay.needing = [pool for pool in self._pools.values() if pool.needs_interfaces]
         self._names.keep(upstream_names(rules).keys())
         self._relay.restrictions.apply(
             self._pools.values(), assignment.config.settings.max_sessions, self._relay.sessions
@@ -383,7 +371,7 @@ class Worker:
             [session for session in self._relay.sessions if session.pool.origin in gone],
         )
         if assignment.config.settings.cut_denied:
-            by_rule = dict(zip((rule.name for rule in rules), accesses, strict=True))
+            by_rule = {rule.name: access for rule, access in zip(rules, accesses, strict=True)}
             of = partial(access_of, assignment.config)
             denied = denied_sessions(self._relay.sessions, by_rule, of)
             self._relay.abort_sessions(Phase.ACCESS, "not allowed any more", denied)
@@ -402,8 +390,24 @@ class Worker:
             listener.access = access
             return
         listener = kind(self._loop, self._relay, self._sockets[socket_id], pool, access)
-        listener.start()
+        try:
+            listener.start()
+        except OSError as err:  # ENOSPC, ENOMEM: the set takes no more for now, epoll_ctl(2)
+            what = f"worker: cannot listen for rule {rule.name}: {err.strerror}; trying again"
+            warn_rarely(log, what, what, logging.ERROR)
+            self._sockets.pop(socket_id).close()
+            self._unreceived.append(socket_id)
+            return
         self._listeners[socket_id] = listener
+
+    def _on_access(self, received: Received) -> None:
+        """A successor of our master has read other access rules than we have."""
+        if not received.fds:
+            log.error("worker: no descriptor left to hear who is denied")
+            return
+        everywhere, rules = read_access(received.fds.pop())
+        denied = denied_by(self._relay.sessions, everywhere, rules)
+        self._relay.abort_sessions(Phase.ACCESS, "not allowed any more", denied)
 
     def _acknowledge(self, serial: int, refusal: str = "") -> None:
         """Say what is in force, and which sockets did not arrive; the master sends those again.

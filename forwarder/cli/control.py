@@ -169,8 +169,7 @@ def upgrade_command(control: str | None) -> None:
 @control_option
 def stop_command(control: str | None) -> None:
     """Let sessions end, for drain_timeout or 30 s, and stop; wait for it. Once more: at once."""
-    ask(control, {"op": "stop"}, None)
-    click.echo("stopped")
+    click.echo(status.stop_as_text(ask(control, {"op": "stop"}, None)))
 
 
 @click.command(

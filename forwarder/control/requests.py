@@ -292,8 +292,8 @@ class Requests:
         for reply in waiting:
             reply(refusal(STOPPING))
 
-    def on_stopped(self) -> None:
-        """All workers have gone."""
+    def on_stopped(self, report: Message) -> None:
+        """All workers have gone, and old masters; ``report`` says what has become of sessions."""
         for reply in self._stopping:
-            reply({"ok": True})
+            reply({"ok": True, **report})
         self._stopping.clear()

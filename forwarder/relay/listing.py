@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from forwarder.access import Decision, pattern_matcher
+from forwarder.access import AccessList, Decision, pattern_matcher
 from forwarder.net.sockets import client_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-    from forwarder.access import AccessList
-    from forwarder.config.model import Rule
+    from forwarder.config.model import AccessRule, Rule
     from forwarder.relay.conversation import Conversation
 
 
@@ -95,3 +94,18 @@ def describe(session: Conversation, now: float) -> dict[str, object]:
         "age_s": round(now - session.started_at, 1),
         "idle_s": round(now - session.active_at, 1),
     }
+
+
+def denied_by(
+    sessions: Iterable[Conversation],
+    everywhere: Sequence[AccessRule],
+    rules: Mapping[str, Sequence[AccessRule]],
+) -> list[Conversation]:
+    """Sessions whose client may not use their rule by what others have read.
+
+    ``everywhere`` holds for all rules, ``rules`` are those of each rule.
+    """
+    by_rule = {name: AccessList.compile(everywhere, own) for name, own in rules.items()}
+    return denied_sessions(
+        sessions, by_rule, lambda rule: AccessList.compile(everywhere, rule.access)
+    )

@@ -26,6 +26,7 @@ from forwarder.rarely import Rarely
 from forwarder.relay import reporting
 from forwarder.relay.admission import client_host
 from forwarder.relay.bridge import Bridge
+from forwarder.relay.conversation import State
 from forwarder.relay.datagram_ways import Way
 from forwarder.relay.direction import BULK_BYTES, SMALL_BYTES, Direction
 from forwarder.relay.flow import Flow
@@ -49,6 +50,7 @@ from forwarder.stats import (
     ENDS,
     REFUSED,
     SESSIONS,
+    SESSIONS_CUT,
     SESSIONS_TOTAL,
     connect_bucket,
 )
@@ -77,6 +79,7 @@ MAX_SETTLED: Final = 1024 if udp.FINDS_FLOWS_BY_HASH else 256
 # When to look whether the spare descriptor can be had again, if no client asks before. Arbitrary.
 RESERVE_AFTER_S: Final = 0.5
 _TCP: Final = Protocol.TCP
+_ENDED: Final = frozenset({State.ABORTING, State.CLOSED})  # the end has been told
 
 
 class Relay:
@@ -128,6 +131,7 @@ class Relay:
         self.wildcard_ports: Counter[int] = Counter()
         self.flows = FlowTables()
         self.failing: dict[Pool, None] = {}  # rules some of whose addresses fail, or did
+        self.needing: list[Pool] = []  # rules whose upstreams need interfaces that are named
         self.connlog = ConnectionLog()
         self._bytes_c2u = self._bytes_u2c = self._bytes_spliced = 0
         self.restrictions = Restrictions(loop, holder)
@@ -314,7 +318,10 @@ class Relay:
         self, phase: Phase, why: str, sessions: Iterable[Conversation] | None = None
     ) -> None:
         """End sessions by RST, all or some; one that has ended is passed over."""
+        is_cut = phase in (Phase.DRAIN, Phase.SHUTDOWN)
         for session in tuple(self.sessions if sessions is None else sessions):
+            if is_cut and session.state not in _ENDED:
+                session.pool.counts[SESSIONS_CUT] += 1
             session.abort(CloseReason(Who.US, phase, why))
 
     def end_silent_flows(self, limit_s: float) -> None:
@@ -385,6 +392,17 @@ class Relay:
         handler = self.poller.handler(fd)
         if isinstance(handler, Way | Trial):
             handler.on_report(number)
+
+    def look_at_interfaces(self) -> None:
+        """Notice which interfaces have come or gone; some microseconds for each that is named."""
+        if self.needing:
+            self.poller.read_clock()
+        for pool in self.needing:
+            for what, why in pool.interfaces():
+                if why:
+                    self.on_unanswered(pool, what, why)
+                else:
+                    self.on_attempt_worked(pool, what)
 
     def warn_rarely(self, about: str, message: str) -> None:
         """Log a warning; further ones about the same only now and then, with a count."""

@@ -98,7 +98,7 @@ def test_a_stop_answers_everybody() -> None:
     requests.handle({"op": "workers", "count": "+1"}, lambda answer: answers.append(answer["ok"]))
     requests.on_stopping()
     assert answers == [False, False]
-    requests.on_stopped()
+    requests.on_stopped({})
     assert answers == [False, False, True]
 
 

@@ -7,14 +7,16 @@ import selectors
 import socket
 from typing import TYPE_CHECKING, cast
 
+from forwarder.asking import Questions
 from forwarder.handover import Handover
-from forwarder.upgrade import Successor
+from forwarder.lineage import Heir
 
 if TYPE_CHECKING:
     import pytest
 
     from forwarder.control.requests import Requests
     from forwarder.handover import Incumbent
+    from forwarder.lineage import Elder
 
 
 def test_a_reload_is_passed_on_to_the_heir_as_long_as_that_lives(
@@ -24,14 +26,10 @@ def test_a_reload_is_passed_on_to_the_heir_as_long_as_that_lives(
     killed: list[int] = []
     monkeypatch.setattr(os, "kill", lambda pid, _number: killed.append(pid))
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    ours.setblocking(False)
-    with selectors.DefaultSelector() as selector, ours, theirs:
-        handover = Handover(cast("Incumbent", None), selector, cast("Requests", None))
-        heir = Successor.__new__(Successor)
-        heir.pid, heir.line, heir.end = 12345, ours, None
-        heir._said_of_end = "without a word"
-        handover._has_heir, handover._heir = True, heir
-        selector.register(heir, selectors.EVENT_READ, handover._hear_heir)
+    with selectors.DefaultSelector() as selector, theirs:
+        requests = cast("Requests", None)
+        handover = Handover(cast("Incumbent", None), selector, requests, Questions())
+        handover._heir = Heir(12345, ours, selector, cast("Elder", None))
         handover.note_reload()
         assert killed == [12345]
         theirs.close()
@@ -39,4 +37,3 @@ def test_a_reload_is_passed_on_to_the_heir_as_long_as_that_lives(
             key.data()
         handover.note_reload()
         assert killed == [12345]
-        assert handover.has_heir

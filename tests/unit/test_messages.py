@@ -31,6 +31,7 @@ from forwarder.messages import (
     send_logs,
 )
 from forwarder.net.channel import MAX_AT_ONCE, Channel, Received, channel_kind, to_memory_file
+from forwarder.sessions import Sessions
 from forwarder.slot import WorkerProcess, WorkerTables
 
 if TYPE_CHECKING:
@@ -57,7 +58,8 @@ class Worker:
 
     def ask(self) -> int:
         """Have the fleet ask for something; returns the number of the question."""
-        self.fleet.ask(Op.LIST, {}, lambda found, silent: self.heard.append((found, silent)))
+        callback = lambda found, silent: self.heard.append((found, silent))  # noqa: E731
+        Sessions(self.fleet, lambda: None).ask(Op.LIST, {}, callback)
         number = json.loads(self.sock.recv(1000))["number"]
         assert isinstance(number, int)
         return number
