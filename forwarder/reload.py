@@ -148,8 +148,14 @@ class Loader:
 
     def start(self, load: Callable[[], Candidate], now: float) -> None:
         """Begin, as Loading does, when nothing is under way. Raises OSError."""
-        self._loading = Loading(load, self._release, now)
-        self._selector.register(self._loading, selectors.EVENT_READ, self._hear)
+        loading = Loading(load, self._release, now)
+        try:
+            self._selector.register(loading, selectors.EVENT_READ, self._hear)
+        except OSError:
+            loading.cancel()
+            loading.close()
+            raise
+        self._loading = loading
 
     def turn(self, now: float) -> None:
         """Give up what takes too long."""

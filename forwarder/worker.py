@@ -35,6 +35,7 @@ from forwarder.messages import Op, read_access, read_assignment, read_logs, send
 from forwarder.net.channel import ChannelClosed, Received
 from forwarder.relay import listing
 from forwarder.relay.conversation import State
+from forwarder.relay.interfaces import look_at_interfaces
 from forwarder.relay.listener import listener_class
 from forwarder.relay.listing import denied_by, denied_sessions
 from forwarder.relay.relay import Relay
@@ -131,9 +132,10 @@ class Worker:
         self._pools: dict[str, Pool] = {}
         self._listeners: dict[int, AnyListener] = {}
         self._sockets: dict[int, socket.socket] = {}
-        self._unreceived: list[int] = []  # ids of sockets that could not be taken over
+        self._unreceived: list[int] = []  # ids of sockets for which there was no descriptor
         self._in_force: Assignment | None = None
         self._has_said_failing = False
+        self._needing: list[Pool] = []  # those whose upstreams need interfaces that are named
         self._board = spec.board
         self._done: asyncio.Future[WorkerExit] = loop.create_future()
         self._is_draining = False
@@ -308,7 +310,9 @@ class Worker:
     def _look_at_upstreams(self) -> None:
         """Notice interfaces that come and go, and say which addresses fail, if some do."""
         relay = self._relay
-        relay.look_at_interfaces()
+        if self._needing:
+            relay.poller.read_clock()
+            look_at_interfaces(relay, self._needing)
         failing = [*relay.failing]
         if not failing and not self._has_said_failing:
             return
@@ -316,9 +320,8 @@ class Worker:
             if not pool.failures or self._pools.get(pool.rule.name) is not pool:
                 del relay.failing[pool]
         if not self._channel.has_outbox:
-            said = of_pools(relay.failing, self._loop.time())
-            self._has_said_failing = bool(said)
-            self._say(Op.FAILING, failing=said)
+            self._say(Op.FAILING, failing=of_pools(relay.failing, self._loop.time()))
+            self._has_said_failing = bool(relay.failing)
 
     # -- acting
 
@@ -357,7 +360,7 @@ class Worker:
         }
         self._relay.pipes.budget_pages = assignment.pipe_budget_pages
         self._relay.flows.workers = assignment.workers
-        self._relay.needing = [pool for pool in self._pools.values() if pool.needs_interfaces]
+        self._needing = [pool for pool in self._pools.values() if pool.needs_interfaces]
         self._names.keep(upstream_names(rules).keys())
         self._relay.restrictions.apply(
             self._pools.values(), assignment.config.settings.max_sessions, self._relay.sessions
@@ -371,7 +374,7 @@ class Worker:
             [session for session in self._relay.sessions if session.pool.origin in gone],
         )
         if assignment.config.settings.cut_denied:
-            by_rule = {rule.name: access for rule, access in zip(rules, accesses, strict=True)}
+            by_rule = dict(zip((rule.name for rule in rules), accesses, strict=True))
             of = partial(access_of, assignment.config)
             denied = denied_sessions(self._relay.sessions, by_rule, of)
             self._relay.abort_sessions(Phase.ACCESS, "not allowed any more", denied)
@@ -390,14 +393,7 @@ class Worker:
             listener.access = access
             return
         listener = kind(self._loop, self._relay, self._sockets[socket_id], pool, access)
-        try:
-            listener.start()
-        except OSError as err:  # ENOSPC, ENOMEM: the set takes no more for now, epoll_ctl(2)
-            what = f"worker: cannot listen for rule {rule.name}: {err.strerror}; trying again"
-            warn_rarely(log, what, what, logging.ERROR)
-            self._sockets.pop(socket_id).close()
-            self._unreceived.append(socket_id)
-            return
+        listener.start()
         self._listeners[socket_id] = listener
 
     def _on_access(self, received: Received) -> None:

@@ -129,8 +129,11 @@ class ControlServer:
         """Handle one request, if there is one, and let idle clients go."""
         now = self._clock()
         if self._paused_until is not None and now >= self._paused_until:
-            self._paused_until = None
-            self._selector.register(self._listener.sock, selectors.EVENT_READ, self._on_connect)
+            try:
+                self._selector.register(self._listener.sock, selectors.EVENT_READ, self._on_connect)
+                self._paused_until = None
+            except OSError:
+                self._paused_until = now + PAUSE_S
         for client in tuple(self._clients):
             if not client.is_busy and now - client.active_at >= IDLE_S:
                 self._drop(client)
@@ -205,8 +208,14 @@ class ControlServer:
             return
         if client.events:
             self._selector.unregister(client.sock)
+        client.events = 0
         if wanted:
-            self._selector.register(client.sock, wanted, lambda: self._on_ready(client))
+            try:
+                self._selector.register(client.sock, wanted, lambda: self._on_ready(client))
+            except OSError as err:  # ENOMEM, ENOSPC: epoll_ctl(2)
+                log.warning("control: a client is dropped: %s", err.strerror)
+                self._drop(client)
+                return
         client.events = wanted
 
     # -- requests and answers
@@ -296,5 +305,8 @@ def _turn_away(sock: socket.socket, answer: Message) -> None:
 
 def _is_trusted(sock: socket.socket) -> bool:
     """Whether the other end runs as us or as root."""
-    _, uid = peer_credentials(sock)
+    try:
+        _, uid = peer_credentials(sock)
+    except OSError:
+        return False
     return uid in (0, os.geteuid())

@@ -159,6 +159,8 @@ class Dialer:
     @property
     def is_racing(self) -> bool:
         """Whether an attempt is under way, beside which another one would be a rival."""
+        if not self._attempts:  # as for nearly every session
+            return False
         return any(attempt.sock is not None for attempt in self._attempts)
 
     def start(self) -> None:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from forwarder.errors import CloseReason, Phase, Who
 from forwarder.net import sockets
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 # As in ``conversation``: looking members up would cost.
 _RESOLVING, _OPEN, _CLOSED = State.RESOLVING, State.OPEN, State.CLOSED
+# Not joined by |, which would make a type each time.
+_BY_UDP: Final = (DatagramWay, StreamToDatagram)
 
 
 class Flow(Conversation):
@@ -116,7 +118,7 @@ class Flow(Conversation):
         ``gathers``: the kernel may hand over several datagrams as one.
         """
         c2u = self.c2u
-        assert isinstance(c2u, DatagramWay | StreamToDatagram)  # noqa: S101 - by UDP
+        assert isinstance(c2u, _BY_UDP)  # noqa: S101 - by UDP
         has_others = self.dialer is not None and self.dialer.has_others
         self.dialer = None
         self.upstream = self.u2c.src = upstream
@@ -168,7 +170,7 @@ class Flow(Conversation):
         What the one that is left still says until then is passed on.
         """
         c2u = self.c2u
-        assert isinstance(c2u, DatagramWay | StreamToDatagram)  # noqa: S101 - by UDP
+        assert isinstance(c2u, _BY_UDP)  # noqa: S101 - by UDP
         c2u.detach(again)
         if c2u.holds_data:
             self._go_elsewhere()
@@ -202,7 +204,7 @@ class Flow(Conversation):
     @property
     def _is_detached(self) -> bool:
         c2u = self.c2u
-        return isinstance(c2u, DatagramWay | StreamToDatagram) and c2u.to.fd < 0
+        return isinstance(c2u, _BY_UDP) and c2u.to.fd < 0
 
     # -- what the ways tell
 

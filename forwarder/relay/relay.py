@@ -131,7 +131,6 @@ class Relay:
         self.wildcard_ports: Counter[int] = Counter()
         self.flows = FlowTables()
         self.failing: dict[Pool, None] = {}  # rules some of whose addresses fail, or did
-        self.needing: list[Pool] = []  # rules whose upstreams need interfaces that are named
         self.connlog = ConnectionLog()
         self._bytes_c2u = self._bytes_u2c = self._bytes_spliced = 0
         self.restrictions = Restrictions(loop, holder)
@@ -392,17 +391,6 @@ class Relay:
         handler = self.poller.handler(fd)
         if isinstance(handler, Way | Trial):
             handler.on_report(number)
-
-    def look_at_interfaces(self) -> None:
-        """Notice which interfaces have come or gone; some microseconds for each that is named."""
-        if self.needing:
-            self.poller.read_clock()
-        for pool in self.needing:
-            for what, why in pool.interfaces():
-                if why:
-                    self.on_unanswered(pool, what, why)
-                else:
-                    self.on_attempt_worked(pool, what)
 
     def warn_rarely(self, about: str, message: str) -> None:
         """Log a warning; further ones about the same only now and then, with a count."""

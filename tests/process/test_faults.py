@@ -1,6 +1,6 @@
 """Calls of the kernel that fail under load: what that costs, and that all is well afterwards.
 
-The ten most telling of those that ``make faults`` tries; docs/faults.md has all.
+The most telling of those that ``make faults`` tries; docs/faults.md has all.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ COSTS = [
     Case("epoll_ctl", "ENOSPC", OFTEN),
     Case("recvmsg", "ENOMEM", ALWAYS, is_worker=False, doing=Doing.DEATH),
     Case("epoll_ctl", "ENOSPC", "1", is_worker=False, doing=Doing.DEATH),
+    Case("epoll_ctl", "ENOSPC", "1", is_worker=False, doing=Doing.RELOAD),
+    Case("epoll_ctl", "ENOSPC", "1", is_worker=False, doing=Doing.STATUS),
+    Case("getsockopt", "ENOBUFS", ALWAYS, is_worker=False, doing=Doing.STATUS),
 ]
 
 
