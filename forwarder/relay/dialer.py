@@ -115,7 +115,10 @@ class Attempt:
 
     def on_events(self, mask: int) -> None:
         """Handle the outcome of the connect."""
-        self.dialer.on_outcome(self, mask)
+        if mask & BROKEN:
+            self.dialer.on_broken(self, mask)
+        elif mask & WRITABLE and self.sock is not None:
+            self.dialer.win(self, self.sock, mask)
 
     def on_bug(self) -> None:
         """End the session whose event handler failed."""
@@ -184,19 +187,16 @@ class Dialer:
         if not self._attempts:
             self._fail()
 
-    def on_outcome(self, attempt: Attempt, mask: int) -> None:
-        """Handle events of an attempt."""
+    def on_broken(self, attempt: Attempt, mask: int) -> None:
+        """An attempt has failed, unless it was reset only after it had not."""
         sock = attempt.sock
         if sock is None:
             return
-        if mask & BROKEN:
-            error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            if error not in _RESET_AFTER_CONNECT or not self.caller.takes_resets:
-                self._give_up(attempt, error)
-                return
-        elif not mask & WRITABLE:
-            return
-        self._win(attempt, sock, mask)
+        error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if error in _RESET_AFTER_CONNECT and self.caller.takes_resets:
+            self.win(attempt, sock, mask)
+        else:
+            self._give_up(attempt, error)
 
     def on_timer(self, now: float) -> float:
         """Give up, try again, race; returns when to call this again, 0 for never."""
@@ -236,7 +236,9 @@ class Dialer:
         sock = None
         try:
             source = caller.pool.source(target.family, caller.client_address)
-            sock = caller.make_socket(target, source, is_rival=self.is_racing)
+            sock = caller.make_socket(
+                target, source, is_rival=bool(self._attempts) and self.is_racing
+            )
             error = caller.connect(sock, target)
         except OSError as err:
             # Below 0: of getaddrinfo, for an interface that has gone just now.
@@ -279,7 +281,7 @@ class Dialer:
         if attempt not in self._attempts:
             self._attempts.append(attempt)
         if not caller.is_answered:
-            self._win(attempt, sock, 0)
+            self.win(attempt, sock, 0)
         return 0
 
     def _wait(self, attempt: Attempt, error: int) -> None:
@@ -320,15 +322,16 @@ class Dialer:
                 caller.pool, attempt.target, os.strerror(error), has_others=has_others
             )
 
-    def _win(self, attempt: Attempt, sock: socket.SocketType, mask: int) -> None:
+    def win(self, attempt: Attempt, sock: socket.SocketType, mask: int) -> None:
         """The first that is connected; the others are closed."""
         caller = self.caller
         relay = caller.relay
         self._is_over = True
         others, self._attempts = self._attempts, []
-        for other in others:
-            if other is not attempt and other.sock is not None:
-                relay.poller.release(other.sock)
+        if len(others) > 1:
+            for other in others:
+                if other is not attempt and other.sock is not None:
+                    relay.poller.release(other.sock)
         caller.target = attempt.target
         if caller.pool.failures and caller.is_answered:
             relay.on_attempt_worked(caller.pool, attempt.target)

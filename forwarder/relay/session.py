@@ -139,9 +139,6 @@ class Session(Conversation):
             if not fast_open.take_out(self.client, early, self.relay.bulk_view):
                 self.abort(CloseReason(Who.CLIENT, Phase.CONNECT, is_reset=True))
                 return
-        self._begin_to_relay(upstream, mask)
-
-    def _begin_to_relay(self, upstream: socket.SocketType, mask: int) -> None:
         self.state = _RELAYING
         self.active_at = self.connected_at = self.relay.poller.now
         self.deadline = 0.0  # of no use from here on, and a number of its own where it was used
