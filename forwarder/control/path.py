@@ -8,11 +8,12 @@ from __future__ import annotations
 import errno
 import logging
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 from forwarder.errors import ExitCode, StartupError
-from forwarder.net.unixfile import listen_at
+from forwarder.net.unixfile import is_served, listen_at
 
 log = logging.getLogger(__name__)
 
@@ -35,9 +36,32 @@ def default_paths() -> list[Path]:
 
 
 def find() -> Path:
-    """Where a client finds the control socket when nobody says where."""
+    """Where a client finds the control socket when nobody says where.
+
+    Where nobody answers at the default places, a second instance that could not have the name, if
+    there is one only.
+    """
     candidates = [*default_paths(), _SYSTEM_DIRECTORY / NAME]
+    for path in candidates:
+        if path.exists() and is_served(path):
+            return path
+    others = {it for path in candidates for it in path.parent.glob("control-*.sock")}
+    served = [it for it in others if is_served(it)]
+    if len(served) == 1:
+        return served[0]
     return next((path for path in candidates if path.exists()), candidates[0])
+
+
+def take_default(now_at: str) -> ControlListener | None:
+    """Listen at the default place if that has become free, for an instance that is beside it."""
+    for path in default_paths():
+        if Path(now_at) != path.with_name(f"control-{os.getpid()}.sock"):
+            return None
+        if path.exists() and is_served(path):
+            return None
+        with suppress(OSError):  # another one was quicker
+            return ControlListener(path)
+    return None
 
 
 class ControlListener:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
+import time
 from typing import TYPE_CHECKING, Final, Protocol
 
 from forwarder.access import parse_pattern
@@ -37,6 +39,7 @@ OPERATIONS: Final = (
 )
 # Sessions in one answer, whatever a client asks for.
 MAX_LISTED: Final = 10_000
+LOOK_S: Final = 1.0  # how often to see whether the name of the default place is free
 MAX_COUNT: Final = 1 << 32  # no worker has that many sessions
 STOPPING: Final = "the forwarder is stopping"
 REJECTED: Final = "the configuration was rejected"
@@ -132,6 +135,7 @@ class Requests:
         self._stopping: list[Reply] = []
         self._preview: Handler = lambda _, reply: reply(refusal("nothing can be reloaded"))
         self._server: ControlServer | None = None
+        self._look_at = math.inf  # when to see whether the default place is free
 
     def preview_by(self, handler: Handler) -> None:
         """Have somebody else say what a reload would change."""
@@ -150,6 +154,8 @@ class Requests:
         if listener is not None:
             self._server = ControlServer(listener, selector, self.handle)
             log.info("control: listening at %s", listener.path)
+            is_beside = path is None and not listener.path.endswith(f"/{control_path.NAME}")
+            self._look_at = time.monotonic() + LOOK_S if is_beside else math.inf
 
     @property
     def path(self) -> str | None:
@@ -159,12 +165,26 @@ class Requests:
     @property
     def deadline(self) -> float | None:
         """When :meth:`turn` has something to do without an event; None for never."""
-        return None if self._server is None else self._server.deadline
+        if self._server is None:
+            return None
+        asked = self._server.deadline
+        return min(self._look_at, math.inf if asked is None else asked)
 
     def turn(self) -> None:
         """Once per turn of the master: handle at most one request."""
         if self._server is not None:
             self._server.turn()
+            if time.monotonic() >= self._look_at:
+                self._take_default(self._server)
+
+    def _take_default(self, server: ControlServer) -> None:
+        """Have the name that another instance had, as soon as it is free."""
+        self._look_at = time.monotonic() + LOOK_S
+        listener = control_path.take_default(server.path)
+        if listener is not None:
+            server.move(listener)
+            self._look_at = math.inf
+            log.info("control: listening at %s", listener.path)
 
     def close(self) -> None:
         """Close all sockets, in a forked child too; the file stays."""

@@ -144,6 +144,15 @@ class ControlServer:
                 self._handle(client)
                 return
 
+    def move(self, listener: ControlListener) -> None:
+        """Listen there from now on, and no longer where it was; clients stay."""
+        if self._paused_until is None:
+            self._selector.unregister(self._listener.sock)
+        self._listener.remove_file()
+        self._listener.sock.close()
+        self._listener, self._paused_until = listener, None
+        self._selector.register(listener.sock, selectors.EVENT_READ, self._on_connect)
+
     def close(self) -> None:
         """Close all sockets, in a forked child too; the file stays, and so does the selector's."""
         for client in self._clients:

@@ -372,3 +372,24 @@ def test_an_instance_without_control_socket_of_its_own_leaves_that_of_another(
         for path, pid in ((theirs, first.pid), (directory / f"control-{new}.sock", new)):
             said = run_command("status", "--json", "--control", str(path))
             assert json.loads(said.stdout)["pid"] == pid
+
+
+def test_the_name_of_an_instance_that_goes_is_taken_over(
+    launch: Launch, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one began while the first had it. Result: commands find it without --control."""
+    directory = tmp_path / "run"
+    directory.mkdir()
+    monkeypatch.setenv("RUNTIME_DIRECTORY", str(directory))
+    with reserve_port() as holder:
+        pairs = ["-r", "{}:{}".format(*site.upstream.getsockname())]
+        first = launch("-l", "{}:{}".format(*holder.getsockname()), *pairs, "--workers", "1")
+        second = launch("-l", "{}:{}".format(*site.address), *pairs, "--workers", "1")
+        assert (directory / f"control-{second.pid}.sock").exists()
+        assert first.stop() == 0
+        second.wait_logged(r"control: listening at .*/control\.sock$")
+        assert [path.name for path in directory.iterdir()] == ["control.sock"]
+        said = run_command("status", "--json")
+        assert json.loads(said.stdout)["pid"] == second.pid
+        assert second.stop() == 0
+        assert list(directory.iterdir()) == []
