@@ -79,7 +79,6 @@ MAX_SETTLED: Final = 1024 if udp.FINDS_FLOWS_BY_HASH else 256
 # When to look whether the spare descriptor can be had again, if no client asks before. Arbitrary.
 RESERVE_AFTER_S: Final = 0.5
 _TCP: Final = Protocol.TCP
-_ENDED: Final = frozenset({State.ABORTING, State.CLOSED})  # the end has been told
 
 
 class Relay:
@@ -319,7 +318,7 @@ class Relay:
         """End sessions by RST, all or some; one that has ended is passed over."""
         is_cut = phase in (Phase.DRAIN, Phase.SHUTDOWN)
         for session in tuple(self.sessions if sessions is None else sessions):
-            if is_cut and session.state not in _ENDED:
+            if is_cut and session.state is not State.CLOSED:
                 session.pool.counts[SESSIONS_CUT] += 1
             session.abort(CloseReason(Who.US, phase, why))
 
