@@ -183,7 +183,8 @@ async def run(forwarder: list[str], seconds: float, seed: int, directory: Path) 
     path = directory / "forwarder.toml"
     number = 0
     path.write_text(configuration(number))
-    command = [*forwarder, "-c", str(path), "--control", str(directory / "control.sock")]
+    control = str(directory / "control.sock")
+    command = [*forwarder, "-c", str(path), "--control", control]
 
     async def reload() -> None:
         nonlocal number
@@ -206,7 +207,10 @@ async def run(forwarder: list[str], seconds: float, seed: int, directory: Path) 
             await asyncio.gather(*tasks)
             after = figures_of([one.pid for one in tree(child.pid)])
             log = child.log.read_text()
-        report(load, world, log, before, after)
+            report(load, world, log, before, after)
+            # Of a device that was deleted nobody hears that its connections are over.
+            kill = (*forwarder, "--control", control, "kill", "--rule", "link-local", "--yes")
+            await (await asyncio.create_subprocess_exec(*kill)).wait()
         deaths = log.count("worker.died") + log.count("worker.hung")
         return load.failed.total() + deaths
     finally:
