@@ -21,7 +21,7 @@ import setproctitle
 from forwarder.config.model import HANG_TIMEOUT_S
 from forwarder.heartbeat import Heartbeats
 from forwarder.net.channel import Channel, ChannelClosed, channel_pair
-from forwarder.signals import describe_end
+from forwarder.signals import describe_end, leave_to_the_master
 from forwarder.supervision import Backoff
 
 if TYPE_CHECKING:
@@ -31,18 +31,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# What the master handles, and a terminal or a service manager sends to all processes: a helper ends
-# with its master, and not before it.
-_IGNORED_SIGNALS: Final = (
-    signal.SIGTERM,
-    signal.SIGINT,
-    signal.SIGQUIT,
-    signal.SIGHUP,
-    signal.SIGUSR1,
-    signal.SIGUSR2,
-    signal.SIGTTIN,
-    signal.SIGTTOU,
-)
 _PR_SET_PDEATHSIG: Final = 1
 # For the end of a killed process, before it is left to who adopts it. Arbitrary.
 _REAP_S: Final = 0.2
@@ -222,9 +210,8 @@ class Helper:
     def _become(self, channel: Channel, master: int) -> None:
         """In the child: give up everything of the master, then do the job."""
         self._release()
-        for number in _IGNORED_SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        # TERM, too, which may be sent to all: a helper ends with its master, and not before it.
+        leave_to_the_master(but=(signal.SIGCHLD,))
         setproctitle.setproctitle(f"forwarder: {self._name}")
         self._drop()
         # Also when it is stopped (SIGSTOP) and could not hear that the channel closes; prctl(2).

@@ -28,7 +28,13 @@ OF_A_MASTER = (
     signal.SIGTTOU,
     signal.SIGCHLD,
 )
-"""What a master handles; see ``Master``."""
+"""What a master handles; see ``Master``. A terminal or a service manager sends some to all."""
+
+
+def leave_to_the_master(*, but: Iterable[signal.Signals]) -> None:
+    """In a forked child: ignore what a master handles; ``but`` is as it is by default."""
+    for number in OF_A_MASTER:
+        signal.signal(number, signal.SIG_DFL if number in but else signal.SIG_IGN)
 
 
 class SignalQueue:

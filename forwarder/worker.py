@@ -39,6 +39,7 @@ from forwarder.relay.interfaces import look_at_interfaces
 from forwarder.relay.listener import listener_class
 from forwarder.relay.listing import denied_by, denied_sessions
 from forwarder.relay.relay import Relay
+from forwarder.signals import leave_to_the_master
 from forwarder.upstream.failing import of_pools
 from forwarder.upstream.messages import read_answers
 from forwarder.upstream.names import Names
@@ -57,16 +58,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# What the master handles and a terminal sends to the whole process group: not for workers.
-_IGNORED_SIGNALS: Final = (
-    signal.SIGINT,
-    signal.SIGQUIT,
-    signal.SIGHUP,
-    signal.SIGUSR1,
-    signal.SIGUSR2,
-    signal.SIGTTIN,
-    signal.SIGTTOU,
-)
 # Sessions are freed by reference counts (Session._unlink); the collector is only for what bugs and
 # tracebacks leave behind. With its default of 700 it ran in the middle of every burst of sessions.
 _GC_THRESHOLD: Final = 50_000
@@ -92,10 +83,7 @@ class WorkerExit(Enum):
 
 def main(spec: WorkerSpec) -> WorkerExit:
     """Run a worker in a freshly forked process until it has nothing more to do."""
-    for number in _IGNORED_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    leave_to_the_master(but=(signal.SIGTERM, signal.SIGCHLD))
     setproctitle.setproctitle(f"forwarder: worker {spec.slot}")
     privileges.drop(spec.identity, spec.capabilities)
     gc.set_threshold(_GC_THRESHOLD)
