@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 from bench.command_line import positive
 from bench.machine import machine
 from bench.report import spread
-from forwarder.access import AccessList, Decision
 from forwarder.config.model import AccessRule, Verdict
 from forwarder.errors import Place
+from forwarder.relay.access import AccessList, Decision
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -34,16 +34,17 @@ from bench.rounds import Part, run_rounds
 from forwarder import worker
 from forwarder.cli.main import main as forwarder
 from forwarder.net import pipes, sockets
-from forwarder.relay import direction, listener, poller, relay, splice
+from forwarder.relay import poller, relay, tcp_listener
+from forwarder.relay.tcp import direction, splice
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from bench.peers import Peer
+    from forwarder.ipc.workerspec import WorkerSpec
     from forwarder.net.options import How
     from forwarder.net.sockets import SockAddr, Target
     from forwarder.worker import WorkerExit
-    from forwarder.workerspec import WorkerSpec
 
 AS_IT_IS: Final = "as it is"
 _SO_BUSY_POLL: Final = 46
@@ -94,7 +95,7 @@ def _budget(size: int) -> Callable[[], None]:
 
 def _accepts(count: int) -> Callable[[], None]:
     def patch() -> None:
-        listener.ACCEPT_BATCH = count  # type: ignore[misc]
+        tcp_listener.ACCEPT_BATCH = count  # type: ignore[misc]
 
     return patch
 

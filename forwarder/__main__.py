@@ -1,6 +1,6 @@
 """``python -m forwarder``, and the installed command."""
 
-from forwarder import interrupt
+from forwarder.cli import interrupt
 
 interrupt.be_silent()
 

@@ -19,42 +19,45 @@ from typing import TYPE_CHECKING
 
 import setproctitle
 
-from forwarder import __version__, notify, probing, upgrade
+from forwarder import __version__
 from forwarder.config.model import MAX_WORKERS, STOP_TIMEOUT_S
 from forwarder.connlog.files import discard
 from forwarder.control.requests import STOPPING, Requests
-from forwarder.ending import Ending
 from forwarder.errors import ExitCode, Phase, StartupError
-from forwarder.fleet import Fleet
-from forwarder.handover import UNDER_WAY, Handover, inherited_sockets
-from forwarder.inherit import foreign_descriptors
-from forwarder.latebind import LateBinds
-from forwarder.messages import Op
-from forwarder.naming import Naming
-from forwarder.privileges import (
+from forwarder.ipc.messages import Op
+from forwarder.serving import probing
+from forwarder.serving.latebind import LateBinds
+from forwarder.serving.loader import look_up
+from forwarder.serving.reloading import Reloading
+from forwarder.serving.service import Service
+from forwarder.serving.surroundings import Surroundings
+from forwarder.succession import upgrade
+from forwarder.succession.handover import UNDER_WAY, Handover, inherited_sockets
+from forwarder.succession.inherit import foreign_descriptors
+from forwarder.supervision.ending import Ending
+from forwarder.supervision.fleet import Fleet
+from forwarder.supervision.naming import Naming
+from forwarder.supervision.slot import WorkerProcess
+from forwarder.supervision.spec import MasterSpec, State
+from forwarder.system import notify
+from forwarder.system.privileges import (
     drop,
     identity_of,
     keep_capabilities_of_a_master,
     network_capabilities,
     raise_descriptor_limit,
 )
-from forwarder.reload import look_up
-from forwarder.reloading import Reloading
-from forwarder.service import Service
-from forwarder.signals import OF_A_MASTER, SignalQueue
-from forwarder.slot import WorkerProcess
-from forwarder.spec import MasterSpec, State
-from forwarder.surroundings import Surroundings
-from forwarder.surviving import survive
+from forwarder.system.signals import OF_A_MASTER, SignalQueue
+from forwarder.system.surviving import survive
 from forwarder.upstream.wanted import all_names
 
 if TYPE_CHECKING:
     import socket
 
-    from forwarder.asking import Answered
     from forwarder.config.model import Config
-    from forwarder.lineage import Elder
-    from forwarder.reload import Candidate
+    from forwarder.ipc.questions import Answered
+    from forwarder.serving.loader import Candidate
+    from forwarder.succession.lineage import Elder
 
 log = logging.getLogger(__name__)
 

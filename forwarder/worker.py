@@ -22,24 +22,24 @@ from typing import TYPE_CHECKING, Final
 import setproctitle
 import uvloop
 
-from forwarder import privileges
-from forwarder.access import AccessList
-from forwarder.addr import UnixAddress
+from forwarder.config.address import UnixAddress
 from forwarder.connlog.log import FLUSH_S
-from forwarder.daemonlog import warn_rarely
 from forwarder.errors import Phase
-from forwarder.gate import Holder
-from forwarder.heartbeat import BEAT_S
-from forwarder.inherit import OrphanDoor
-from forwarder.messages import Op, read_access, read_assignment, read_logs, send_answer
-from forwarder.net.channel import ChannelClosed, Received
+from forwarder.ipc.channel import ChannelClosed, Received
+from forwarder.ipc.heartbeat import BEAT_S
+from forwarder.ipc.messages import Op, read_access, read_assignment, read_logs, send_answer
+from forwarder.limits.gate import Holder
 from forwarder.relay import listing
+from forwarder.relay.access import AccessList
 from forwarder.relay.conversation import State
 from forwarder.relay.interfaces import look_at_interfaces
-from forwarder.relay.listener import listener_class
 from forwarder.relay.listing import denied_by, denied_sessions
 from forwarder.relay.relay import Relay
-from forwarder.signals import leave_to_the_master
+from forwarder.relay.tcp_listener import listener_class
+from forwarder.succession.inherit import OrphanDoor
+from forwarder.system import privileges
+from forwarder.system.daemonlog import warn_rarely
+from forwarder.system.signals import leave_to_the_master
 from forwarder.upstream.failing import of_pools
 from forwarder.upstream.messages import read_answers
 from forwarder.upstream.names import Names
@@ -50,11 +50,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from forwarder.config.model import Config, Rule
-    from forwarder.messages import Assignment
-    from forwarder.net.channel import Message
+    from forwarder.ipc.channel import Message
+    from forwarder.ipc.messages import Assignment
+    from forwarder.ipc.workerspec import WorkerSpec
     from forwarder.relay.conversation import Conversation
-    from forwarder.relay.listener import AnyListener
-    from forwarder.workerspec import WorkerSpec
+    from forwarder.relay.tcp_listener import AnyListener
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import os
 import socket
 from typing import TYPE_CHECKING, Final
 
-from forwarder.addr import Address
+from forwarder.config.address import Address
 from forwarder.errors import Issue
 from forwarder.net import sockets
 from forwarder.upstream.lookup import look_up_all

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from forwarder import probing
 from forwarder.cli.absent import absent_addresses
 from forwarder.cli.files import STDIN, config_options, load
 from forwarder.cli.options import FILE
 from forwarder.config.advice import advise
 from forwarder.config.describe import describe, plural
 from forwarder.errors import ConfigError, Issue, Place
+from forwarder.serving import probing
 from forwarder.upstream.unresolved import unresolved_names
 
 if TYPE_CHECKING:

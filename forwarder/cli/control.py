@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from forwarder import status
+from forwarder.cli import status
 from forwarder.cli.options import FILE
 from forwarder.control.path import find as find_socket
 from forwarder.control.requests import REJECTED
 from forwarder.control.server import MAX_ANSWER_BYTES
 from forwarder.errors import ExitCode, ForwarderError
-from forwarder.printable import visible
+from forwarder.system.printable import visible
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -15,12 +15,26 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 import click
 
-from forwarder import daemonlog, demo, features, interrupt, master, upgrade
-from forwarder.cli import check, completion, control, convert, diff, files, group, sessions
+from forwarder import master
+from forwarder.cli import (
+    check,
+    completion,
+    control,
+    convert,
+    demo,
+    diff,
+    features,
+    files,
+    group,
+    interrupt,
+    sessions,
+)
 from forwarder.config.model import MAX_WORKERS, RelayMode
 from forwarder.errors import ConfigError, ExitCode, ForwarderError
-from forwarder.relay.splice import HAS_SPLICE
-from forwarder.spec import MasterSpec
+from forwarder.relay.tcp.splice import HAS_SPLICE
+from forwarder.succession import upgrade
+from forwarder.supervision.spec import MasterSpec
+from forwarder.system import daemonlog
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem

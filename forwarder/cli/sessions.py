@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from forwarder import status
-from forwarder.addr import is_ip
+from forwarder.cli import status
 from forwarder.cli.control import STATUS_TIMEOUT_S, ControlError, ask, control_option
+from forwarder.config.address import is_ip
 from forwarder.control.requests import MAX_LISTED
 from forwarder.errors import ExitCode, ForwarderError
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from itertools import product
 from typing import TYPE_CHECKING
 
-from forwarder.addr import Address, UnixAddress
 from forwarder.config import advice_access
+from forwarder.config.address import Address, UnixAddress
 from forwarder.config.endpoints import WILDCARDS, listens_for, spelling, transport
 from forwarder.config.model import Dialect
 from forwarder.errors import Issue
@@ -18,7 +18,7 @@ from forwarder.errors import Issue
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from forwarder.addr import Endpoint
+    from forwarder.config.address import Endpoint
     from forwarder.config.model import Config, Rule
 
 

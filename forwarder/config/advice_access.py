@@ -15,9 +15,9 @@ from bisect import bisect_left, bisect_right
 from functools import lru_cache
 from typing import TYPE_CHECKING, TypeAlias
 
-from forwarder.access import PatternError, Wildcard, parse_pattern
-from forwarder.addr import Address, is_ip
+from forwarder.config.address import Address, is_ip
 from forwarder.errors import Issue
+from forwarder.relay.access import PatternError, Wildcard, parse_pattern
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Final
 
-from forwarder.addr import Address, UnixAddress
+from forwarder.config.address import Address, UnixAddress
 from forwarder.config.describe import label, way
 from forwarder.config.model import AccessRule, LogPlace
 from forwarder.config.options import without_unit

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from forwarder.addr import UnixAddress
+from forwarder.config.address import UnixAddress
 from forwarder.config.endpoints import transport
 from forwarder.config.model import MAX_FLOWS, Answers, Framing
 from forwarder.config.options import describe_options

@@ -10,11 +10,11 @@ import ipaddress
 import posixpath
 from typing import TYPE_CHECKING
 
-from forwarder.addr import MAX_PORT, Address, UnixAddress, canonical_host, format_ports
+from forwarder.config.address import MAX_PORT, Address, UnixAddress, canonical_host, format_ports
 from forwarder.config.model import Protocol
 
 if TYPE_CHECKING:
-    from forwarder.addr import Endpoint
+    from forwarder.config.address import Endpoint
     from forwarder.config.raw import Issues, Placed, RawRule
 
 # Options with which one address may mean two places (ip-rule(8), ip-vrf(8)).

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from forwarder.addr import UnixAddress
+from forwarder.config.address import UnixAddress
 
 if TYPE_CHECKING:
     from pathlib import PurePath
 
-    from forwarder.addr import Endpoint
+    from forwarder.config.address import Endpoint
     from forwarder.errors import Place
 
 # One table of defaults; the dialects, the command line and the documentation refer to it.

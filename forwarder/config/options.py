@@ -9,13 +9,13 @@ import re
 from dataclasses import fields
 from typing import TYPE_CHECKING, Final
 
-from forwarder.addr import Address, UnixAddress
+from forwarder.config.address import Address, UnixAddress
 from forwarder.config.model import Protocol, Sides, SocketOptions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from forwarder.addr import Endpoint
+    from forwarder.config.address import Endpoint
     from forwarder.config.raw import Issues, OptionValue, RawOptions, RawRule
 
 _UNIT: Final = re.compile("_(s|ms|bytes)$")

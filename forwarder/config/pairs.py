@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from forwarder.addr import (
+from forwarder.config.address import (
     ADDRESS_FORMS,
     UPSTREAM_FORMS,
     AddressError,
@@ -22,7 +22,7 @@ from forwarder.errors import Place
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from forwarder.addr import Endpoint
+    from forwarder.config.address import Endpoint
 
 _PROTOCOLS: Final = {
     ("tcp", "tcp"): Protocol.TCP,

@@ -25,7 +25,7 @@ from forwarder.config.model import (
 from forwarder.errors import ConfigError, Issue, Place
 
 if TYPE_CHECKING:
-    from forwarder.addr import Endpoint
+    from forwarder.config.address import Endpoint
 
 T = TypeVar("T")
 

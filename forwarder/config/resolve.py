@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, TypeVar
 
-from forwarder.access import PATTERN_FORMS, PatternError, parse_pattern
 from forwarder.config.endpoints import check_endpoints, check_listeners, transport
 from forwarder.config.model import (
     MAX_FLOWS,
@@ -23,6 +22,7 @@ from forwarder.config.model import (
 )
 from forwarder.config.options import finish_options
 from forwarder.errors import Place
+from forwarder.relay.access import PATTERN_FORMS, PatternError, parse_pattern
 
 if TYPE_CHECKING:
     from forwarder.config.raw import Issues, Placed, RawConfig, RawRule

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from difflib import get_close_matches
 
-from forwarder.addr import MAX_PORT, Address, AddressError, is_ip, parse_host
+from forwarder.config.address import MAX_PORT, Address, AddressError, is_ip, parse_host
 from forwarder.config.durations import MAX_DURATION_S
 from forwarder.config.model import AccessRule, LogFormat, LogPlace, Protocol, Verdict
 from forwarder.config.raw import Issues, Placed, RawConfig, RawRule

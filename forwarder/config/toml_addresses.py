@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from forwarder.addr import (
+from forwarder.config.address import (
     ADDRESS_FORMS,
     UPSTREAM_FORMS,
     Address,
@@ -21,7 +21,7 @@ from forwarder.config.raw import Placed
 from forwarder.config.toml_table import describe
 
 if TYPE_CHECKING:
-    from forwarder.addr import Endpoint
+    from forwarder.config.address import Endpoint
     from forwarder.config.toml_table import Table
 
 

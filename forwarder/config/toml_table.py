@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from enum import Enum
 from typing import TYPE_CHECKING, TypeVar
 
-from forwarder.addr import MAX_PORT, AddressError, parse_ports
+from forwarder.config.address import MAX_PORT, AddressError, parse_ports
 from forwarder.config.durations import DURATION_FORMS, parse_duration
 from forwarder.config.raw import Issues, Placed
 

@@ -19,7 +19,7 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from forwarder.connlog.drains import Unwritten
-from forwarder.rarely import Rarely
+from forwarder.system.rarely import Rarely
 
 if TYPE_CHECKING:
     from forwarder.connlog.drains import Drain

@@ -14,16 +14,16 @@ import re
 import time
 from typing import TYPE_CHECKING, Final, Protocol
 
-from forwarder.access import parse_pattern
 from forwarder.control import path as control_path
 from forwarder.control.server import ControlServer, refusal
+from forwarder.relay.access import parse_pattern
 
 if TYPE_CHECKING:
     import selectors
     from collections.abc import Iterable
 
-    from forwarder.asking import Answered
     from forwarder.control.server import Handler, Message, Reply
+    from forwarder.ipc.questions import Answered
 
 log = logging.getLogger(__name__)
 

@@ -25,8 +25,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, TypeAlias
 
-from forwarder.daemonlog import warn_rarely
 from forwarder.net.sockets import peer_credentials
+from forwarder.system.daemonlog import warn_rarely
 
 if TYPE_CHECKING:
     import socket

@@ -9,8 +9,8 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from forwarder.addr import Address, AddressError, parse_unix
 from forwarder.config import rinetd_conf
+from forwarder.config.address import Address, AddressError, parse_unix
 from forwarder.config.model import Protocol
 from forwarder.config.raw import Placed, RawRule
 from forwarder.errors import Place
@@ -19,7 +19,7 @@ from forwarder.migrate.draft import Draft
 from forwarder.migrate.rinetd import note_line
 
 if TYPE_CHECKING:
-    from forwarder.addr import Endpoint
+    from forwarder.config.address import Endpoint
 
 Find = Callable[[str, str], list[tuple[str, str]]]
 """(pattern, the file that includes) -> names and texts of the files that match."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from forwarder.addr import Address, UnixAddress
+from forwarder.config.address import Address, UnixAddress
 from forwarder.config.model import Protocol
 from forwarder.config.raw import Placed, RawRule
 from forwarder.migrate.draft import Remark
 
 if TYPE_CHECKING:
-    from forwarder.addr import Endpoint
+    from forwarder.config.address import Endpoint
     from forwarder.errors import Place
     from forwarder.migrate.draft import Draft
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 import yaml
 
-from forwarder.addr import Address, AddressError, parse_host, parse_port, parse_unix
+from forwarder.config.address import Address, AddressError, parse_host, parse_port, parse_unix
 from forwarder.config.model import AccessRule, LogFormat, LogPlace, Protocol, Verdict
 from forwarder.config.raw import Placed, RawRule
 from forwarder.errors import Place
@@ -19,7 +19,7 @@ from forwarder.migrate.yaml_nodes import NodeReader, last_line, written
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from forwarder.addr import Endpoint
+    from forwarder.config.address import Endpoint
     from forwarder.migrate.draft import Draft
 
 _TRUE: Final = frozenset({"true", "yes", "on", "1"})

@@ -13,7 +13,7 @@ import os
 from dataclasses import dataclass
 from typing import Final
 
-from forwarder import kernel
+from forwarder.system import kernel
 
 # 256 KiB gave the throughput of 1 MiB, 64 KiB lost a fifth (bulk over loopback, 2 cores).
 PIPE_BYTES: Final = 256 * 1024

@@ -27,11 +27,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from forwarder import kernel
 from forwarder.net import options as socket_options
 from forwarder.net import peers
 from forwarder.net.proc import local_addresses
 from forwarder.net.sockets import NO_PORT, attach_filter, detach_filter, is_v6only, set_v6only
+from forwarder.system import kernel
 
 if TYPE_CHECKING:
     from forwarder.config.model import SocketOptions

@@ -1,5 +1,7 @@
-"""Moving bytes between a client and its upstream inside one worker.
+"""Moving bytes between clients and upstreams, in a worker.
 
-Reading order: ``poller`` (events), ``listener`` (accept), ``session`` (connect, timers, end),
-``direction`` (one way of a session, by copying), ``splice`` (the same without copies).
+``tcp`` has the streams, ``udp`` the flows; here is what both stand on (``poller``, ``wheel``,
+``dialer``), what stands above them (``relay``, the listeners), and nothing that decides which
+sockets a worker has. Reading order: ``poller``, ``tcp_listener``, ``tcp.session``,
+``tcp.direction``, ``tcp.splice``.
 """

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     import socket
 
     from forwarder.net.sockets import SockAddr, Target
-    from forwarder.relay.datagram_ways import Way
-    from forwarder.relay.direction import Direction
     from forwarder.relay.relay import Relay
+    from forwarder.relay.tcp.direction import Direction
+    from forwarder.relay.udp.directions import Way
     from forwarder.upstream.pool import Pool
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from forwarder.access import AccessList, Decision, pattern_matcher
 from forwarder.net.sockets import client_text
+from forwarder.relay.access import AccessList, Decision, pattern_matcher
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -12,8 +12,8 @@ import os
 import resource
 from typing import TYPE_CHECKING, Final
 
-from forwarder import kernel
-from forwarder.rarely import Rarely
+from forwarder.system import kernel
+from forwarder.system.rarely import Rarely
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
     from collections.abc import Callable
 
-    from forwarder.relay.direction import Direction
+    from forwarder.relay.tcp.direction import Direction
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Final
 
-from forwarder import kernel
+from forwarder.system import kernel
 
 if TYPE_CHECKING:
     from forwarder.config.model import Rule

@@ -17,30 +17,29 @@ from forwarder.config.model import Protocol, RelayMode
 from forwarder.connlog.log import ConnectionLog
 from forwarder.connlog.record import rinetd_result
 from forwarder.errors import NOT_ALLOWED, CloseReason, Phase, Who
-from forwarder.gate import Busy
+from forwarder.limits.admission import client_host
+from forwarder.limits.gate import Busy
 from forwarder.net import datagrams, sockets, udp
 from forwarder.net.datagrams import Batch
 from forwarder.net.pipes import PipePool
 from forwarder.net.plain_datagrams import PlainBatch
-from forwarder.rarely import Rarely
 from forwarder.relay import reporting
-from forwarder.relay.admission import client_host
-from forwarder.relay.bridge import Bridge
 from forwarder.relay.conversation import State
-from forwarder.relay.datagram_ways import Way
-from forwarder.relay.direction import BULK_BYTES, SMALL_BYTES, Direction
-from forwarder.relay.flow import Flow
-from forwarder.relay.flow_table import share
-from forwarder.relay.flow_tables import FlowTables
 from forwarder.relay.pauses import Pauses
 from forwarder.relay.poller import Poller
 from forwarder.relay.restrictions import Restrictions
-from forwarder.relay.session import Session
-from forwarder.relay.splice import HAS_SPLICE, SpliceDirection
-from forwarder.relay.trial import Trial
-from forwarder.relay.unix import UnixDirection, UnixSpliceDirection
+from forwarder.relay.tcp.direction import BULK_BYTES, SMALL_BYTES, Direction
+from forwarder.relay.tcp.session import Session
+from forwarder.relay.tcp.splice import HAS_SPLICE, SpliceDirection
+from forwarder.relay.tcp.unix import UnixDirection, UnixSpliceDirection
+from forwarder.relay.udp.bridge import Bridge
+from forwarder.relay.udp.directions import Way
+from forwarder.relay.udp.flow import Flow
+from forwarder.relay.udp.flow_table import share
+from forwarder.relay.udp.flow_tables import FlowTables
+from forwarder.relay.udp.trial import Trial
 from forwarder.relay.wheel import TICK_S, Wheel
-from forwarder.stats import (
+from forwarder.stats.rows import (
     ATTEMPTS_FAILED,
     BYTES_C2U,
     BYTES_SPLICED,
@@ -54,21 +53,22 @@ from forwarder.stats import (
     SESSIONS_TOTAL,
     connect_bucket,
 )
+from forwarder.system.rarely import Rarely
 
 if TYPE_CHECKING:
     import socket
     from asyncio import AbstractEventLoop
     from collections.abc import Callable, Iterable
 
-    from forwarder.access import Decision
-    from forwarder.gate import Holder
+    from forwarder.limits.admission import Admission
+    from forwarder.limits.gate import Holder
+    from forwarder.limits.meter import Meter
     from forwarder.net.options import How
     from forwarder.net.sockets import SockAddr, Target
     from forwarder.net.zones import Zoned
-    from forwarder.relay.admission import Admission
+    from forwarder.relay.access import Decision
     from forwarder.relay.conversation import Conversation
-    from forwarder.relay.meter import Meter
-    from forwarder.stats import Row
+    from forwarder.stats.rows import Row
     from forwarder.upstream.pool import Pool
 
 log = logging.getLogger(__name__)

@@ -6,18 +6,18 @@ import logging
 from typing import TYPE_CHECKING, Final
 
 from forwarder.config.model import Limits
-from forwarder.gate import STUCK_S
-from forwarder.relay.admission import Admission, client_host
-from forwarder.relay.meter import Meter
-from forwarder.relay.metered import put_under_meters
-from forwarder.relay.session import Session
+from forwarder.limits.admission import Admission, client_host
+from forwarder.limits.gate import STUCK_S
+from forwarder.limits.meter import Meter
+from forwarder.relay.tcp.metered import put_under_meters
+from forwarder.relay.tcp.session import Session
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
     from collections.abc import Callable, Iterable
 
     from forwarder.config.model import Rule
-    from forwarder.gate import Holder
+    from forwarder.limits.gate import Holder
     from forwarder.relay.conversation import Conversation
     from forwarder.upstream.pool import Pool
 

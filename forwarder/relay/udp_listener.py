@@ -11,25 +11,25 @@ import select
 import socket
 from typing import TYPE_CHECKING, Final
 
-from forwarder.access import Decision
 from forwarder.errors import CloseReason, Phase, Who
-from forwarder.gate import Busy
+from forwarder.limits.admission import client_host
+from forwarder.limits.gate import Busy
 from forwarder.net import many, peers, sockets, udp
 from forwarder.net.datagrams import SLOTS
 from forwarder.net.sockets import Target
 from forwarder.relay import pauses
-from forwarder.relay.admission import client_host
-from forwarder.relay.answers import flow_class
+from forwarder.relay.access import Decision
 from forwarder.relay.poller import READABLE, WRITABLE
+from forwarder.relay.udp.answers import flow_class
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop, TimerHandle
 
-    from forwarder.access import AccessList
     from forwarder.net.sockets import IpSockAddr
-    from forwarder.relay.datagram_ways import Way
+    from forwarder.relay.access import AccessList
     from forwarder.relay.relay import Relay
-    from forwarder.relay.udp_flow import UdpFlow
+    from forwarder.relay.udp.client_flow import UdpFlow
+    from forwarder.relay.udp.directions import Way
     from forwarder.upstream.pool import Pool
 
 # Receives per event. The poll is level-triggered, so the rest is reported by the next one.

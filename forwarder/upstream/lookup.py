@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from forwarder.daemonlog import warn_rarely
+from forwarder.system.daemonlog import warn_rarely
 from forwarder.upstream.answers import Answer, targets_of
 from forwarder.upstream.schedule import MAX_AT_ONCE
 

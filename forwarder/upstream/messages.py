@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Final
 
-from forwarder.net.channel import MAX_MESSAGE_BYTES
+from forwarder.ipc.channel import MAX_MESSAGE_BYTES
 from forwarder.upstream.answers import Answer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-    from forwarder.net.channel import Message
+    from forwarder.ipc.channel import Message
 
 _HOSTS_PER_MESSAGE: Final = 100  # of 253 characters at most
 

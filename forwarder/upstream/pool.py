@@ -11,7 +11,7 @@ import socket
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, TypeAlias
 
-from forwarder.addr import UnixAddress
+from forwarder.config.address import UnixAddress
 from forwarder.net.options import to_connect, to_listen
 from forwarder.net.sockets import Target, unix_target
 from forwarder.net.zones import Zoned, index_of, literal
@@ -20,11 +20,11 @@ from forwarder.upstream.failures import Failures
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from forwarder.addr import Endpoint
+    from forwarder.config.address import Endpoint
     from forwarder.config.model import Rule
     from forwarder.net.options import How
     from forwarder.net.sockets import SockAddr
-    from forwarder.stats import Row
+    from forwarder.stats.rows import Row
     from forwarder.upstream.names import Names
 
 # A name that has to be looked up, and the port to connect to.

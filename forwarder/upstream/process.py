@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from forwarder.net.channel import ChannelClosed
+from forwarder.ipc.channel import ChannelClosed
 from forwarder.upstream.answers import Answer
 from forwarder.upstream.lookup import Lookups, look_up
 from forwarder.upstream.messages import read_hosts, say_answers
@@ -21,7 +21,7 @@ from forwarder.upstream.schedule import LIMIT_S, Schedule
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from forwarder.net.channel import Channel
+    from forwarder.ipc.channel import Channel
 
 # What the master says, each with names: look them up from now on, do not any more, do it soon.
 WANT, FORGET, HURRY = "want", "forget", "hurry"

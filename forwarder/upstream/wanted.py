@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from forwarder.addr import Address
+from forwarder.config.address import Address
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from forwarder.addr import Address, UnixAddress
 from forwarder.config import Dialect, load
+from forwarder.config.address import Address, UnixAddress
 from forwarder.config.advice import advise
 from forwarder.errors import ConfigError, Issue, Place
 

@@ -29,7 +29,7 @@ from support.ends import (
 from support.forwarder import reserve_port
 from support.waiting import eventually
 
-from forwarder.relay.meter import quantum_of
+from forwarder.limits.meter import quantum_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

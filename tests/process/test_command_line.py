@@ -15,7 +15,7 @@ from support.processes import as_nobody, listeners, run_command, title
 from support.waiting import eventually
 
 from forwarder import DISTRIBUTION, __version__
-from forwarder.features import FEATURES
+from forwarder.cli.features import FEATURES
 
 if TYPE_CHECKING:
     import socket

@@ -18,8 +18,8 @@ from support.namespaces import Namespace, join, needs_network
 from support.processes import run_command
 from support.waiting import eventually
 
-from forwarder.retries import Retries
-from forwarder.surroundings import Surroundings
+from forwarder.serving.retries import Retries
+from forwarder.serving.surroundings import Surroundings
 from process.conftest import stop
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from support.loads import Load
 from support.processes import NOBODY, as_nobody, listeners, members, run_command
 from support.waiting import eventually
 
-from forwarder.privileges import _MASTER_CAPABILITIES
+from forwarder.system.privileges import _MASTER_CAPABILITIES
 from process.conftest import as_pairs
 
 if TYPE_CHECKING:

@@ -279,7 +279,7 @@ def test_a_worker_short_of_descriptors_survives_the_death_of_another(
 
 
 PLANTED = """
-from forwarder import service
+from forwarder.serving import service
 def grow(self, slots):
     raise RuntimeError("planted")
 service.Service.grow = grow

@@ -20,7 +20,7 @@ from support.programs import debian
 from support.waiting import PATIENCE_S, eventually
 
 from forwarder.config.model import Answers, RelayMode
-from forwarder.stats import DATAGRAMS_DROPPED
+from forwarder.stats.rows import DATAGRAMS_DROPPED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -12,8 +12,8 @@ from support.ends import accept, fill, listen, receive_to_end, receive_to_reset,
 
 from forwarder.errors import REASONS, Phase
 from forwarder.net.sockets import unsent_bytes
-from forwarder.relay.session import ABORT_GRACE_S
-from forwarder.stats import ENDS
+from forwarder.relay.tcp.session import ABORT_GRACE_S
+from forwarder.stats.rows import ENDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

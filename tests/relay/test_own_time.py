@@ -13,14 +13,14 @@ from support.by_hand import Bench, pool_of, target_of
 from support.clogged import CloggedUpstream
 from support.ends import accept, connect, listen, listen_unix, receive_exactly, receive_to_reset
 
-from forwarder.access import AccessList
 from forwarder.config.model import AccessRule, Verdict
 from forwarder.errors import Phase, Place
 from forwarder.net.sockets import Target
-from forwarder.relay import fast_open
-from forwarder.relay.listener import ACCEPT_BATCH, Listener
+from forwarder.relay.access import AccessList
 from forwarder.relay.pauses import PAUSE_S
 from forwarder.relay.poller import Poller
+from forwarder.relay.tcp import fast_open
+from forwarder.relay.tcp_listener import ACCEPT_BATCH, Listener
 from forwarder.relay.wheel import BUCKETS, TICK_S
 
 if TYPE_CHECKING:

@@ -22,10 +22,10 @@ from support.waiting import eventually
 from forwarder.config.model import Protocol, RelayMode
 from forwarder.errors import REASONS, Phase
 from forwarder.net import sockets
-from forwarder.relay import fast_open
 from forwarder.relay.dialer import MAX_ATTEMPTS, RACE_AFTER_S
+from forwarder.relay.tcp import fast_open
 from forwarder.relay.wheel import TICK_S
-from forwarder.stats import ATTEMPTS_FAILED, CONNECTS_FAILED, ENDS
+from forwarder.stats.rows import ATTEMPTS_FAILED, CONNECTS_FAILED, ENDS
 from forwarder.upstream.failures import FIRST_S
 
 if TYPE_CHECKING:

@@ -13,19 +13,19 @@ from support.by_hand import RULE, Bench, StubPool, pool_of
 from support.ends import accept, listen, receive_to_reset
 from support.logged import read_json
 
-from forwarder.access import AccessList
 from forwarder.config.model import LogFormat
 from forwarder.errors import REASONS, CloseReason, Phase, Who
 from forwarder.net.sockets import ACCEPT_IGNORE, Target
-from forwarder.relay.listener import Listener
-from forwarder.stats import ENDS, REFUSED, SESSIONS, SESSIONS_TOTAL
+from forwarder.relay.access import AccessList
+from forwarder.relay.tcp_listener import Listener
+from forwarder.stats.rows import ENDS, REFUSED, SESSIONS, SESSIONS_TOTAL
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
     from collections.abc import Iterator
     from pathlib import Path
 
-    from forwarder.relay.session import Session
+    from forwarder.relay.tcp.session import Session
     from forwarder.upstream.pool import Pool
 
 

@@ -19,9 +19,9 @@ from support.ends import accept, listen, receive_exactly, receive_to_end, receiv
 
 from forwarder.config.model import Framing, Protocol, RelayMode
 from forwarder.errors import Phase
-from forwarder.relay import framing
-from forwarder.relay.bridge import Bridge
-from forwarder.relay.datagram_ways import MAX_PENDING_BYTES, DatagramToStream
+from forwarder.relay.udp import framing
+from forwarder.relay.udp.bridge import Bridge
+from forwarder.relay.udp.directions import MAX_PENDING_BYTES, DatagramToStream
 from forwarder.relay.wheel import TICK_S
 
 if TYPE_CHECKING:
@@ -353,7 +353,7 @@ def test_a_connect_that_waited_for_a_descriptor_has_its_deadline(
             raise OSError(errno.EMFILE, "none left")
 
         with monkeypatch.context() as patch:
-            patch.setattr("forwarder.relay.udp_flow.sockets.upstream_socket", refuse)
+            patch.setattr("forwarder.relay.udp.client_flow.sockets.upstream_socket", refuse)
             client.send(b"x")
             bench.turn()
             bench.loop.pass_time(1)

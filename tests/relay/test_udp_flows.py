@@ -17,16 +17,16 @@ import pytest
 from support.by_hand import RULE, UdpBench, target_of
 from support.datagrams import drain, numbered, receive_all, udp
 
-from forwarder.access import AccessList
-from forwarder.addr import Address
+from forwarder.config.address import Address
 from forwarder.config.model import AccessRule, Protocol, RelayMode, Verdict
 from forwarder.errors import Place
 from forwarder.net import udp as net_udp
 from forwarder.net.sockets import Target
-from forwarder.relay.datagram_ways import MAX_PENDING
+from forwarder.relay.access import AccessList
+from forwarder.relay.udp.directions import MAX_PENDING
 from forwarder.relay.udp_listener import UdpListener
 from forwarder.relay.wheel import BUCKETS, TICK_S
-from forwarder.stats import new_row
+from forwarder.stats.rows import new_row
 from forwarder.upstream.pool import Pool
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from support.by_hand import StubPool, UdpBench, target_of
 from support.datagrams import drain, numbered, udp
 
 from forwarder.config.model import Protocol, RelayMode
-from forwarder.relay.trial import KEPT
-from forwarder.stats import ATTEMPTS_FAILED, SESSIONS_TOTAL
+from forwarder.relay.udp.trial import KEPT
+from forwarder.stats.rows import ATTEMPTS_FAILED, SESSIONS_TOTAL
 from forwarder.upstream.failures import FIRST_S, MOST_S
 
 if TYPE_CHECKING:

@@ -8,16 +8,16 @@ import socket
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
-from forwarder.access import AccessList
-from forwarder.addr import Address
+from forwarder.config.address import Address
 from forwarder.config.model import AccessRule, Protocol, RelayMode, Rule
 from forwarder.errors import Phase, Place
 from forwarder.net import udp as net_udp
 from forwarder.net.options import How, to_connect, to_listen
 from forwarder.net.sockets import SockAddr, Target
+from forwarder.relay.access import AccessList
 from forwarder.relay.relay import Relay
 from forwarder.relay.udp_listener import UdpListener
-from forwarder.stats import COUNTERS, DATAGRAMS_DROPPED, new_row
+from forwarder.stats.rows import COUNTERS, DATAGRAMS_DROPPED, new_row
 from forwarder.upstream.failures import Failures
 from support.datagrams import free_udp_address, udp, udp_client
 from support.ends import connect

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forwarder.access import AccessList, Decision, PatternError, parse_pattern
 from forwarder.config.model import AccessRule, Verdict
 from forwarder.errors import Place
+from forwarder.relay.access import AccessList, Decision, PatternError, parse_pattern
 
 NOWHERE = Place("test")
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forwarder.addr import (
+from forwarder.config.address import (
     MAX_UNIX_BYTES,
     Address,
     AddressError,

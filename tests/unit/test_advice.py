@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forwarder.access import AccessList
-from forwarder.addr import Address
 from forwarder.config import Dialect, parse
+from forwarder.config.address import Address
 from forwarder.config.advice import advise
 from forwarder.config.advice_access import addresses, family
 from forwarder.config.model import AccessRule, Config, Rule, Verdict
 from forwarder.errors import Place
+from forwarder.relay.access import AccessList
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forwarder.addr import Address
 from forwarder.config import Dialect, Loaded, from_pairs, load, loading, parse
+from forwarder.config.address import Address
 from forwarder.config.model import Protocol
 from forwarder.config.raw import MAX_ISSUES
 from forwarder.config.toml_conf import RULE_KEYS

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from forwarder.asking import ANSWER_WITHIN_S, Questions
 from forwarder.control.path import ControlListener
 from forwarder.control.requests import Requests, new_size
 from forwarder.control.server import (
@@ -20,13 +19,14 @@ from forwarder.control.server import (
     RequestError,
     parse,
 )
+from forwarder.ipc.questions import ANSWER_WITHIN_S, Questions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from forwarder.asking import Answered
     from forwarder.control.server import Message, Reply
+    from forwarder.ipc.questions import Answered
 
 
 class Instance:

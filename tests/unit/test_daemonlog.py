@@ -6,7 +6,7 @@ import logging
 import os
 import re
 
-from forwarder.daemonlog import PatientHandler
+from forwarder.system.daemonlog import PatientHandler
 
 
 def test_a_reader_that_does_not_read_costs_lines_and_no_time() -> None:

@@ -13,14 +13,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.ends import seeded
 
-from forwarder.relay.direction import BULK_BYTES, SMALL_BYTES, Direction
 from forwarder.relay.poller import READABLE, WRITABLE
+from forwarder.relay.tcp.direction import BULK_BYTES, SMALL_BYTES, Direction
 
 if TYPE_CHECKING:
     import socket
 
     from forwarder.relay.relay import Relay
-    from forwarder.relay.session import Session
+    from forwarder.relay.tcp.session import Session
 
 EPOLLIN, EPOLLERR, EPOLLHUP, EPOLLRDHUP = 0x1, 0x8, 0x10, 0x2000
 

@@ -20,7 +20,7 @@ from forwarder.config.model import (
 from forwarder.config.rinetd_conf import KEYWORDS
 from forwarder.config.toml_conf import ACCESS_KEYS, LOG_KEYS, RULE_KEYS, TOP_KEYS
 from forwarder.errors import REASONS
-from forwarder.stats import COUNTERS
+from forwarder.stats.rows import COUNTERS
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted(path for path in (ROOT / "deploy" / "examples").iterdir() if path.is_file())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from forwarder import features
+from forwarder.cli import features
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 
-from forwarder.board import Board
 from forwarder.config.model import Config, Settings
-from forwarder.fleet import RETRY_S, Fleet
-from forwarder.gate import Holdings
-from forwarder.net.channel import channel_pair
-from forwarder.serving import Serving
-from forwarder.slot import Slot, WorkerProcess, WorkerTables
+from forwarder.ipc.channel import channel_pair
+from forwarder.limits.gate import Holdings
+from forwarder.serving.generation import Serving
+from forwarder.stats.board import Board
+from forwarder.supervision.fleet import RETRY_S, Fleet
+from forwarder.supervision.slot import Slot, WorkerProcess, WorkerTables
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from forwarder.listeners import ListenerTable
+    from forwarder.serving.listeners import ListenerTable
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, cast
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forwarder.relay.flow_table import FlowTable, share
+from forwarder.relay.udp.flow_table import FlowTable, share
 
 if TYPE_CHECKING:
-    from forwarder.relay.flow import Flow
+    from forwarder.relay.udp.flow import Flow
 
 
 class Fake:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forwarder.config.model import Framing
-from forwarder.relay import framing
+from forwarder.relay.udp import framing
 
 datagrams = st.lists(
     st.one_of(st.binary(max_size=20), st.integers(0, 65535).map(bytes)),

@@ -13,8 +13,8 @@ import pytest
 from support.processes import state
 from support.waiting import eventually
 
-from forwarder.gate import PATIENCE_S, STUCK_S, Busy, Gate, Holder, Holdings
-from forwarder.limits import CountTable, table_words
+from forwarder.limits.gate import PATIENCE_S, STUCK_S, Busy, Gate, Holder, Holdings
+from forwarder.limits.tables import CountTable, table_words
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -7,16 +7,16 @@ import selectors
 import socket
 from typing import TYPE_CHECKING, cast
 
-from forwarder.asking import Questions
-from forwarder.handover import Handover
-from forwarder.lineage import Heir
+from forwarder.ipc.questions import Questions
+from forwarder.succession.handover import Handover
+from forwarder.succession.lineage import Heir
 
 if TYPE_CHECKING:
     import pytest
 
     from forwarder.control.requests import Requests
-    from forwarder.handover import Incumbent
-    from forwarder.lineage import Elder
+    from forwarder.succession.handover import Incumbent
+    from forwarder.succession.lineage import Elder
 
 
 def test_a_reload_is_passed_on_to_the_heir_as_long_as_that_lives(

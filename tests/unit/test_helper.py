@@ -14,12 +14,12 @@ import pytest
 from support import procfs
 from support.waiting import eventually
 
-from forwarder.helper import Helper
+from forwarder.supervision.helper import Helper
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from forwarder.net.channel import Channel, Message, Received
+    from forwarder.ipc.channel import Channel, Message, Received
 
 
 class Echo:

@@ -12,7 +12,7 @@ from forwarder.config.model import LogFormat, LogPlace
 from forwarder.connlog.files import LogFiles
 from forwarder.errors import Place, StartupError
 from forwarder.net.unixfile import listen_at
-from forwarder.pidfile import PidFile
+from forwarder.system.pidfile import PidFile
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import procfs
 
-from forwarder.inherit import _receive_all, numbers_as_text, numbers_in
-from forwarder.net.channel import channel_kind
+from forwarder.ipc.channel import channel_kind
+from forwarder.succession.inherit import _receive_all, numbers_as_text, numbers_in
 
 
 @given(st.lists(st.integers(0, 30)))

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from forwarder.addr import Address
+from forwarder.config.address import Address
 from forwarder.config.model import Config, Rule
 from forwarder.errors import Place
-from forwarder.latebind import LateBinds
-from forwarder.reload import Candidate
-from forwarder.retries import Retries
+from forwarder.serving.latebind import LateBinds
+from forwarder.serving.loader import Candidate
+from forwarder.serving.retries import Retries
 
 if TYPE_CHECKING:
-    from forwarder.reload import Rejected
+    from forwarder.serving.loader import Rejected
 
 
 def rule(name: str, host: str) -> Rule:

@@ -19,7 +19,7 @@ from forwarder.config.quantities import (
     parse_bandwidth,
     parse_rate,
 )
-from forwarder.limits import CountTable, RateTable, key_of, pass_at, table_words
+from forwarder.limits.tables import CountTable, RateTable, key_of, pass_at, table_words
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -17,12 +17,10 @@ from hypothesis import strategies as st
 from support import procfs
 from support.waiting import PATIENCE_S, eventually
 
-from forwarder.board import Board
 from forwarder.config.model import LogFormat, LogPlace
 from forwarder.errors import Place
-from forwarder.fleet import Fleet
-from forwarder.gate import Holdings
-from forwarder.messages import (
+from forwarder.ipc.channel import MAX_AT_ONCE, Channel, Received, channel_kind, to_memory_file
+from forwarder.ipc.messages import (
     MAX_ANSWER_BYTES,
     MAX_SHORT_BYTES,
     Op,
@@ -30,14 +28,16 @@ from forwarder.messages import (
     send_answer,
     send_logs,
 )
-from forwarder.net.channel import MAX_AT_ONCE, Channel, Received, channel_kind, to_memory_file
-from forwarder.sessions import Sessions
-from forwarder.slot import WorkerProcess, WorkerTables
+from forwarder.limits.gate import Holdings
+from forwarder.stats.board import Board
+from forwarder.supervision.fleet import Fleet
+from forwarder.supervision.sessions import Sessions
+from forwarder.supervision.slot import WorkerProcess, WorkerTables
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from forwarder.listeners import ListenerTable
+    from forwarder.serving.listeners import ListenerTable
 
 
 class Worker:

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.by_hand import HandLoop
 
-from forwarder.gate import CATCH_UP_S, Gate
-from forwarder.relay.meter import LARGEST_BYTES, SMALLEST_BYTES, STEP_S, Meter, quantum_of
+from forwarder.limits.gate import CATCH_UP_S, Gate
+from forwarder.limits.meter import LARGEST_BYTES, SMALLEST_BYTES, STEP_S, Meter, quantum_of
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop

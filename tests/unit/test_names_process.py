@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 from support.waiting import PATIENCE_S, eventually
 
-from forwarder.net.channel import Channel, channel_pair
+from forwarder.ipc.channel import Channel, channel_pair
 from forwarder.net.sockets import Target
 from forwarder.upstream import process, schedule
 from forwarder.upstream.answers import Answer

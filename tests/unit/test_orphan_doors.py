@@ -17,8 +17,8 @@ import pytest
 from support.processes import NOBODY
 from support.waiting import PATIENCE_S
 
-from forwarder import inherit
-from forwarder.net.channel import channel_kind
+from forwarder.ipc.channel import channel_kind
+from forwarder.succession import inherit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

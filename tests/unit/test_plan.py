@@ -7,7 +7,7 @@ import dataclasses
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forwarder.addr import Address
+from forwarder.config.address import Address
 from forwarder.config.model import AccessRule, Config, Rule, Settings, Verdict
 from forwarder.config.plan import diff
 from forwarder.errors import Place

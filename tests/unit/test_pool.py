@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forwarder.addr import parse_listen
+from forwarder.config.address import parse_listen
 from forwarder.config.model import Rule
 from forwarder.errors import Place
 from forwarder.net.sockets import Target
-from forwarder.stats import new_row
+from forwarder.stats.rows import new_row
 from forwarder.upstream.answers import Answer
 from forwarder.upstream.names import REFRESH_S, Names
 from forwarder.upstream.pool import Pool

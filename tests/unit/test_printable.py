@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.processes import run_command
 
-from forwarder import daemonlog
-from forwarder.inherit import FDS_VARIABLE, from_environment
-from forwarder.printable import visible
+from forwarder.succession.inherit import FDS_VARIABLE, from_environment
+from forwarder.system import daemonlog
+from forwarder.system.printable import visible
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

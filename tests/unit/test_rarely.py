@@ -7,9 +7,9 @@ import os
 import time
 from typing import TYPE_CHECKING
 
-from forwarder import daemonlog
-from forwarder.daemonlog import PatientHandler, RareTracebacks
-from forwarder.rarely import INTERVAL_S, MAX_KNOWN, Rarely
+from forwarder.system import daemonlog
+from forwarder.system.daemonlog import PatientHandler, RareTracebacks
+from forwarder.system.rarely import INTERVAL_S, MAX_KNOWN, Rarely
 
 if TYPE_CHECKING:
     import pytest

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 import pytest
 from support.waiting import PATIENCE_S
 
-from forwarder import reload
-from forwarder.addr import Address
+from forwarder.config.address import Address
 from forwarder.config.model import Config, Rule
 from forwarder.errors import ConfigError, Issue, Place, StartupError
-from forwarder.net.addresses import BindAddress
 from forwarder.net.sockets import Target
-from forwarder.reload import Candidate, Rejected, _load, as_known, look_up
+from forwarder.serving import loader
+from forwarder.serving.addresses import BindAddress
+from forwarder.serving.loader import Candidate, Rejected, _load, as_known, look_up
 from forwarder.upstream.answers import Answer
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def test_new_names_to_listen_on_are_asked_for_side_by_side_and_known_ones_not(
     hosts = [f"silent{i}.example" for i in range(20)]
     rules = [replace(config(host).rules[0], name=host) for host in (*hosts, "web.example")]
     monkeypatch.setattr(socket, "getaddrinfo", ask)
-    monkeypatch.setattr(reload, "LOOK_UP_S", 0.5)
+    monkeypatch.setattr(loader, "LOOK_UP_S", 0.5)
     known = {"web.example": Answer((), "silent")}
     found = look_up(Config(rules=tuple(rules)), known)
     assert sorted(asked) == sorted(hosts)

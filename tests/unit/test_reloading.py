@@ -7,16 +7,16 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
 
 from forwarder.config.model import Config
-from forwarder.preview import Preview
-from forwarder.reload import Candidate
-from forwarder.reloading import Reloadable, Reloading
+from forwarder.serving.loader import Candidate
+from forwarder.serving.preview import Preview
+from forwarder.serving.reloading import Reloadable, Reloading
 
 if TYPE_CHECKING:
     import pytest
 
     from forwarder.control.requests import Requests
     from forwarder.control.server import Message
-    from forwarder.handover import Handover
+    from forwarder.succession.handover import Handover
 
 
 def test_a_bug_while_it_is_put_in_force_is_told_to_who_asked(

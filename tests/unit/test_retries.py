@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forwarder.retries import FIRST_DELAY_S, LONGEST_DELAY_S, Retries
+from forwarder.serving.retries import FIRST_DELAY_S, LONGEST_DELAY_S, Retries
 
 
 def test_the_pause_doubles_up_to_the_longest() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from forwarder.signals import describe_end
+from forwarder.system.signals import describe_end
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forwarder.board import ROWS
+from forwarder.cli.status import as_bytes, as_duration, as_text
 from forwarder.errors import REASONS, CloseReason, Phase, Who
-from forwarder.ledger import Ledger
-from forwarder.stats import (
+from forwarder.stats.board import ROWS
+from forwarder.stats.ledger import Ledger
+from forwarder.stats.rows import (
     BYTES_C2U,
     CONNECT_BUCKETS,
     CONNECT_MS,
@@ -21,7 +22,6 @@ from forwarder.stats import (
     connect_bucket,
     connect_label,
 )
-from forwarder.status import as_bytes, as_duration, as_text
 
 
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 2), st.booleans())))

@@ -8,12 +8,11 @@ import selectors
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forwarder.fleet import Fleet
-from forwarder.gate import Holdings
-from forwarder.listeners import ListenerTable
-from forwarder.net.channel import channel_pair
-from forwarder.slot import WorkerProcess, WorkerTables
-from forwarder.supervision import (
+from forwarder.ipc.channel import channel_pair
+from forwarder.limits.gate import Holdings
+from forwarder.serving.listeners import ListenerTable
+from forwarder.supervision.fleet import Fleet
+from forwarder.supervision.policy import (
     CRASH_LOOP_DEATHS,
     FIRST_DELAY_S,
     LONGEST_DELAY_S,
@@ -21,6 +20,7 @@ from forwarder.supervision import (
     Backoff,
     share_sockets,
 )
+from forwarder.supervision.slot import WorkerProcess, WorkerTables
 
 SLOTS = st.integers(1, 12)
 

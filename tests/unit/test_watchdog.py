@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from forwarder.notify import Watchdog
+from forwarder.system.notify import Watchdog
 
 
 @pytest.mark.parametrize(

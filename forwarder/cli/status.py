@@ -1,0 +1,198 @@
+"""The answer to ``forwarder status``, as data and as text. Pure."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from forwarder.config.model import Rule
+    from forwarder.serving.retries import Waiting
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+_MOST = 1 << 64
+_WORKER_COLUMNS = ("slot", "pid", "state", "generation", "uptime", "sessions", "total", "bytes")
+_RULE_COLUMNS = ("rule", "listens on", "upstreams", "sessions", "total", "failed", "queued")
+_SESSION_COLUMNS = ("id", "rule", "client", "upstream", "state", "to", "from", "age", "silent")
+
+
+def describe_rule(
+    rule: Rule,
+    addresses: Sequence[str],
+    counters: Mapping[str, object],
+    waiting: Waiting | None,
+    now: float,
+) -> dict[str, object]:
+    """One rule, as in the JSON of the status; ``waiting`` if it has not all of its addresses."""
+    state: dict[str, object] = {"state": "listening"}
+    if waiting is not None:
+        state = {
+            "state": "partial" if addresses else "waiting",
+            "why": waiting.why,
+            "attempts": waiting.failures,
+            "retry_in_s": round(max(0.0, waiting.not_before - now), 1),
+        }
+    return {
+        "name": rule.name,
+        "protocol": rule.protocol.value,
+        "listen": str(rule.listen),
+        **state,
+        "addresses": list(addresses),
+        "upstreams": [str(upstream) for upstream in rule.upstreams],
+        **counters,
+    }
+
+
+def as_text(status: Mapping[str, object]) -> list[str]:
+    """The status as lines for people."""
+    totals, rates = _table(status.get("totals")), _table(status.get("rates"))
+    lines = [
+        f"forwarder {status.get('version')}, pid {status.get('pid')}, {status.get('state')}, "
+        f"generation {status.get('generation')}, up {as_duration(_number(status.get('uptime_s')))}",
+        f"{_count(totals, 'sessions')} sessions, {_count(totals, 'sessions_total')} in total, "
+        f"{_count(totals, 'connects_failed')} failed to connect; "
+        f"{as_bytes(_count(totals, 'bytes_c2u'))} to upstreams, "
+        f"{as_bytes(_count(totals, 'bytes_u2c'))} to clients",
+        f"now {_number(rates.get('sessions_total_per_s')):.1f} new sessions/s, "
+        f"{as_bytes(_count(rates, 'bytes_c2u_per_s'))}/s to upstreams, "
+        f"{as_bytes(_count(rates, 'bytes_u2c_per_s'))}/s to clients",
+        *(
+            f"predecessor pid {one.get('pid')} drains, {_sessions(_count(one, 'sessions'))}"
+            for one in map(_table, _list(status.get("predecessors")))
+        ),
+        "",
+    ]
+    workers = [_worker_row(_table(worker)) for worker in _list(status.get("workers"))]
+    rules = [_rule_row(_table(rule)) for rule in _list(status.get("rules"))]
+    names = _names_as_text(_table(rule) for rule in _list(status.get("rules")))
+    failing = _failing_as_text(_table(rule) for rule in _list(status.get("rules")))
+    tables = [*_columns(_WORKER_COLUMNS, workers), "", *_columns(_RULE_COLUMNS, rules)]
+    return [*lines, *tables, *names, *failing]
+
+
+def _names_as_text(rules: Iterable[Mapping[str, object]]) -> list[str]:
+    """The names that have no good answer now, after an empty line, if there are some."""
+    lines = []
+    for rule in rules:
+        for name in map(_table, _list(rule.get("names"))):
+            used = ", ".join(map(str, _list(name.get("addresses")))) or "none"
+            what = "is being looked up"
+            if name.get("state") == "failed":
+                since = as_duration(_number(name.get("for_s")))
+                what = f"unresolved for {since}: {name.get('why')}; in use: {used}"
+            lines.append(f"rule {rule.get('name')}: {name.get('host')} {what}")
+    return ["", *lines] if lines else []
+
+
+def _failing_as_text(rules: Iterable[Mapping[str, object]]) -> list[str]:
+    """The addresses of upstreams that fail now, after an empty line, if there are some."""
+    lines = []
+    for rule in rules:
+        for failing in map(_table, _list(rule.get("failing"))):
+            since = as_duration(_number(failing.get("since_s")))
+            lines.append(
+                f"rule {rule.get('name')}: {failing.get('upstream')} cannot be used for {since}, "
+                f"{failing.get('why')}"
+            )
+    return ["", *lines] if lines else []
+
+
+def stop_as_text(answer: Mapping[str, object]) -> str:
+    """What has become of sessions at a stop, for people."""
+    ended, cut = _count(answer, "ended"), _count(answer, "cut")
+    if not ended and not cut:
+        return "stopped"
+    after_s = _number(answer.get("after_s"))
+    return f"stopped: {ended} ended, {cut} reset after {after_s:.{0 if after_s >= 10 else 1}f} s"
+
+
+def _sessions(count: int) -> str:
+    return f"{count} session{'' if count == 1 else 's'}"
+
+
+def sessions_as_text(sessions: Sequence[object]) -> list[str]:
+    """Sessions as lines for people."""
+    rows = [
+        [
+            *(str(session.get(key)) for key in ("id", "rule", "client", "upstream", "state")),
+            as_bytes(_count(session, "bytes_c2u")),
+            as_bytes(_count(session, "bytes_u2c")),
+            as_duration(_number(session.get("age_s"))),
+            as_duration(_number(session.get("idle_s"))),
+        ]
+        for session in map(_table, sessions)
+    ]
+    return _columns(_SESSION_COLUMNS, rows)
+
+
+def as_duration(seconds: float) -> str:
+    """A duration in its two largest units."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d{hours}h"
+    if hours:
+        return f"{hours}h{minutes}m"
+    return f"{minutes}m{rest}s" if minutes else f"{rest}s"
+
+
+def as_bytes(count: int) -> str:
+    """A number of bytes in a unit that leaves at most four digits."""
+    size = float(count)
+    for unit in _UNITS:
+        if size < 1000 or unit == _UNITS[-1]:
+            break
+        size /= 1024
+    return f"{count} B" if unit == "B" else f"{size:.1f} {unit}"
+
+
+def _worker_row(worker: Mapping[str, object]) -> list[str]:
+    moved = _count(worker, "bytes_c2u") + _count(worker, "bytes_u2c")
+    return [
+        *(str(worker.get(key)) for key in ("slot", "pid", "state", "generation")),
+        as_duration(_number(worker.get("uptime_s"))),
+        str(_count(worker, "sessions")),
+        str(_count(worker, "sessions_total")),
+        as_bytes(moved),
+    ]
+
+
+def _rule_row(rule: Mapping[str, object]) -> list[str]:
+    listens = " ".join(map(str, _list(rule.get("addresses"))))
+    if rule.get("state") in ("waiting", "partial"):
+        why = f"{rule.get('why')}; next attempt in {_number(rule.get('retry_in_s')):.0f} s"
+        listens = f"{listens} ({why})" if listens else why
+    return [
+        str(rule.get("name")),
+        listens,
+        " ".join(map(str, _list(rule.get("upstreams")))),
+        *(str(_count(rule, key)) for key in ("sessions", "sessions_total", "connects_failed")),
+        str(_count(_table(rule.get("queue")), "waiting")),
+    ]
+
+
+def _columns(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (titles, *rows)
+    ]
+
+
+def _list(value: object) -> list[object]:
+    return value if isinstance(value, list) else []
+
+
+def _table(value: object) -> Mapping[str, object]:
+    return value if isinstance(value, dict) else {}
+
+
+def _number(value: object) -> float:
+    """A number; 0 for whatever is none, for workers have a say in it."""
+    return value if isinstance(value, int | float) and -_MOST < value < _MOST else 0.0
+
+
+def _count(table: Mapping[str, object], key: str) -> int:
+    return int(_number(table.get(key)))

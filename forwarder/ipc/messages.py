@@ -1,0 +1,192 @@
+"""What the master and its workers say to each other.
+
+Master to worker: SOCKETS (listening sockets, by id), APPLY (which of them serve which rule, from
+now on), LOGS (where the connection log goes), NAMES (their addresses, see ``upstream.messages``),
+DRAIN, STOP, LIST and KILL (some of its sessions), ACCESS (who may use which rule, by the word of an
+heir). Worker to master: APPLIED, LEAVING, REFRESH (look a name up soon), FAILING (addresses of
+upstreams that do), and ANSWER to LIST or KILL. A worker that starts, one that gets a new
+configuration and one that takes over another's sockets do the same: apply an assignment. One that
+cannot says so in APPLIED, by ``refusal``, and goes on as before. What masters say to each other:
+``lineage``.
+
+The assignment travels pickled, from the master to its own forked child, never the other way: a
+worker may run with fewer rights than the master and must not be able to make it run anything.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Final
+
+from forwarder.config.model import AccessRule, LogFormat, Verdict
+from forwarder.errors import Place
+from forwarder.ipc.channel import (
+    MAX_FDS,
+    MAX_MESSAGE_BYTES,
+    from_memory_file,
+    to_memory_file,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from forwarder.config.model import Config, LogPlace
+    from forwarder.ipc.channel import Channel, Received
+
+# Some 300 bytes for each of the sessions that are listed at most.
+MAX_ANSWER_BYTES: Final = 16 * 1024 * 1024
+# What fits into a message, with room for the rest of it.
+MAX_SHORT_BYTES: Final = MAX_MESSAGE_BYTES // 2
+
+
+class Op(StrEnum):
+    """Kinds of message."""
+
+    SOCKETS = "sockets"
+    APPLY = "apply"
+    DRAIN = "drain"
+    STOP = "stop"
+    APPLIED = "applied"
+    LEAVING = "leaving"
+    LOGS = "logs"
+    LIST = "list"
+    KILL = "kill"
+    ANSWER = "answer"
+    FAILING = "failing"
+    NAMES = "names"
+    REFRESH = "refresh"
+    ACCESS = "access"
+    DRAINS = "drains"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assignment:
+    """What a worker shall do: accept on these sockets for these rules, and on no others.
+
+    ``routes`` maps the id of a listening socket to an index into ``config.rules``.
+    ``rows`` are those of the board in which the rules are counted, in the order of the rules.
+    ``workers`` is how many there are, ``pipe_budget_pages`` this one's share of the kernel's pipe
+    memory.
+    ``serial`` grows with every assignment of a master; the worker acknowledges it.
+    """
+
+    serial: int
+    generation: int
+    config: Config
+    routes: Mapping[int, int]
+    rows: tuple[int, ...]
+    workers: int
+    pipe_budget_pages: int
+
+
+def send_sockets(channel: Channel, sockets: Mapping[int, int]) -> None:
+    """Send listening sockets: id to descriptor. They stay the sender's, open until sent."""
+    ids = list(sockets)
+    for start in range(0, len(ids), MAX_FDS):
+        part = ids[start : start + MAX_FDS]
+        channel.send({"op": Op.SOCKETS, "ids": part}, [sockets[i] for i in part])
+
+
+def send_assignment(channel: Channel, assignment: Assignment) -> None:
+    """Send an assignment; the sockets it names were sent before."""
+    channel.send({"op": Op.APPLY}, [to_memory_file(pickle.dumps(assignment))], gives=True)
+
+
+def read_assignment(received: Received) -> Assignment:
+    """The assignment of an APPLY message."""
+    fd = received.fds.pop()
+    assignment = pickle.loads(from_memory_file(fd))  # noqa: S301 - from our own master: see above
+    if not isinstance(assignment, Assignment):
+        raise TypeError("not an assignment")
+    return assignment
+
+
+def send_answer(channel: Channel, number: object, answer: object) -> None:
+    """Answer a question of the master; what is long travels in a file.
+
+    Without a descriptor for that the answer is null, which is none.
+    """
+    content = json.dumps(answer).encode()
+    message: dict[str, object] = {"op": Op.ANSWER, "number": number, "answer": None}
+    files = []
+    if len(content) <= MAX_SHORT_BYTES:
+        message["answer"] = answer
+    else:
+        with suppress(OSError):
+            files.append(to_memory_file(content))
+    channel.send(message, files, gives=True)
+
+
+def read_answer(received: Received) -> object:
+    """The answer in an ANSWER message; None for none. Raises ValueError for nonsense."""
+    if not received.fds:  # short, or we had no descriptor for it
+        return received.message["answer"]
+    return json.loads(from_memory_file(received.fds.pop(0), MAX_ANSWER_BYTES))
+
+
+def access_file(config: Config) -> int:
+    """Who may use which rule, as JSON in a memory file, whose descriptor becomes the caller's.
+
+    For workers of older code, so it holds nothing but texts. Raises OSError.
+    """
+    content = {
+        "all": _access_texts(config.access),
+        "rules": {rule.name: _access_texts(rule.access) for rule in config.rules},
+    }
+    return to_memory_file(json.dumps(content).encode())
+
+
+def _access_texts(rules: Iterable[AccessRule]) -> list[tuple[str, str]]:
+    return [(rule.verdict.value, rule.pattern) for rule in rules]
+
+
+def send_access(channel: Channel, fd: int) -> None:
+    """Send an access file; the descriptor stays the sender's. Raises OSError."""
+    channel.send({"op": Op.ACCESS}, [os.dup(fd)], gives=True)
+
+
+def read_access(fd: int) -> tuple[list[AccessRule], dict[str, list[AccessRule]]]:
+    """The access rules for everybody and of each rule, in an access file, which is closed.
+
+    Raises ValueError for nonsense.
+    """
+    content = json.loads(from_memory_file(fd, MAX_ANSWER_BYTES))
+    return _access_rules(content["all"]), {
+        name: _access_rules(texts) for name, texts in content["rules"].items()
+    }
+
+
+def _access_rules(texts: Iterable[tuple[str, str]]) -> list[AccessRule]:
+    place = Place("upgrade")
+    return [
+        AccessRule(verdict=Verdict(verdict), pattern=pattern, place=place)
+        for verdict, pattern in texts
+    ]
+
+
+def send_logs(channel: Channel, places: Sequence[tuple[LogPlace, int | None]]) -> None:
+    """Tell where the connection log goes; the descriptors stay the sender's. Raises OSError."""
+    described = [[place.format.value, place.to, fd is not None] for place, fd in places]
+    fds: list[int] = []
+    try:
+        for _, fd in places:
+            if fd is not None:
+                fds.append(os.dup(fd))
+    except OSError:
+        for fd in fds:
+            os.close(fd)
+        raise
+    channel.send({"op": Op.LOGS, "places": described}, fds, gives=True)
+
+
+def read_logs(received: Received) -> list[tuple[LogFormat, str, int | None]]:
+    """The places in a LOGS message: format, name, and a descriptor that becomes the caller's."""
+    fds = iter(received.fds)
+    places = received.message["places"]
+    assert isinstance(places, list)  # noqa: S101 - our own master says so
+    return [(LogFormat(how), name, next(fds) if has_fd else None) for how, name, has_fd in places]

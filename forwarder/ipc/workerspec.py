@@ -1,0 +1,30 @@
+"""What the master gives a worker at its birth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from forwarder.config.model import RelayMode
+    from forwarder.ipc.channel import Channel
+    from forwarder.ipc.heartbeat import Heartbeats
+    from forwarder.limits.gate import Gate, Holdings
+    from forwarder.stats.board import Board
+    from forwarder.system.privileges import Identity
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSpec:
+    """What a worker is born with. Rules and sockets come over the channel, which it owns."""
+
+    slot: int
+    cell: int  # of the heartbeats
+    channel: Channel
+    heartbeats: Heartbeats
+    board: Board
+    gate: Gate
+    holdings: Holdings
+    relay: RelayMode
+    identity: Identity | None
+    capabilities: int  # that it keeps

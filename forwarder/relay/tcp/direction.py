@@ -1,0 +1,244 @@
+"""One way of a session: bytes that arrive on ``src`` leave on ``dst``, by copying.
+
+Does not connect, has no timers and does not close sockets; that is the session's. ``splice`` adds
+the way without copies for bulk.
+
+Theory of operation
+-------------------
+A direction is *open* or *blocked*::
+
+              src readable: read, send
+             +----+
+             v    |          dst took less than was read, or the budget is used up
+           +--------+ ------------------------------------------------------> +---------+
+           |  open  |                                                         | blocked |
+           +--------+ <------------------------------------------------------ +---------+
+                |             dst writable again and nothing left to send          ^
+                | end of file on src: half-close dst                               |
+                +------------------------------------------------------------------+
+                                          (for good: ``is_done``)
+
+It also starts blocked, until the upstream is connected. While it is blocked nothing is read, so the
+kernel's window closes and the sender waits: that is the backpressure, and the bound on memory. The
+events that arrive meanwhile are kept in ``missed``, for an edge is reported only once.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from forwarder.relay.poller import BROKEN, READ_ON, READABLE, URGENT, WRITABLE
+
+if TYPE_CHECKING:
+    import socket
+
+    from forwarder.relay.relay import Relay
+    from forwarder.relay.tcp.session import Session
+
+# What one read of a quiet direction takes. Whatever fills it is bulk. Small enough to stay in the
+# CPU's cache, and more than the largest record of TLS (16 KiB and 22 bytes, RFC 8446 5.1) or a
+# message of 16 KiB: with 16 KiB each of these began bulk anew, for 30% more CPU.
+SMALL_BYTES: Final = 20 * 1024
+# The copying way reads this much of bulk at once.
+BULK_BYTES: Final = 256 * 1024
+# What a direction may move before the others of this worker get their turn.
+BUDGET_BYTES: Final = 1024 * 1024
+
+
+class Direction:
+    """One way of a session. ``moved`` counts bytes read from ``src``; ``counted`` is the relay's.
+
+    The session owns both sockets and sets ``src``, ``dst`` and ``reverse``, the last two before the
+    direction is first unblocked.
+    """
+
+    __slots__ = (
+        "can_splice",
+        "counted",
+        "dst",
+        "is_blocked",
+        "is_bulk",
+        "is_done",
+        "is_queued",
+        "missed",
+        "moved",
+        "pending",
+        "relay",
+        "reverse",
+        "session",
+        "src",
+    )
+
+    src: socket.SocketType
+    dst: socket.SocketType
+    reverse: Direction
+    budget_bytes: int = BUDGET_BYTES
+    """What it may move before it yields, and at once: the limits of a meter are smaller."""
+    chunk_bytes: int = BULK_BYTES
+    spliced: int = 0
+    """How many of the bytes moved never entered the process, since the relay has counted them."""
+    is_held_up: bool = False
+    """Whether it waits for a meter."""
+    is_sink: bool = False
+    """Whether it drops what it reads: see ``sink``."""
+
+    def __init__(self, relay: Relay, session: Session) -> None:
+        self.relay = relay
+        self.session = session
+        self.can_splice = True
+        self.is_blocked = True
+        self.is_bulk = False
+        self.is_done = False
+        self.is_queued = False
+        self.missed = 0
+        self.moved = self.counted = 0
+        self.pending: memoryview | None = None
+
+    def on_events(self, mask: int) -> None:
+        """Handle events of ``src``: it feeds this direction and is fed by the reverse one."""
+        self.session.active_at = self.relay.poller.now
+        reverse = self.reverse
+        if mask & WRITABLE and reverse.is_blocked:
+            reverse.resume()
+        if mask & URGENT:
+            self.can_splice = False  # splice stops in front of an urgent byte
+        if self.is_blocked:
+            self.missed |= mask
+            if mask & BROKEN:
+                self.session.on_broken_while_blocked(self)
+        elif mask & READABLE:
+            self.pump(mask)
+
+    def resume(self) -> None:
+        """Send what is left and go on reading, if ``dst`` takes it."""
+        if not self.is_blocked or self.is_done or not self.flush():
+            return
+        self.is_blocked = False
+        mask = self.missed
+        if mask & READABLE:
+            self.missed = 0
+            self.pump(mask)
+
+    def pump(self, mask: int) -> None:
+        """Move what ``src`` has, small or bulk, within the budget. ``mask``: the events seen."""
+        if self.is_bulk:
+            self.pump_bulk(mask)
+            return
+        view = self.relay.small_view
+        while True:
+            try:
+                count = self.src.recv_into(view)
+            except BlockingIOError:
+                return
+            except OSError as err:
+                self.session.on_reset(self, err)
+                return
+            if not count:
+                self.on_eof()
+                return
+            if not self.deliver(view, count):
+                return
+            if count == SMALL_BYTES:
+                self.is_bulk = True
+                self.pump_bulk(mask)
+                return
+            if not mask & READ_ON:
+                return
+
+    def pump_bulk(self, mask: int) -> None:
+        """Move bulk until ``src`` runs dry, ``dst`` is full or the budget is used up."""
+        view = self.relay.bulk_view[: self.chunk_bytes]
+        budget = whole = self.budget_bytes
+        while budget > 0:
+            try:
+                count = self.src.recv_into(view)
+            except BlockingIOError:
+                self.is_bulk = budget < whole - SMALL_BYTES
+                return
+            except OSError as err:
+                self.session.on_reset(self, err)
+                return
+            if not count:
+                self.on_eof()
+                return
+            if not self.deliver(view, count):
+                return
+            if count < len(view) and not mask & READ_ON:
+                self.is_bulk = count >= SMALL_BYTES or budget < whole
+                return
+            budget -= count
+        self.yield_turn(mask)
+
+    def deliver(self, view: memoryview, count: int) -> bool:
+        """Send the first ``count`` bytes of ``view``; False if the direction has to stop here."""
+        self.moved += count
+        try:
+            sent = self.dst.send(view[:count])
+        except BlockingIOError:
+            sent = 0
+        except OSError as err:
+            if not self.session.can_rest(err):
+                self.session.on_undeliverable(self, err)
+                return False
+            sent = 0
+        if sent == count:
+            return True
+        self.pending = memoryview(bytes(view[sent:count]))
+        self.block()
+        return False
+
+    def flush(self) -> bool:
+        """Send what a short send left behind; False if some of it is still left."""
+        pending = self.pending
+        if pending is None:
+            return True
+        try:
+            sent = self.dst.send(pending)
+        except BlockingIOError:
+            return False
+        except OSError as err:
+            if not self.session.can_rest(err):
+                self.session.on_undeliverable(self, err)
+            return False
+        if sent < len(pending):
+            self.pending = pending[sent:]
+            return False
+        self.pending = None
+        return True
+
+    @property
+    def holds_data(self) -> bool:
+        """Whether something was read that ``dst`` has not taken yet."""
+        return self.pending is not None
+
+    def block(self) -> None:
+        """Stop reading until ``dst`` is writable. ``src`` may hold more, so look at it then."""
+        self.is_blocked = True
+        self.missed |= READABLE
+
+    def yield_turn(self, mask: int) -> None:
+        """Let the others go on, then continue here."""
+        self.is_blocked = True
+        self.missed |= mask | READABLE
+        if not self.is_queued:  # an event may have resumed it since it was queued
+            self.is_queued = True
+            self.relay.poller.call_again(self)
+
+    def on_turn(self) -> None:
+        """Go on after :meth:`yield_turn`."""
+        self.is_queued = False
+        self.resume()
+
+    def on_eof(self) -> None:
+        """``src`` has sent its FIN and everything is delivered: pass the half-close on."""
+        self.is_blocked = self.is_done = True
+        self.session.on_eof(self)
+
+    def stop(self) -> None:
+        """Never read again; drop what could not be sent."""
+        self.is_blocked = self.is_done = True
+        self.pending = None
+
+    def on_bug(self) -> None:
+        """End the session whose event handler failed."""
+        self.session.on_bug()

@@ -1,0 +1,83 @@
+"""What becomes of a direction whose destination is gone: its source is read, and heard no more.
+
+Delivers nothing and ends nothing; the session does. Without it a survivor that writes before it
+reads would wait for room in our queue, and never come to read what is still there for it.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final
+
+from forwarder.relay.poller import READABLE, WRITABLE
+from forwarder.relay.tcp.direction import Direction
+
+if TYPE_CHECKING:
+    from forwarder.relay.relay import Relay
+    from forwarder.relay.tcp.session import Session
+
+# One of poller.READ_ON. Reading on until the source is dry is right for every kind of socket
+# (``unix`` says why it must be); here one more call does not matter.
+_MORE_MAY_WAIT: Final = select.EPOLLRDHUP
+
+
+class Sink(Direction):
+    """A direction that drops what it reads; ``moved`` is what was moved before it came to that."""
+
+    __slots__ = ("spliced",)
+
+    is_sink = True
+
+    def __init__(self, relay: Relay, session: Session) -> None:
+        super().__init__(relay, session)
+        self.spliced = 0
+
+    def on_events(self, mask: int) -> None:
+        """As for others, but what is dropped does not keep the session alive."""
+        active_at = self.session.active_at
+        super().on_events(mask)
+        if not mask & WRITABLE:
+            self.session.active_at = active_at
+
+    def pump(self, mask: int) -> None:
+        """Read until the source is empty, within the budget."""
+        super().pump(mask | _MORE_MAY_WAIT)
+
+    def resume(self) -> None:
+        """Begin, or go on after a turn.
+
+        A unix peer hears of a cut stream only if something of its own was not read (ADR 0007), so
+        that is left until it is known that nothing was cut.
+        """
+        if not self.is_done and (self.src.family != socket.AF_UNIX or self.reverse.is_done):
+            super().resume()
+
+    def deliver(self, view: memoryview, count: int) -> bool:  # noqa: ARG002 - it is dropped
+        """Drop what was read."""
+        return True
+
+
+def in_place_of(direction: Direction) -> Direction:
+    """Stop ``direction`` and have a sink in its place, which begins after the events at hand.
+
+    For the events of its source and for its reverse; the caller must have the session do the same.
+    A unix peer can be told that nobody listens: it gets EPIPE for more (unix(7)).
+    """
+    was_done = direction.is_done
+    direction.stop()
+    sink = Sink(direction.relay, direction.session)
+    sink.src, sink.dst = direction.src, direction.dst
+    sink.moved, sink.counted, sink.spliced = direction.moved, direction.counted, direction.spliced
+    sink.reverse = direction.reverse
+    sink.reverse.reverse = sink
+    sink.relay.poller.hand_over(sink.src.fileno(), sink)
+    if was_done:
+        sink.is_blocked = sink.is_done = True
+        return sink
+    if sink.src.family == socket.AF_UNIX:
+        with suppress(OSError):  # it is gone, too
+            sink.src.shutdown(socket.SHUT_RD)
+    sink.yield_turn(READABLE)
+    return sink

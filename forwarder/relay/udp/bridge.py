@@ -1,0 +1,108 @@
+"""A TCP client whose upstream is spoken to by UDP: what it sends become datagrams, and back.
+
+It goes on for as long as the client's connection does, however silent the upstream is. When the
+client has sent its FIN, answers may still come: it ends when none has come for ``udp_timeout_s``.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING
+
+from forwarder.errors import CloseReason, Phase, Who
+from forwarder.net import sockets, udp
+from forwarder.net.datagrams import Destination
+from forwarder.relay.poller import EDGE_IN
+from forwarder.relay.udp.directions import DatagramToStream, StreamToDatagram
+from forwarder.relay.udp.flow import Flow
+
+if TYPE_CHECKING:
+    import socket
+
+    from forwarder.net.sockets import SockAddr, Target
+    from forwarder.relay.relay import Relay
+    from forwarder.upstream.pool import Pool
+
+
+class Bridge(Flow):
+    """Owns ``client``, an accepted connection, from the constructor on."""
+
+    __slots__ = ()
+
+    is_answered = False
+    c2u: StreamToDatagram
+    u2c: DatagramToStream
+
+    def __init__(
+        self, relay: Relay, pool: Pool, client: socket.SocketType, client_address: SockAddr
+    ) -> None:
+        super().__init__(relay, pool, client_address)
+        self.client = client
+        framing = pool.rule.framing
+        self.join(
+            StreamToDatagram(relay, self, framing),
+            DatagramToStream(relay, self, framing),
+        )
+
+    def local(self) -> Target:
+        """The address of ours that the client is connected to. Raises OSError if it is closed."""
+        if self.client is None:
+            raise OSError(errno.ENOTCONN, "no client")
+        return self.pool.local or sockets.bound_to(self.client)
+
+    def make_socket(
+        self, target: Target, source: SockAddr | None, *, is_rival: bool
+    ) -> socket.SocketType:
+        """Make a socket that is connected to ``target``; nothing is sent by that."""
+        del is_rival  # nothing is raced where nothing answers
+        return udp.upstream_socket(target, source, self.pool.how[target.family])
+
+    def connect(self, upstream: socket.SocketType, target: Target) -> int:
+        """It is; watch it, and the client. What that has sent already is reported at once."""
+        del target
+        client = self.client
+        if client is None:
+            raise OSError(errno.ENOTCONN, "the client has gone")
+        self.relay.poller.register(upstream.fileno(), self.u2c, EDGE_IN)
+        if not self.connected_at:  # else it is watched already, and another upstream was left
+            self.relay.poller.register(client.fileno(), self.c2u)
+        return 0
+
+    def on_connected(self, upstream: socket.SocketType, mask: int) -> None:
+        """Both sides are there, for the first time or with another upstream."""
+        del mask
+        is_first = not self.connected_at
+        self.join_upstream(upstream, Destination(upstream.fileno()))
+        client = self.client
+        assert client is not None  # noqa: S101 - it was when this connected, just now
+        self.c2u.src = client
+        self.on_open()
+        if is_first:
+            self.u2c.open(client)
+        else:
+            self.c2u.resume()
+
+    @property
+    def silence_limit_s(self) -> float:
+        """While the client may still send: the rule's limit for idle sessions; then UDP's."""
+        rule = self.pool.rule
+        return rule.udp_timeout_s if self.c2u.is_ended else rule.idle_timeout_s
+
+    @property
+    def ends_by_silence(self) -> bool:
+        """Whether the client has ended, so that only answers are waited for."""
+        return self.c2u.is_ended
+
+    def on_stream_ended(self) -> None:
+        """The client has sent its FIN: wait for answers to what it has asked."""
+        self.touch()
+        self.arm(self.silence_limit_s)
+
+    def on_stream_broken(self, why: str) -> None:
+        """The client has reset the connection."""
+        self.abort(CloseReason(Who.CLIENT, Phase.DATA, why, is_reset=True))
+
+    @property
+    def to_stream(self) -> DatagramToStream:
+        """To the client."""
+        return self.u2c

@@ -1,0 +1,394 @@
+"""One way of a flow: what arrives on ``src`` leaves on the other side. Four kinds of it.
+
+============  =====================================  ======================================
+              to datagrams                           to a stream
+============  =====================================  ======================================
+datagrams     :class:`DatagramWay`                   :class:`DatagramToStream`
+a stream      :class:`StreamToDatagram`              (a session's, see ``direction``)
+============  =====================================  ======================================
+
+What the other side does not take waits in ``pending``, and nothing more is read meanwhile: the
+kernel's queue of ``src`` fills, and of datagrams that come then the kernel drops the newest. Opens
+and closes nothing; the flow does.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+from forwarder.net.datagrams import MAX_DATAGRAM, SLOTS, Destination
+from forwarder.net.sockets import OUT_OF_RESOURCES
+from forwarder.relay.poller import BROKEN, READABLE, WRITABLE
+from forwarder.relay.udp import framing
+
+if TYPE_CHECKING:
+    import socket
+
+    from forwarder.config.model import Framing
+    from forwarder.relay.relay import Relay
+    from forwarder.relay.udp.flow import Flow
+    from forwarder.relay.udp.trial import Trial
+
+# Receives in a row before others get their turn: 256 datagrams, some 300 KB.
+BATCHES_PER_TURN: Final = 4
+# Of datagrams that come through a listener while the way is blocked; beyond it they are dropped.
+MAX_PENDING: Final = 256
+# The same for bytes that wait for a stream. Arbitrary; some four times what one read takes.
+MAX_PENDING_BYTES: Final = 256 * 1024
+# Reads of a stream in a row.
+_READS_PER_TURN: Final = 16
+UNLIMITED: Final = 1 << 62
+
+
+class Way:
+    """One way of a flow. ``moved`` counts bytes of payload, ``src`` is None while there is none.
+
+    ``reverse`` is set by the flow before anything is registered. ``held_up``: the events that came
+    while it waits for a meter, 0 if it does not. ``trial`` is told of what is sent to an upstream
+    that has not answered yet; there is none of one that has.
+    """
+
+    __slots__ = (
+        "counted",
+        "flow",
+        "held_up",
+        "is_queued",
+        "moved",
+        "relay",
+        "reverse",
+        "src",
+        "trial",
+    )
+
+    reverse: Way
+    spliced = 0  # datagrams pass through the process
+
+    def __init__(self, relay: Relay, flow: Flow) -> None:
+        self.relay = relay
+        self.flow = flow
+        self.src: socket.SocketType | None = None
+        self.moved = self.counted = 0
+        self.held_up = 0
+        self.is_queued = False
+        self.trial: Trial | None = None
+
+    def on_events(self, mask: int) -> None:
+        """Handle events of ``src``: it feeds this way and is fed by the reverse one."""
+        self.flow.touch()
+        if mask & WRITABLE:
+            self.reverse.resume()
+        if mask & READABLE and self.src is not None:
+            self.pump(mask)
+
+    def pump(self, mask: int) -> None:
+        """Move what ``src`` has, if the meter of the rule lets it. ``mask``: the events seen."""
+        meter = self.relay.meter(self.flow.pool.row, is_u2c=self is self.flow.u2c)
+        if meter is None:
+            self.move(mask)
+        elif room := meter.room(self):
+            before = self.moved
+            self.move(mask, room)
+            meter.spend(self.moved - before)
+        else:
+            self.held_up |= mask
+
+    def go_on(self, now: float) -> None:
+        """The meter lets it move again."""
+        mask, self.held_up = self.held_up, 0
+        if self.src is not None:
+            self.relay.poller.now = now
+            self.flow.touch()
+            self.pump(mask)
+
+    def move(self, mask: int, room: int = UNLIMITED) -> None:
+        """Move what ``src`` has, within the budget; nothing more when ``room`` bytes were moved."""
+        raise NotImplementedError
+
+    def resume(self) -> None:
+        """Send what is pending, and go on reading when all of it is gone."""
+        raise NotImplementedError
+
+    @property
+    def holds_data(self) -> bool:
+        """Whether something was read that the other side has not taken yet."""
+        raise NotImplementedError
+
+    @property
+    def waiting(self) -> int:
+        """How many whole datagrams would be lost if the flow ended now."""
+        return 0
+
+    def yield_turn(self) -> None:
+        """Let the others go on, then continue here."""
+        if not self.is_queued:
+            self.is_queued = True
+            self.relay.poller.call_again(self)
+
+    def on_turn(self) -> None:
+        """Go on after :meth:`yield_turn`."""
+        self.is_queued = False
+        if self.src is not None:
+            self.pump(READABLE)
+
+    def on_report(self, number: int) -> None:
+        """Nobody is where ``src`` is connected to. A client that has gone is no matter."""
+        if self is self.flow.u2c:
+            self.flow.on_report(number)
+
+    def on_bug(self) -> None:
+        """End the flow whose event handler failed."""
+        self.flow.on_bug()
+
+
+class _FromDatagrams(Way):
+    """Ways whose ``src`` is a connected UDP socket, or that are fed by a listener."""
+
+    __slots__ = ()
+
+    def take(self, first: int, last: int) -> None:
+        """Send on what the listener has received for us; dropped where a meter has no room."""
+        pool = self.flow.pool
+        meter = self.relay.meter(pool.row, is_u2c=False)
+        if meter is None:
+            self.deliver(first, last)
+        elif meter.room_now():
+            before = self.moved
+            self.deliver(first, last)
+            meter.spend_now(self.moved - before)
+        else:
+            self.relay.drop_datagrams(pool, last - first)
+
+    def move(self, mask: int, room: int = UNLIMITED) -> None:  # noqa: ARG002 - see below
+        """Move what ``src`` has: a batch at a time. Errors are told by the receive itself."""
+        src = self.src
+        if src is None or self.holds_data:
+            return
+        batch = self.relay.batch
+        fd = src.fileno()
+        enough = self.moved + room
+        for _ in range(BATCHES_PER_TURN):
+            count = batch.receive(fd)
+            if count and not self.deliver(0, count):
+                return
+            if count < SLOTS:
+                return
+            if self.moved >= enough:
+                break
+        self.yield_turn()
+
+    def deliver(self, first: int, last: int) -> bool:
+        """Send slots of the worker's batch on; False if nothing more should be read now."""
+        raise NotImplementedError
+
+
+class DatagramWay(_FromDatagrams):
+    """Datagrams to datagrams. ``to.fd`` is -1 until there is somewhere to send to."""
+
+    __slots__ = ("pending", "to")
+
+    def __init__(self, relay: Relay, flow: Flow) -> None:
+        super().__init__(relay, flow)
+        self.to = Destination()
+        self.pending: deque[bytes] | None = None
+
+    def deliver(self, first: int, last: int) -> bool:
+        """Send slots on, or keep copies while the way is blocked."""
+        batch = self.relay.batch
+        self.moved += batch.total(first, last)
+        if self.pending is None and self.to.fd >= 0:
+            taken = batch.send(self.to, first, last)
+            if self.trial is not None:
+                self.trial.keep(batch.datagrams(first, taken))
+            if taken == last:
+                return True
+            first = taken
+        if self.pending is None:
+            self.pending = deque()
+            self.flow.on_blocked(self)
+        found = batch.datagrams(first, last)
+        if self.src is None:  # from the listener, which reads on for the sake of others
+            room = max(0, MAX_PENDING - len(self.pending))
+            self.relay.drop_datagrams(self.flow.pool, len(found[room:]))
+            del found[room:]
+        self.pending += found
+        return False
+
+    def resume(self) -> None:
+        """Send what is pending, and go on reading when all of it is gone."""
+        pending = self.pending
+        if pending is None or self.to.fd < 0:
+            return
+        if not _send_all(self, pending):
+            return
+        self.pending = None
+        if self.src is not None:
+            self.pump(READABLE)
+
+    def detach(self, again: deque[bytes]) -> None:
+        """Keep what is to be sent until there is somewhere to send it; ``again`` comes first."""
+        self.to = Destination()
+        if again or self.pending:
+            self.pending = deque((*again, *(self.pending or ())))
+
+    @property
+    def holds_data(self) -> bool:
+        """Whether datagrams wait."""
+        return self.pending is not None
+
+    @property
+    def waiting(self) -> int:
+        """How many datagrams would be lost if the flow ended now."""
+        return len(self.pending or ())
+
+
+class DatagramToStream(_FromDatagrams):
+    """Datagrams to a stream: their bytes one after the other, framed or not."""
+
+    __slots__ = ("_dst", "_framing", "_pending")
+
+    def __init__(self, relay: Relay, flow: Flow, how: Framing) -> None:
+        super().__init__(relay, flow)
+        self._framing = how
+        self._dst: socket.SocketType | None = None
+        self._pending = bytearray()
+
+    def open(self, dst: socket.SocketType) -> None:
+        """Send to ``dst`` from now on, what is pending first."""
+        self._dst = dst
+        self.resume()
+
+    def deliver(self, first: int, last: int) -> bool:
+        """Send slots on, or keep them while the way is blocked; what is too much is dropped."""
+        batch = self.relay.batch
+        for content in batch.datagrams(first, last):
+            self.moved += len(content)
+            if len(self._pending) + len(content) > MAX_PENDING_BYTES and not self._send():
+                self.relay.drop_datagrams(self.flow.pool, 1)
+            else:
+                self._pending += framing.encode(self._framing, content)
+        return self._send()
+
+    def resume(self) -> None:
+        """Send what is pending, and go on reading when all of it is gone."""
+        if self._pending and self._send() and self.src is not None:
+            self.pump(READABLE)
+
+    def _send(self) -> bool:
+        """Send as much as goes; True if nothing is left."""
+        if self._dst is None or not self._pending:
+            return not self._pending
+        try:
+            sent = self._dst.send(self._pending)
+        except BlockingIOError:
+            return False
+        except OSError as err:
+            if err.errno in OUT_OF_RESOURCES:
+                return False  # with the next datagram, or event
+            self._pending.clear()
+            self._dst = None
+            if self.reverse.src is not None:
+                self.reverse.pump(READABLE)  # it may have said something before it went
+            self.flow.on_stream_broken(err.strerror or "reset")
+            return False
+        del self._pending[:sent]
+        return not self._pending
+
+    @property
+    def holds_data(self) -> bool:
+        """Whether bytes wait."""
+        return bool(self._pending)
+
+
+class StreamToDatagram(Way):
+    """A stream to datagrams: each read is one, or each frame."""
+
+    __slots__ = ("_decoder", "_pending", "is_ended", "to")
+
+    def __init__(self, relay: Relay, flow: Flow, how: Framing) -> None:
+        super().__init__(relay, flow)
+        self.to = Destination()
+        self.is_ended = False
+        self._decoder = framing.decoder(how)
+        self._pending: deque[bytes] = deque()
+
+    def move(self, mask: int, room: int = UNLIMITED) -> None:
+        """Read until dry, each time sending what is complete."""
+        src = self.src
+        if self.is_ended and mask & BROKEN:
+            self.flow.on_stream_broken("reset")
+        if src is None or self._pending or self.is_ended:
+            return
+        view = self.relay.bulk_view[:MAX_DATAGRAM]
+        for _ in range(_READS_PER_TURN):
+            try:
+                count = src.recv_into(view)
+            except BlockingIOError:
+                return
+            except OSError as err:
+                self.flow.on_stream_broken(err.strerror or "reset")
+                return
+            if not count:
+                self._end()
+                return
+            self.moved += count
+            self._pending.extend(self._decoder.feed(view[:count]))
+            if not self._send():
+                return
+            room -= count
+            if room <= 0:
+                break
+        self.yield_turn()
+
+    def resume(self) -> None:
+        """Send what is pending, and go on reading when all of it is gone."""
+        if not self._pending or not self._send():
+            return
+        if self.is_ended:
+            self.flow.on_stream_ended()
+        elif self.src is not None:
+            self.pump(READABLE)
+
+    def _end(self) -> None:
+        """The stream has ended; a frame that was cut off goes with it."""
+        self.is_ended = True
+        if self._decoder.is_inside_frame:
+            self.relay.drop_datagrams(self.flow.pool, 1)
+        if not self._pending:
+            self.flow.on_stream_ended()
+
+    def _send(self) -> bool:
+        """Send as much as goes; True if nothing is left."""
+        if self.to.fd >= 0:
+            return _send_all(self, self._pending)
+        if self._pending:
+            self.flow.on_blocked(self)
+        return not self._pending
+
+    def detach(self, again: deque[bytes]) -> None:
+        """Keep what is to be sent until there is somewhere to send it; ``again`` comes first."""
+        self.to = Destination()
+        self._pending.extendleft(reversed(again))
+
+    @property
+    def holds_data(self) -> bool:
+        """Whether datagrams wait."""
+        return bool(self._pending)
+
+    @property
+    def waiting(self) -> int:
+        """How many datagrams would be lost if the flow ended now."""
+        return len(self._pending)
+
+
+def _send_all(way: DatagramWay | StreamToDatagram, pending: deque[bytes]) -> bool:
+    """Send what waits, in order. False if the socket of the other side is full: it is watched."""
+    batch = way.relay.batch
+    while pending:
+        if not batch.send_copy(way.to, pending[0]):
+            way.flow.on_blocked(way)
+            return False
+        sent = pending.popleft()
+        if way.trial is not None:
+            way.trial.keep([sent])
+    return True

@@ -1,0 +1,323 @@
+"""A conversation with UDP on at least one side: its two ways, its timers, its end.
+
+Moves no datagrams itself; its ways do. ``udp_flow`` and ``bridge`` add how the sides are opened.
+
+Theory of operation
+-------------------
+::
+
+    RESOLVING --> CONNECTING --> OPEN --> CLOSED
+        |             |                     ^
+        +-------------+---------------------+
+
+UDP has no connections, so CONNECTING is passed at once where the upstream is spoken to by UDP. What
+the client sends before OPEN waits in its way. A flow ends when nothing has moved in either
+direction for a while, which only a timer can tell; when a stream on one side ends; or when it is
+the one that has been silent longest and there are too many.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+from forwarder.errors import CloseReason, Phase, Who
+from forwarder.net import sockets
+from forwarder.relay.conversation import Conversation, State
+from forwarder.relay.poller import EDGE_IN, WRITABLE
+from forwarder.relay.udp.directions import DatagramWay, StreamToDatagram
+from forwarder.relay.udp.trial import Trial
+from forwarder.relay.wheel import TICK_S
+
+if TYPE_CHECKING:
+    import socket
+
+    from forwarder.net.datagrams import Destination
+    from forwarder.net.sockets import SockAddr, Target
+    from forwarder.relay.relay import Relay
+    from forwarder.relay.udp.directions import Way
+    from forwarder.upstream.pool import Pool
+
+
+# As in ``conversation``: looking members up would cost.
+_RESOLVING, _OPEN, _CLOSED = State.RESOLVING, State.OPEN, State.CLOSED
+# Not joined by |, which would make a type each time.
+_BY_UDP: Final = (DatagramWay, StreamToDatagram)
+
+
+class Flow(Conversation):
+    """One conversation. Owns its sockets from when they are set until it has ended.
+
+    ``c2u`` and ``u2c`` are made by the subclass.
+    """
+
+    __slots__ = ("client", "has_waited", "refusal")
+
+    c2u: Way
+    u2c: Way
+
+    def __init__(self, relay: Relay, pool: Pool, client_address: SockAddr) -> None:
+        super().__init__(relay, pool, client_address)
+        self.client: socket.SocketType | None = None
+        self.has_waited = False  # for a descriptor or a port
+        self.refusal = 0  # errno that the upstream was reported with, until that is dealt with
+        relay.sessions[self] = None
+
+    def join(self, c2u: Way, u2c: Way) -> None:
+        """Set the two ways."""
+        self.c2u, self.u2c = c2u, u2c
+        c2u.reverse, u2c.reverse = u2c, c2u
+
+    # -- opening
+
+    def on_starved(self) -> None:
+        """Descriptors come back: after this batch, if a flow has made room, else some time."""
+        if self.relay.make_room(keep=self) and not self.has_waited:
+            self.has_waited = True
+            self.relay.poller.call_again(self)
+        else:
+            self.arm(TICK_S)
+
+    def on_portless(self, target: Target) -> bool:
+        """A flow makes room, once; its port is free after this batch."""
+        if self.has_waited or not self.relay.flows.make_room_for_port(self.pool, target, self):
+            return False
+        self.has_waited = True
+        self.relay.poller.call_again(self)
+        return True
+
+    def on_turn(self) -> None:
+        """Go on after one of the above, a report, or with what has nowhere to go to."""
+        if self.dialer is not None:
+            self.dialer.on_turn()
+        elif self.state is _OPEN and self.refusal:
+            self._on_refused()
+        elif self.state is _OPEN and self._is_detached and self.c2u.holds_data:
+            self._go_elsewhere()
+
+    def on_open(self) -> None:
+        """Both sides are there, for the first time or with another upstream."""
+        self.state = _OPEN
+        self.relay.flows.ports.take(self.pool)
+        self.active_at = self.relay.poller.now
+        self.arm(self.silence_limit_s)
+        if not self.connected_at:
+            self.connected_at = self.active_at
+            self.relay.on_open(self)
+
+    # -- an upstream that is spoken to by UDP
+
+    def join_upstream(
+        self, upstream: socket.SocketType, to: Destination, *, gathers: bool = True
+    ) -> None:
+        """Speak to ``upstream``, which is watched, by UDP from now on.
+
+        It is on trial if anything comes of that.
+
+        ``gathers``: the kernel may hand over several datagrams as one.
+        """
+        c2u = self.c2u
+        assert isinstance(c2u, _BY_UDP)  # noqa: S101 - by UDP
+        has_others = self.dialer is not None and self.dialer.has_others
+        self.dialer = None
+        self.upstream = self.u2c.src = upstream
+        if gathers:
+            self.relay.batch.prepare(upstream)
+        c2u.to = to
+        c2u.trial = Trial(self) if has_others or self.pool.failures else None
+        if c2u.trial is not None:
+            self.relay.poller.hand_over(upstream.fileno(), c2u.trial)
+
+    def on_answer(self) -> None:
+        """The upstream, which was on trial, has answered."""
+        upstream = self.upstream
+        self.c2u.trial = None
+        if upstream is not None and self.target is not None:
+            self.relay.poller.hand_over(upstream.fileno(), self.u2c)
+            self.relay.on_attempt_worked(self.pool, self.target)
+
+    def on_report(self, number: int) -> None:
+        """The upstream refuses; it is amid a send or a receive that this is told."""
+        if self.state is _OPEN and not self.refusal:
+            self.refusal = number
+            self.relay.poller.call_again(self)
+
+    def _on_refused(self) -> None:
+        """Leave an upstream that refuses: at once with what it has not answered, else later.
+
+        Where there is nobody else to go to, or all have refused just now, it stays.
+        """
+        number, self.refusal = self.refusal, 0
+        target, upstream, relay = self.target, self.upstream, self.relay
+        if target is None or upstream is None:
+            return
+        relay.on_attempt_failed(self.pool, target, os.strerror(number), has_others=True)
+        again = self.c2u.trial.take() if self.c2u.trial is not None else deque()
+        now = relay.poller.now
+        if any(
+            other != target and self.pool.failures.is_worth_a_try(other, now)
+            for other in self.pool.targets() or ()
+        ):
+            self.move_on(again)
+        elif self.c2u.trial is None:
+            self.c2u.trial = Trial(self)
+            relay.poller.hand_over(upstream.fileno(), self.c2u.trial)
+
+    def move_on(self, again: deque[bytes]) -> None:
+        """Have another upstream as soon as there is something to send to it; ``again``, perhaps.
+
+        What the one that is left still says until then is passed on.
+        """
+        c2u = self.c2u
+        assert isinstance(c2u, _BY_UDP)  # noqa: S101 - by UDP
+        c2u.detach(again)
+        if c2u.holds_data:
+            self._go_elsewhere()
+
+    def follow(self) -> None:
+        """Leave an address that the upstream's name has no more, with what the client says next."""
+        target = self.target
+        if self.state is not _OPEN or target is None or self._is_detached:
+            return
+        if self.pool.rule.protocol.connects_by_udp and not self.pool.leads_to(target):
+            self.move_on(deque())
+
+    def _go_elsewhere(self) -> None:
+        upstream = self.upstream
+        now = self.relay.poller.now
+        targets = sorted(  # stable, so that they still have their turns
+            self.pool.targets() or (),
+            key=lambda target: (
+                target == self.target,
+                not self.pool.failures.is_worth_a_try(target, now),
+            ),
+        )
+        if not targets or upstream is None:
+            self.fail("there is no other upstream address")
+            return
+        self.relay.flows.ports.give(self.pool)
+        self.relay.poller.release(upstream)
+        self.upstream = self.u2c.src = None
+        self.dial(tuple(targets))
+
+    @property
+    def _is_detached(self) -> bool:
+        c2u = self.c2u
+        return isinstance(c2u, _BY_UDP) and c2u.to.fd < 0
+
+    # -- what the ways tell
+
+    def touch(self) -> None:
+        """Something was heard just now."""
+        self.active_at = self.relay.poller.now
+
+    def on_blocked(self, way: Way) -> None:
+        """``way``, to a UDP socket, waits until that takes more, or until there is another one."""
+        if way is self.c2u and self._is_detached:
+            if self.state is _OPEN:
+                self.relay.poller.call_again(self)
+            return
+        sock = self._end_of(way)
+        if sock is not None:
+            self.relay.poller.modify(sock.fileno(), EDGE_IN | WRITABLE)
+
+    def on_stream_ended(self) -> None:
+        """The stream on one side has ended, and everything from it is delivered."""
+
+    def on_stream_broken(self, why: str) -> None:
+        """The stream on one side was reset."""
+
+    # -- timers
+
+    @property
+    def silence_limit_s(self) -> float:
+        """How long nothing may move; 0 is no limit."""
+        return self.pool.rule.udp_timeout_s
+
+    @property
+    def ends_by_silence(self) -> bool:
+        """Whether nobody will say that it is over."""
+        return True
+
+    def on_timer(self, now: float) -> float:
+        """Look whether this flow is overdue; returns its next deadline, 0 for none."""
+        if self.dialer is not None:
+            return self.dialer.on_timer(now)
+        if self.state is _RESOLVING:
+            if now < self.deadline:
+                return self.deadline
+            self.fail("no name server answered in time", Who.US)
+        limit_s = self.silence_limit_s
+        if self.state is not _OPEN or not limit_s:
+            return 0.0
+        if now < self.active_at + limit_s:
+            return self.active_at + limit_s
+        if self.c2u.held_up or self.u2c.held_up:
+            return now + limit_s  # it is we who keep it waiting
+        self.close(CloseReason(Who.US, Phase.IDLE))
+        return 0.0
+
+    def end_if_silent_for(self, limit_s: float) -> bool:
+        """Whether nothing has moved for ``limit_s``; if so, it has ended."""
+        is_silent = self.relay.poller.now - self.active_at >= limit_s
+        if self.state is _CLOSED or not is_silent or not self.ends_by_silence:
+            return False
+        self.close(CloseReason(Who.US, Phase.DRAIN))
+        return True
+
+    # -- ending
+
+    @property
+    def to_stream(self) -> Way | None:
+        """The way that leads to a stream; None where both sides are UDP."""
+        return None
+
+    def close(self, reason: CloseReason) -> None:
+        """End; what the kernel has taken it will deliver. A stream that lacks a part is reset."""
+        if self.state is _CLOSED:
+            return
+        if self.to_stream is not None and self.to_stream.holds_data:
+            self._reset_stream(self.to_stream)
+        if self.state is _OPEN:
+            self.relay.flows.ports.give(self.pool)
+        self.state = _CLOSED
+        if self.dialer is not None:
+            self.dialer.close(is_abort=False)
+            self.dialer = None
+        relay = self.relay
+        relay.on_end(self, reason)
+        relay.wheel.discard(self)
+        relay.sessions.pop(self, None)
+        relay.drop_datagrams(self.pool, self.c2u.waiting + self.u2c.waiting)
+        self.c2u.src = self.u2c.src = None
+        for sock in (self.client, self.upstream):
+            if sock is not None:
+                relay.poller.release(sock)
+        relay.poller.defer(self.unlink)
+
+    def abort(self, reason: CloseReason) -> None:
+        """End; a stream on one side is reset: no clean end for one that was cut."""
+        if self.state is not _CLOSED and self.to_stream is not None:
+            self._reset_stream(self.to_stream)
+        self.close(reason)
+
+    def _reset_stream(self, way: Way) -> None:
+        sock = self._end_of(way)
+        if sock is not None and sock.fileno() >= 0:
+            sockets.set_abort_on_close(sock)
+
+    def _end_of(self, way: Way) -> socket.SocketType | None:
+        """Where a way leads to."""
+        return self.upstream if way is self.c2u else self.client
+
+    def unlink(self) -> None:
+        """Break the reference cycles, so that the memory is free at once, without the collector.
+
+        The place among the sessions is free only now: before, its sockets were open.
+        """
+        if self.held_as is not None:
+            self.relay.let_go(self)
+        self.c2u.trial = None
+        del self.c2u.reverse, self.c2u.flow
+        del self.u2c.reverse, self.u2c.flow

@@ -1,0 +1,100 @@
+"""The flows of all rules in one worker: which has to make room for another one."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import TYPE_CHECKING, Final
+
+from forwarder.errors import CloseReason, Phase, Who
+from forwarder.relay.ports import SETTING, Ports
+from forwarder.relay.udp.flow_table import FlowTable, share
+
+if TYPE_CHECKING:
+    from forwarder.net.sockets import Target
+    from forwarder.relay.udp.flow import Flow
+    from forwarder.upstream.pool import Pool
+
+NO_PORT: Final = f"local ports are used up ({SETTING})"
+
+
+class FlowTables:
+    """``workers`` is how many share what a rule may have; ``evicted`` counts who made room.
+
+    ``ports``: local ports towards UDP upstreams.
+    """
+
+    __slots__ = ("_tables", "evicted", "ports", "workers")
+
+    def __init__(self) -> None:
+        self.workers = 1
+        self.evicted = 0
+        self.ports = Ports()
+        self._tables: dict[Pool, FlowTable] = {}
+
+    def __bool__(self) -> bool:
+        """Whether there is a flow."""
+        return any(self._tables.values())
+
+    def of(self, pool: Pool) -> FlowTable:
+        """The flows of a rule, of all its ports; those of former rules go once they are empty."""
+        origin = pool.origin
+        table = self._tables.get(origin)
+        if table is None:
+            self._tables = {old: table for old, table in self._tables.items() if table}
+            table = FlowTable(share(pool.rule.max_flows, self.workers))
+            self._tables[origin] = table
+        return table
+
+    def make_room_in(self, pool: Pool) -> None:
+        """End the longest silent flow of a rule that has as many as it, or its ports, may have."""
+        table, rule = self.of(pool), pool.rule
+        table.limit = share(rule.max_flows, self.workers)  # there may be more workers by now
+        while len(table) >= table.limit and (flow := table.oldest()):
+            self._evict(flow, "too many flows")
+        most = share(self.ports.limit, self.workers)
+        if pool.takes_ports:
+            while self.ports.used(rule) >= most and self.make_room_for_port(pool, None):
+                continue
+        elif not rule.protocol.connects_by_udp:  # a port for each upstream
+            most *= len(rule.upstreams)
+            while len(table) >= most and (flow := table.oldest()):
+                self._evict(flow, NO_PORT)
+
+    def make_room_for_port(
+        self, pool: Pool, target: Target | None, keep: Flow | None = None
+    ) -> bool:
+        """End the longest silent flow but ``keep`` that has a port such as ``pool`` wants.
+
+        ``target``: where a TCP connection is to lead; a port is taken towards that alone. False if
+        there is none. The port is free when the batch of events at hand is over.
+        """
+        found: list[Flow] = []
+        for other, table in self._tables.items():
+            if pool.rule.protocol.connects_by_udp:
+                if other.takes_ports and other.rule.source == pool.rule.source:
+                    found += [flow for flow in islice(table, 2) if flow is not keep][:1]
+            elif not other.rule.protocol.connects_by_udp:
+                fits = (flow for flow in table if flow.target == target and flow is not keep)
+                found += islice(fits, 1)
+        if not found:
+            return False
+        self._evict(min(found, key=lambda flow: flow.active_at), NO_PORT)
+        return True
+
+    def make_room(self, keep: Flow | None = None) -> bool:
+        """End the longest silent flow of all but ``keep``, for its descriptors; False: none."""
+        tables = self._tables.values()
+        oldest = [flow for table in tables if (flow := table.oldest()) and flow is not keep]
+        if not oldest:
+            return False
+        self._evict(min(oldest, key=lambda flow: flow.active_at), "a descriptor was needed")
+        return True
+
+    def _evict(self, flow: Flow, why: str) -> None:
+        self.evicted += 1
+        reason = CloseReason(Who.US, Phase.LIMIT, why)
+        if why is NO_PORT:
+            flow.relay.on_limit(flow.pool, f"{why}: the longest silent flows make room")
+            flow.abort(reason)  # after a FIN a TCP port would be in use for a minute, tcp(7)
+        else:
+            flow.close(reason)

@@ -1,0 +1,60 @@
+"""An upstream spoken to by UDP that has not answered yet: what was sent to it, and what it does.
+
+UDP tells that nobody is there by an ICMP error at most, and after a datagram was sent. So until an
+upstream has answered, the last that a client has said is kept, for the next one to try: then no
+more than time is lost. From the first answer on a flow costs what it did without.
+"""
+
+from __future__ import annotations
+
+import select
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from forwarder.relay.udp.flow import Flow
+
+# What is kept for one flow: the first flight of QUIC has three datagrams of some 1,200 bytes.
+KEPT: Final = 8
+KEPT_BYTES: Final = 4096
+
+
+class Trial:
+    """Handles the events of an upstream socket until its first answer; then the way does."""
+
+    __slots__ = ("_bytes", "_flow", "_kept")
+
+    def __init__(self, flow: Flow) -> None:
+        self._flow = flow
+        self._kept: deque[bytes] = deque()
+        self._bytes = 0
+
+    def on_events(self, mask: int) -> None:
+        """Have the way handle them; errors are told by its receive."""
+        flow = self._flow
+        if mask & select.EPOLLIN:
+            flow.on_answer()
+        flow.u2c.on_events(mask)
+
+    def on_report(self, number: int) -> None:
+        """The upstream refuses."""
+        self._flow.on_report(number)
+
+    def on_bug(self) -> None:
+        """End the flow whose event handler failed."""
+        self._flow.on_bug()
+
+    def keep(self, contents: list[bytes]) -> None:
+        """The client has said that, and it was sent; the oldest of it makes room."""
+        kept = self._kept
+        for content in contents:
+            kept.append(content)
+            self._bytes += len(content)
+        while kept and (len(kept) > KEPT or self._bytes > KEPT_BYTES):
+            self._bytes -= len(kept.popleft())
+
+    def take(self) -> deque[bytes]:
+        """What was sent and not answered, from here on the caller's."""
+        kept, self._kept = self._kept, deque()
+        self._bytes = 0
+        return kept

@@ -1,0 +1,76 @@
+"""Trying again to listen where it was not possible, while everything else is served.
+
+Names are those that are known by now; who is asked for them is not waited for. When it is time is
+decided by ``retries``, what is bound by the service.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from forwarder.errors import ConfigError
+from forwarder.serving.loader import Candidate, Rejected, as_known
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Mapping
+
+    from forwarder.config.model import Config
+    from forwarder.serving.retries import Retries
+    from forwarder.upstream.answers import Answer
+
+
+class Waits(Protocol):
+    """The service, as far as rules wait for their address. ``config`` is in force."""
+
+    config: Config
+    retries: Retries
+
+    @property
+    def awaited(self) -> Collection[str]:
+        """Rules without whose address the start has failed, as far as that is open yet."""
+
+    def due(self, now: float) -> Config:
+        """The configuration in force, with no other rules than those to try now."""
+
+    def bind_late(self, found: Candidate | Rejected, tried: Config, slots: int) -> bool:
+        """Bind what is possible. Returns whether something was bound. Raises StartupError."""
+
+
+class LateBinds:
+    """Attempts, one after the other."""
+
+    def __init__(
+        self,
+        service: Waits,
+        known: Callable[[], Mapping[str, Answer]],
+        slots: Callable[[], int],
+        on_bound: Callable[[], None],
+    ) -> None:
+        """``known`` tells what names mean, ``slots`` for how many workers to bind.
+
+        ``on_bound`` is called when something new is listened on.
+        """
+        self._service = service
+        self._known = known
+        self._slots = slots
+        self._on_bound = on_bound
+
+    @property
+    def deadline(self) -> float | None:
+        """When :meth:`turn` has something to do; None for never."""
+        return self._service.retries.deadline
+
+    def turn(self, now: float) -> None:
+        """Make an attempt if it is time. Raises StartupError where a start has to fail."""
+        service = self._service
+        due = service.due(now)
+        if not due.rules:
+            return
+        patient = {rule.name for rule in due.rules} - set(service.awaited)
+        found: Candidate | Rejected
+        try:
+            found = as_known(due, self._known(), service.config, patient=patient)
+        except ConfigError as err:
+            found = Rejected(tuple(map(str, err.issues)))
+        if service.bind_late(found, due, self._slots()):
+            self._on_bound()

@@ -1,0 +1,208 @@
+"""One reload at a time: having the configuration read, and what becomes of what was found.
+
+Reads nothing itself, see ``loader``, and applies nothing; the master does.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING, Final, Protocol
+
+from forwarder.control.requests import STOPPING
+from forwarder.control.server import refusal
+from forwarder.errors import StartupError
+from forwarder.serving.loader import Candidate, Loader, Rejected
+from forwarder.serving.preview import Preview
+from forwarder.succession.handover import UNDER_WAY, Handover
+from forwarder.system import notify
+
+if TYPE_CHECKING:
+    import selectors
+    from collections.abc import Callable, Iterable
+
+    from forwarder.config.model import Config
+    from forwarder.control.requests import Requests
+    from forwarder.control.server import Message, Reply
+
+log = logging.getLogger(__name__)
+
+NOTHING_TO_RELOAD: Final = "nothing to reload, the rules came from the command line"
+
+
+class Reloadable(Protocol):
+    """The master, as far as a reload asks something of it."""
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it serves and is not about to stop."""
+
+    @property
+    def generation(self) -> int:
+        """What is in force."""
+
+    @property
+    def in_force(self) -> Config:
+        """The configuration that is served."""
+
+    def candidate(self) -> Candidate:
+        """What is in force, to be put in force again."""
+
+    def begin_generation(self, candidate: Candidate) -> None:
+        """Put it in force. Raises StartupError if that is not possible; then nothing changes."""
+
+
+class Reloading:
+    """The reload under way, if there is one, and whether another one has to follow."""
+
+    def __init__(
+        self,
+        master: Reloadable,
+        handover: Handover,
+        load: Callable[[], Candidate] | None,
+        selector: selectors.BaseSelector,
+        requests: Requests,
+        release: Callable[[], None],
+    ) -> None:
+        """``load`` reads the configuration in a forked child; None if there is nothing to read.
+
+        ``release`` is called in that child: it gives up what the master owns.
+        """
+        self._master = master
+        self._handover = handover
+        self._load = load
+        self._requests = requests
+        too_long = "reading the configuration took too long"
+        self._loader = Loader(selector, release, self._end, too_long)
+        self._is_wanted_again = False
+        self._before: Candidate | None = None  # until all workers serve what came after it
+        self._preview: Preview | None = None
+        if load is not None:
+            self._preview = Preview(load, lambda: master.in_force, selector, release)
+        requests.preview_by(self.preview)
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether a configuration is being read."""
+        return self._loader.is_under_way
+
+    @property
+    def deadline(self) -> float | None:
+        """When :meth:`turn` has something to do without an event; None for never."""
+        found = [self._loader.deadline, self._preview.deadline if self._preview else None]
+        return min((deadline for deadline in found if deadline is not None), default=None)
+
+    def begin(self) -> str:
+        """Begin to read the configuration anew; if that is under way, do it again afterwards.
+
+        Returns why not, or "".
+        """
+        problem = ""
+        if not self._master.is_running:
+            return STOPPING
+        if self._load is None:
+            problem = NOTHING_TO_RELOAD
+        elif self._handover.is_under_way:
+            problem = UNDER_WAY
+        if problem:
+            log.warning("master: %s", problem)
+            _tell_reloading(time.monotonic())
+            notify.notify("READY=1", f"STATUS=no reload: {problem}")
+        elif self._loader.is_under_way:
+            self._is_wanted_again = True
+        elif self._load is not None:
+            self._start(self._load)
+        return problem
+
+    def preview(self, message: Message, reply: Reply) -> None:
+        """Find out what a reload would change; ``reply`` is called once."""
+        if self._preview is None:
+            reply(refusal(NOTHING_TO_RELOAD))
+        elif not self._master.is_running:
+            reply(refusal(STOPPING))
+        else:
+            self._preview.begin(message, reply)
+
+    def turn(self, now: float) -> None:
+        """Give up a configuration that takes too long to read."""
+        self._loader.turn(now)
+        if self._preview is not None:
+            self._preview.turn(now)
+
+    def cancel(self) -> None:
+        """The master is stopping: give up what is being read."""
+        if self._preview is not None:
+            self._preview.cancel()
+        if self._loader.is_under_way:
+            self._loader.cancel()
+            self._end(Rejected((STOPPING,)))
+
+    def close(self) -> None:
+        """Close the pipes, in a forked child too."""
+        self._loader.close()
+        if self._preview is not None:
+            self._preview.close()
+
+    def _start(self, load: Callable[[], Candidate]) -> None:
+        self._requests.on_loading()
+        now = time.monotonic()
+        _tell_reloading(now)
+        try:
+            self._loader.start(load, now)
+        except OSError as err:
+            self._reject((f"cannot start a process to read the configuration: {err.strerror}",))
+
+    def _end(self, found: Candidate | Rejected) -> None:
+        if isinstance(found, Rejected):
+            self._reject(found.problems)
+        elif self._master.is_running:  # told to stop meanwhile: nothing to begin
+            self._begin(found)
+        if self._is_wanted_again:
+            self._is_wanted_again = False
+            self.begin()
+
+    def on_settled(self) -> None:
+        """All workers serve what was put in force last."""
+        self._before = None
+
+    def on_refused(self, why: str) -> None:
+        """The workers cannot serve what was put in force last: have again what was before it."""
+        before, self._before = self._before, None
+        if before is None:
+            return  # nothing was put in force; the log has it
+        problem = f"the workers cannot serve it: {why}; please report it"
+        log.error("reload.rejected %s", problem)
+        self._requests.on_refused((problem,))
+        try:
+            self._master.begin_generation(before)
+        except StartupError as err:
+            log.error("master: cannot serve again what was served before: %s", err)
+        notify.notify("READY=1", "STATUS=reload rejected, see the log")
+
+    def _begin(self, candidate: Candidate) -> None:
+        before = self._master.candidate()
+        try:
+            self._master.begin_generation(candidate)
+            self._before = before
+        except StartupError as err:
+            self._reject((str(err),))
+        except Exception:  # whoever asked, and the service manager, must still hear of an end
+            log.exception("master.bug while a configuration is put in force")
+            self._reject(("internal error, see the log",))
+
+    def _reject(self, problems: Iterable[str]) -> None:
+        """Keep everything as it is, and say why."""
+        for problem in problems:
+            log.error("reload.rejected %s", problem)
+        log.error("master: generation %d stays in force", self._master.generation)
+        self._requests.on_rejected(problems)
+        notify.notify("READY=1", "STATUS=reload rejected, see the log")
+
+
+def _tell_reloading(now: float) -> None:
+    """Tell a service manager that a reload begins; ``READY=1`` ends it, whatever came of it.
+
+    systemd waits for ever for a reload that names no time (sd_notify(3), MONOTONIC_USEC), and with
+    Type=notify-reload for one that it has asked for and that never begins.
+    """
+    notify.notify("RELOADING=1", f"MONOTONIC_USEC={int(now * 1e6)}")

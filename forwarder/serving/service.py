@@ -1,0 +1,347 @@
+"""What an instance serves: the configuration in force, its generation, and the sockets it needs.
+
+A new generation is all or nothing. Sockets of addresses that no rule has any more are closed in two
+steps: *closing*, no new handshakes but everything under way is still served, until a time; then
+*dropped*, which the workers are told, and closed when all of them have let go.
+
+Starts no process and speaks to no worker; the master does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import time
+from typing import TYPE_CHECKING, Final
+
+from forwarder.cli.status import describe_rule
+from forwarder.config.address import UnixAddress
+from forwarder.config.describe import listening, waiting_text
+from forwarder.config.plan import FIXED_SETTINGS, diff
+from forwarder.serving.addresses import address_of
+from forwarder.serving.binding import Binding, check_descriptors
+from forwarder.serving.firstanswers import FirstAnswers
+from forwarder.serving.generation import Serving
+from forwarder.serving.listeners import CLOSE_GRACE_S, ListenerTable, start_lock
+from forwarder.serving.loader import Candidate, Rejected, as_known
+from forwarder.upstream.wanted import listening_names
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable, Collection, Iterable, Mapping
+
+    from forwarder.config.model import Config, Rule
+    from forwarder.net.sockets import Target
+    from forwarder.serving.addresses import BindAddress
+    from forwarder.serving.binding import Had
+    from forwarder.upstream.answers import Answer
+
+log = logging.getLogger(__name__)
+
+# The same for sockets that were set aside, in whose way nobody is: the answer to a SYN may get lost
+# twice, and is sent again after 1 and 3 s (tcp(7)).
+ASIDE_GRACE_S: Final = 3.5
+# How long a rule that an upgrade has dropped can have its sockets again: until the predecessor,
+# which serves them, has closed them for certain.
+UNCLAIMED_S: Final = 2 * CLOSE_GRACE_S
+
+
+class Service:
+    """The generation in force. Owns the listening sockets, through ``table``."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.generation = 1
+        self.table = ListenerTable()
+        self._start = FirstAnswers()
+        self._binding = Binding(self.table, self._start)
+        self.retries = self._binding.retries
+        self._revision = 0
+        self._closing: dict[BindAddress, tuple[Rule, float]] = {}
+        self._dropped: set[BindAddress] = set()
+        self._unclaimed_until = math.inf
+
+    def open(
+        self,
+        inherited: Callable[[Callable[[socket.socket], bool]], Iterable[socket.socket]],
+        known: Mapping[str, Answer],
+    ) -> None:
+        """Make or take over the sockets of the first configuration: all, or none.
+
+        Rules that may wait for their address do, and those on names that are not ``known``.
+        ``inherited`` gives sockets that exist already; it is told which are wanted. Raises
+        StartupError.
+        """
+        names = [rule.name for rule in self.config.rules if not rule.listen.is_literal]
+        candidate = as_known(self.config, known, patient=names)
+        self._start.expect(self.config.rules, known, time.monotonic())
+        wanted = _by_address(self.config, candidate.binds)
+        slots = self.config.settings.workers
+        check_descriptors(len(wanted) * slots, f"{len(wanted)} addresses for {slots} workers")
+        self.table.inherit(inherited(lambda sock: address_of(sock) in wanted))
+        with start_lock():
+            had = self._binding.require(candidate, slots, lambda _: False)
+            at_once = [rule for rule in self.config.rules if rule.name not in self._start.rules]
+            self._put_in_force(candidate, had, slots)
+        for line in listening(at_once, self._binding.state_of):
+            log.info("%s", line)
+        for address in self.table.unclaimed():
+            if address.aside:  # the giver knows
+                continue
+            log.warning("master: no rule listens on %s, inherited; closed", address.target)
+
+    def grow(self, slots: int) -> None:
+        """Have sockets for ``slots`` workers. Raises StartupError; what was made is kept unused."""
+        wanted = self._rules_by_address()
+        check_descriptors(
+            self.table.count(wanted, slots), f"{len(wanted)} addresses for {slots} workers"
+        )
+        self.table.grow(wanted, slots)
+
+    def candidate(self) -> Candidate:
+        """What is in force, to be put in force again should the next generation fail."""
+        binds = {rule.name: self._binding.of(rule.name) for rule in self.config.rules}
+        waiting = {name: self.retries.get(name) for name in binds if not binds[name]}
+        why = {name: how.why for name, how in waiting.items() if how is not None}
+        return Candidate(self.config, binds, why)
+
+    def begin(self, candidate: Candidate, slots: int) -> str:
+        """Put a candidate in force for ``slots`` workers. Returns what it changes, for people.
+
+        Raises StartupError if something cannot be bound; then nothing has changed.
+        """
+        candidate = self._with_what_is_bound(candidate)
+        old, new = self.config, candidate.config
+        before = self._rules_by_address()
+        every = _by_address(new, candidate.binds)
+        needed = self.table.count(every, slots)
+        check_descriptors(needed, f"{len(every)} addresses for {slots} workers")
+        added = [address for address in every if address not in self.table]
+        listens = {rule.name: rule.listen for rule in old.rules}
+        kept_names = {r.name for r in new.rules if listens.get(r.name) == r.listen}
+
+        def may_wait(rule: Rule) -> bool:
+            """One that waits already is no reason to refuse what is new."""
+            return rule.name in kept_names and self.retries.get(rule.name) is not None
+
+        try:
+            had = self._binding.require(candidate, slots, may_wait)
+            kept = {address: rule for address, rule in every.items() if address in self.table}
+            self.table.grow(kept, slots)
+        except BaseException:
+            self.table.close(added)
+            raise
+        self.generation += 1
+        self.retries.keep(kept_names)
+        self._put_in_force(candidate, had, slots)
+        wanted = self._rules_by_address()
+        self._begin_closing(before, wanted)
+        self.table.set_modes(wanted)
+        for setting in FIXED_SETTINGS:
+            if getattr(old.settings, setting) != getattr(new.settings, setting):
+                log.warning("reload: a change of %s takes effect at the next start", setting)
+        return f"{diff(old, new)}, generation {self.generation}{waiting_text(self.waiting)}"
+
+    def _with_what_is_bound(self, candidate: Candidate) -> Candidate:
+        """The candidate, whose unchanged rules listen on where they do if their name is silent."""
+        before = {rule.name: rule for rule in self.config.rules}
+        kept = {
+            rule.name: self._binding.of(rule.name)
+            for rule in candidate.config.rules
+            if rule.name in candidate.unresolved
+            and rule.name in before
+            and _listens_alike(rule, before[rule.name])
+            and self._binding.of(rule.name)
+        }
+        unresolved = {k: why for k, why in candidate.unresolved.items() if k not in kept}
+        return dataclasses.replace(candidate, binds=candidate.binds | kept, unresolved=unresolved)
+
+    def _put_in_force(self, candidate: Candidate, had: Mapping[str, Had], slots: int) -> None:
+        self.config = candidate.config
+        self._binding.put_in_force(candidate, had, slots)
+        for address in self._rules_by_address():
+            self._reopen(address)
+
+    def _reopen(self, address: BindAddress) -> None:
+        """An address that was about to be closed, if it was, stays."""
+        self.table.accept_handshakes(address)
+        self._closing.pop(address, None)
+        self._dropped.discard(address)
+
+    def _begin_closing(
+        self, before: Mapping[BindAddress, Rule], wanted: Mapping[BindAddress, Rule]
+    ) -> None:
+        now = time.monotonic()
+        ports = {address.port for address in wanted}
+        for address in before.keys() - wanted.keys():
+            # A port that is still served, by a wildcard or a single address, must not lose SYNs.
+            closing = self.table.turn_away(address, is_served=address.port in ports)
+            until = now + (ASIDE_GRACE_S if closing.aside else CLOSE_GRACE_S)
+            # UDP has no handshakes: who comes now has not begun before.
+            self._closing[closing] = (before[address], 0.0 if address.is_udp else until)
+
+    def own(self, *, has_predecessor: bool) -> bool:
+        """Nobody else serves what we have inherited, or will go on to, but a while longer.
+
+        ``has_predecessor``: what no rule has is served by the one that gave it, for as long as
+        handshakes may be under way; a rule that comes back within that time gets it again.
+        Returns whether there is such.
+        """
+        has_some = bool(self.table.unclaimed())
+        if has_predecessor:
+            self.table.refuse_unclaimed()
+            self._unclaimed_until = time.monotonic() + UNCLAIMED_S
+        else:
+            self.table.close_unclaimed()
+        self.table.own(self._rules_by_address())
+        return has_some
+
+    # -- rules that wait for their address
+
+    @property
+    def awaited(self) -> set[str]:
+        """Rules without whose address the start has failed, as far as that is open yet."""
+        return {
+            rule.name
+            for rule in self.config.rules
+            if rule.name in self._start.rules and not rule.retries_bind
+        }
+
+    def is_started(self, now: float) -> bool:
+        """Whether each name to listen on has been looked up, or that has taken too long."""
+        return self._start.is_over(now)
+
+    def on_answers(self, hosts: Collection[str]) -> None:
+        """Names have been looked up: try again the rules that wait for them."""
+        self._start.on_answers(hosts)
+        if not len(self.retries):
+            return
+        names = listening_names(self.config.rules)
+        waiting = [rule for host in hosts for rule in names.get(host, ())]
+        self.retries.hasten(waiting, time.monotonic())
+
+    def due(self, now: float) -> Config:
+        """The configuration in force, with no other rules than those to try again now."""
+        names = self.retries.due(now)
+        rules = tuple(rule for rule in self.config.rules if rule.name in names)
+        return dataclasses.replace(self.config, rules=rules)
+
+    def bind_late(self, found: Candidate | Rejected, tried: Config, slots: int) -> bool:
+        """Bind what could not be had before, as far as that is possible now. True if something was.
+
+        ``found`` is where the rules of ``tried`` listen. Raises StartupError, as ``Binding`` does.
+        """
+        is_more = self._binding.bind_late(found, tried, self.config, slots)
+        for rule in tried.rules:
+            for address in self._binding.of(rule.name):
+                self._reopen(address)
+        return is_more
+
+    @property
+    def waiting(self) -> list[str]:
+        """Rules that wait for some of their addresses; a reload is not refused because of these."""
+        return [rule.name for rule in self.config.rules if self.retries.get(rule.name)]
+
+    @property
+    def can_go_deaf(self) -> bool:
+        """Whether there are addresses that can go without our doing."""
+        return self._binding.can_go_deaf
+
+    def look_around(self, now: float) -> bool:
+        """Give up what no client can reach any more. Returns whether the workers must be told."""
+        gone = self._binding.give_up_deaf(now)
+        self._dropped.update(gone)
+        return bool(gone)
+
+    # -- what the workers are told
+
+    def serving(self) -> Serving:
+        """What the workers shall serve now: the configuration, and what is being closed."""
+        binds = {rule.name: self._binding.of(rule.name) for rule in self.config.rules}
+        counted_as: dict[str, str] = {}
+        rules = list(self.config.rules)
+        closing: dict[int, list[BindAddress]] = {}
+        for address, (rule, _) in self._closing.items():
+            closing.setdefault(id(rule), []).append(address)
+        for addresses in closing.values():
+            rule, _ = self._closing[addresses[0]]
+            name = f"{rule.name} at {addresses[0].target}, closing"
+            while name in binds:
+                name += "'"
+            rules.append(dataclasses.replace(rule, name=name))
+            binds[name] = tuple(addresses)
+            counted_as[name] = rule.name
+        self._revision += 1
+        return Serving(
+            revision=self._revision,
+            generation=self.generation,
+            config=dataclasses.replace(self.config, rules=tuple(rules)),
+            binds=binds,
+            counted_as=counted_as,
+        )
+
+    def deadlines(self) -> list[float]:
+        """When :meth:`expire` has something to do."""
+        closing = (until for _, until in self._closing.values())
+        return [*closing, self._unclaimed_until, self._start.deadline]
+
+    def expire(self, now: float) -> bool:
+        """Drop what has been closing long enough. Returns whether the workers must be told."""
+        if now >= self._unclaimed_until:
+            self.table.close_unclaimed()
+            self._unclaimed_until = math.inf
+        over = [address for address, (_, until) in self._closing.items() if now >= until]
+        for address in over:
+            del self._closing[address]
+        # All slots share a unix socket. Ours is not needed for what is queued: that is accepted by
+        # the first worker that hears of it, and who comes from now on is refused.
+        self.table.close(address for address in over if address.target.is_unix)
+        self._dropped.update(address for address in over if not address.target.is_unix)
+        return bool(over)
+
+    def close_dropped(self) -> None:
+        """Close what was dropped; all workers have let go of it."""
+        self.table.close(self._dropped)
+        self._dropped.clear()
+
+    def describe_rules(
+        self, counters: Callable[[str], Mapping[str, object]], now: float
+    ) -> list[dict[str, object]]:
+        """All rules with where they listen, and their counters by name; as in the status."""
+        return [
+            describe_rule(
+                rule,
+                [str(target) for target in _first_ports(rule, self._binding.of(rule.name))],
+                {**counters(rule.name), "queue": self.table.queue(self._binding.of(rule.name))},
+                self.retries.get(rule.name),
+                now,
+            )
+            for rule in self.config.rules
+        ]
+
+    def _rules_by_address(self) -> dict[BindAddress, Rule]:
+        return self._binding.by_address(self.config.rules)
+
+
+def _by_address(
+    config: Config, binds: Mapping[str, tuple[BindAddress, ...]]
+) -> dict[BindAddress, Rule]:
+    return {address: rule for rule in config.rules for address in binds[rule.name]}
+
+
+def _listens_alike(one: Rule, other: Rule) -> bool:
+    return (one.listen, one.protocol.listens_on_udp, one.options.mptcp.on_listen) == (
+        other.listen,
+        other.protocol.listens_on_udp,
+        other.options.mptcp.on_listen,
+    )
+
+
+def _first_ports(rule: Rule, addresses: Iterable[BindAddress]) -> list[Target | str]:
+    """Where a rule listens, for people: a range of ports once for each address of its host."""
+    listen = rule.listen
+    if isinstance(listen, UnixAddress) or listen.ports == 1:
+        return [address.target for address in addresses]
+    first = [address.target for address in addresses if address.target.port == listen.port]
+    return [f"{target}-{listen.last_port}" for target in first]

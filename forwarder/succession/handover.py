@@ -1,0 +1,285 @@
+"""From one master to the next: starting a successor, leaving the place to it, and taking it.
+
+The pid file and the control socket's path are the place; they stay with the old one until the new
+one serves. Serves nobody itself and stops nothing; the master does.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import selectors
+import time
+from typing import TYPE_CHECKING, Final, Protocol
+
+from forwarder.control.requests import STOPPING
+from forwarder.errors import StartupError
+from forwarder.ipc.messages import access_file
+from forwarder.serving.listeners import CLOSE_GRACE_S
+from forwarder.succession import inherit, upgrade
+from forwarder.succession.lineage import Elder, Heir, Predecessor
+from forwarder.succession.upgrade import Successor
+from forwarder.system import notify
+from forwarder.system.pidfile import PidFile, UnwritableError
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+
+    from forwarder.config.model import Config, Settings
+    from forwarder.control.requests import Requests
+    from forwarder.ipc.questions import Questions
+    from forwarder.system.privileges import Identity
+
+log = logging.getLogger(__name__)
+
+UNDER_WAY: Final = "an upgrade is under way; ask the new one when it serves"
+
+
+class Incumbent(Protocol):
+    """The master, as far as a handover asks something of it."""
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it serves and is not about to stop."""
+
+    @property
+    def is_reloading(self) -> bool:
+        """Whether a configuration is being read."""
+
+    def listening_sockets(self) -> list[socket.socket]:
+        """Every listening socket, in the order of the slots; the last look at them."""
+
+    def known_names(self) -> bytes:
+        """What is known of names, as text for a successor."""
+
+    def reload(self) -> str:
+        """Begin a reload. Returns why not, or ""."""
+
+    def leave(self) -> None:
+        """The successor serves: let our sessions end."""
+
+    @property
+    def elder(self) -> Elder:
+        """What a successor may ask of us."""
+
+
+class Handover:
+    """The pid file of this master and, during an upgrade, its successor. Owns both."""
+
+    def __init__(
+        self,
+        master: Incumbent,
+        selector: selectors.BaseSelector,
+        requests: Requests,
+        questions: Questions,
+    ) -> None:
+        """``questions``: where answers of a predecessor go."""
+        self._has_heir = False
+        self._heir: Heir | None = None  # who serves after an upgrade
+        self._master = master
+        self._selector = selector
+        self._requests = requests
+        self.predecessor: Predecessor | None = None  # stays after its end
+        self._questions = questions
+        self._pid_file: PidFile | None = None
+        self._successor: Successor | None = None
+        self._is_reload_wanted = False
+        self._leave_at: float | None = None
+
+    # -- our own place
+
+    def lock(self, settings: Settings) -> None:
+        """Lock the pid file, if there shall be one. Raises StartupError."""
+        if settings.pid_file is None:
+            return
+        try:
+            self._pid_file = PidFile(settings.pid_file)
+        except UnwritableError as err:
+            if not settings.is_pid_file_optional:
+                raise
+            log.warning("pidfile.failed %s; going on without", err)
+
+    def claim(self) -> None:
+        """Write our pid into the pid file, in place of another's. Raises StartupError."""
+        if self._pid_file is not None:
+            self._pid_file.claim()
+
+    def say_ready(self, config: Config, *, has_dropped_some: bool) -> None:
+        """Say that we serve to the predecessor, if there is one; ``config`` holds for it, too."""
+        line = upgrade.tell_predecessor(has_dropped_some=has_dropped_some)
+        if line is not None:
+            self.predecessor = Predecessor(line, self._selector, self._questions)
+            self.on_configuration(config)
+
+    def on_configuration(self, config: Config) -> None:
+        """End sessions of the predecessor that this does not allow, if that is wanted."""
+        before = self.predecessor
+        if before is None or not before.is_open or not config.settings.cut_denied:
+            return
+        try:
+            fd = access_file(config)
+        except OSError as err:
+            log.error("upgrade: cannot tell the old one who is denied: %s", err)
+            return
+        try:
+            before.cut_denied(fd)
+        finally:
+            os.close(fd)
+
+    def describe(self) -> list[dict[str, object]]:
+        """Old masters that drain, as in the status."""
+        return [] if self.predecessor is None else self.predecessor.left.describe()
+
+    def close(self) -> None:
+        """Stop listening to other masters; the pid file stays."""
+        for one in (self._successor, self._heir, self.predecessor):
+            if one is not None:
+                one.close()
+
+    def close_in_child(self) -> None:
+        """In a forked child: give up what it inherited, without a word to anybody."""
+        upgrade.release_predecessor()
+        if self._pid_file is not None:
+            self._pid_file.close_in_child()
+
+    def remove_pid_file(self) -> None:
+        """Remove the pid file, if it is ours: not our predecessor's, not our successor's."""
+        if self._pid_file is not None and not upgrade.has_predecessor():
+            self._pid_file.remove()
+
+    # -- a successor
+
+    @property
+    def has_heir(self) -> bool:
+        """Whether an upgrade has succeeded."""
+        return self._has_heir
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether there is a successor, and we are not leaving yet."""
+        return self._successor is not None or self._leave_at is not None
+
+    @property
+    def deadline(self) -> float | None:
+        """When :meth:`turn` has something to do without an event; None for never."""
+        if self._successor is not None:
+            return self._successor.deadline
+        return self._leave_at if self._heir is None else self._heir.next_deadline(self._leave_at)
+
+    def begin(self) -> str:
+        """Start the installed code beside this one, if that is not under way already.
+
+        Returns why not, or "".
+        """
+        problem = ""
+        if self.is_under_way:
+            return ""
+        if not self._master.is_running:
+            problem = STOPPING
+        elif self._master.is_reloading:
+            problem = "a reload is under way; try again when it is over"
+        elif os.getpid() == 1:
+            problem = "not possible as process 1 of a container: start a new container"
+        else:
+            try:
+                self._start()
+            except OSError as err:
+                problem = f"cannot execute the new code: {err}"
+        if problem:
+            log.error("upgrade: %s", problem)
+        return problem
+
+    def turn(self, now: float) -> None:
+        """Give up a successor that has had its time; leave when we have had ours."""
+        if self._leave_at is not None and now >= self._leave_at:
+            self._leave_at = None
+            self._master.leave()
+        if self._successor is not None and now >= self._successor.deadline:
+            self._successor.give_up(now)
+        if self._heir is not None:
+            self._heir.turn(now)
+
+    def give_up(self) -> None:
+        """The master is stopping: tell the successor to end, if there is one."""
+        self._leave_at = None
+        if self._successor is not None:
+            self._successor.give_up(time.monotonic())
+
+    def note_reload(self) -> None:
+        """A reload is asked for: one that comes during an upgrade is for the one that stays."""
+        self._is_reload_wanted = self._successor is not None
+        if self._heir is not None:
+            self._heir.reload()
+
+    def say_last_words(self) -> None:
+        """Tell the heir how many sessions had to be cut."""
+        if self._heir is not None:
+            self._heir.tell()
+
+    def _start(self) -> None:
+        sockets = self._master.listening_sockets()
+        path = self._requests.path
+        names = self._master.known_names()
+        self._successor = Successor(sockets, self._pid_file, path, names, time.monotonic())
+        self._selector.register(self._successor, selectors.EVENT_READ, self._hear)
+        log.info("upgrade: started pid=%d", self._successor.pid)
+
+    def _hear(self) -> None:
+        successor = self._successor
+        if successor is None:
+            return
+        successor.hear()
+        if successor.end is not None:
+            self._on_failed(successor, successor.end)
+        elif successor.is_ready and self._master.is_running:
+            self._on_ready(successor)
+        # Else it was told to end.
+
+    def _on_ready(self, successor: Successor) -> None:
+        self._selector.unregister(successor)
+        self._successor = None
+        log.info("upgrade: pid=%d serves; letting our sessions end", successor.pid)
+        # It has said so itself, but a service manager may believe the process it knows only.
+        notify.notify(f"MAINPID={successor.pid}")
+        self._requests.on_upgraded(f"pid {successor.pid} serves, the old one drains", is_done=True)
+        if self._pid_file is not None:
+            self._pid_file.leave_to(successor.pid)
+            self._pid_file = None
+        self._has_heir = True
+        self._heir = Heir(successor.pid, successor.line, self._selector, self._master.elder)
+        if self._is_reload_wanted:  # it may have read the configuration before it was changed
+            self._heir.reload()
+        self._leave_at = time.monotonic()
+        if successor.has_dropped_some:
+            # Handshakes under way at sockets that it does not serve are still ours to serve.
+            log.info("upgrade: a rule has gone; serving it for %.1f s more", CLOSE_GRACE_S)
+            self._leave_at += CLOSE_GRACE_S
+
+    def _on_failed(self, successor: Successor, how: str) -> None:
+        self._selector.unregister(successor)
+        successor.close()
+        self._successor = None
+        problem = f"pid {successor.pid} did not come to serve ({how}); this one goes on"
+        try:
+            self.claim()
+        except StartupError as err:
+            log.error("upgrade: %s", err)
+        if not self._master.is_running:
+            return
+        log.error("upgrade: %s", problem)
+        self._requests.on_upgraded(problem, is_done=False)
+        if self._is_reload_wanted:
+            self._is_reload_wanted = False
+            self._master.reload()
+
+
+def inherited_sockets(
+    identity: Identity | None, is_wanted: Callable[[socket.socket], bool]
+) -> list[socket.socket]:
+    """Listening sockets that somebody hands to us: see ``inherit``. Workers run as ``identity``."""
+    given = inherit.from_environment()
+    if not upgrade.has_predecessor():
+        uid = os.geteuid() if identity is None else identity.uid
+        given += inherit.from_orphans(uid, is_wanted)
+    return given

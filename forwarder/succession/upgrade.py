@@ -1,0 +1,246 @@
+"""Starting the newly installed code beside the running one. Decides nothing about the old one.
+
+The successor inherits the listening sockets by number, binds nothing twice, and says over a line, a
+pair of sockets, when all its workers serve. If it ends without that, it has failed and the old one
+goes on.
+
+It is no child of ours but of process 1, or of what stands for that (a subreaper, prctl(2)): a
+service manager that is told of a main process which it has not inherited yet never waits for it,
+and takes a stop for done at once. So nobody tells us how it has ended but itself, and that it has,
+the end of the line: the kernel closes that however a process ends, and no worker keeps it open.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final
+
+from forwarder.ipc.channel import channel_kind, from_memory_file, to_memory_file
+from forwarder.net.sockets import LentSocket
+from forwarder.succession.inherit import FDS_VARIABLE, LENT_VARIABLE, numbers_as_text
+from forwarder.system.pidfile import FD_VARIABLE
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from typing import NoReturn
+
+    from forwarder.system.pidfile import PidFile
+
+READY_VARIABLE: Final = "FORWARDER_READY_FD"
+_CONTROL_VARIABLE: Final = "FORWARDER_CONTROL"
+_NAMES_VARIABLE: Final = "FORWARDER_NAMES_FD"
+# A successor that is not ready by then has failed: it is ended, and the old one goes on.
+UPGRADE_TIMEOUT_S: Final = 60.0
+# The first lets its workers' sessions end, the second does not, the third leaves it no choice.
+_GIVING_UP: Final = (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL)
+_GIVING_UP_S: Final = 3.0  # between two of them; a master kills its own workers after 2 s
+# What is said over the line until the new one serves. One byte: once the line was a pipe, of which
+# older code reads no more, and what begins so is what a successor of older code says.
+_READY: Final = b"R"
+_READY_WITHOUT_SOME: Final = b"r"  # for some of the sockets it has no rule
+_ENDING: Final = b"E"  # an exit status follows
+_MOST_BYTES: Final = 16  # of one word
+
+
+class Successor:
+    """The process of the new code. Owns our end of the line to it."""
+
+    def __init__(
+        self,
+        listeners: Sequence[socket.socket],
+        pid_file: PidFile | None,
+        control: str | None,
+        names: bytes,
+        now: float,
+    ) -> None:
+        """Execute the same command line anew. What it inherits stays ours, too.
+
+        ``control`` is the path of our control socket, which it may replace; ``names`` is what is
+        known of names, as text.
+        Raises OSError. Blocks until the new program is being executed.
+        """
+        self.deadline = now + UPGRADE_TIMEOUT_S
+        self.is_ready = False  # it serves
+        self.has_dropped_some = False  # it turns handshakes away at sockets that it does not serve
+        self.end: str | None = None  # how it has ended, as far as that is known
+        self._said_of_end = "without a word"
+        self._signals = list(_GIVING_UP)
+        names_fd = to_memory_file(names)
+        try:
+            self.line, theirs = socket.socketpair(socket.AF_UNIX, channel_kind())
+        except OSError:
+            os.close(names_fd)
+            raise
+        self.line.setblocking(False)
+        numbers = [sock.fileno() for sock in listeners]
+        environment = {
+            **os.environ,
+            FDS_VARIABLE: numbers_as_text(numbers),
+            LENT_VARIABLE: numbers_as_text(
+                sock.fileno() for sock in listeners if isinstance(sock, LentSocket)
+            ),
+            READY_VARIABLE: str(theirs.fileno()),
+            _CONTROL_VARIABLE: control or "",
+            _NAMES_VARIABLE: str(names_fd),
+        }
+        kept = [*numbers, theirs.fileno(), names_fd]
+        if pid_file is not None:
+            environment[FD_VARIABLE] = str(pid_file.fileno())
+            kept.append(pid_file.fileno())
+        try:
+            self.pid = _execute_apart([sys.executable, *sys.orig_argv[1:]], environment, kept)
+        except OSError:
+            self.line.close()
+            raise
+        finally:
+            theirs.close()
+            os.close(names_fd)
+
+    def fileno(self) -> int:
+        """Readable when it has something to say or has ended."""
+        return self.line.fileno()
+
+    def hear(self) -> None:
+        """Take in what it says, up to that it serves: what follows may be for somebody else."""
+        while self.end is None:
+            try:
+                said = self.line.recv(_MOST_BYTES)
+            except BlockingIOError:
+                return
+            except OSError:  # it has ended without having read all that we sent
+                said = b""
+            if not said:
+                self.end = self._said_of_end
+            elif said[:1] == _ENDING:
+                self._said_of_end = f"exit status {said[1:].decode(errors='replace')}"
+            elif said in (_READY, _READY_WITHOUT_SOME):
+                self.is_ready = True
+                self.has_dropped_some = said == _READY_WITHOUT_SOME
+                return
+
+    def give_up(self, now: float) -> None:
+        """Tell it to end, with more emphasis each time; at ``deadline`` is the next time."""
+        self.deadline = now + _GIVING_UP_S
+        self.hear()
+        if self.end is not None:
+            return  # the number may be another's by now
+        number = self._signals.pop(0) if len(self._signals) > 1 else self._signals[0]
+        with suppress(OSError):
+            os.kill(self.pid, number)
+
+    def close(self) -> None:
+        """Close our end of the line."""
+        self.line.close()
+
+
+def _execute_apart(
+    command: Sequence[str], environment: Mapping[str, str], kept: Sequence[int]
+) -> int:
+    """Execute a program as a process that is not our child; it inherits the descriptors ``kept``.
+
+    A child of ours does that and leaves; when this returns somebody else has inherited the program.
+    Returns its pid. Raises OSError. Blocks until it is being executed.
+    """
+    read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
+    try:
+        pid = os.fork()
+    except OSError:
+        os.close(read_fd)
+        os.close(write_fd)
+        raise
+    if pid == 0:
+        _execute_and_leave(write_fd, command, environment, kept)
+    os.close(write_fd)
+    with os.fdopen(read_fd, "rb") as file:
+        said = file.read()
+    os.waitpid(pid, 0)
+    number = int(said or 0)
+    if number <= 0:
+        raise OSError(-number, os.strerror(-number)) if number else OSError("its parent was killed")
+    return number
+
+
+def _execute_and_leave(
+    write_fd: int, command: Sequence[str], environment: Mapping[str, str], kept: Sequence[int]
+) -> NoReturn:
+    """In a forked child: execute the program, write its pid, or -errno, and end."""
+    said = -errno.EIO
+    try:
+        said = subprocess.Popen(command, env=environment, pass_fds=kept).pid
+    except OSError as err:
+        said = -(err.errno or errno.EIO)
+    finally:
+        os.write(write_fd, str(said).encode())
+        os._exit(0)
+
+
+def tell_predecessor(*, has_dropped_some: bool) -> socket.socket | None:
+    """Say that we serve, all that we have inherited or not, if an upgrade has started us; once.
+
+    Returns our end of the line, which becomes the caller's; None if there is none.
+    """
+    fd = _take_line()
+    if fd is None:
+        return None
+    with suppress(OSError):  # a predecessor that has died meanwhile needs no answer
+        os.write(fd, _READY_WITHOUT_SOME if has_dropped_some else _READY)
+    try:
+        line = socket.socket(fileno=fd)
+    except OSError:  # the pipe of older code
+        os.close(fd)
+        return None
+    line.set_inheritable(False)
+    return line
+
+
+def tell_end(status: int) -> None:
+    """Say how we end to a predecessor that waits to hear that we serve; a parent would see it."""
+    fd = _take_line()
+    if fd is not None:
+        with suppress(OSError):
+            os.write(fd, _ENDING + str(status).encode())
+        os.close(fd)
+
+
+def release_predecessor() -> None:
+    """Give up our end of the line without a word, as a forked child does."""
+    fd = _take_line()
+    if fd is not None:
+        os.close(fd)
+
+
+def _take_line() -> int | None:
+    """Our end of the line to the master that started us, the first time; None if there is none."""
+    text = os.environ.pop(READY_VARIABLE, "")
+    try:
+        os.fstat(int(text))
+    except (ValueError, OSError):
+        return None
+    return int(text)
+
+
+def control_of_predecessor() -> str | None:
+    """The path of the control socket of the master that started us, if it has one."""
+    return os.environ.get(_CONTROL_VARIABLE) or None
+
+
+def names_of_predecessor() -> bytes:
+    """What the master that started us knew of names, to be read once; nothing if there is none."""
+    text = os.environ.pop(_NAMES_VARIABLE, "")
+    if not (has_predecessor() and text.isdigit()):
+        return b""
+    try:
+        return from_memory_file(int(text))
+    except OSError:  # no such descriptor: somebody else has set the variable
+        return b""
+
+
+def has_predecessor() -> bool:
+    """Whether an upgrade has started us and waits to hear that we serve."""
+    return READY_VARIABLE in os.environ

@@ -1,0 +1,190 @@
+"""How an instance ends: its sessions first, by themselves or by a reset; counted and told of.
+
+Those of old masters that drain belong to it. Decides nothing about when: the master does.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Protocol
+
+from forwarder.errors import Phase
+from forwarder.ipc.messages import Op
+from forwarder.stats.rows import SESSIONS_TOTAL
+from forwarder.supervision.sessions import Sessions
+
+if TYPE_CHECKING:
+    from forwarder.succession.handover import Handover
+    from forwarder.succession.lineage import Left
+    from forwarder.supervision.fleet import Fleet
+
+log = logging.getLogger(__name__)
+
+KILL_AFTER_S: Final = 2.0  # who was told to stop and does not leave is killed
+# How long after the first line how many are left the next one comes; then twice as long each time.
+_FIRST_LINE_S: Final = 5.0
+_LONGEST_PAUSE_S: Final = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Account:
+    """What there was when the end began."""
+
+    at: float
+    open: int
+    total: int
+    cut: int
+
+
+class Mortal(Protocol):
+    """The master, as far as its end asks something of it."""
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it serves and is not about to stop."""
+
+    def leave(self) -> None:
+        """A successor serves: let our sessions end."""
+
+    def end(self, phase: Phase) -> None:
+        """Reset what is left: it has had its time, or the successor wants us gone."""
+
+
+class Ending:
+    """The end of this instance, once it has begun; and all sessions that end with it.
+
+    An heir may ask for it, too: see ``lineage.Elder``.
+    """
+
+    def __init__(self, fleet: Fleet, handover: Handover, master: Mortal) -> None:
+        self.sessions = Sessions(fleet, lambda: handover.predecessor)
+        self._master = master
+        self._deadline = math.inf  # when sessions have had their time, or a kill is due
+        self._fleet = fleet
+        self._handover = handover
+        self._begun: _Account | None = None
+        self._next_line = math.inf
+        self._pause_s = _FIRST_LINE_S
+        self._kills = 0
+        self._is_resetting = False
+        self._has_ended_those_before = False
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nobody is left: no worker, no successor that is giving up, none before us."""
+        is_alone = self.sessions.before is None and not self._handover.is_under_way
+        return is_alone and not self._fleet.processes()
+
+    def next_deadline(self) -> float:
+        """When there is something to do without being asked."""
+        return min(self._deadline, self._next_line)
+
+    def drain(self, limit_s: float) -> None:
+        """Let sessions end, for ``limit_s`` seconds at most, which may be infinite."""
+        now = time.monotonic()
+        left = self._begin(now)
+        log.info("master.stopping how=drain %s limit_s=%s", _as_text(left), _limit(limit_s))
+        self._deadline = now + limit_s
+        self._next_line = now + self._pause_s
+        is_last = not self._handover.has_heir
+        for process in self._fleet.processes():
+            self._fleet.tell(process, Op.DRAIN, is_last=is_last)
+        if is_last:
+            self._pass_on_drain()
+
+    def drain_as_last(self) -> None:
+        """The heir is stopping: nobody serves after us, so flows that are silent are over."""
+        if self._master.is_running:
+            self._master.leave()
+        for process in self._fleet.processes():
+            self._fleet.tell(process, Op.DRAIN, is_last=True)
+        self._pass_on_drain()
+
+    def reset(self, phase: Phase, *, with_those_before: bool) -> None:
+        """Reset what is left; ``phase`` says why: DRAIN or SHUTDOWN."""
+        now = time.monotonic()
+        left = self._begin(now)
+        if phase is Phase.DRAIN:
+            log.warning("master: %d sessions are left after drain_timeout", left.sessions)
+        else:
+            log.info("master.stopping how=stop %s", _as_text(left))
+        self._deadline, self._next_line = now + KILL_AFTER_S, math.inf
+        self._is_resetting = True
+        for process in self._fleet.processes():
+            self._fleet.tell(process, Op.STOP, phase=phase)
+        if with_those_before:
+            self._end_those_before(phase)
+
+    def end_sessions(self, phase: Phase) -> None:
+        """The heir has waited for long enough, or is told to stop at once."""
+        self._master.end(phase)
+        self._end_those_before(phase)
+
+    def _end_those_before(self, phase: Phase) -> None:
+        before = self.sessions.before
+        if before is not None:
+            self._has_ended_those_before = True
+            before.end_sessions(phase)
+
+    def _kill(self) -> None:
+        """End who was told to stop and did not."""
+        self._deadline = time.monotonic() + KILL_AFTER_S
+        self._fleet.kill("does not stop, killing it")
+        self._kills += 1
+        before = self.sessions.before
+        # It kills its workers when we kill ours, and the one before it a turn later.
+        if (
+            before is not None
+            and self._has_ended_those_before
+            and self._kills > len(before.left.masters)
+        ):
+            before.kill()
+
+    def turn(self, now: float) -> None:
+        """Do what is due: say how many sessions are left, reset them, kill who does not leave."""
+        if now >= self._deadline:
+            if self._is_resetting:
+                self._kill()
+            else:
+                self._master.end(Phase.DRAIN)
+        if now >= self._next_line:
+            self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
+            self._next_line = now + self._pause_s
+            left_s = _limit(self._deadline - now)
+            log.info("master.draining %s left_s=%s", _as_text(self.sessions.left()), left_s)
+
+    def sum_up(self) -> dict[str, object]:
+        """Say what has become of the sessions; the same as a value. ``cut`` were reset by us."""
+        begun = self._begun
+        if begun is None:
+            return {}
+        cut = self.sessions.left().cut - begun.cut
+        ended = begun.open + self._fleet.ledger.sum(SESSIONS_TOTAL) - begun.total - cut
+        after_s = round(time.monotonic() - begun.at, 1)
+        log.info("master.stopped ended=%d cut=%d after_s=%.1f", ended, cut, after_s)
+        return {"ended": max(0, ended), "cut": cut, "after_s": after_s}
+
+    def _begin(self, now: float) -> Left:
+        left = self.sessions.left()
+        if self._begun is None:
+            total = self._fleet.ledger.sum(SESSIONS_TOTAL)
+            self._begun = _Account(now, left.sessions, total, left.cut)
+        return left
+
+    def _pass_on_drain(self) -> None:
+        before = self.sessions.before
+        if before is not None:
+            before.drain_as_last()
+
+
+def _as_text(left: Left) -> str:
+    """How many sessions there are, and in how many old masters besides."""
+    older = len(left.masters) - 1
+    return f"sessions={left.sessions}" + (f" predecessors={older}" if older else "")
+
+
+def _limit(seconds: float) -> str:
+    return "none" if seconds == math.inf else f"{seconds:.0f}" if seconds >= 10 else f"{seconds:g}"

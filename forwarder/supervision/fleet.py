@@ -1,0 +1,487 @@
+"""The workers of one master: forking them, telling them what to serve, noticing how they fare.
+
+Decides nothing about configurations or the life of the instance; the master does. Never blocks.
+"""
+
+from __future__ import annotations
+
+import logging
+import selectors
+import signal
+import time
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+from forwarder import worker
+from forwarder.connlog.files import LogFiles
+from forwarder.errors import Phase
+from forwarder.ipc import messages
+from forwarder.ipc.channel import Channel, ChannelClosed
+from forwarder.ipc.heartbeat import Heartbeats, Vigil
+from forwarder.ipc.questions import Questions
+from forwarder.ipc.workerspec import WorkerSpec
+from forwarder.limits.gate import STUCK_S, Busy, Gate, Holdings
+from forwarder.net import pipes
+from forwarder.stats.ledger import Ledger
+from forwarder.supervision import policy
+from forwarder.supervision.slot import Slot, WorkerProcess, WorkerState, WorkerTables, fork_worker
+from forwarder.system.daemonlog import warn_rarely
+from forwarder.system.signals import describe_end
+from forwarder.upstream import failing
+from forwarder.upstream.known import KnownNames
+from forwarder.upstream.messages import read_hosts, say_answers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from forwarder.ipc.channel import Message, Received
+    from forwarder.serving.generation import Serving
+    from forwarder.serving.listeners import ListenerTable
+    from forwarder.stats.board import Board
+    from forwarder.system.privileges import Identity
+
+log = logging.getLogger(__name__)
+
+# When a worker is told again what to serve, after it or we had no descriptors left for that.
+RETRY_S: Final = 1.0
+SHORT_S: Final = 0.1  # what waits for memory of the kernel is sent again after this time
+
+
+class Fleet:
+    """All workers, by slot. Owns their channels; the sockets are the table's."""
+
+    def __init__(
+        self,
+        table: ListenerTable,
+        selector: selectors.BaseSelector,
+        release_master: Callable[[], None],
+    ) -> None:
+        """``release_master`` is called in each forked child: it gives up what the master owns.
+
+        ``serving`` must be set before the first :meth:`supervise`.
+        """
+        self.serving: Serving
+        self.identity: Identity | None = None  # whom the workers run as, if not us
+        self.capabilities = 0  # that they keep all the same
+        self.logs = LogFiles()
+        self.ledger = Ledger()
+        self.questions = Questions()
+        self.names = KnownNames()
+        self.refusal = ""  # why a worker cannot serve what all were told last
+        self._table = table
+        self._selector = selector
+        self._release_master = release_master
+        self._slots: list[Slot] = []
+        self._socket_slots = 0  # slots that have sockets; never shrinks while the master lives
+        self._retiring: list[WorkerProcess] = []
+        self._heartbeats = Heartbeats()
+        self._gate = Gate()
+        self._must_recount = False
+        self._serial = 0
+        self._vigil = Vigil(time.monotonic())
+
+    # -- what it is like
+
+    @property
+    def size(self) -> int:
+        """How many workers there shall be."""
+        return len(self._slots)
+
+    def processes(self) -> list[WorkerProcess]:
+        """All worker processes that live, retiring ones too."""
+        return [*self._in_slots(), *self._retiring]
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether every worker that lives serves exactly what it was last told to serve."""
+        return all(
+            process.state is WorkerState.READY and process.applied_serial == process.sent_serial
+            for process in self._in_slots()
+        ) and not any(process.channel.has_outbox for process in self._retiring)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether no slot waits for its next worker."""
+        return all(slot.process is not None for slot in self._slots)
+
+    def describe(self, now: float) -> list[dict[str, object]]:
+        """All worker processes, with what they have counted; as in the status."""
+        return [
+            {**process.describe(now), **self.ledger.worker(process.tables.board)}
+            for process in self.processes()
+        ]
+
+    def describe_failing(
+        self, rules: list[dict[str, object]], now: float
+    ) -> list[dict[str, object]]:
+        """Rules as in the status, each with the addresses of its upstreams that fail."""
+        return failing.describe(rules, (it.failing for it in self.processes()), now)
+
+    def next_deadline(self) -> float | None:
+        """When :meth:`supervise` has something to do without being asked; None for never."""
+        if not self._slots:
+            return None
+        waiting = [slot.backoff.not_before for slot in self._slots if slot.process is None]
+        if self._must_recount:
+            waiting.append(time.monotonic() + STUCK_S)
+        return min([*waiting, self.next_look()])
+
+    def next_look(self) -> float:
+        """When :meth:`end_hung` is to be called again, or a worker told again, at the latest."""
+        now = time.monotonic()
+        deaf = [it.deaf_until for it in self.processes() if it.deaf_until > now]
+        if any(it.channel.is_short for it in self.processes()):
+            deaf.append(now + SHORT_S)
+        return min([*deaf, now + self.serving.config.settings.hang_timeout_s / 4])
+
+    # -- what it does
+
+    def resize(self, size: int) -> None:
+        """Have ``size`` workers, for which the table must have sockets.
+
+        The sockets of slots that go are adopted by those that stay, so that nothing queued is lost.
+        """
+        self._socket_slots = max(self._socket_slots, size, self._table.most_slots())
+        while len(self._slots) < size:
+            self._slots.append(Slot(len(self._slots)))
+        while len(self._slots) > size:
+            process = self._slots.pop().process
+            if process is not None:
+                self._retiring.append(process)
+
+    def supervise(self) -> None:
+        """Replace the dead and the hung, let the retiring go, share the sockets out."""
+        now = time.monotonic()
+        for slot in self._slots:
+            if slot.process is None and now >= slot.backoff.not_before:
+                self._start(slot, now)
+        self.end_hung(now)
+        self.ledger.sample(now)
+        self._recount()
+        self.tell_news()
+        self._assign()
+        if self._retiring and self.is_settled:
+            for process in self._retiring:
+                self.tell(process, messages.Op.DRAIN)
+
+    def tell(
+        self,
+        process: WorkerProcess,
+        op: messages.Op,
+        *,
+        is_last: bool = False,
+        phase: Phase = Phase.SHUTDOWN,
+    ) -> None:
+        """Tell a worker to leave, now (STOP) or when its sessions have ended (DRAIN); once.
+
+        ``is_last``: nobody serves in its place, so that there is no point in waiting for UDP flows
+        that are silent. ``phase`` is why sessions that are left at a STOP end.
+        """
+        state = WorkerState.DRAINING if op is messages.Op.DRAIN else WorkerState.STOPPING
+        if process.state is WorkerState.STOPPING or (process.state is state and not is_last):
+            return
+        process.state = state
+        process.is_leaving = True
+        # The master bounds its own stop; that of one worker nobody else would.
+        is_alone = process in self._retiring and op is messages.Op.DRAIN
+        limit_s = self.serving.config.settings.drain_timeout_s if is_alone else None
+        try:
+            process.channel.send(
+                {"op": op, "limit_s": limit_s or 0, "is_last": is_last, "phase": phase.value}
+            )
+        except ChannelClosed:  # it has died; or it lives, and hears of this
+            process.signal(signal.SIGTERM)
+            return
+        self.watch(process)
+
+    def forget_rules(self) -> None:
+        """Drop what was counted for rules that are served no more and have no session left."""
+        for row in self.ledger.forget(self.serving.counted_names()):
+            self._gate.forget(row)
+
+    def _recount(self) -> None:
+        """What a dead worker held is free again."""
+        if self._must_recount:
+            living = [process.tables.holdings for process in self.processes()]
+            with suppress(Busy):  # a turn soon tries again
+                self._gate.recount(living, self.ledger.rows_in_use())
+                self._must_recount = False
+
+    def tell_news(self) -> None:
+        """Tell each worker, those that leave too, what names mean and where the log goes now."""
+        for process in self.processes():
+            self._tell_names(process)
+            if process.logs_revision == self.logs.revision or time.monotonic() < process.deaf_until:
+                continue
+            try:
+                messages.send_logs(process.channel, self.logs.places)
+            except ChannelClosed:
+                continue  # it has died; SIGCHLD follows
+            except OSError as err:
+                what = f"log: cannot tell worker {process.slot} about its files: {err}"
+                warn_rarely(log, what, what, logging.ERROR)
+                self._tell_again(process)
+                continue
+            process.logs_revision = self.logs.revision
+            self.watch(process)
+
+    def end_hung(self, now: float) -> None:
+        """Kill workers that give no sign of life, those that are leaving, too."""
+        limit_s = self.serving.config.settings.hang_timeout_s
+        self._vigil.look(now, limit_s)
+        for process in self.processes():
+            if process.channel.is_short:
+                self.hear(process)
+            self._check_alive(process, now, limit_s)
+
+    def kill(self, why: str) -> None:
+        """Kill all that are left."""
+        for process in self.processes():
+            log.error("master: worker %d pid=%d %s", process.slot, process.pid, why)
+            process.signal(signal.SIGKILL)
+
+    def hear(self, process: WorkerProcess) -> None:
+        """Take in what a worker says, and send what waited for it."""
+        try:
+            process.channel.flush()
+            for received in process.channel.receive():
+                try:
+                    self._handle(process, received)
+                finally:
+                    received.close()  # what nobody has asked for
+        except ChannelClosed:
+            self._hang_up(process)  # its death is reported by SIGCHLD
+            return
+        except (KeyError, TypeError, ValueError, RecursionError):
+            # Nothing a worker says may end the master.
+            log.exception("worker.nonsense slot=%d pid=%d", process.slot, process.pid)
+            process.signal(signal.SIGKILL)
+            return
+        self.watch(process)
+
+    def close(self) -> None:
+        """Give up what is not the workers', at the end."""
+        self.logs.close()
+        self._gate.close()
+
+    def hang_up(self) -> None:
+        """In a forked child: close our copies of the channels."""
+        for process in self.processes():
+            process.channel.close()
+
+    def on_exit(self, pid: int, status: int) -> None:
+        """Note that a child has ended; one that is no worker is not ours to care for."""
+        for process in self.processes():
+            if process.pid == pid:
+                self._on_death(process, status)
+
+    # -- birth and death
+
+    def _in_slots(self) -> list[WorkerProcess]:
+        return [slot.process for slot in self._slots if slot.process is not None]
+
+    def _start(self, slot: Slot, now: float) -> None:
+        cell = self._heartbeats.new_cell(now)
+        board: Board | None = None
+        try:
+            holdings, board = Holdings(), self.ledger.open()
+            tables = WorkerTables(board, holdings)
+            become = partial(self._become, slot, cell, tables)
+            process = fork_worker(slot.index, tables, now, become)
+        except OSError as err:
+            if board is not None:
+                self.ledger.close(board)
+            delay = slot.backoff.on_death(now, now)
+            what = f"slot={slot.index}: cannot fork: {err.strerror}"
+            log.error("worker.failed %s; next try in %.1f s", what, delay)
+            return
+        process.cell = cell
+        slot.process = process
+        try:
+            self._selector.register(process.channel, selectors.EVENT_READ, process)
+        except OSError as err:  # ENOMEM, ENOSPC: epoll_ctl(2)
+            log.error("worker.failed slot=%d: cannot watch it: %s", slot.index, err.strerror)
+            process.channel.close()
+            process.signal(signal.SIGKILL)
+
+    def _become(self, slot: Slot, cell: int, tables: WorkerTables, channel: Channel) -> None:
+        """In the forked child: give up everything of the master, then be a worker."""
+        self._release_master()
+        worker.run_and_exit(
+            WorkerSpec(
+                slot=slot.index,
+                cell=cell,
+                channel=channel,
+                heartbeats=self._heartbeats,
+                board=tables.board,
+                gate=self._gate,
+                holdings=tables.holdings,
+                relay=self.serving.config.settings.relay,
+                identity=self.identity,
+                capabilities=self.capabilities,
+            )
+        )
+
+    def _check_alive(self, process: WorkerProcess, now: float, limit_s: float) -> None:
+        heard_at = process.cut_off_at or self._heartbeats.last(process.cell)
+        silent_s = self._vigil.silent_s(heard_at, now)
+        if silent_s > limit_s and process.state is not WorkerState.HUNG:
+            what = f"slot={process.slot} pid={process.pid}: no sign of life for {silent_s:.0f} s"
+            log.error("worker.hung %s; killing it", what)
+            process.state = WorkerState.HUNG
+            process.signal(signal.SIGKILL)
+
+    def _on_death(self, process: WorkerProcess, status: int) -> None:
+        self.hear(process)  # its last words
+        self._hang_up(process)
+        self.ledger.close(process.tables.board)
+        self._must_recount = True
+        self.questions.on_exit(process.pid)
+        if process in self._retiring:
+            self._retiring.remove(process)
+            return
+        slot = self._slots[process.slot]
+        slot.process = None
+        if process.is_leaving:
+            return
+        if process.sent_serial and not process.applied_serial and slot.backoff.quick_deaths:
+            self.refusal = f"worker {process.slot} died again before it served"
+        delay = slot.backoff.on_death(process.started_at, time.monotonic())
+        log.error(
+            "worker.died slot=%d pid=%d: %s; its sockets stay open, next start in %.1f s%s",
+            process.slot,
+            process.pid,
+            describe_end(status),
+            delay,
+            " (crash loop)" if slot.backoff.is_crash_loop else "",
+        )
+
+    def _on_leaving(self, process: WorkerProcess) -> None:
+        """A worker drains, perhaps because somebody sent it a SIGTERM: its slot is free now."""
+        if not process.is_leaving:
+            process.is_leaving = True
+            log.warning("worker.leaving slot=%d pid=%d: not asked to", process.slot, process.pid)
+            process.state = WorkerState.DRAINING
+            if process not in self._retiring:
+                self._slots[process.slot].process = None
+                self._retiring.append(process)
+
+    def _hang_up(self, process: WorkerProcess) -> None:
+        if process.channel.fileno() >= 0:
+            self._selector.unregister(process.channel)
+            process.channel.close()
+            process.cut_off_at = time.monotonic()
+
+    # -- messages
+
+    def _on_applied(self, process: WorkerProcess, message: Message) -> None:
+        refusal = process.on_applied(message, time.monotonic() + RETRY_S)
+        if process.applied_serial == process.sent_serial and refusal:
+            self.refusal = refusal
+        elif process.applied_serial == process.sent_serial:
+            process.generation = self.serving.generation
+        if process.state is WorkerState.STARTING:
+            process.state = WorkerState.READY
+            log.info("worker.ready slot=%d pid=%d", process.slot, process.pid)
+
+    def _handle(self, process: WorkerProcess, received: Received) -> None:
+        message = received.message
+        if message["op"] == messages.Op.APPLIED:
+            self._on_applied(process, message)
+        elif message["op"] == messages.Op.LEAVING:
+            self._on_leaving(process)
+        elif message["op"] == messages.Op.ANSWER:
+            number = message["number"]
+            if self.questions.is_awaited(number, process.pid):
+                answer = messages.read_answer(received)
+                self.questions.on_answer(number, process.pid, answer)
+        elif message["op"] == messages.Op.FAILING:
+            process.failing = failing.read(message)
+        elif message["op"] == messages.Op.REFRESH:
+            self.names.hurry(read_hosts(message))
+        elif message["op"] == messages.Op.LOGS:  # it had no descriptors for them
+            process.logs_revision = 0
+            self._tell_again(process)
+
+    def _tell_names(self, process: WorkerProcess) -> None:
+        """Tell a worker the answers that it has not heard yet, when it listens."""
+        if process.names_revision == self.names.revision or process.channel.has_outbox:
+            return
+        answers = self.names.since(process.names_revision)
+        with suppress(ChannelClosed):  # it has died; SIGCHLD follows
+            for part in say_answers(messages.Op.NAMES, answers):
+                process.channel.send(part)
+            process.names_revision = self.names.revision
+            self.watch(process)
+
+    def watch(self, process: WorkerProcess) -> None:
+        """Ask for writability exactly while something waits for the worker."""
+        events = selectors.EVENT_READ
+        if process.channel.has_outbox and not process.channel.is_short:
+            events |= selectors.EVENT_WRITE
+        if self._selector.get_key(process.channel).events != events:
+            self._selector.modify(process.channel, events, process)
+
+    # -- sockets
+
+    def _assign(self) -> None:
+        """Tell each worker whose share has changed what it serves now."""
+        ready, starting = [], []
+        for process in self._in_slots():
+            if process.state is WorkerState.READY:
+                ready.append(process.slot)
+            elif process.state is WorkerState.STARTING:
+                starting.append(process.slot)
+        shares = policy.share_sockets(self._socket_slots, ready, starting)
+        for process in self._in_slots():
+            if process.slot in shares:
+                self._give(process, tuple(shares[process.slot]))
+
+    def _tell_again(self, process: WorkerProcess) -> None:
+        """Tell a worker everything once more, when there may be descriptors for that."""
+        self._serial += 1
+        process.sent_serial = self._serial  # nothing is settled until it has acknowledged that
+        process.told = None
+        process.deaf_until = time.monotonic() + RETRY_S
+
+    def _give(self, process: WorkerProcess, socket_slots: tuple[int, ...]) -> None:
+        wanted = (self.serving.revision, len(self._slots), socket_slots)
+        if process.told == wanted or time.monotonic() < process.deaf_until:
+            return
+        self._tell_names(process)  # first, so that the first client finds them
+        descriptors: dict[int, int] = {}
+        routes: dict[int, int] = {}
+        for index, rule in enumerate(self.serving.config.rules):
+            for address in self.serving.binds[rule.name]:
+                mine = self._table.descriptors(address, socket_slots)
+                descriptors |= mine
+                routes |= dict.fromkeys(mine, index)
+        self._serial += 1
+        new = {i: fd for i, fd in descriptors.items() if i not in process.known_sockets}
+        try:
+            messages.send_sockets(process.channel, new)
+            process.known_sockets |= new.keys()
+            messages.send_assignment(
+                process.channel,
+                messages.Assignment(
+                    serial=self._serial,
+                    generation=self.serving.generation,
+                    config=self.serving.config,
+                    routes=routes,
+                    rows=tuple(map(self.ledger.row, self.serving.counted_names())),
+                    workers=len(self._slots),
+                    pipe_budget_pages=pipes.budget_pages(len(self._slots)),
+                ),
+            )
+        except ChannelClosed:
+            return  # it has died; SIGCHLD follows
+        except OSError as err:  # EMFILE: an assignment travels in a file
+            what = f"worker.untold slot={process.slot} pid={process.pid}: {err.strerror}"
+            warn_rarely(log, what, what, logging.ERROR)
+            self._tell_again(process)
+            return
+        process.told = wanted
+        process.known_sockets = set(routes)
+        process.sent_serial = self._serial
+        self.watch(process)

@@ -1,0 +1,187 @@
+"""The master's part in names: which are wanted, what was found, and the helper that asks.
+
+What was found once stays, also when the helper dies or no name server answers. The master itself
+never looks a name up.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Final
+
+from forwarder.supervision.helper import Helper
+from forwarder.upstream.answers import Answer
+from forwarder.upstream.messages import read_answers, say_hosts
+from forwarder.upstream.process import FORGET, HURRY, WANT, NamesProcess
+from forwarder.upstream.schedule import LIMIT_S
+
+if TYPE_CHECKING:
+    import selectors
+    from collections.abc import Callable, Collection, Mapping
+
+    from forwarder.ipc.channel import Channel, Received
+    from forwarder.upstream.known import KnownNames
+
+log = logging.getLogger(__name__)
+
+# A name of which the helper has said nothing for so long has failed: it is dead, hung, or has too
+# many dead names to wait for.
+SILENCE_S: Final = LIMIT_S + 4.0
+# Of names that change at the same time, as in an outage. Arbitrary.
+MOST_LINES: Final = 5
+
+
+class Naming:
+    """The names that rules have, and the helper that is asked for them."""
+
+    def __init__(
+        self,
+        known: KnownNames,
+        selector: selectors.BaseSelector,
+        release: Callable[[], None],
+        drop: Callable[[], None],
+        on_answers: Callable[[Collection[str]], None],
+    ) -> None:
+        """``release`` and ``drop`` as for Helper. ``on_answers`` hears which names have changed."""
+        self.known = known
+        self.helper = Helper("names", self, selector, release, drop)
+        self._on_answers = on_answers
+        self._rules: dict[str, list[str]] = {}  # that have a name
+        self._unanswered: dict[str, float] = {}  # until when that is no failure
+        self._told: set[str] = set()  # what the helper looks up
+
+    def inherit(self, text: bytes) -> None:
+        """Know what a predecessor knew; what cannot be read is looked up anew."""
+        try:
+            self.known.take(text)
+        except (ValueError, TypeError, AttributeError, RecursionError) as err:
+            log.warning("names: cannot read what the predecessor knew: %s", err)
+
+    def learn(self, answers: Mapping[str, Answer]) -> None:
+        """Know what somebody else has found of names that will be used."""
+        for host, answer in answers.items():
+            self.known.put(host, answer)
+
+    def use(self, rules: Mapping[str, list[str]], now: float) -> None:
+        """Have these names looked up from now on, and no others; with the rules that have them."""
+        self._rules = dict(rules)
+        self.known.keep(rules.keys())
+        unanswered = self._unanswered
+        self._unanswered = {
+            host: unanswered.get(host, now + SILENCE_S)
+            for host in rules
+            if host not in self.known.answers
+        }
+        self.helper.want(is_wanted=bool(rules))
+        self._tell()
+
+    def turn(self, now: float) -> None:
+        """Keep the helper alive, pass on what workers ask for, give up waiting for a dead one."""
+        self.helper.turn(now)
+        if self.known.hurried and self.helper.is_free:
+            for message in say_hosts(HURRY, self.known.hurried):
+                self.helper.send(message)
+            self.known.hurried.clear()
+        silent = [host for host, until in self._unanswered.items() if now >= until]
+        why = "not looked up yet: the process that does that is busy or dead"
+        self._take({host: Answer((), why, since=now) for host in silent})
+
+    @property
+    def deadline(self) -> float | None:
+        """When :meth:`turn` has something to do without an event; None for never."""
+        deadlines = [*self._unanswered.values(), self.helper.deadline]
+        return min((one for one in deadlines if one is not None), default=None)
+
+    def describe(self, rules: Collection[dict[str, object]], now: float) -> list[dict[str, object]]:
+        """Rules as in the status, each with those of its names that have no good answer now."""
+        troubled: dict[str, list[dict[str, object]]] = {}
+        for host, users in self._rules.items():
+            answer = self.known.answers.get(host)
+            if answer is None or answer.why:
+                for rule in users:
+                    troubled.setdefault(rule, []).append(_describe(host, answer, now))
+        return [{**rule, "names": troubled.get(str(rule["name"]), [])} for rule in rules]
+
+    # -- see helper.Job
+
+    def run(self, channel: Channel, beat: Callable[[float], None]) -> None:
+        """In the helper: look names up until the master has gone."""
+        NamesProcess(channel, beat).run()
+
+    def on_started(self) -> None:
+        """There is a new helper: tell it all names."""
+        self._told.clear()
+        self._tell()
+
+    def on_message(self, received: Received) -> None:
+        """Take in what the helper has found. Raises KeyError, TypeError or ValueError."""
+        answers = read_answers(received.message)
+        self._take({host: answer for host, answer in answers.items() if host in self._rules})
+
+    def _tell(self) -> None:
+        if self.helper.is_started:
+            for message in say_hosts(WANT, self._rules.keys() - self._told):
+                self.helper.send(message)
+            for message in say_hosts(FORGET, self._told - self._rules.keys()):
+                self.helper.send(message)
+            self._told = set(self._rules)
+
+    def _take(self, answers: Mapping[str, Answer]) -> None:
+        news: dict[str, list[str]] = {}
+        changed = []
+        for host, answer in answers.items():
+            before = self.known.answers.get(host)
+            now = self.known.put(host, answer)
+            self._unanswered.pop(host, None)
+            if now != before:
+                changed.append(host)
+                if event := _event(before, now):
+                    news.setdefault(event, []).append(self._what(host, now))
+        self._log(news)
+        if changed:
+            self._on_answers(changed)
+
+    def _what(self, host: str, answer: Answer) -> str:
+        """What has become of a name, for people."""
+        used = ", ".join(_texts(answer))
+        if answer.why:
+            used = f"{answer.why}; in use: {used}" if used else answer.why
+        return f"host={host} rules={','.join(self._rules[host])}: {used}"
+
+    def _log(self, news: Mapping[str, list[str]]) -> None:
+        """Say what has changed: once for a change, not for each look-up."""
+        for event, lines in news.items():
+            level = logging.WARNING if event == "name.failed" else logging.INFO
+            for line in lines[:MOST_LINES]:
+                log.log(level, "%s %s", event, line)
+            if len(lines) > MOST_LINES:
+                more = len(lines) - MOST_LINES
+                log.log(level, "%s and %d more names: `forwarder status`", event, more)
+
+
+def _event(before: Answer | None, now: Answer) -> str:
+    """What the log calls a change; "" for one that it does not tell."""
+    was_good = before is None or not before.why
+    if now.why:
+        return "name.failed" if was_good else ""
+    if not was_good:
+        return "name.works"
+    is_moved = before is not None and set(before.addresses) != set(now.addresses)
+    return "name.moved" if is_moved else ""
+
+
+def _texts(answer: Answer) -> list[str]:
+    """Addresses without a port, for people."""
+    return [str(target.sockaddr[0]) for target in answer.addresses]
+
+
+def _describe(host: str, answer: Answer | None, now: float) -> dict[str, object]:
+    if answer is None:
+        return {"host": host, "state": "asked", "why": "", "for_s": 0.0, "addresses": []}
+    return {
+        "host": host,
+        "state": "failed",
+        "why": answer.why,
+        "for_s": round(max(0.0, now - answer.since), 1),
+        "addresses": _texts(answer),
+    }

@@ -1,0 +1,129 @@
+"""The master's handle on one worker: its process, its channel, and what it has acknowledged.
+
+Forks and signals; decides nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from forwarder.ipc.channel import Channel, channel_pair
+from forwarder.supervision.policy import Backoff
+
+if TYPE_CHECKING:
+    import signal
+    from collections.abc import Callable
+
+    from forwarder.ipc.channel import Message
+    from forwarder.limits.gate import Holdings
+    from forwarder.stats.board import Board
+    from forwarder.upstream.failing import Failing
+
+
+class WorkerState(Enum):
+    """STARTING until the first assignment is acknowledged; the last three until it is gone."""
+
+    STARTING = "starting"
+    READY = "ready"
+    HUNG = "hung"
+    DRAINING = "draining"
+    STOPPING = "stopping"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerTables:
+    """Memory that a worker shares with its master: what it counts, and what it holds."""
+
+    board: Board
+    holdings: Holdings
+
+
+class WorkerProcess:
+    """A forked worker. Owns the master's end of the channel; the master reaps the process."""
+
+    def __init__(
+        self, slot: int, pid: int, tables: WorkerTables, channel: Channel, now: float
+    ) -> None:
+        self.slot = slot
+        self.pid = pid
+        self.tables = tables
+        self.channel = channel
+        self.started_at = now
+        self.state = WorkerState.STARTING
+        self.is_leaving = False  # it was told to, or says so: its end is no death
+        self.cell = 0  # of the heartbeats
+        self.sent_serial = 0
+        self.applied_serial = 0
+        self.logs_revision = 0  # Fleet's: which places of the connection log it knows
+        self.names_revision = 0  # Fleet's: which answers about names it knows
+        self.generation = 0  # of what it has applied
+        self.known_sockets: set[int] = set()
+        self.cut_off_at = 0.0  # since when it has no channel; if it lives on, it serves for nobody
+        self.deaf_until = 0.0  # Fleet's: when there is a point in telling it again
+        self.told: tuple[int, int, tuple[int, ...]] | None = None  # Fleet's: what it was told last
+        self.failing: list[Failing] = []  # addresses of upstreams, by what it has said last
+
+    def on_applied(self, message: Message, retry_at: float) -> str:
+        """Take in an acknowledgement; what did not arrive is told again at ``retry_at``.
+
+        Returns why it goes on with what it had before, or "". Raises KeyError for nonsense.
+        """
+        serial, missing, refusal = message["serial"], message["missing"], message["refusal"]
+        self.applied_serial = serial if isinstance(serial, int) else 0
+        if not serial or missing:
+            self.told = None  # again, when there may be descriptors
+            self.known_sockets.difference_update(missing if isinstance(missing, list) else ())
+            self.deaf_until = retry_at
+        return str(refusal)
+
+    def describe(self, now: float) -> dict[str, object]:
+        """Who it is and how it fares, as in the status."""
+        return {
+            "slot": self.slot,
+            "pid": self.pid,
+            "state": self.state.value,
+            "generation": self.generation,
+            "uptime_s": round(now - self.started_at, 1),
+        }
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal; a process that has gone just now is no error."""
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+
+class Slot:
+    """A stable place for a worker: index, back-off, and the process that fills it, if any."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.backoff = Backoff()
+        self.process: WorkerProcess | None = None
+
+
+def fork_worker(
+    slot: int, tables: WorkerTables, now: float, child: Callable[[Channel], None]
+) -> WorkerProcess:
+    """Fork; ``child`` runs the worker in the new process and must not return.
+
+    Raises OSError (EAGAIN, ENOMEM) with nothing left behind.
+    """
+    ours, theirs = channel_pair()
+    try:
+        pid = os.fork()
+    except OSError:
+        ours.close()
+        theirs.close()
+        raise
+    if pid == 0:
+        try:
+            ours.close()
+            child(theirs)
+        finally:
+            os._exit(70)
+    theirs.close()
+    return WorkerProcess(slot, pid, tables, ours, now)
