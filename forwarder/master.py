@@ -22,8 +22,8 @@ import setproctitle
 from forwarder import __version__
 from forwarder.config.model import MAX_WORKERS, STOP_TIMEOUT_S
 from forwarder.connlog.files import discard
-from forwarder.control.requests import STOPPING, Requests
-from forwarder.errors import ExitCode, Phase, StartupError
+from forwarder.control.requests import STOPPING, UNDER_WAY, Requests
+from forwarder.errors import ExitCode, StartupError
 from forwarder.ipc.messages import Op
 from forwarder.serving import probing
 from forwarder.serving.latebind import LateBinds
@@ -31,8 +31,9 @@ from forwarder.serving.loader import look_up
 from forwarder.serving.reloading import Reloading
 from forwarder.serving.service import Service
 from forwarder.serving.surroundings import Surroundings
+from forwarder.stats.reasons import Phase
 from forwarder.succession import upgrade
-from forwarder.succession.handover import UNDER_WAY, Handover, inherited_sockets
+from forwarder.succession.handover import Handover, inherited_sockets
 from forwarder.succession.inherit import foreign_descriptors
 from forwarder.supervision.ending import Ending
 from forwarder.supervision.fleet import Fleet
@@ -93,7 +94,6 @@ class Master:
         self._ending = Ending(self._fleet, self._handover, self)
         self._reloading = Reloading(
             self,
-            self._handover,
             self._load if spec.load else None,
             self._selector,
             self._requests,
@@ -406,7 +406,7 @@ class Master:
             problem = f"{size} workers are not possible; 1 to {MAX_WORKERS} are"
             log.warning("master: %s", problem)
             return problem
-        if self._handover.is_under_way:
+        if self.is_upgrading:
             log.warning("master: %s", UNDER_WAY)
             return UNDER_WAY
         try:
@@ -462,6 +462,11 @@ class Master:
         return self._ending
 
     # -- what a reload asks, see reloading.Reloadable
+
+    @property
+    def is_upgrading(self) -> bool:
+        """Whether a successor has been started, and has neither the place nor failed."""
+        return self._handover.is_under_way
 
     @property
     def generation(self) -> int:

@@ -24,7 +24,6 @@ import uvloop
 
 from forwarder.config.address import UnixAddress
 from forwarder.connlog.log import FLUSH_S
-from forwarder.errors import Phase
 from forwarder.ipc.channel import ChannelClosed, Received
 from forwarder.ipc.heartbeat import BEAT_S
 from forwarder.ipc.messages import Op, read_access, read_assignment, read_logs, send_answer
@@ -36,7 +35,8 @@ from forwarder.relay.interfaces import look_at_interfaces
 from forwarder.relay.listing import denied_by, denied_sessions
 from forwarder.relay.relay import Relay
 from forwarder.relay.tcp_listener import listener_class
-from forwarder.succession.inherit import OrphanDoor
+from forwarder.stats.reasons import Phase
+from forwarder.succession.orphans import OrphanDoor
 from forwarder.system import privileges
 from forwarder.system.daemonlog import warn_rarely
 from forwarder.system.signals import leave_to_the_master

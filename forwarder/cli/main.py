@@ -31,7 +31,7 @@ from forwarder.cli import (
 )
 from forwarder.config.model import MAX_WORKERS, RelayMode
 from forwarder.errors import ConfigError, ExitCode, ForwarderError
-from forwarder.relay.tcp.splice import HAS_SPLICE
+from forwarder.net.pipes import HAS_SPLICE
 from forwarder.succession import upgrade
 from forwarder.supervision.spec import MasterSpec
 from forwarder.system import daemonlog

@@ -1,4 +1,4 @@
-"""The answer to ``forwarder status``, as data and as text. Pure."""
+"""The answers to ``forwarder status``, ``sessions`` and ``stop`` as text. Pure."""
 
 from __future__ import annotations
 
@@ -7,41 +7,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from forwarder.config.model import Rule
-    from forwarder.serving.retries import Waiting
-
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _MOST = 1 << 64
 _WORKER_COLUMNS = ("slot", "pid", "state", "generation", "uptime", "sessions", "total", "bytes")
 _RULE_COLUMNS = ("rule", "listens on", "upstreams", "sessions", "total", "failed", "queued")
 _SESSION_COLUMNS = ("id", "rule", "client", "upstream", "state", "to", "from", "age", "silent")
-
-
-def describe_rule(
-    rule: Rule,
-    addresses: Sequence[str],
-    counters: Mapping[str, object],
-    waiting: Waiting | None,
-    now: float,
-) -> dict[str, object]:
-    """One rule, as in the JSON of the status; ``waiting`` if it has not all of its addresses."""
-    state: dict[str, object] = {"state": "listening"}
-    if waiting is not None:
-        state = {
-            "state": "partial" if addresses else "waiting",
-            "why": waiting.why,
-            "attempts": waiting.failures,
-            "retry_in_s": round(max(0.0, waiting.not_before - now), 1),
-        }
-    return {
-        "name": rule.name,
-        "protocol": rule.protocol.value,
-        "listen": str(rule.listen),
-        **state,
-        "addresses": list(addresses),
-        "upstreams": [str(upstream) for upstream in rule.upstreams],
-        **counters,
-    }
 
 
 def as_text(status: Mapping[str, object]) -> list[str]:

@@ -16,8 +16,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, TypeAlias
 
 from forwarder.config.address import Address, is_ip
+from forwarder.config.patterns import PatternError, Wildcard, parse_pattern
 from forwarder.errors import Issue
-from forwarder.relay.access import PatternError, Wildcard, parse_pattern
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

@@ -21,8 +21,8 @@ from forwarder.config.model import (
     Rule,
 )
 from forwarder.config.options import finish_options
+from forwarder.config.patterns import PATTERN_FORMS, PatternError, parse_pattern
 from forwarder.errors import Place
-from forwarder.relay.access import PATTERN_FORMS, PatternError, parse_pattern
 
 if TYPE_CHECKING:
     from forwarder.config.raw import Issues, Placed, RawConfig, RawRule

@@ -5,10 +5,10 @@ from __future__ import annotations
 from enum import Enum
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from forwarder.errors import REASONS, UPSTREAM_HAD_ENDED, Phase, Who
+from forwarder.stats.reasons import REASONS, UPSTREAM_HAD_ENDED, Phase, Who
 
 if TYPE_CHECKING:
-    from forwarder.errors import CloseReason
+    from forwarder.stats.reasons import CloseReason
 
 
 class Event(Enum):

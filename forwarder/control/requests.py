@@ -14,9 +14,9 @@ import re
 import time
 from typing import TYPE_CHECKING, Final, Protocol
 
+from forwarder.config.patterns import parse_pattern
 from forwarder.control import path as control_path
 from forwarder.control.server import ControlServer, refusal
-from forwarder.relay.access import parse_pattern
 
 if TYPE_CHECKING:
     import selectors
@@ -42,6 +42,7 @@ MAX_LISTED: Final = 10_000
 LOOK_S: Final = 1.0  # how often to see whether the name of the default place is free
 MAX_COUNT: Final = 1 << 32  # no worker has that many sessions
 STOPPING: Final = "the forwarder is stopping"
+UNDER_WAY: Final = "an upgrade is under way; ask the new one when it serves"
 REJECTED: Final = "the configuration was rejected"
 # What the workers are asked has to fit into a message to each of them.
 MAX_CHOICE_BYTES: Final = 24 * 1024

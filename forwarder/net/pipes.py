@@ -15,6 +15,7 @@ from typing import Final
 
 from forwarder.system import kernel
 
+HAS_SPLICE: Final = hasattr(os, "splice")
 # 256 KiB gave the throughput of 1 MiB, 64 KiB lost a fifth (bulk over loopback, 2 cores).
 PIPE_BYTES: Final = 256 * 1024
 SMALL_PIPE_BYTES: Final = 64 * 1024

@@ -9,9 +9,9 @@ import math
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from forwarder.errors import CloseReason, Phase, Who
 from forwarder.relay.dialer import Dialer
 from forwarder.relay.wheel import TICK_S
+from forwarder.stats.reasons import CloseReason, Phase, Who
 
 if TYPE_CHECKING:
     import socket

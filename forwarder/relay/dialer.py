@@ -27,11 +27,11 @@ import os
 import socket
 from typing import TYPE_CHECKING, Final, Protocol
 
-from forwarder.errors import Who
 from forwarder.net import sockets
 from forwarder.relay.poller import BROKEN, WRITABLE
 from forwarder.relay.ports import SETTING
 from forwarder.relay.wheel import TICK_S
+from forwarder.stats.reasons import Who
 
 if TYPE_CHECKING:
     from forwarder.net.sockets import SockAddr, Target

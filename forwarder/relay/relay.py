@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Final
 from forwarder.config.model import Protocol, RelayMode
 from forwarder.connlog.log import ConnectionLog
 from forwarder.connlog.record import rinetd_result
-from forwarder.errors import NOT_ALLOWED, CloseReason, Phase, Who
 from forwarder.limits.admission import client_host
 from forwarder.limits.gate import Busy
 from forwarder.net import datagrams, sockets, udp
 from forwarder.net.datagrams import Batch
-from forwarder.net.pipes import PipePool
+from forwarder.net.pipes import HAS_SPLICE, PipePool
 from forwarder.net.plain_datagrams import PlainBatch
 from forwarder.relay import reporting
 from forwarder.relay.conversation import State
@@ -30,7 +29,7 @@ from forwarder.relay.poller import Poller
 from forwarder.relay.restrictions import Restrictions
 from forwarder.relay.tcp.direction import BULK_BYTES, SMALL_BYTES, Direction
 from forwarder.relay.tcp.session import Session
-from forwarder.relay.tcp.splice import HAS_SPLICE, SpliceDirection
+from forwarder.relay.tcp.splice import SpliceDirection
 from forwarder.relay.tcp.unix import UnixDirection, UnixSpliceDirection
 from forwarder.relay.udp.bridge import Bridge
 from forwarder.relay.udp.directions import Way
@@ -39,6 +38,7 @@ from forwarder.relay.udp.flow_table import share
 from forwarder.relay.udp.flow_tables import FlowTables
 from forwarder.relay.udp.trial import Trial
 from forwarder.relay.wheel import TICK_S, Wheel
+from forwarder.stats.reasons import NOT_ALLOWED, CloseReason, Phase, Who
 from forwarder.stats.rows import (
     ATTEMPTS_FAILED,
     BYTES_C2U,

@@ -14,10 +14,10 @@ from forwarder.connlog.record import Event, Record, rinetd_result
 
 if TYPE_CHECKING:
     from forwarder.connlog.log import Later
-    from forwarder.errors import CloseReason
     from forwarder.net.sockets import SockAddr, Target
     from forwarder.relay.conversation import Conversation
     from forwarder.relay.relay import Relay
+    from forwarder.stats.reasons import CloseReason
     from forwarder.upstream.pool import Pool
 
 _UNIX: Final = ("unix", 0)

@@ -11,7 +11,6 @@ import select
 import socket
 from typing import TYPE_CHECKING, Final
 
-from forwarder.errors import CloseReason, Phase, Who
 from forwarder.limits.admission import client_host
 from forwarder.limits.gate import Busy
 from forwarder.net import many, peers, sockets, udp
@@ -21,6 +20,7 @@ from forwarder.relay import pauses
 from forwarder.relay.access import Decision
 from forwarder.relay.poller import READABLE, WRITABLE
 from forwarder.relay.udp.answers import flow_class
+from forwarder.stats.reasons import CloseReason, Phase, Who
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop, TimerHandle

@@ -9,12 +9,11 @@ import logging
 import time
 from typing import TYPE_CHECKING, Final, Protocol
 
-from forwarder.control.requests import STOPPING
+from forwarder.control.requests import STOPPING, UNDER_WAY
 from forwarder.control.server import refusal
 from forwarder.errors import StartupError
 from forwarder.serving.loader import Candidate, Loader, Rejected
 from forwarder.serving.preview import Preview
-from forwarder.succession.handover import UNDER_WAY, Handover
 from forwarder.system import notify
 
 if TYPE_CHECKING:
@@ -38,6 +37,10 @@ class Reloadable(Protocol):
         """Whether it serves and is not about to stop."""
 
     @property
+    def is_upgrading(self) -> bool:
+        """Whether a successor has been started and may take the place; then nothing may change."""
+
+    @property
     def generation(self) -> int:
         """What is in force."""
 
@@ -58,7 +61,6 @@ class Reloading:
     def __init__(
         self,
         master: Reloadable,
-        handover: Handover,
         load: Callable[[], Candidate] | None,
         selector: selectors.BaseSelector,
         requests: Requests,
@@ -69,7 +71,6 @@ class Reloading:
         ``release`` is called in that child: it gives up what the master owns.
         """
         self._master = master
-        self._handover = handover
         self._load = load
         self._requests = requests
         too_long = "reading the configuration took too long"
@@ -102,7 +103,7 @@ class Reloading:
             return STOPPING
         if self._load is None:
             problem = NOTHING_TO_RELOAD
-        elif self._handover.is_under_way:
+        elif self._master.is_upgrading:
             problem = UNDER_WAY
         if problem:
             log.warning("master: %s", problem)

@@ -15,7 +15,6 @@ import math
 import time
 from typing import TYPE_CHECKING, Final
 
-from forwarder.cli.status import describe_rule
 from forwarder.config.address import UnixAddress
 from forwarder.config.describe import listening, waiting_text
 from forwarder.config.plan import FIXED_SETTINGS, diff
@@ -29,12 +28,13 @@ from forwarder.upstream.wanted import listening_names
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable, Collection, Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
     from forwarder.config.model import Config, Rule
     from forwarder.net.sockets import Target
     from forwarder.serving.addresses import BindAddress
     from forwarder.serving.binding import Had
+    from forwarder.serving.retries import Waiting
     from forwarder.upstream.answers import Answer
 
 log = logging.getLogger(__name__)
@@ -310,7 +310,7 @@ class Service:
     ) -> list[dict[str, object]]:
         """All rules with where they listen, and their counters by name; as in the status."""
         return [
-            describe_rule(
+            rule_status(
                 rule,
                 [str(target) for target in _first_ports(rule, self._binding.of(rule.name))],
                 {**counters(rule.name), "queue": self.table.queue(self._binding.of(rule.name))},
@@ -345,3 +345,30 @@ def _first_ports(rule: Rule, addresses: Iterable[BindAddress]) -> list[Target | 
         return [address.target for address in addresses]
     first = [address.target for address in addresses if address.target.port == listen.port]
     return [f"{target}-{listen.last_port}" for target in first]
+
+
+def rule_status(
+    rule: Rule,
+    addresses: Sequence[str],
+    counters: Mapping[str, object],
+    waiting: Waiting | None,
+    now: float,
+) -> dict[str, object]:
+    """One rule, as in the JSON of the status; ``waiting`` if it has not all of its addresses."""
+    state: dict[str, object] = {"state": "listening"}
+    if waiting is not None:
+        state = {
+            "state": "partial" if addresses else "waiting",
+            "why": waiting.why,
+            "attempts": waiting.failures,
+            "retry_in_s": round(max(0.0, waiting.not_before - now), 1),
+        }
+    return {
+        "name": rule.name,
+        "protocol": rule.protocol.value,
+        "listen": str(rule.listen),
+        **state,
+        "addresses": list(addresses),
+        "upstreams": [str(upstream) for upstream in rule.upstreams],
+        **counters,
+    }

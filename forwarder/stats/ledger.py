@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from forwarder.stats.board import ROWS, Board
-from forwarder.stats.rows import SESSIONS, WORDS, Rows, Tally, describe_rule, describe_worker
+from forwarder.stats.rows import SESSIONS, WORDS, Rows, Tally, rule_counters, worker_counters
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -87,11 +87,11 @@ class Ledger:
 
     def worker(self, board: Board) -> dict[str, int]:
         """The counters of one worker that lives."""
-        return describe_worker(board.row(0))
+        return worker_counters(board.row(0))
 
     def totals(self) -> dict[str, int]:
         """The counters of all workers."""
-        return describe_worker(self._sum(0))
+        return worker_counters(self._sum(0))
 
     def sum(self, column: int) -> int:
         """One counter of rules over all rules and workers, as it is now; totals lag by a beat."""
@@ -102,7 +102,7 @@ class Ledger:
 
     def rule(self, name: str) -> dict[str, object]:
         """The counters of a rule over all workers."""
-        return describe_rule(self._sum(self._rows.of(name)))
+        return rule_counters(self._sum(self._rows.of(name)))
 
     def _sum(self, number: int) -> list[int]:
         return self._tally.total(number, (board.row(number) for board in self._boards))

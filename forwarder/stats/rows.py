@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 from typing import TYPE_CHECKING, Final, TypeAlias
 
-from forwarder.errors import REASONS
+from forwarder.stats.reasons import REASONS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -83,7 +83,7 @@ def connect_label(bucket: int) -> str:
     return f"<{1 << bucket}" if bucket < CONNECT_BUCKETS - 1 else f">={1 << (bucket - 1)}"
 
 
-def describe_rule(row: Sequence[int]) -> dict[str, object]:
+def rule_counters(row: Sequence[int]) -> dict[str, object]:
     """The counters of a rule, as in the status. Of ends and connect times only those that occur."""
     return {
         "sessions": row[SESSIONS],
@@ -106,7 +106,7 @@ def describe_rule(row: Sequence[int]) -> dict[str, object]:
     }
 
 
-def describe_worker(row: Sequence[int]) -> dict[str, int]:
+def worker_counters(row: Sequence[int]) -> dict[str, int]:
     """The counters of a worker, as in the status."""
     return dict(zip(COUNTERS, row, strict=False))
 

@@ -10,13 +10,13 @@ import logging
 import os
 import selectors
 import time
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from forwarder.control.requests import STOPPING
 from forwarder.errors import StartupError
 from forwarder.ipc.messages import access_file
 from forwarder.serving.listeners import CLOSE_GRACE_S
-from forwarder.succession import inherit, upgrade
+from forwarder.succession import inherit, orphans, upgrade
 from forwarder.succession.lineage import Elder, Heir, Predecessor
 from forwarder.succession.upgrade import Successor
 from forwarder.system import notify
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from forwarder.system.privileges import Identity
 
 log = logging.getLogger(__name__)
-
-UNDER_WAY: Final = "an upgrade is under way; ask the new one when it serves"
 
 
 class Incumbent(Protocol):
@@ -281,5 +279,5 @@ def inherited_sockets(
     given = inherit.from_environment()
     if not upgrade.has_predecessor():
         uid = os.geteuid() if identity is None else identity.uid
-        given += inherit.from_orphans(uid, is_wanted)
+        given += orphans.from_orphans(uid, is_wanted)
     return given

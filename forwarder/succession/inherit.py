@@ -4,33 +4,24 @@ Three givers, one result, a list of sockets that the listener table matches to r
 
 * the master that is being upgraded: numbers in ``FORWARDER_FDS``;
 * a service manager: ``LISTEN_FDS`` and ``LISTEN_PID``, sd_listen_fds(3);
-* orphans, workers whose master was killed: they keep serving, and wait for a new master at an
-  abstract unix socket, ``OrphanDoor``.
+* workers whose master was killed, see ``orphans``.
 
 So the queues of these sockets outlive their masters. Binds nothing itself.
 """
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
-import re
-import secrets
-import signal
 import socket
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from forwarder.ipc.channel import MAX_FDS, Channel, ChannelClosed, channel_kind
-from forwarder.net import proc
-from forwarder.net.sockets import LentSocket, peer_credentials
+from forwarder.net.sockets import LentSocket
 
 if TYPE_CHECKING:
-    from asyncio import AbstractEventLoop
-    from collections.abc import Callable, Container, Iterable, Iterator
+    from collections.abc import Container, Iterable
 
 log = logging.getLogger(__name__)
 
@@ -38,11 +29,6 @@ FDS_VARIABLE: Final = "FORWARDER_FDS"
 LENT_VARIABLE: Final = "FORWARDER_LENT_FDS"  # those of them that are a service manager's
 _MOST_DESCRIPTORS: Final = 1 << 20  # of a process, NR_OPEN of Linux
 _FIRST_LISTEN_FD: Final = 3  # SD_LISTEN_FDS_START
-_DOOR_PREFIX: Final = "forwarder-orphan"
-_DOOR_TIMEOUT_S: Final = 2.0  # an orphan that does not answer by then keeps its sockets
-_KNOCK_AGAIN_S: Final = 0.05
-_GONE: Final = frozenset({errno.ECONNREFUSED, errno.ECONNRESET, errno.EPIPE})
-_TAKEN: Final = b'{"op": "taken"}'
 _KINDS: Final = frozenset(
     {
         *((family, socket.SOCK_STREAM) for family in (socket.AF_INET, socket.AF_INET6)),
@@ -50,10 +36,6 @@ _KINDS: Final = frozenset(
         (socket.AF_UNIX, socket.SOCK_STREAM),
     }
 )
-_TABLES: Final = tuple(Path("/proc/net", name) for name in ("tcp", "tcp6", "udp", "udp6"))
-# TCP_LISTEN, and TCP_CLOSE, which is the state of UDP sockets that are not connected.
-_LISTENING: Final = frozenset({"0A", "07"})
-_UNIX_SOCKETS: Final = Path("/proc/net/unix")
 
 
 def from_environment() -> list[socket.socket]:
@@ -70,7 +52,7 @@ def from_environment() -> list[socket.socket]:
         numbers += given
         lent.update(given)
     os.environ.pop("LISTEN_FDNAMES", None)
-    return list(_sockets(numbers, lent))
+    return list(listening_sockets(numbers, lent))
 
 
 def foreign_descriptors() -> list[int]:
@@ -136,228 +118,13 @@ def numbers_in(text: str) -> list[int]:
     return found
 
 
-def from_orphans(uid: int, is_wanted: Callable[[socket.socket], bool]) -> list[socket.socket]:
-    """Take over the listening sockets of orphans that run as ``uid``; blocks a moment if any do.
+def listening_sockets(
+    numbers: Iterable[int], lent: Container[int] = frozenset()
+) -> Iterable[socket.socket]:
+    """Descriptors as sockets, the caller's; what no client can come to is reported and closed.
 
-    An orphan none of whose sockets ``is_wanted`` belongs to another instance and keeps them. The
-    others stop accepting at once and leave when their sessions have ended.
+    Those in ``lent`` are a service manager's.
     """
-    found: dict[int, socket.socket] = {}
-    for name, door in _knock(uid):
-        with door:
-            try:
-                given = list(_sockets(_receive_all(door)))
-                is_ours = any(map(is_wanted, given))
-                if is_ours:
-                    door.send(_TAKEN)
-            except TimeoutError:
-                _end_hung(door, name, uid)
-                continue
-            except OSError as err:  # ECONNRESET, EPIPE: it has just ended, as orphans do
-                level = logging.INFO if err.errno in _GONE else logging.WARNING
-                log.log(level, "inherit: orphan %s gives no sockets: %s", name, err.strerror)
-                continue
-        for sock in given:
-            # Two orphans may share a socket, one of them having adopted it.
-            inode = os.fstat(sock.fileno()).st_ino
-            if is_ours and inode not in found:
-                found[inode] = sock
-            else:
-                sock.close()
-    if found:
-        log.info("inherit: took over %d sockets of workers without a master", len(found))
-        _end_deaf(uid, list(found.values()))
-    return list(found.values())
-
-
-class OrphanDoor:
-    """Where an orphan waits for a new master. Owns its socket."""
-
-    def __init__(
-        self, loop: AbstractEventLoop, fds: Iterable[int], on_taken: Callable[[], None]
-    ) -> None:
-        """Listen. A master of our user or of root gets ``fds``; once it took them, ``on_taken``.
-
-        ``fds`` stay the caller's. Raises OSError.
-        """
-        self._loop = loop
-        self._fds = list(fds)
-        self._on_taken = on_taken
-        self._sock = socket.socket(socket.AF_UNIX, channel_kind())
-        self._sock.setblocking(False)
-        try:
-            self._bind()
-            self._sock.listen(1)
-        except BaseException:
-            self._sock.close()
-            raise
-        loop.add_reader(self._sock.fileno(), self._on_master)
-
-    def _bind(self) -> None:
-        """Take the name that says who we are, or if another user has taken that, one like it."""
-        name = f"\0{_DOOR_PREFIX}/{os.geteuid()}/{os.getpid()}"
-        try:
-            self._sock.bind(name)
-        except OSError as err:
-            if err.errno != errno.EADDRINUSE:
-                raise
-            self._sock.bind(f"{name}-{secrets.token_hex(8)}")
-
-    def close(self) -> None:
-        """Stop waiting."""
-        if self._sock.fileno() >= 0:
-            self._loop.remove_reader(self._sock.fileno())
-            self._sock.close()
-
-    def _on_master(self) -> None:
-        try:
-            peer, _ = self._sock.accept()
-        except OSError:
-            return
-        if not _is_trusted(peer, os.geteuid()):
-            peer.close()
-            return
-        channel = Channel(peer)
-        try:
-            for start in range(0, len(self._fds), MAX_FDS):
-                channel.send({"op": "sockets"}, self._fds[start : start + MAX_FDS])
-            channel.send({"op": "end"})
-        except ChannelClosed:
-            return
-        self._loop.add_reader(channel.fileno(), self._on_answer, channel)
-        self._flush(channel)
-
-    def _flush(self, channel: Channel) -> None:
-        """Send the rest of many sockets as the master takes them."""
-        with suppress(ChannelClosed):
-            channel.flush()
-            if channel.has_outbox:
-                self._loop.call_later(0.01, self._flush, channel)
-
-    def _on_answer(self, channel: Channel) -> None:
-        self._loop.remove_reader(channel.fileno())
-        try:
-            is_taken = bool(channel.receive())
-        except ChannelClosed:
-            is_taken = False  # a master of another instance
-        channel.close()
-        if is_taken:
-            self.close()
-            self._on_taken()
-
-
-def _knock(uid: int) -> Iterator[tuple[str, socket.socket]]:
-    """Connect to the doors of orphans of ``uid``; the caller owns the sockets, which have a limit.
-
-    Anybody may give a socket such a name. So nobody is waited for who is not an orphan of ``uid``,
-    and all that let nobody in, together, not longer than for one of those.
-    """
-    names = _doors(uid)
-    until = time.monotonic() + _DOOR_TIMEOUT_S
-    foreign = 0
-    while names:
-        for name in tuple(names):
-            door = _connected(name)
-            if door is None:
-                continue
-            names.remove(name)
-            if door.fileno() >= 0 and _is_trusted(door, uid):
-                door.settimeout(_DOOR_TIMEOUT_S)
-                yield name, door
-            elif door.fileno() >= 0:
-                foreign += 1
-                door.close()
-        if names and time.monotonic() >= until:
-            log.warning("inherit: %d orphans let nobody in, such as %s", len(names), names[0])
-            break
-        time.sleep(_KNOCK_AGAIN_S if names else 0)
-    if foreign:
-        log.warning("inherit: %d sockets of other users have names of orphans", foreign)
-
-
-def _connected(name: str) -> socket.socket | None:
-    """A door that is open; a closed socket if nobody is there; None if its queue is full."""
-    door = socket.socket(socket.AF_UNIX, channel_kind())
-    door.setblocking(False)
-    try:
-        door.connect(f"\0{name}")
-    except BlockingIOError:
-        door.close()
-        return None
-    except OSError as err:
-        log.debug("inherit: orphan %s has gone: %s", name, err)
-        door.close()
-    return door
-
-
-def _receive_all(door: socket.socket) -> list[int]:
-    """Everything that an orphan gives. Raises OSError, with nothing of it left open."""
-    numbers: list[int] = []
-    try:
-        while True:
-            data, fds, _, _ = socket.recv_fds(door, 4096, MAX_FDS)
-            numbers += fds
-            if not data or not fds:
-                return numbers
-    except OSError:
-        for number in numbers:  # nobody would accept on them, and clients would wait
-            os.close(number)
-        raise
-
-
-def _doors(uid: int) -> list[str]:
-    try:
-        text = _UNIX_SOCKETS.read_text(errors="replace")
-    except OSError:
-        return []
-    name = rf"@({_DOOR_PREFIX}/{uid}/[0-9]+(?:-[0-9a-f]+)?)$"
-    return sorted(set(re.findall(name, text, re.MULTILINE)))
-
-
-def _end_hung(door: socket.socket, name: str, uid: int) -> None:
-    """End an orphan that does not answer: its share of new clients would hang with it."""
-    pid, peer_uid = peer_credentials(door)
-    if peer_uid == uid and pid > 1:
-        log.warning("inherit: orphan %s is hung; killing pid %d", name, pid)
-        with suppress(OSError):
-            os.kill(pid, signal.SIGKILL)
-
-
-def _end_deaf(uid: int, ours: list[socket.socket]) -> None:
-    """End workers that were stopped before their master was killed, and so never became orphans.
-
-    They share our addresses and keep sockets of their own, whose clients would hang.
-    """
-    known = {os.fstat(sock.fileno()).st_ino for sock in ours}
-    addresses = {(sock.type, proc.encode(sock)) for sock in ours if sock.family != socket.AF_UNIX}
-    foreign = {
-        f"socket:[{fields[9]}]"
-        for table in _TABLES
-        for fields in proc.rows(table)
-        if (_kind(table), fields[1]) in addresses
-        and fields[3] in _LISTENING
-        and int(fields[9]) not in known
-    }
-    for process in Path("/proc").glob("[0-9]*") if foreign else ():
-        with suppress(OSError):  # it has gone, or is not ours to look at
-            if process.stat().st_uid != uid or "State:\tT" not in (process / "status").read_text():
-                continue
-            if any(str(fd.readlink()) in foreign for fd in (process / "fd").iterdir()):
-                log.warning("inherit: worker pid=%s is stopped; killing it", process.name)
-                os.kill(int(process.name), signal.SIGKILL)
-
-
-def _kind(table: Path) -> socket.SocketKind:
-    return socket.SOCK_DGRAM if table.name.startswith("udp") else socket.SOCK_STREAM
-
-
-def _is_trusted(peer: socket.socket, trusted: int) -> bool:
-    """Whether the other end runs as ``trusted`` or as root."""
-    _, uid = peer_credentials(peer)
-    return uid in (0, trusted)
-
-
-def _sockets(numbers: Iterable[int], lent: Container[int] = frozenset()) -> Iterable[socket.socket]:
     for number in numbers:
         try:
             sock = (LentSocket if number in lent else socket.socket)(fileno=number)

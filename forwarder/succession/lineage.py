@@ -24,11 +24,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
-from forwarder.errors import Phase
 from forwarder.ipc import messages
 from forwarder.ipc.channel import Channel, ChannelClosed
 from forwarder.ipc.messages import Op
 from forwarder.net.sockets import peer_credentials
+from forwarder.stats.reasons import Phase
 
 if TYPE_CHECKING:
     import socket

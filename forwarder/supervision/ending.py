@@ -11,8 +11,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
-from forwarder.errors import Phase
 from forwarder.ipc.messages import Op
+from forwarder.stats.reasons import Phase
 from forwarder.stats.rows import SESSIONS_TOTAL
 from forwarder.supervision.sessions import Sessions
 

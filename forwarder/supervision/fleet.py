@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Final
 
 from forwarder import worker
 from forwarder.connlog.files import LogFiles
-from forwarder.errors import Phase
 from forwarder.ipc import messages
 from forwarder.ipc.channel import Channel, ChannelClosed
 from forwarder.ipc.heartbeat import Heartbeats, Vigil
@@ -24,6 +23,7 @@ from forwarder.ipc.workerspec import WorkerSpec
 from forwarder.limits.gate import STUCK_S, Busy, Gate, Holdings
 from forwarder.net import pipes
 from forwarder.stats.ledger import Ledger
+from forwarder.stats.reasons import Phase
 from forwarder.supervision import policy
 from forwarder.supervision.slot import Slot, WorkerProcess, WorkerState, WorkerTables, fork_worker
 from forwarder.system.daemonlog import warn_rarely

@@ -16,7 +16,7 @@ from support.ends import accept, be_reset, carry, connect, receive_to_end, recei
 from support.logged import places, read_json
 from support.waiting import PATIENCE_S, eventually
 
-from forwarder.errors import REASONS
+from forwarder.stats.reasons import REASONS
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -14,7 +14,7 @@ from support.clogged import CloggedUpstream
 from support.ends import accept, connect, listen, listen_unix, receive_exactly, receive_to_reset
 
 from forwarder.config.model import AccessRule, Verdict
-from forwarder.errors import Phase, Place
+from forwarder.errors import Place
 from forwarder.net.sockets import Target
 from forwarder.relay.access import AccessList
 from forwarder.relay.pauses import PAUSE_S
@@ -22,6 +22,7 @@ from forwarder.relay.poller import Poller
 from forwarder.relay.tcp import fast_open
 from forwarder.relay.tcp_listener import ACCEPT_BATCH, Listener
 from forwarder.relay.wheel import BUCKETS, TICK_S
+from forwarder.stats.reasons import Phase
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop

@@ -20,11 +20,11 @@ from support.ends import accept, listen, listen_unix, receive_to_reset, reset
 from support.waiting import eventually
 
 from forwarder.config.model import Protocol, RelayMode
-from forwarder.errors import REASONS, Phase
 from forwarder.net import sockets
 from forwarder.relay.dialer import MAX_ATTEMPTS, RACE_AFTER_S
 from forwarder.relay.tcp import fast_open
 from forwarder.relay.wheel import TICK_S
+from forwarder.stats.reasons import REASONS, Phase
 from forwarder.stats.rows import ATTEMPTS_FAILED, CONNECTS_FAILED, ENDS
 from forwarder.upstream.failures import FIRST_S
 

@@ -14,10 +14,10 @@ from support.ends import accept, listen, receive_to_reset
 from support.logged import read_json
 
 from forwarder.config.model import LogFormat
-from forwarder.errors import REASONS, CloseReason, Phase, Who
 from forwarder.net.sockets import ACCEPT_IGNORE, Target
 from forwarder.relay.access import AccessList
 from forwarder.relay.tcp_listener import Listener
+from forwarder.stats.reasons import REASONS, CloseReason, Phase, Who
 from forwarder.stats.rows import ENDS, REFUSED, SESSIONS, SESSIONS_TOTAL
 
 if TYPE_CHECKING:

@@ -18,11 +18,11 @@ from support.datagrams import drain, numbered, receive_all, udp
 from support.ends import accept, listen, receive_exactly, receive_to_end, receive_to_reset, reset
 
 from forwarder.config.model import Framing, Protocol, RelayMode
-from forwarder.errors import Phase
 from forwarder.relay.udp import framing
 from forwarder.relay.udp.bridge import Bridge
 from forwarder.relay.udp.directions import MAX_PENDING_BYTES, DatagramToStream
 from forwarder.relay.wheel import TICK_S
+from forwarder.stats.reasons import Phase
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

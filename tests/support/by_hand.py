@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, cast
 
 from forwarder.config.address import Address
 from forwarder.config.model import AccessRule, Protocol, RelayMode, Rule
-from forwarder.errors import Phase, Place
+from forwarder.errors import Place
 from forwarder.net import udp as net_udp
 from forwarder.net.options import How, to_connect, to_listen
 from forwarder.net.sockets import SockAddr, Target
 from forwarder.relay.access import AccessList
 from forwarder.relay.relay import Relay
 from forwarder.relay.udp_listener import UdpListener
+from forwarder.stats.reasons import Phase
 from forwarder.stats.rows import COUNTERS, DATAGRAMS_DROPPED, new_row
 from forwarder.upstream.failures import Failures
 from support.datagrams import free_udp_address, udp, udp_client

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forwarder.config.model import AccessRule, Verdict
+from forwarder.config.patterns import PatternError, parse_pattern
 from forwarder.errors import Place
-from forwarder.relay.access import AccessList, Decision, PatternError, parse_pattern
+from forwarder.relay.access import AccessList, Decision
 
 NOWHERE = Place("test")
 

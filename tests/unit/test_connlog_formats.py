@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from forwarder.connlog import formats
 from forwarder.connlog.formats import common_line, json_line, rinetd_line
 from forwarder.connlog.record import Event, Record, rinetd_result
-from forwarder.errors import (
+from forwarder.stats.reasons import (
     CLIENT_HAD_ENDED,
     REASONS,
     UPSTREAM_HAD_ENDED,

@@ -19,7 +19,7 @@ from forwarder.config.model import (
 )
 from forwarder.config.rinetd_conf import KEYWORDS
 from forwarder.config.toml_conf import ACCESS_KEYS, LOG_KEYS, RULE_KEYS, TOP_KEYS
-from forwarder.errors import REASONS
+from forwarder.stats.reasons import REASONS
 from forwarder.stats.rows import COUNTERS
 
 ROOT = Path(__file__).parents[2]

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from support import procfs
 
 from forwarder.ipc.channel import channel_kind
-from forwarder.succession.inherit import _receive_all, numbers_as_text, numbers_in
+from forwarder.succession.inherit import numbers_as_text, numbers_in
+from forwarder.succession.orphans import _receive_all
 
 
 @given(st.lists(st.integers(0, 30)))

@@ -18,7 +18,7 @@ from support.processes import NOBODY
 from support.waiting import PATIENCE_S
 
 from forwarder.ipc.channel import channel_kind
-from forwarder.succession import inherit
+from forwarder.succession import orphans
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,7 +47,7 @@ sys.stdin.read()
 @pytest.fixture
 def ours(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process is the user whose orphans are looked for."""
-    monkeypatch.setattr(inherit, "_is_trusted", lambda *_: True)
+    monkeypatch.setattr(orphans, "_is_trusted", lambda *_: True)
 
 
 def wants_nothing(_: socket.socket) -> bool:
@@ -72,7 +72,7 @@ def test_an_orphan_that_ends_while_it_is_asked_is_no_warning(
 
         ending = threading.Thread(target=end)
         ending.start()
-        assert inherit.from_orphans(UID, wants_nothing) == []
+        assert orphans.from_orphans(UID, wants_nothing) == []
         ending.join()
     assert "/1 has gone" in caplog.text
     assert "/2 gives no sockets" in caplog.text
@@ -100,7 +100,7 @@ def test_names_that_another_user_has_taken_hold_up_nobody(
 ) -> None:
     """However many they are, and whether or not they answer: one line, and one wait for all."""
     assert len(squatters) == 6
-    assert inherit.from_orphans(UID, wants_nothing) == []
+    assert orphans.from_orphans(UID, wants_nothing) == []
     (open_ones,) = (r for r in caplog.records if "of other users" in r.message)
     (full_ones,) = (r for r in caplog.records if "let nobody in" in r.message)
     assert "2 sockets" in open_ones.message
@@ -113,10 +113,10 @@ def test_an_orphan_is_found_though_somebody_has_taken_its_name() -> None:
     uid, pid = os.geteuid(), os.getpid()
 
     async def open_door() -> tuple[set[str], list[str]]:
-        before = set(inherit._doors(uid))
-        door = inherit.OrphanDoor(asyncio.get_running_loop(), [], lambda: None)
+        before = set(orphans._doors(uid))
+        door = orphans.OrphanDoor(asyncio.get_running_loop(), [], lambda: None)
         try:
-            return set(inherit._doors(uid)) - before, [*before]
+            return set(orphans._doors(uid)) - before, [*before]
         finally:
             door.close()
 

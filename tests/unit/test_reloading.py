@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from forwarder.control.requests import Requests
     from forwarder.control.server import Message
-    from forwarder.succession.handover import Handover
 
 
 def test_a_bug_while_it_is_put_in_force_is_told_to_who_asked(
@@ -32,7 +31,6 @@ def test_a_bug_while_it_is_put_in_force_is_told_to_who_asked(
     requests = SimpleNamespace(on_rejected=told.extend, preview_by=lambda _: None)
     reloading = Reloading(
         cast("Reloadable", master),
-        cast("Handover", None),
         None,
         cast("selectors.BaseSelector", None),
         cast("Requests", requests),

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forwarder.cli.status import as_bytes, as_duration, as_text
-from forwarder.errors import REASONS, CloseReason, Phase, Who
 from forwarder.stats.board import ROWS
 from forwarder.stats.ledger import Ledger
+from forwarder.stats.reasons import REASONS, CloseReason, Phase, Who
 from forwarder.stats.rows import (
     BYTES_C2U,
     CONNECT_BUCKETS,

@@ -38,13 +38,13 @@ import socket
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
-from forwarder.errors import CLIENT_HAD_ENDED, UPSTREAM_HAD_ENDED, CloseReason, Phase, Who
 from forwarder.net import sockets
 from forwarder.relay.conversation import Conversation, State
 from forwarder.relay.poller import BROKEN, READABLE
 from forwarder.relay.tcp import fast_open, sink
 from forwarder.relay.tcp.metered import put_under_meters
 from forwarder.relay.wheel import TICK_S
+from forwarder.stats.reasons import CLIENT_HAD_ENDED, UPSTREAM_HAD_ENDED, CloseReason, Phase, Who
 
 if TYPE_CHECKING:
     from forwarder.net.sockets import SockAddr, Target

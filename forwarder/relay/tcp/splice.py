@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from forwarder.relay.relay import Relay
     from forwarder.relay.tcp.session import Session
 
-HAS_SPLICE: Final = hasattr(os, "splice")
 _FLAGS: Final = 0x01 | 0x02  # SPLICE_F_MOVE | SPLICE_F_NONBLOCK, linux/splice.h
 # More than a pipe's nominal size on purpose: its slots hold whole fragments of up to 32 KiB.
 CHUNK_BYTES: Final = 1024 * 1024

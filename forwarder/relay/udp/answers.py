@@ -16,7 +16,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from forwarder.config.model import Answers, Protocol
-from forwarder.errors import CloseReason, Phase, Who
 from forwarder.net import peers, udp
 from forwarder.net.datagrams import SLOTS, Destination
 from forwarder.relay.poller import BROKEN
@@ -27,6 +26,7 @@ from forwarder.relay.udp.directions import (
     DatagramWay,
     StreamToDatagram,
 )
+from forwarder.stats.reasons import CloseReason, Phase, Who
 
 if TYPE_CHECKING:
     import socket

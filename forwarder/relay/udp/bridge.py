@@ -9,12 +9,12 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
-from forwarder.errors import CloseReason, Phase, Who
 from forwarder.net import sockets, udp
 from forwarder.net.datagrams import Destination
 from forwarder.relay.poller import EDGE_IN
 from forwarder.relay.udp.directions import DatagramToStream, StreamToDatagram
 from forwarder.relay.udp.flow import Flow
+from forwarder.stats.reasons import CloseReason, Phase, Who
 
 if TYPE_CHECKING:
     import socket

@@ -19,13 +19,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from forwarder.errors import CloseReason, Phase, Who
 from forwarder.net import sockets, udp
 from forwarder.net.datagrams import Destination
 from forwarder.relay.conversation import State
 from forwarder.relay.poller import EDGE_IN, READABLE, WRITABLE
 from forwarder.relay.udp.directions import DatagramToStream, DatagramWay, StreamToDatagram
 from forwarder.relay.udp.flow import Flow
+from forwarder.stats.reasons import CloseReason, Phase, Who
 
 if TYPE_CHECKING:
     import socket

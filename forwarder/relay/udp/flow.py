@@ -22,13 +22,13 @@ import os
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
-from forwarder.errors import CloseReason, Phase, Who
 from forwarder.net import sockets
 from forwarder.relay.conversation import Conversation, State
 from forwarder.relay.poller import EDGE_IN, WRITABLE
 from forwarder.relay.udp.directions import DatagramWay, StreamToDatagram
 from forwarder.relay.udp.trial import Trial
 from forwarder.relay.wheel import TICK_S
+from forwarder.stats.reasons import CloseReason, Phase, Who
 
 if TYPE_CHECKING:
     import socket

@@ -5,9 +5,9 @@ from __future__ import annotations
 from itertools import islice
 from typing import TYPE_CHECKING, Final
 
-from forwarder.errors import CloseReason, Phase, Who
 from forwarder.relay.ports import SETTING, Ports
 from forwarder.relay.udp.flow_table import FlowTable, share
+from forwarder.stats.reasons import CloseReason, Phase, Who
 
 if TYPE_CHECKING:
     from forwarder.net.sockets import Target
