@@ -133,7 +133,7 @@ def test_the_operations_guide_explains_every_counter() -> None:
 
 def test_the_operations_guide_names_only_events_that_are_logged() -> None:
     package = "".join(path.read_text() for path in (ROOT / "forwarder").rglob("*.py"))
-    events = first_cells("## The log of the program")
+    events = first_cells("## The program's log")
     assert "master.ready" in events
     for event in events:
         assert re.search(rf'"{re.escape(event)}[ :"]', package), event
