@@ -102,5 +102,12 @@ class Pauses:
                 "new clients wait in the queue; see MemoryMax= of the service, net.ipv4.tcp_mem, "
                 "and free memory"
             )
+        if number == errno.ENOSPC:
+            limit_text = kernel.setting("fs/epoll/max_user_watches") or "fs.epoll.max_user_watches"
+            return (
+                f"the limit of {limit_text} descriptors that this user's programs may watch is "
+                f"reached, {sessions}; new clients wait in the queue; raise "
+                "fs.epoll.max_user_watches"
+            )
         why = os.strerror(number) if number != BUG else "an unexpected error, see relay.bug"
         return f"{why}, {sessions}; new clients wait in the queue"

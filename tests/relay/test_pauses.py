@@ -34,7 +34,7 @@ def pauses(loop: HandLoop, caplog: pytest.LogCaptureFixture) -> Pauses:
         (errno.ENFILE, "the whole system has its [0-9]+ files open, 78 sessions here; .*file-max"),
         (errno.ENOMEM, "no memory .*Cannot allocate memory.*, 78 sessions; .*MemoryMax="),
         (errno.ENOBUFS, "no memory .*No buffer space.*, 78 sessions; .*tcp_mem"),
-        (errno.ENOSPC, "No space left on device, 78 sessions"),
+        (errno.ENOSPC, "watch is reached, 78 sessions; .*raise fs.epoll.max_user_watches"),
         (BUG, "unexpected error"),
     ],
 )
