@@ -166,6 +166,17 @@ class Dialer:
             return False
         return any(attempt.sock is not None for attempt in self._attempts)
 
+    @property
+    def may_send_early(self) -> bool:
+        """Whether data may go with the SYN: no other attempt can win without it.
+
+        One that lacks a descriptor is not raced, and so is alone.
+        """
+        return all(
+            attempt.sock is None and attempt.error in sockets.OUT_OF_RESOURCES
+            for attempt in self._attempts
+        )
+
     def start(self) -> None:
         """Try the next target; if it fails at once, the one after it, and so on."""
         while self._next < len(self._targets):

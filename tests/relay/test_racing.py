@@ -241,10 +241,8 @@ def test_a_race_takes_no_descriptor_that_others_need(
     works(bench, client, stack.enter_context(accept(other)))
 
 
-def test_what_went_with_a_syn_is_not_sent_to_a_rival(
-    bench: Bench, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """*Result*: no race while the first has it, though it is avoided from then on."""
+def sends_early(monkeypatch: pytest.MonkeyPatch) -> list[SockAddr]:
+    """Have what a client has said go with the SYN; returns where it is sent to."""
     asked = []
 
     def connect_fast(
@@ -257,6 +255,14 @@ def test_what_went_with_a_syn_is_not_sent_to_a_rival(
         return upstream.connect_ex(to), count
 
     monkeypatch.setattr(fast_open, "connect", connect_fast)
+    return asked
+
+
+def test_what_went_with_a_syn_is_not_sent_to_a_rival(
+    bench: Bench, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """*Result*: no race while the first has it, though it is avoided from then on."""
+    asked = sends_early(monkeypatch)
     first, other = silent(stack), stack.enter_context(listen())
     pool = pool_of(at(first, other), 10.0)
     pool.opens_fast = True
@@ -272,6 +278,31 @@ def test_what_went_with_a_syn_is_not_sent_to_a_rival(
     assert asking() == 1
     assert pool.failures
     session_client.close()
+
+
+def test_a_rival_of_a_unix_socket_that_waits_gets_nothing_with_its_syn(
+    bench: Bench,
+    stack: ExitStack,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """*Result*: when the unix socket wins after all, it gets what the client has said."""
+    asked = sends_early(monkeypatch)
+    path = str(tmp_path_factory.mktemp("early") / "full")
+    full = stack.enter_context(listen_unix(path, backlog=0))
+    stack.enter_context(socket.socket(socket.AF_UNIX)).connect(path)
+    pool = pool_of((target_of(full), *at(silent(stack))), 10.0)
+    pool.has_unix = pool.opens_fast = True
+    _, sock, address = _client_that_has_spoken(stack)
+    bench.relay.open_session(pool, sock, address)  # type: ignore[arg-type]  # as in Bench.open
+    bench.loop.pass_time(RACE_S)
+    assert asking() == 1
+    accept(full).close()
+    bench.loop.pass_time(2 * TICK_S)
+    bench.relay.poller._turn()
+    far = stack.enter_context(accept(full))
+    assert far.recv(100) == b"request"
+    assert not asked
 
 
 def _client_that_has_spoken(

@@ -117,7 +117,8 @@ class Session(Conversation):
     def connect(self, upstream: socket.SocketType, target: Target) -> int:
         """Begin to connect, with the client's first bytes in the SYN if they may go there."""
         dialer = self.dialer
-        if not self.pool.opens_fast or target.is_unix or dialer is None or dialer.is_racing:
+        is_fast = self.pool.opens_fast and not target.is_unix
+        if not is_fast or dialer is None or not dialer.may_send_early:
             return upstream.connect_ex(target.sockaddr)
         view = self.relay.bulk_view
         error, dialer.early = fast_open.connect(self.client, upstream, target.sockaddr, view)
