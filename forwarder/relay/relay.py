@@ -331,6 +331,7 @@ class Relay:
 
     def follow_names(self) -> None:
         """Names have other addresses: flows follow. Walks over all sessions; it is rare."""
+        self.poller.read_clock()
         for session in tuple(self.sessions):
             if isinstance(session, Flow):
                 session.follow()
