@@ -12,6 +12,9 @@ first that is connected wins, and the others are closed. Each attempt has all of
 What the kernel has not begun *waits*, and is tried again at every tick: for want of a descriptor,
 or because the queue of a unix socket is full, of which nothing tells when it is not (connect(2)).
 
+A name that has never been answered may still bring addresses, for ``connect_timeout`` at most. They
+are looked for when all others are tried: at every tick if nothing is under way any more.
+
 No race: where the client's first bytes went with the SYN, for two upstreams would do what they ask;
 for want of descriptors, of which a race takes neither the last nor any that has to be waited for.
 
@@ -137,6 +140,7 @@ class Dialer:
         "_error",
         "_has_begun",
         "_is_over",
+        "_more_until",
         "_next",
         "_race_at",
         "_targets",
@@ -153,11 +157,15 @@ class Dialer:
         self._error = 0  # of the attempt that failed last
         self._race_at = math.inf
         self._has_begun = self._is_over = False
+        self._more_until = 0.0  # when to wait no longer for names; 0: all have been answered
+        if caller.pool.has_unanswered:
+            limit_s = caller.pool.rule.connect_timeout_s
+            self._more_until = caller.relay.poller.now + (limit_s or math.inf)
 
     @property
     def has_others(self) -> bool:
-        """Whether there is more than one target."""
-        return len(self._targets) > 1
+        """Whether there is more than one target, or may be."""
+        return len(self._targets) > 1 or self._more_until > 0
 
     @property
     def is_racing(self) -> bool:
@@ -179,7 +187,7 @@ class Dialer:
 
     def start(self) -> None:
         """Try the next target; if it fails at once, the one after it, and so on."""
-        while self._next < len(self._targets):
+        while self._next < len(self._targets) or self._has_found_more():
             caller = self.caller
             now = caller.relay.poller.now
             limit_s = caller.pool.rule.connect_timeout_s
@@ -187,7 +195,7 @@ class Dialer:
             self._next += 1
             if not self._open(attempt):
                 continue
-            if self._next < len(self._targets):
+            if self._next < len(self._targets) or self._more_until:
                 self._race_at = now + RACE_AFTER_S
                 limit_s = min(limit_s or RACE_AFTER_S, RACE_AFTER_S)
             else:
@@ -196,7 +204,7 @@ class Dialer:
                 caller.arm(limit_s)
             return
         if not self._attempts:
-            self._fail()
+            self._wait_for_more()
 
     def on_broken(self, attempt: Attempt, mask: int) -> None:
         """An attempt has failed, unless it was reset only after it had not."""
@@ -363,6 +371,25 @@ class Dialer:
         if not (self.early or is_starved or len(self._attempts) >= MAX_ATTEMPTS):
             self.start()
 
+    def _has_found_more(self) -> bool:
+        """Whether a name has been answered since, with an address that was not tried yet."""
+        if not self._more_until:  # as for nearly every session
+            return False
+        pool, known = self.caller.pool, self._targets
+        self._targets += tuple(one for one in pool.targets() or () if one not in known)
+        if not pool.has_unanswered:
+            self._more_until = 0.0
+        return len(self._targets) > len(known)
+
+    def _wait_for_more(self) -> None:
+        """Nothing is under way: look again a moment later if a name may still be answered."""
+        now = self.caller.relay.poller.now
+        if now < self._more_until:
+            self._race_at = now + TICK_S
+            self.caller.arm(TICK_S)
+        else:
+            self._fail()
+
     def _next_look(self, now: float) -> float:
         looks = [self._race_at, *(attempt.deadline for attempt in self._attempts)]
         if any(attempt.sock is None for attempt in self._attempts):
@@ -378,4 +405,7 @@ class Dialer:
         elif self._error == sockets.NO_PORT:
             self.caller.on_no_upstream(f"no local port is free ({SETTING})", Who.US)
         else:
-            self.caller.on_no_upstream(os.strerror(self._error), Who.UPSTREAM)
+            why = os.strerror(self._error)
+            if self._more_until:
+                why = f"{why}; no name server answered in time"
+            self.caller.on_no_upstream(why, Who.UPSTREAM)

@@ -42,6 +42,7 @@ class Pool:
     made, by family; ``opens_fast``: with data in the first segment, where there is some.
     ``failures``: which addresses have failed just now, of all ports of the rule. ``takes_ports``:
     each upstream socket has a local port that others want, too: of UDP, unless it is a client's.
+    ``has_unanswered``: some name had never been answered when :meth:`targets` was last asked.
     """
 
     __slots__ = (
@@ -58,6 +59,7 @@ class Pool:
         "_zones",
         "counts",
         "failures",
+        "has_unanswered",
         "has_unix",
         "how",
         "listen_host",
@@ -82,6 +84,7 @@ class Pool:
         self.rule = rule
         self.row = row
         self.counts = counts
+        self.has_unanswered = False
         self.has_unix = any(isinstance(end, UnixAddress) for end in (rule.listen, *rule.upstreams))
         self.listen_host, _ = _as_written(rule.listen, 0)
         self.opens_fast = rule.options.fast_open.on_connect
@@ -198,7 +201,8 @@ class Pool:
             else:
                 found.append(self._names.at(*upstream))
         self._rounds = None
-        if any(found) or None not in found:
+        self.has_unanswered = None in found
+        if any(found) or not self.has_unanswered:
             self._rounds = tuple(
                 tuple(target for one in (*found[turn:], *found[:turn]) for target in one or ())
                 for turn in range(len(found))

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING
 
 import pytest
 from support import procfs
-from support.ends import accept, be_reset, carry, connect, listen, receive_to_reset
+from support.ends import (
+    accept,
+    be_reset,
+    carry,
+    connect,
+    listen,
+    receive_exactly,
+    receive_to_reset,
+)
+from support.hosts import own_host
 from support.processes import listeners, run_command, state
 from support.waiting import PATIENCE_S, eventually
 
@@ -155,6 +164,22 @@ def test_one_name_that_fails_at_once_and_one_that_is_slow_serve_the_first_client
         site.names.give("b.slow", "127.0.0.1")
         with accept(site.upstream) as far:
             carry(far, client, b"served")
+    site.stop()
+
+
+def test_a_client_of_the_first_moment_waits_for_the_name_when_the_address_beside_it_refuses(
+    site: Site,
+) -> None:
+    site.names.silence("b.slow")
+    site.start(both=f"{own_host(7)} b.slow")
+    with connect(site.address("both")) as client:
+        eventually(lambda: site.status()["rules"][0]["attempts_failed"] == 1)
+        client.sendall(b"request")
+        site.names.give("b.slow", "127.0.0.1")
+        with accept(site.upstream) as far:
+            assert receive_exactly(far, 7) == b"request"
+            carry(far, client, b"served")
+    assert site.status()["rules"][0]["connects_failed"] == 0
     site.stop()
 
 

@@ -95,7 +95,7 @@ class StubPool:
     ) -> None:
         self.rule = rule
         self.row, self.counts = 1, new_row()
-        self.has_unix = self.opens_fast = False
+        self.has_unix = self.opens_fast = self.has_unanswered = False
         self.failures = Failures()
         self.how = to_connect(rule.options, is_udp=rule.protocol.connects_by_udp)
         self.local: Target | None = None

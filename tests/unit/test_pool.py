@@ -146,6 +146,19 @@ def test_a_name_without_address_holds_up_nobody_who_has_another_upstream(
     ]
 
 
+def test_a_pool_tells_whether_addresses_may_still_come(answers: Answers) -> None:
+    """Until every name was answered once, with or without an address."""
+    assert not pool(answers, "a:1", "10.0.0.1:8").has_unanswered
+    mixed = pool(answers, "a:1", "10.0.0.1:8", "db.dead:9", "some.example:7")
+    found = []
+    for host in ("", "db.dead", "some.example"):
+        if host:
+            answers.give(host, why="Name or service not known")
+        mixed.targets()
+        found.append(mixed.has_unanswered)
+    assert found == [True, True, False]
+
+
 @given(st.permutations(["x.nx", "b.slow", "c.dead"]))
 def test_who_waits_goes_on_with_the_first_address_that_there_is(order: list[str]) -> None:
     """However many of the names have none, and in whichever order they are answered."""

@@ -146,7 +146,8 @@ class Flow(Conversation):
     def _on_refused(self) -> None:
         """Leave an upstream that refuses: at once with what it has not answered, else later.
 
-        Where there is nobody else to go to, or all have refused just now, it stays.
+        Where there is nobody else to go to, or all have refused just now, it stays. What it has not
+        answered is kept if a name may still bring somebody: see :meth:`follow`.
         """
         number, self.refusal = self.refusal, 0
         target, upstream, relay = self.target, self.upstream, self.relay
@@ -154,15 +155,22 @@ class Flow(Conversation):
             return
         relay.on_attempt_failed(self.pool, target, os.strerror(number), has_others=True)
         again = self.c2u.trial.take() if self.c2u.trial is not None else deque()
-        now = relay.poller.now
-        if any(
-            other != target and self.pool.failures.is_worth_a_try(other, now)
-            for other in self.pool.targets() or ()
-        ):
+        if self._has_other_than(target):
             self.move_on(again)
-        elif self.c2u.trial is None:
+            return
+        if self.c2u.trial is None:
             self.c2u.trial = Trial(self)
             relay.poller.hand_over(upstream.fileno(), self.c2u.trial)
+        if self.pool.has_unanswered:
+            self.c2u.trial.keep(again)
+
+    def _has_other_than(self, target: Target) -> bool:
+        """Whether there is another upstream that has not failed just now."""
+        now = self.relay.poller.now
+        return any(
+            other != target and self.pool.failures.is_worth_a_try(other, now)
+            for other in self.pool.targets() or ()
+        )
 
     def move_on(self, again: deque[bytes]) -> None:
         """Have another upstream as soon as there is something to send to it; ``again``, perhaps.
@@ -176,12 +184,20 @@ class Flow(Conversation):
             self._go_elsewhere()
 
     def follow(self) -> None:
-        """Leave an address that the upstream's name has no more, with what the client says next."""
+        """Names have other addresses: leave one that is none of them, with what is said next.
+
+        And one that refuses, if there is another one now, with what it has not answered.
+        """
         target = self.target
         if self.state is not _OPEN or target is None or self._is_detached:
             return
-        if self.pool.rule.protocol.connects_by_udp and not self.pool.leads_to(target):
+        pool, trial = self.pool, self.c2u.trial
+        if not pool.rule.protocol.connects_by_udp:
+            return
+        if not pool.leads_to(target):
             self.move_on(deque())
+        elif trial is not None and target in pool.failures.known and self._has_other_than(target):
+            self.move_on(trial.take())
 
     def _go_elsewhere(self) -> None:
         upstream = self.upstream

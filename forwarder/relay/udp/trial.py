@@ -12,6 +12,8 @@ from collections import deque
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from forwarder.relay.udp.flow import Flow
 
 # What is kept for one flow: the first flight of QUIC has three datagrams of some 1,200 bytes.
@@ -44,7 +46,7 @@ class Trial:
         """End the flow whose event handler failed."""
         self._flow.on_bug()
 
-    def keep(self, contents: list[bytes]) -> None:
+    def keep(self, contents: Iterable[bytes]) -> None:
         """The client has said that, and it was sent; the oldest of it makes room."""
         kept = self._kept
         for content in contents:
