@@ -9,9 +9,8 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
-from forwarder.net import sockets, udp
+from forwarder.net import sockets
 from forwarder.net.datagrams import Destination
-from forwarder.relay.poller import EDGE_IN
 from forwarder.relay.udp.directions import DatagramToStream, StreamToDatagram
 from forwarder.relay.udp.flow import Flow
 from forwarder.stats.reasons import CloseReason, Phase, Who
@@ -29,7 +28,6 @@ class Bridge(Flow):
 
     __slots__ = ()
 
-    is_answered = False
     c2u: StreamToDatagram
     u2c: DatagramToStream
 
@@ -50,23 +48,15 @@ class Bridge(Flow):
             raise OSError(errno.ENOTCONN, "no client")
         return self.pool.local or sockets.bound_to(self.client)
 
-    def make_socket(
-        self, target: Target, source: SockAddr | None, *, is_rival: bool
-    ) -> socket.SocketType:
-        """Make a socket that is connected to ``target``; nothing is sent by that."""
-        del is_rival  # nothing is raced where nothing answers
-        return udp.upstream_socket(target, source, self.pool.how[target.family])
-
     def connect(self, upstream: socket.SocketType, target: Target) -> int:
-        """It is; watch it, and the client. What that has sent already is reported at once."""
-        del target
+        """Watch the client as well. What it has sent already is reported at once."""
         client = self.client
         if client is None:
             raise OSError(errno.ENOTCONN, "the client has gone")
-        self.relay.poller.register(upstream.fileno(), self.u2c, EDGE_IN)
+        error = super().connect(upstream, target)
         if not self.connected_at:  # else it is watched already, and another upstream was left
             self.relay.poller.register(client.fileno(), self.c2u)
-        return 0
+        return error
 
     def on_connected(self, upstream: socket.SocketType, mask: int) -> None:
         """Both sides are there, for the first time or with another upstream."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from forwarder.net import sockets, udp
+from forwarder.net import sockets
 from forwarder.net.datagrams import Destination
 from forwarder.relay.conversation import State
 from forwarder.relay.poller import EDGE_IN, READABLE, WRITABLE
@@ -39,13 +39,14 @@ if TYPE_CHECKING:
 class UdpFlow(Flow):
     """The flow of a client of ``listener``, by whose ``peer`` it is known there.
 
-    ``gathers``: the kernel may hand over several datagrams as one.
+    ``gathers``: the kernel may hand over several datagrams as one. ``lasts``: it is worth a socket
+    of its own before its listener stops.
     """
 
     __slots__ = ("listener", "peer", "table")
 
-    is_answered = False
     gathers = True
+    lasts = True
 
     c2u: DatagramWay | DatagramToStream
     u2c: DatagramWay | StreamToDatagram
@@ -96,19 +97,6 @@ class UdpFlow(Flow):
         """Something was heard just now."""
         self.active_at = self.relay.poller.now
         self.table.touch(self)
-
-    def make_socket(
-        self, target: Target, source: SockAddr | None, *, is_rival: bool
-    ) -> socket.SocketType:
-        """Make a socket that is connected to ``target``; nothing is sent by that."""
-        del is_rival  # nothing is raced where nothing answers
-        return udp.upstream_socket(target, source, self.pool.how[target.family])
-
-    def connect(self, upstream: socket.SocketType, target: Target) -> int:
-        """It is; watch it."""
-        del target
-        self.relay.poller.register(upstream.fileno(), self.u2c, EDGE_IN)
-        return 0
 
     def on_connected(self, upstream: socket.SocketType, mask: int) -> None:
         """Send there from now on, what waits first."""

@@ -22,7 +22,7 @@ import os
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
-from forwarder.net import sockets
+from forwarder.net import sockets, udp
 from forwarder.relay.conversation import Conversation, State
 from forwarder.relay.poller import EDGE_IN, WRITABLE
 from forwarder.relay.udp.directions import DatagramWay, StreamToDatagram
@@ -54,6 +54,7 @@ class Flow(Conversation):
 
     __slots__ = ("client", "has_waited", "refusal")
 
+    is_answered = False
     c2u: Way
     u2c: Way
 
@@ -106,7 +107,20 @@ class Flow(Conversation):
             self.connected_at = self.active_at
             self.relay.on_open(self)
 
-    # -- an upstream that is spoken to by UDP
+    # -- an upstream that is spoken to by UDP, as all are unless a subclass says otherwise
+
+    def make_socket(
+        self, target: Target, source: SockAddr | None, *, is_rival: bool
+    ) -> socket.SocketType:
+        """Make a socket that is connected to ``target``; nothing is sent by that."""
+        del is_rival  # nothing is raced where nothing answers
+        return udp.upstream_socket(target, source, self.pool.how[target.family])
+
+    def connect(self, upstream: socket.SocketType, target: Target) -> int:
+        """It is; watch it."""
+        del target
+        self.relay.poller.register(upstream.fileno(), self.u2c, EDGE_IN)
+        return 0
 
     def join_upstream(
         self, upstream: socket.SocketType, to: Destination, *, gathers: bool = True
@@ -212,6 +226,7 @@ class Flow(Conversation):
         if not targets or upstream is None:
             self.fail("there is no other upstream address")
             return
+        self.refusal = 0  # it is not that of the next one
         self.relay.flows.ports.give(self.pool)
         self.relay.poller.release(upstream)
         self.upstream = self.u2c.src = None
