@@ -75,6 +75,10 @@ REPORTED: Final = frozenset(
 # Besides those, what a send says where nothing can be sent to now: a firewall, a route that forbids
 # or has gone, with its device.
 REFUSED: Final = REPORTED | {errno.EACCES, errno.EPERM, errno.ENETDOWN, errno.ENODEV}
+# What a receive says of a datagram that was sent before; EMSGSIZE: a link was too narrow for it.
+ICMP: Final = REFUSED | {errno.EMSGSIZE}
+# What a send says of this datagram, or of an earlier one: a second send tells.
+DOUBTFUL: Final = frozenset({errno.EMSGSIZE, errno.EACCES})
 # What a system or a device says that cannot cut segments, or not of this size.
 _UNSEGMENTABLE: Final = frozenset({errno.EINVAL, errno.EIO, errno.EMSGSIZE, errno.EOPNOTSUPP})
 
@@ -260,8 +264,9 @@ class Batch:
             number = ctypes.get_errno()
             if number in FULL:
                 break
-            self.errors += 1
-            self.on_report(fd, number)
+            self.errors += number in ICMP
+            if number in REFUSED:
+                self.on_report(fd, number)
         return 0
 
     def peer(self, slot: int) -> bytes:
@@ -443,6 +448,8 @@ class Batch:
                 self.on_report(to.fd, number)
             if number in REPORTED and reports < MAX_REPORTS:
                 self.errors += 1
+                continue
+            if number in DOUBTFUL and reports == 1:
                 continue
             self.dropped += 1
             first += 1

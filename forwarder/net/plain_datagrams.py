@@ -13,7 +13,16 @@ from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from forwarder.net import peers
-from forwarder.net.datagrams import FULL, MAX_REPORTS, REFUSED, REPORTED, SLOT_BYTES, SLOTS
+from forwarder.net.datagrams import (
+    DOUBTFUL,
+    FULL,
+    ICMP,
+    MAX_REPORTS,
+    REFUSED,
+    REPORTED,
+    SLOT_BYTES,
+    SLOTS,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -68,8 +77,10 @@ class PlainBatch:
             except BlockingIOError:
                 return None
             except OSError as err:
-                self.errors += 1
-                self.on_report(fd, err.errno or 0)
+                number = err.errno or 0
+                self.errors += number in ICMP
+                if number in REFUSED:
+                    self.on_report(fd, number)
         return None
 
     def receive_from(self, fd: int) -> int:
@@ -105,7 +116,7 @@ class PlainBatch:
     def send_copy(self, to: Destination, content: bytes | memoryview) -> bool:
         """Send one datagram. False if the socket is full."""
         with _borrowed(to.fd) as sock:
-            for _ in range(MAX_REPORTS):
+            for reports in range(MAX_REPORTS):
                 try:
                     _send(sock, to.peer, content)
                 except OSError as err:
@@ -113,9 +124,10 @@ class PlainBatch:
                         return False
                     if err.errno in REFUSED:
                         self.on_report(to.fd, err.errno)
-                    if err.errno not in REPORTED:
+                    if err.errno in REPORTED:
+                        self.errors += 1
+                    elif reports or err.errno not in DOUBTFUL:
                         break
-                    self.errors += 1
                 else:
                     return True
         self.dropped += 1

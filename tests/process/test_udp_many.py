@@ -14,6 +14,7 @@ import pytest
 from support import control
 from support.datagrams import udp
 from support.ends import written
+from support.icmp import checksum
 from support.waiting import PATIENCE_S, eventually
 
 from process.conftest import ADDRESSES
@@ -189,13 +190,6 @@ def test_an_upstream_may_be_a_broadcast_address(network: Network, site: Site, ho
 
 
 # -- from nobody
-
-
-def checksum(data: bytes) -> int:
-    """RFC 1071."""
-    total = sum(int.from_bytes(data[at : at + 2], "big") for at in range(0, len(data), 2))
-    total = (total & 0xFFFF) + (total >> 16)
-    return ~((total & 0xFFFF) + (total >> 16)) & 0xFFFF
 
 
 def send_as(source: tuple[str, int], to: tuple[str, int], content: bytes, device: str) -> None:

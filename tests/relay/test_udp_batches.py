@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import socket
 import struct
 from contextlib import ExitStack, suppress
@@ -12,6 +13,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from support.datagrams import drain, numbered, receive_all, udp
+from support.icmp import too_big
+from support.namespaces import network
 from support.waiting import eventually
 
 from forwarder.net import peers
@@ -285,6 +288,21 @@ def test_refusals_are_counted_and_cost_no_other_datagram(
         hop.carry_all()
         assert receive_all(back, 5) == sent
         assert hop.batch.errors > 0
+        assert hop.batch.dropped == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make up an ICMP error")
+@pytest.mark.parametrize("sizes", [[100], [100, 70]], ids=str)
+def test_one_that_was_too_big_costs_no_later_one(batch: AnyBatch, sizes: list[int]) -> None:
+    """A router says so, and the next send is told that in place of sending."""
+    with network(), ExitStack() as stack:
+        hop = Hop(stack, batch)
+        too_big(hop.far.getsockname(), hop.upstream.getsockname())
+        sent = numbered(5, sizes)
+        for content in sent:
+            hop.client.send(content)
+        hop.carry_all()
+        assert receive_all(hop.upstream, 5) == sent
         assert hop.batch.dropped == 0
 
 
