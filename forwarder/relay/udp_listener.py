@@ -6,6 +6,7 @@ Does not bind and does not own the socket: the worker does. ``udp_flow`` says wh
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import select
 import socket
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from forwarder.relay.udp.client_flow import UdpFlow
     from forwarder.relay.udp.directions import Way
     from forwarder.upstream.pool import Pool
+
+log = logging.getLogger(__name__)
 
 # Receives per event. The poll is level-triggered, so the rest is reported by the next one.
 _BATCHES: Final = 4
@@ -96,7 +99,7 @@ class UdpListener:
         self._is_flat = udp.has_flat_lookup(sock)
         self._is_on_wildcard = udp.is_on_wildcard(sock)
         self._ripe: set[UdpFlow] = set()  # to settle when the batch at hand is dealt with
-        self._blocked: list[Way] = []
+        self._blocked: dict[Way, None] = {}  # until the socket takes more
         self._name_bytes = peers.SOCKADDR_BYTES[sock.family]
         self._many: dict[bytes, bool] = {}  # what is_for_many has found, by our address
 
@@ -135,11 +138,14 @@ class UdpListener:
     def on_events(self, mask: int) -> None:
         """Receive what is there, within the budget; let flows send that had to wait."""
         if mask & WRITABLE and self._blocked:
-            blocked, self._blocked = self._blocked, []
+            blocked, self._blocked = self._blocked, {}
             self._relay.poller.modify(self.sock.fileno(), select.EPOLLIN)
             for way in blocked:
-                if way.src is not None:  # its flow lives
+                try:
                     way.resume()
+                except Exception:  # as in Poller: a bug must cost one flow
+                    log.exception("relay.bug while resuming")
+                    way.on_bug()
         if mask & READABLE:
             self._receive(self.sock.fileno(), _BATCHES)
 
@@ -150,7 +156,7 @@ class UdpListener:
         """Call ``way.resume`` when the listener's socket takes more."""
         if not self._blocked:
             self._relay.poller.modify(self.sock.fileno(), select.EPOLLIN | select.EPOLLOUT)
-        self._blocked.append(way)
+        self._blocked[way] = None
 
     def local(self, peer: bytes) -> Target:
         """The address of ours that a client speaks to."""
@@ -161,6 +167,7 @@ class UdpListener:
         """A flow of ours has ended."""
         if self._flows.get(flow.peer) is flow:
             del self._flows[flow.peer]
+        self._blocked.pop(flow.u2c, None)
         if flow.is_settled:
             self._settled -= 1
 
@@ -193,8 +200,17 @@ class UdpListener:
                 if next_peer != peer:
                     break
                 last += 1
-            self._take(peer + local, first, last)
+            try:
+                self._take(peer + local, first, last)
+            except Exception:  # as in Poller: it must not cost the others of this batch
+                log.exception("relay.bug while taking datagrams")
+                self._on_bug_of(peer + local)
             first, peer = last, next_peer
+
+    def _on_bug_of(self, peer: bytes) -> None:
+        flow = self._flows.get(peer)
+        if flow is not None:
+            flow.on_bug()
 
     def _take(self, peer: bytes, first: int, last: int) -> None:
         flow = self._flows.get(peer)
@@ -211,7 +227,7 @@ class UdpListener:
             flow.touch()
             is_ripe = True
         flow.c2u.take(first, last)
-        if is_ripe and self._settles and not flow.is_settled:
+        if is_ripe and self._settles and flow.lasts and not flow.is_settled:
             self._ripe.add(flow)
 
     def is_for_many(self, peer: bytes) -> bool:

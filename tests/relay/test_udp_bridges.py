@@ -7,7 +7,7 @@ import itertools
 import socket
 import struct
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -18,7 +18,7 @@ from support.datagrams import drain, numbered, receive_all, udp
 from support.ends import accept, listen, receive_exactly, receive_to_end, receive_to_reset, reset
 
 from forwarder.config.model import Framing, Protocol, RelayMode
-from forwarder.relay.udp import framing
+from forwarder.relay.udp import directions, framing
 from forwarder.relay.udp.bridge import Bridge
 from forwarder.relay.udp.directions import MAX_PENDING_BYTES, DatagramToStream
 from forwarder.relay.wheel import TICK_S
@@ -295,6 +295,44 @@ def test_an_upstream_that_does_not_read_costs_bounded_memory(bench: UdpBench, ho
     assert receive_exactly(peer, len(expected)) == expected
 
 
+def test_what_there_is_room_for_again_is_not_dropped(bench: UdpBench) -> None:
+    """The stream takes a part of what waits, and that is enough for the next datagram."""
+    upstream = stream_upstream(bench)
+    listener = bench.listen(to_stream(bench, upstream))
+    listener._settles = False  # a socket of its own would not be read meanwhile
+    client = bench.client(listener)
+    first_contact(bench, client, upstream)
+    (flow,) = bench.relay.sessions
+    assert isinstance(flow.c2u, DatagramToStream)
+    slow = Slow()
+    flow.c2u.open(cast("socket.SocketType", slow))
+    size = MAX_PENDING_BYTES // 64 - 1
+    for content in numbered(64, [size]):
+        client.send(content)
+        bench.turn(1)
+    slow.room = size
+    client.send(bytes(size))
+    bench.turn(1)
+    assert bench.count("datagrams_dropped") == 0
+    assert len(flow.c2u._pending) == 64 * size
+    client.send(bytes(size))
+    bench.turn(1)
+    assert bench.count("datagrams_dropped") == 1
+
+
+class Slow:
+    """A stream that takes ``room`` bytes, once."""
+
+    room = 0
+
+    def send(self, data: bytes) -> int:
+        """As a socket that is not blocking."""
+        taken, self.room = min(self.room, len(data)), 0
+        if not taken:
+            raise BlockingIOError
+        return taken
+
+
 @pytest.mark.parametrize("how", FRAMINGS)
 def test_what_comes_while_it_connects_is_delivered(bench: UdpBench, how: Framing) -> None:
     with CloggedUpstream() as clogged:
@@ -497,6 +535,28 @@ def test_after_the_clients_fin_answers_still_come(bench: UdpBench) -> None:
     bench.loop.pass_time(0.4)
     assert bench.flows() == 0
     assert receive_to_end(client) == b""
+
+
+def test_a_fin_that_comes_while_there_is_more_to_read_is_no_reset(
+    bench: UdpBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client has used up what one turn reads. Result: answers still come."""
+    monkeypatch.setattr(directions, "_READS_PER_TURN", 1)
+    upstream = bench.upstream()
+    client = bench.bridge(to_datagrams(bench, upstream))
+    client.sendall(b"early")
+    bench.relay.poller._turn()
+    client.sendall(b"last")
+    client.shutdown(socket.SHUT_WR)
+    for _ in range(3):
+        bench.relay.poller._turn()
+    bench.turn()
+    text, source = upstream.recvfrom(100)
+    assert (text, drain(upstream)) == (b"early", [b"last"])
+    upstream.sendto(b"answer", source)
+    bench.turn()
+    assert client.recv(100) == b"answer"
+    assert bench.flows() == 1
 
 
 def test_at_a_stop_a_connection_whose_client_has_said_all_does_not_linger(bench: UdpBench) -> None:

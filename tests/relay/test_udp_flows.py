@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import select
 import socket
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -23,7 +24,7 @@ from forwarder.errors import Place
 from forwarder.net import udp as net_udp
 from forwarder.net.sockets import Target
 from forwarder.relay.access import AccessList
-from forwarder.relay.udp.directions import MAX_PENDING
+from forwarder.relay.udp.directions import MAX_PENDING, Way
 from forwarder.relay.udp_listener import UdpListener
 from forwarder.relay.wheel import BUCKETS, TICK_S
 from forwarder.stats.rows import new_row
@@ -854,6 +855,36 @@ def test_what_a_full_socket_did_not_take_is_kept_however_much_was_read(
     bench.turn(4)
     assert drain(upstream) == parts
     assert bench.count("datagrams_dropped") == 0
+
+
+def test_a_socket_that_is_not_full_any_more_says_nothing_of_what_leaves_it(
+    bench: UdpBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both of a flow. Otherwise each datagram that is sent would be an event of its own."""
+    upstream = bench.upstream()
+    listener = bench.listen(bench.pool(upstream))
+    client = bench.client(listener)
+    source = ask(bench, client, upstream, b"x")
+    ask(bench, client, upstream, b"y")
+    with monkeypatch.context() as patch:
+        Clogged(bench, patch)
+        client.send(b"waits")
+        upstream.sendto(b"waits", source)
+        bench.relay.poller._turn()
+    bench.turn()
+    assert (drain(upstream), drain(client)) == ([b"waits"], [b"waits"])
+    masks: list[int] = []
+    on_events = Way.on_events
+
+    def noted(way: Way, mask: int) -> None:
+        masks.append(mask)
+        on_events(way, mask)
+
+    monkeypatch.setattr(Way, "on_events", noted)
+    for _ in range(3):
+        ask(bench, client, upstream, b"z")
+        answer(bench, upstream, source, client, b"answer")
+    assert set(masks) == {select.EPOLLIN}
 
 
 # -- the end of a listener

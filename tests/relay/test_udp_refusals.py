@@ -5,14 +5,23 @@ Each test runs over the batched and over the plain way.
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import os
 import socket
+from collections import deque
 from typing import TYPE_CHECKING, cast
 
 import pytest
 from support.by_hand import StubPool, UdpBench, target_of
 from support.datagrams import drain, numbered, udp
+from support.icmp import too_big
+from support.namespaces import network
 
 from forwarder.config.model import Protocol, RelayMode
+from forwarder.net import datagrams
+from forwarder.net import udp as udp_module
+from forwarder.relay.udp.flow import Flow
 from forwarder.relay.udp.trial import KEPT
 from forwarder.stats.rows import ATTEMPTS_FAILED, SESSIONS_TOTAL
 from forwarder.upstream.failures import FIRST_S, MOST_S
@@ -195,6 +204,118 @@ def test_what_a_stream_has_said_reaches_the_next(bench: UdpBench) -> None:
     client.sendall(b"more")
     bench.turn()
     assert alive.recv(100) == b"more"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make up an ICMP error")
+def test_a_narrow_way_to_an_upstream_is_no_refusal(bench: UdpBench) -> None:
+    """A router says that a datagram was too big for its link, as path MTU discovery wants it."""
+    with network():
+        first, second = bench.upstream(), bench.upstream()
+        pool = pool_of(bench, first, second)
+        client = bench.client(bench.listen(pool))
+        for _ in range(3):
+            client.send(b"question")
+            bench.turn()
+            got, source = first.recvfrom(100)
+            assert got == b"question"
+            too_big(source, first.getsockname())
+            bench.turn(5)
+            assert bench.count("icmp_errors") > 0
+        assert not pool.failures
+        assert drain(second) == []
+
+
+def test_what_this_host_lacks_is_not_laid_to_an_upstream(
+    bench: UdpBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A receive fails for want of memory."""
+    first, second = bench.upstream(), bench.upstream()
+    pool = pool_of(bench, first, second)
+    client = bench.client(bench.listen(pool))
+    client.send(b"question")
+    bench.turn()
+    first.sendto(b"answer", first.recvfrom(100)[1])
+    with monkeypatch.context() as patch:
+        fail_to_receive(patch, errno.ENOMEM)
+        bench.turn()
+    assert not pool.failures
+    client.send(b"again")
+    bench.turn(5)
+    assert drain(first) == [b"again"]
+    assert drain(second) == []
+
+
+def fail_to_receive(patch: pytest.MonkeyPatch, number: int) -> None:
+    """Have each receive fail with that errno."""
+
+    def fail(*_: object) -> int:
+        ctypes.set_errno(number)
+        return -1
+
+    patch.setattr(datagrams._libc, "recvmmsg", fail)
+
+    class Failing(socket.socket):
+        def recv_into(self, *_: object) -> int:
+            raise OSError(number, os.strerror(number))
+
+    patch.setattr(socket, "socket", Failing)  # of the plain way
+
+
+def test_an_upstream_that_is_gone_already_does_not_lend_its_refusal_to_the_next(
+    bench: UdpBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It refuses, and its name moves, before anything comes of that."""
+    old, new = bench.upstream(), bench.upstream()
+    pool = pool_of(bench, old)
+    client = bench.client(bench.listen(pool))
+    client.send(b"question")
+    bench.turn()
+    (flow,) = bench.relay.sessions
+    assert isinstance(flow, Flow)
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.relay.batch, "send", lambda _to, first, _last: first)  # it is full
+        client.send(b"next")
+        bench.relay.poller._turn()
+    flow.on_report(errno.ECONNREFUSED)
+    pool.resolved = (target_of(new),)
+    bench.relay.follow_names()
+    bench.turn(5)
+    assert drain(new) == [b"next"]
+    assert not pool.failures
+
+
+def test_answers_that_wait_for_the_listener_come_though_there_is_another_upstream_by_then(
+    bench: UdpBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The listener's socket is full, and is not any more while there is no descriptor."""
+    old, new = bench.upstream(), bench.upstream()
+    pool = pool_of(bench, old)
+    client = bench.client(bench.listen(pool))
+    client.send(b"question")
+    bench.turn()
+    (flow,) = bench.relay.sessions
+    assert isinstance(flow, Flow)
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.relay.batch, "send", lambda _to, first, _last: first)
+        old.sendto(b"answer", old.recvfrom(100)[1])
+        bench.relay.poller._turn()
+        patch.setattr(udp_module, "upstream_socket", starved)
+        pool.resolved = (target_of(new),)
+        flow.move_on(deque([b"again"]))
+        bench.turn()
+    assert drain(client) == [b"answer"]
+    bench.loop.pass_time(1)
+    bench.turn()
+    got, source = new.recvfrom(100)
+    assert got == b"again"
+    new.sendto(b"from there", source)
+    bench.turn()
+    assert drain(client) == [b"from there"]
+
+
+def starved(*_: object) -> socket.socket:
+    """Instead of a socket."""
+    raise OSError(errno.EMFILE, "the test says so")
 
 
 def test_a_client_that_is_gone_says_nothing_of_the_upstream(bench: UdpBench) -> None:

@@ -14,12 +14,13 @@ and closes nothing; the flow does.
 
 from __future__ import annotations
 
+import select
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
 from forwarder.net.datagrams import MAX_DATAGRAM, SLOTS, Destination
 from forwarder.net.sockets import OUT_OF_RESOURCES
-from forwarder.relay.poller import BROKEN, READABLE, WRITABLE
+from forwarder.relay.poller import BROKEN, EDGE_IN, READABLE, WRITABLE
 from forwarder.relay.udp import framing
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ MAX_PENDING_BYTES: Final = 256 * 1024
 # Reads of a stream in a row.
 _READS_PER_TURN: Final = 16
 UNLIMITED: Final = 1 << 62
+# In place of an event, where one goes on by itself: nothing is known to be broken.
+_MORE: Final = select.EPOLLIN
 
 
 class Way:
@@ -77,9 +80,13 @@ class Way:
         """Handle events of ``src``: it feeds this way and is fed by the reverse one."""
         self.flow.touch()
         if mask & WRITABLE:
-            self.reverse.resume()
+            self.on_writable()
         if mask & READABLE and self.src is not None:
             self.pump(mask)
+
+    def on_writable(self) -> None:
+        """Let the reverse way, which leads to ``src``, send what waits."""
+        self.reverse.resume()
 
     def pump(self, mask: int) -> None:
         """Move what ``src`` has, if the meter of the rule lets it. ``mask``: the events seen."""
@@ -129,7 +136,7 @@ class Way:
         """Go on after :meth:`yield_turn`."""
         self.is_queued = False
         if self.src is not None:
-            self.pump(READABLE)
+            self.pump(_MORE)
 
     def on_report(self, number: int) -> None:
         """Nobody is where ``src`` is connected to. A client that has gone is no matter."""
@@ -141,10 +148,16 @@ class Way:
         self.flow.on_bug()
 
 
-class _FromDatagrams(Way):
+class FromDatagrams(Way):
     """Ways whose ``src`` is a connected UDP socket, or that are fed by a listener."""
 
     __slots__ = ()
+
+    def on_writable(self) -> None:
+        """The same; then hear no more of what leaves ``src``, see ``poller.EDGE_IN``."""
+        self.reverse.resume()
+        if self.src is not None and not self.reverse.holds_data:
+            self.relay.poller.modify(self.src.fileno(), EDGE_IN)
 
     def take(self, first: int, last: int) -> None:
         """Send on what the listener has received for us; dropped where a meter has no room."""
@@ -182,7 +195,7 @@ class _FromDatagrams(Way):
         raise NotImplementedError
 
 
-class DatagramWay(_FromDatagrams):
+class DatagramWay(FromDatagrams):
     """Datagrams to datagrams. ``to.fd`` is -1 until there is somewhere to send to."""
 
     __slots__ = ("pending", "to")
@@ -223,7 +236,7 @@ class DatagramWay(_FromDatagrams):
             return
         self.pending = None
         if self.src is not None:
-            self.pump(READABLE)
+            self.pump(_MORE)
 
     def detach(self, again: deque[bytes]) -> None:
         """Keep what is to be sent until there is somewhere to send it; ``again`` comes first."""
@@ -242,7 +255,7 @@ class DatagramWay(_FromDatagrams):
         return len(self.pending or ())
 
 
-class DatagramToStream(_FromDatagrams):
+class DatagramToStream(FromDatagrams):
     """Datagrams to a stream: their bytes one after the other, framed or not."""
 
     __slots__ = ("_dst", "_framing", "_pending")
@@ -263,7 +276,9 @@ class DatagramToStream(_FromDatagrams):
         batch = self.relay.batch
         for content in batch.datagrams(first, last):
             self.moved += len(content)
-            if len(self._pending) + len(content) > MAX_PENDING_BYTES and not self._send():
+            if len(self._pending) + len(content) > MAX_PENDING_BYTES:
+                self._send()
+            if len(self._pending) + len(content) > MAX_PENDING_BYTES:
                 self.relay.drop_datagrams(self.flow.pool, 1)
             else:
                 self._pending += framing.encode(self._framing, content)
@@ -272,7 +287,7 @@ class DatagramToStream(_FromDatagrams):
     def resume(self) -> None:
         """Send what is pending, and go on reading when all of it is gone."""
         if self._pending and self._send() and self.src is not None:
-            self.pump(READABLE)
+            self.pump(_MORE)
 
     def _send(self) -> bool:
         """Send as much as goes; True if nothing is left."""
@@ -288,7 +303,7 @@ class DatagramToStream(_FromDatagrams):
             self._pending.clear()
             self._dst = None
             if self.reverse.src is not None:
-                self.reverse.pump(READABLE)  # it may have said something before it went
+                self.reverse.pump(_MORE)  # it may have said something before it went
             self.flow.on_stream_broken(err.strerror or "reset")
             return False
         del self._pending[:sent]
@@ -347,7 +362,7 @@ class StreamToDatagram(Way):
         if self.is_ended:
             self.flow.on_stream_ended()
         elif self.src is not None:
-            self.pump(READABLE)
+            self.pump(_MORE)
 
     def _end(self) -> None:
         """The stream has ended; a frame that was cut off goes with it."""
