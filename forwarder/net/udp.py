@@ -45,6 +45,9 @@ BUFFER_BYTES: Final = 4 * 1024 * 1024
 _NONBLOCKING_DATAGRAM: Final = socket.SOCK_DGRAM | getattr(socket, "SOCK_NONBLOCK", 0)
 _WILDCARDS: Final = frozenset({"0.0.0.0", "::"})
 _MAPPED: Final = "::ffff:"  # an IPv4 address as an IPv6 one (RFC 4291 section 2.5.5.2)
+# linux/in.h and linux/in6.h; Python 3.11 has no names for them.
+_IP_RECVERR: Final = 11
+_IPV6_RECVERR: Final = 25
 _UDP_TABLES: Final = (Path("/proc/net/udp"), Path("/proc/net/udp6"))
 
 
@@ -257,7 +260,8 @@ def upstream_socket(target: Target, source: SockAddr | None, how: How) -> socket
 def open_socket(target: Target, source: SockAddr | None, how: How) -> socket.SocketType:
     """Make a UDP socket that hears whoever writes to it, bound to ``source`` if there is one.
 
-    For the family of ``target``. The caller owns it. Raises OSError as :func:`upstream_socket`.
+    For the family of ``target``. The caller owns it, and calls :func:`forget_errors` when an ICMP
+    error was reported. Raises OSError as :func:`upstream_socket`.
     """
     sock = socket.SocketType(target.family, _NONBLOCKING_DATAGRAM)
     try:
@@ -266,10 +270,28 @@ def open_socket(target: Target, source: SockAddr | None, how: How) -> socket.Soc
         how.apply(sock)
         # A port now: for want of one a send would say that it should be tried again.
         sock.bind(source or ("" if target.family == socket.AF_INET else "::", 0))
+        set_error_queue(sock, is_on=True)
     except BaseException:
         sock.close()
         raise
     return sock
+
+
+def set_error_queue(sock: socket.SocketType, *, is_on: bool) -> None:
+    """Have ICMP errors reported though a socket is not connected, or no more.
+
+    The kernel then queues them as well (IP_RECVERR, ip(7)), until it is switched off.
+    """
+    if sock.family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_RECVERR, is_on)
+    else:
+        sock.setsockopt(socket.IPPROTO_IP, _IP_RECVERR, is_on)
+
+
+def forget_errors(sock: socket.SocketType) -> None:
+    """Empty the queue of errors of a socket that is not connected: answers need its room."""
+    set_error_queue(sock, is_on=False)
+    set_error_queue(sock, is_on=True)
 
 
 def _set_buffers(sock: socket.SocketType) -> None:

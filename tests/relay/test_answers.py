@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 import subprocess
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import pytest
 from support import control
-from support.by_hand import UdpBench
+from support.by_hand import UdpBench, target_of
 from support.configured import rule
-from support.datagrams import drain, free_udp_address, udp, udp_client
+from support.datagrams import drain, free_udp_address, numbered, udp, udp_client
 from support.dns import ADDRESS, NAME, dig, dns_server
 from support.ends import accept, listen, receive_exactly
 from support.namespaces import network
@@ -20,7 +21,9 @@ from support.programs import debian
 from support.waiting import PATIENCE_S, eventually
 
 from forwarder.config.model import Answers, RelayMode
-from forwarder.stats.rows import DATAGRAMS_DROPPED
+from forwarder.net.datagrams import SLOTS, SOL_UDP, UDP_SEGMENT
+from forwarder.relay.udp.directions import BATCHES_PER_TURN
+from forwarder.stats.rows import ATTEMPTS_FAILED, DATAGRAMS_DROPPED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -94,7 +97,55 @@ def test_answers_of_equal_size_that_come_at_once_are_counted_each(bench: UdpBenc
     assert bench.flows() == 0
 
 
+def test_what_a_client_asks_while_its_last_answer_passes_is_asked(bench: UdpBench) -> None:
+    """It has asked twice from its port, and asks again before the flow has gone."""
+    upstream = bench.upstream()
+    listener = bench.listen(bench.pool(upstream, answers=ONE))
+    client = bench.client(listener)
+    for _ in range(3):
+        for content in (b"one", b"two"):
+            client.send(content)
+        bench.turn()
+        flow = upstream.recvfrom(100)[1]
+        assert drain(upstream) == [b"two"]
+        for content in (b"1", b"2"):
+            upstream.sendto(content, flow)
+        client.send(b"three")
+        bench.turn()
+        question, flow = upstream.recvfrom(100)
+        assert question == b"three"
+        upstream.sendto(b"3", flow)
+        bench.turn()
+        assert drain(client) == [b"1", b"2", b"3"]
+    assert bench.flows() == 0
+
+
+def test_a_question_is_answered_though_its_listener_goes(bench: UdpBench) -> None:
+    upstream = bench.upstream()
+    listener = bench.listen(bench.pool(upstream, answers=ONE))
+    client = bench.client(listener)
+    client.send(b"question")
+    bench.turn()
+    listener.stop()
+    listener.sock.close()
+    upstream.sendto(b"answer", upstream.recvfrom(100)[1])
+    bench.turn()
+    assert client.recv(100) == b"answer"
+    assert bench.flows() == 0
+
+
 # -- any port
+
+
+def first_question(
+    bench: UdpBench, client: socket.socket, upstream: socket.socket
+) -> tuple[str, int]:
+    """Have a client ask; returns the address that its flow asks from."""
+    client.send(b"read")
+    bench.turn()
+    question, flow = upstream.recvfrom(100)
+    assert question == b"read"
+    return flow[0], flow[1]
 
 
 def other_port(bench: UdpBench, upstream: socket.socket) -> socket.socket:
@@ -164,6 +215,112 @@ def test_a_port_that_is_closed_ends_the_flow_and_the_next_one_begins_anew(bench:
     client.send(b"read again")
     bench.turn()
     assert upstream.recv(100) == b"read again"
+
+
+def test_more_answers_than_a_turn_takes_end_nothing(bench: UdpBench) -> None:
+    upstream = bench.upstream()
+    client = bench.client(bench.listen(bench.pool(upstream, answers=ANY_PORT)))
+    flow = first_question(bench, client, upstream)
+    answerer = other_port(bench, upstream)
+    answerer.sendto(b"first", flow)
+    bench.turn()
+    assert client.recv(100) == b"first"
+    sent = numbered(BATCHES_PER_TURN * SLOTS + 10)
+    for content in sent:
+        answerer.sendto(content, flow)
+    bench.turn()
+    assert drain(client) == sent
+    assert bench.flows() == 1
+
+
+def test_first_answers_that_leave_as_one_stay_many(bench: UdpBench) -> None:
+    """The upstream's UDP_SEGMENT, udp(7), meets a socket that looks who has sent what."""
+    upstream = bench.upstream()
+    client = bench.client(bench.listen(bench.pool(upstream, answers=ANY_PORT)))
+    flow = first_question(bench, client, upstream)
+    answerer = other_port(bench, upstream)
+    sent = numbered(3, [500])
+    size = struct.pack("=H", 500)
+    answerer.sendmsg([b"".join(sent)], [(SOL_UDP, UDP_SEGMENT, size)], 0, flow)
+    bench.turn()
+    assert drain(client) == sent
+
+
+def test_strangers_hold_up_no_other_flow_and_what_they_say_stays_out(
+    bench: UdpBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More of them than a turn takes, before and after the answer."""
+    upstream = bench.upstream()
+    pool = bench.pool(upstream, answers=ANY_PORT)
+    client = bench.client(bench.listen(pool))
+    flow = first_question(bench, client, upstream)
+    stranger = bench.own(udp("127.0.0.2"))
+    before, after = BATCHES_PER_TURN * SLOTS + 4, 2 * SLOTS
+    for _ in range(before):
+        stranger.sendto(b"evil", flow)
+    other_port(bench, upstream).sendto(b"answer", flow)
+    for _ in range(after):
+        stranger.sendto(b"evil", flow)
+    receives: list[int] = []
+    receive_from = bench.relay.batch.receive_from
+
+    def counted(fd: int) -> int:
+        receives.append(fd)
+        return receive_from(fd)
+
+    monkeypatch.setattr(bench.relay.batch, "receive_from", counted)
+    bench.relay.poller._turn()
+    assert len(receives) <= BATCHES_PER_TURN
+    bench.turn()
+    assert drain(client) == [b"answer"]
+    assert pool.counts[DATAGRAMS_DROPPED] == before + after
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a network namespace")
+def test_an_answer_from_an_address_that_has_gone_is_no_bug(
+    bench: UdpBench, caplog: pytest.LogCaptureFixture
+) -> None:
+    with network("10.9.9.1"):
+        upstream = bench.upstream("10.9.9.1")
+        pool = bench.pool(upstream, answers=ANY_PORT)
+        client = bench.client(bench.listen(pool))
+        flow = first_question(bench, client, upstream)
+        upstream.sendto(b"answer", flow)
+        subprocess.run(["ip", "address", "del", "10.9.9.1/32", "dev", "lo"], check=True)
+        bench.turn()
+        assert drain(client) == []
+        assert pool.counts[DATAGRAMS_DROPPED] == 1
+        assert bench.flows() == 1
+        assert not caplog.records
+
+
+def test_a_dead_upstream_is_left_for_the_next_before_anybody_has_answered(bench: UdpBench) -> None:
+    """With what the client has said, as elsewhere; the socket is not connected yet."""
+    alive = bench.upstream()
+    pool = bench.pool(answers=ANY_PORT)
+    with udp() as dead:
+        pool.resolved = (target_of(dead), target_of(alive))
+    client = bench.client(bench.listen(pool))
+    flow = first_question(bench, client, alive)
+    other_port(bench, alive).sendto(b"block", flow)
+    bench.turn()
+    assert client.recv(100) == b"block"
+    assert pool.counts[ATTEMPTS_FAILED] == 1
+
+
+def test_strangers_do_not_vouch_for_an_upstream(bench: UdpBench) -> None:
+    upstream = bench.upstream()
+    pool = bench.pool(upstream, answers=ANY_PORT)
+    pool.failures.note(target_of(upstream), "does not answer", 0.0)
+    client = bench.client(bench.listen(pool))
+    flow = first_question(bench, client, upstream)
+    bench.own(udp("127.0.0.2")).sendto(b"evil", flow)
+    bench.turn()
+    assert pool.failures
+    other_port(bench, upstream).sendto(b"block", flow)
+    bench.turn()
+    assert not pool.failures
+    assert client.recv(100) == b"block"
 
 
 # -- real servers and clients

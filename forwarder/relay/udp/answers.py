@@ -21,9 +21,11 @@ from forwarder.net.datagrams import SLOTS, Destination
 from forwarder.relay.poller import BROKEN
 from forwarder.relay.udp.client_flow import UdpFlow, UdpToTcpFlow
 from forwarder.relay.udp.directions import (
+    BATCHES_PER_TURN,
     UNLIMITED,
     DatagramToStream,
     DatagramWay,
+    FromDatagrams,
     StreamToDatagram,
 )
 from forwarder.stats.reasons import CloseReason, Phase, Who
@@ -53,12 +55,16 @@ def flow_class(rule: Rule) -> type[UdpFlow]:
 # -- one answer
 
 
-class _OneAnswerFlow(UdpFlow):
-    """``unanswered``: questions that wait for an answer. A slot of a batch holds one datagram."""
+class _OneAnswer(UdpFlow):
+    """``unanswered``: questions that wait for an answer. A slot of a batch holds one datagram.
+
+    It has no socket of its own: what a client asks just when the flow ends would be lost with it.
+    """
 
     __slots__ = ("unanswered",)
 
     gathers = False
+    lasts = False
 
     def __init__(
         self, relay: Relay, listener: UdpListener, peer: bytes, client_address: SockAddr
@@ -66,93 +72,93 @@ class _OneAnswerFlow(UdpFlow):
         self.unanswered = 0
         super().__init__(relay, listener, peer, client_address)
 
+    def has_ended(self) -> bool:
+        """Whether all is answered; if so, it has ended."""
+        if self.unanswered > 0:
+            return False
+        self.close(_ANSWERED)
+        return True
+
+
+class _OneAnswerFlow(_OneAnswer):
+    __slots__ = ()
+
     def make_ways(self) -> tuple[DatagramWay, DatagramWay]:
-        """Make the two ways."""
         return _Questions(self.relay, self), _Answers(self.relay, self)
 
 
-class _Questions(DatagramWay):
+class _OneAnswerToTcpFlow(_OneAnswer, UdpToTcpFlow):
+    """The same over a connection; each frame is an answer."""
+
     __slots__ = ()
 
-    flow: _OneAnswerFlow
+    c2u: DatagramToStream
+    u2c: StreamToDatagram
+
+    def make_ways(self) -> tuple[DatagramToStream, StreamToDatagram]:
+        framing = self.pool.rule.framing
+        return _QuestionStream(self.relay, self, framing), _AnswerStream(self.relay, self, framing)
+
+
+class _Asking(FromDatagrams):
+    """What both ways to an upstream have in common."""
+
+    __slots__ = ()
+
+    flow: _OneAnswer
 
     def deliver(self, first: int, last: int) -> bool:
         self.flow.unanswered += last - first
         return super().deliver(first, last)
+
+
+class _Questions(_Asking, DatagramWay):
+    __slots__ = ()
+
+
+class _QuestionStream(_Asking, DatagramToStream):
+    __slots__ = ()
 
 
 class _Answers(DatagramWay):
     __slots__ = ()
 
-    flow: _OneAnswerFlow
+    flow: _OneAnswer
 
     def deliver(self, first: int, last: int) -> bool:
         self.flow.unanswered -= last - first
-        return super().deliver(first, last) and not self._has_ended()
+        return super().deliver(first, last) and not self.flow.has_ended()
 
     def resume(self) -> None:
         super().resume()
         if self.src is not None and not self.holds_data:
-            self._has_ended()
-
-    def _has_ended(self) -> bool:
-        is_over = self.flow.unanswered <= 0
-        if is_over:
-            self.flow.close(_ANSWERED)
-        return is_over
-
-
-class _OneAnswerToTcpFlow(UdpToTcpFlow):
-    """The same over a connection; each frame is an answer."""
-
-    __slots__ = ("unanswered",)
-
-    gathers = False
-
-    def __init__(
-        self, relay: Relay, listener: UdpListener, peer: bytes, client_address: SockAddr
-    ) -> None:
-        self.unanswered = 0
-        super().__init__(relay, listener, peer, client_address)
-
-    def make_ways(self) -> tuple[DatagramToStream, StreamToDatagram]:
-        """Make the two ways."""
-        framing = self.pool.rule.framing
-        return _QuestionStream(self.relay, self, framing), _AnswerStream(self.relay, self, framing)
-
-
-class _QuestionStream(DatagramToStream):
-    __slots__ = ()
-
-    flow: _OneAnswerToTcpFlow
-
-    def deliver(self, first: int, last: int) -> bool:
-        self.flow.unanswered += last - first
-        return super().deliver(first, last)
+            self.flow.has_ended()
 
 
 class _AnswerStream(StreamToDatagram):
     __slots__ = ()
 
-    flow: _OneAnswerToTcpFlow
+    flow: _OneAnswer
 
     def _send(self) -> bool:
         waiting = len(self._pending)
         is_sent = super()._send()
         self.flow.unanswered -= waiting - len(self._pending)
-        if is_sent and waiting and self.flow.unanswered <= 0:
-            self.flow.close(_ANSWERED)
-            return False
-        return is_sent
+        return is_sent and not (waiting and self.flow.has_ended())
 
 
 # -- any port
 
 
 class _AnyPortFlow(UdpFlow):
-    """``is_found``: whether it is known from which port the upstream answers."""
+    """``is_found``: whether it is known from which port the upstream answers.
+
+    A slot of a batch holds one datagram, since each is looked at until then.
+    """
 
     __slots__ = ("is_found",)
+
+    gathers = False
 
     u2c: _FirstAnswer
 
@@ -172,12 +178,19 @@ class _AnyPortFlow(UdpFlow):
         """Make a socket that hears everybody."""
         del is_rival
         self.is_found = False  # where another upstream was left
-        self.u2c.answerer = b""
+        self.u2c.forget()
         return udp.open_socket(target, source, self.pool.how[target.family])
+
+    def on_answer(self) -> None:
+        """Somebody has spoken: it is known later whether that was the upstream."""
+        if self.is_found:
+            super().on_answer()
 
     def on_report(self, number: int) -> None:
         """The port that has answered is closed: the flow ends, see :class:`_FirstAnswer`."""
         if not self.is_found:
+            if self.upstream is not None:
+                udp.forget_errors(self.upstream)
             super().on_report(number)
 
     def to_upstream(self, upstream: socket.SocketType, target: Target) -> Destination:
@@ -186,51 +199,79 @@ class _AnyPortFlow(UdpFlow):
         assert not isinstance(address, str)  # noqa: S101 - not of UDP
         return Destination(upstream.fileno(), peers.pack(target.family, address))
 
-    def find(self, answerer: bytes) -> None:
-        """Speak to where the first answer has come from, and to nobody else."""
-        assert self.upstream is not None  # noqa: S101 - it has answered
+    def find(self, answerer: bytes) -> bool:
+        """Speak to where the first answer has come from, and to nobody else.
+
+        False if there is no way there any more: then all is as it was.
+        """
+        upstream = self.upstream
+        assert upstream is not None  # noqa: S101 - it has answered
+        try:
+            upstream.connect(peers.address_of(answerer))
+        except OSError:
+            return False
+        udp.set_error_queue(upstream, is_on=False)
         self.is_found = True
-        self.upstream.connect(peers.address_of(answerer))
         assert isinstance(self.c2u, DatagramWay)  # noqa: S101 - make_ways
-        self.c2u.to = Destination(self.upstream.fileno())
+        self.c2u.to = Destination(upstream.fileno())
+        if self.c2u.trial is not None:
+            self.on_answer()
+        return True
 
 
 class _FirstAnswer(DatagramWay):
-    """From the upstream, of whom at first only the address is known."""
+    """From the upstream, of whom at first only the address is known.
 
-    __slots__ = ("answerer",)
+    ``is_pure``: nothing that others have sent is in the queue of ``src``.
+    """
+
+    __slots__ = ("answerer", "is_pure")
 
     flow: _AnyPortFlow
 
     def __init__(self, relay: Relay, flow: _AnyPortFlow) -> None:
         super().__init__(relay, flow)
+        self.forget()
+
+    def forget(self) -> None:
+        """There is another ``src``, at which nobody has answered."""
         self.answerer = b""
+        self.is_pure = False
 
     def move(self, mask: int, room: int = UNLIMITED) -> None:
         """Move what is there; look who it is from, as long as it may be from anybody."""
-        if self.flow.is_found:
-            super().move(mask, room)
-            if mask & BROKEN and self.src is not None and not self.holds_data:
-                self.flow.close(_GONE)
+        if not self.is_pure:
+            self._move_some(room)
             return
-        while self.src is not None:
+        super().move(mask, room)
+        if mask & BROKEN and self.src is not None and not self.holds_data:
+            self.flow.close(_GONE)
+
+    def _move_some(self, room: int) -> None:
+        """Move what is from the upstream. What came before it was found is looked at, too."""
+        enough = self.moved + room
+        for _ in range(BATCHES_PER_TURN):
+            if self.src is None or self.holds_data:
+                return
             was_found = self.flow.is_found
             count = self.relay.batch.receive_from(self.src.fileno())
             for slot in range(count):
                 self._take(slot)
-            # What came before the socket was connected is still in its queue.
             if count < SLOTS and self.flow.is_found is was_found:
+                self.is_pure = was_found
                 return
+            if self.moved >= enough:
+                break
+        self.yield_turn()
 
     def _take(self, slot: int) -> None:
-        peer = self.relay.batch.peer(slot)
-        if not self.flow.is_found and self._is_upstream(peer):
+        flow, peer = self.flow, self.relay.batch.peer(slot)
+        if not flow.is_found and self._is_upstream(peer) and flow.find(peer):
             self.answerer = peer
-            self.flow.find(peer)
         if peer == self.answerer:
             self.deliver(slot, slot + 1)
         else:
-            self.relay.drop_datagrams(self.flow.pool, 1)
+            self.relay.drop_datagrams(flow.pool, 1)
 
     def _is_upstream(self, peer: bytes) -> bool:
         target = self.flow.target
