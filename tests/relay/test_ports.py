@@ -181,3 +181,19 @@ def test_sockets_of_tcp_clients_count_for_the_ports_too() -> None:
     bench.turn()
     bench.close()
     assert bench.relay.flows.ports.used(pool.rule) == 0
+
+
+def test_flows_stay_where_tcp_clients_have_more_ports_than_flows_could_give_back() -> None:
+    """A TCP client of a UDP upstream makes no room for others."""
+    bench = UdpBench(RelayMode.AUTO)
+    bench.relay.flows.ports.limit = 4
+    upstream = bench.upstream()
+    bridges = bench.pool(upstream, protocol=Protocol.TCP_TO_UDP)
+    for _ in range(6):
+        bench.bridge(bridges)
+    listener = bench.listen(bench.pool(upstream))
+    for _ in range(5):
+        bench.client(listener).send(b"x")
+        bench.turn()
+    assert bench.flows() == 6 + 2
+    bench.close()

@@ -53,12 +53,27 @@ class FlowTables:
             self._evict(flow, "too many flows")
         most = share(self.ports.limit, self.workers)
         if pool.takes_ports:
-            while self.ports.used(rule) >= most and self.make_room_for_port(pool, None):
-                continue
+            if self.ports.used(rule) >= most:
+                self._make_room_for_ports(pool, most)
         elif not rule.protocol.connects_by_udp:  # a port for each upstream
             most *= len(rule.upstreams)
             while len(table) >= most and (flow := table.oldest()):
                 self._evict(flow, NO_PORT)
+
+    def _make_room_for_ports(self, pool: Pool, most: int) -> None:
+        """End the longest silent flows until less than ``most`` ports such as this are in use.
+
+        TCP clients of UDP upstreams, which have ports, too, do not end for others: flows may have
+        half of the ports whatever those have.
+        """
+        same = [
+            table
+            for other, table in self._tables.items()
+            if other.takes_ports and other.rule.source == pool.rule.source
+        ]
+        for _ in range(sum(map(len, same)) - (most + 1) // 2 + 1):
+            if self.ports.used(pool.rule) < most or not self.make_room_for_port(pool, None):
+                return
 
     def make_room_for_port(
         self, pool: Pool, target: Target | None, keep: Flow | None = None
