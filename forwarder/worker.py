@@ -44,7 +44,7 @@ from forwarder.upstream.failing import of_pools
 from forwarder.upstream.messages import read_answers
 from forwarder.upstream.names import Names
 from forwarder.upstream.pool import Pool
-from forwarder.upstream.wanted import upstream_names
+from forwarder.upstream.wanted import all_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -349,7 +349,7 @@ class Worker:
         self._relay.pipes.budget_pages = assignment.pipe_budget_pages
         self._relay.flows.workers = assignment.workers
         self._needing = [pool for pool in self._pools.values() if pool.needs_interfaces]
-        self._names.keep(upstream_names(rules).keys())
+        self._names.keep(all_names(rules).keys())  # as the master, which tells news only
         self._relay.restrictions.apply(
             self._pools.values(), assignment.config.settings.max_sessions, self._relay.sessions
         )

@@ -265,6 +265,20 @@ def test_an_outage_is_told_once_and_so_is_its_end(
     site.stop()
 
 
+def test_a_rule_may_lead_to_a_name_that_another_one_listens_on(site: Site) -> None:
+    """It comes with a reload, when the name has long been known, or comes back with one."""
+    site.hosts["web"] = "both.example"
+    site.names.give("both.example", "127.0.0.1")
+    site.start(web="127.0.0.1")
+    site.assert_serves("web")
+    for _ in range(2):
+        site.reload(web="127.0.0.1", new="both.example")
+        site.assert_serves("new")
+        site.reload(web="127.0.0.1")
+        eventually(lambda: listeners(site.address("new")) == 0)
+    site.stop()
+
+
 # -- the helper itself
 
 
