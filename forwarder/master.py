@@ -230,8 +230,9 @@ class Master:
         if self._watchdog.turn(time.monotonic()):
             notify.notify("WATCHDOG=1")
         self._handover.turn(time.monotonic())
-        if self._state is State.RUNNING:
+        if self._state is not State.STOPPING:  # flows that drain follow names, too
             self._naming.turn(time.monotonic())
+        if self._state is State.RUNNING:
             self._fleet.supervise()
             self._settle()
         elif self._ending.is_over:
@@ -255,13 +256,15 @@ class Master:
         """Seconds until something has to be done without being asked; None for never."""
         if self._state is State.RUNNING:
             deadlines = [self._fleet.next_deadline(), self._reloading.deadline]
-            deadlines += [*self._service.deadlines(), self._naming.deadline]
+            deadlines += self._service.deadlines()
             if self._may_bind_late:
                 deadlines += [self._late.deadline, self._surroundings.deadline]
         else:
             deadlines = [self._ending.next_deadline(), self._fleet.next_look()]
         deadlines += [self._requests.deadline, self._watchdog.deadline, self._handover.deadline]
         deadlines += [self._fleet.questions.deadline]
+        if self._state is not State.STOPPING:
+            deadlines.append(self._naming.deadline)
         known = [deadline for deadline in deadlines if deadline is not None]
         first = min(known, default=math.inf)
         return None if first == math.inf else max(0.0, first - time.monotonic())

@@ -300,6 +300,21 @@ def test_a_helper_that_dies_or_hangs_is_replaced_and_nobody_notices(
     site.stop()
 
 
+def test_while_an_instance_drains_its_helper_is_replaced_too(site: Site) -> None:
+    """Flows that are left may last for hours, and follow names."""
+    site.names.give("db.example", "127.0.0.1")
+    it = site.start(web="db.example")
+    site.wait_known("web")
+    with connect(site.address("web")) as client, accept(site.upstream) as far:
+        it.forwarder.signal(signal.SIGTERM)
+        it.forwarder.wait_logged("master.stopping how=drain")
+        old = site.helper()
+        os.kill(old, signal.SIGKILL)
+        eventually(lambda: it.forwarder.helpers() not in ([], [old]))
+        carry(client, far, b"still there")
+    assert it.forwarder.wait() == 0
+
+
 def test_a_helper_is_there_while_a_rule_has_a_name(site: Site) -> None:
     """It has no listening socket, and takes nothing with it when it goes."""
     site.names.give("db.example", "127.0.0.1")
