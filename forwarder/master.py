@@ -322,8 +322,8 @@ class Master:
             self._report = None
         self._requests.on_settled()
         # Where all have died there is nobody who has not acknowledged.
-        is_started = self._service.is_started(now)
-        if not self._is_announced and self._fleet.is_complete and is_started:
+        is_served = self._fleet.is_complete and self._service.is_started
+        if not self._is_announced and is_served:
             self._is_announced = True
             log.info(
                 "master.ready pid=%d workers=%d rules=%d generation=%d",

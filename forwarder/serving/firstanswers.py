@@ -45,9 +45,8 @@ class FirstAnswers:
         """Whether nobody has said yet what the name means that a rule listens on."""
         return isinstance(rule.listen, Address) and rule.listen.host in self._unanswered
 
-    def is_over(self, now: float) -> bool:
-        """Whether nothing is waited for any more; it never is again then."""
+    def expire(self, now: float) -> None:
+        """Wait no more when it is time."""
         if not self.rules or now >= self.deadline:
             self.rules.clear()
             self.deadline = math.inf
-        return not self.rules

@@ -208,9 +208,10 @@ class Service:
             if rule.name in self._start.rules and not rule.retries_bind
         }
 
-    def is_started(self, now: float) -> bool:
+    @property
+    def is_started(self) -> bool:
         """Whether each name to listen on has been looked up, or that has taken too long."""
-        return self._start.is_over(now)
+        return not self._start.rules
 
     def on_answers(self, hosts: Collection[str]) -> None:
         """Names have been looked up: try again the rules that wait for them."""
@@ -288,6 +289,7 @@ class Service:
 
     def expire(self, now: float) -> bool:
         """Drop what has been closing long enough. Returns whether the workers must be told."""
+        self._start.expire(now)
         if now >= self._unclaimed_until:
             self.table.close_unclaimed()
             self._unclaimed_until = math.inf
