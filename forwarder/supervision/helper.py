@@ -204,7 +204,13 @@ class Helper:
         self._pid, self._channel = pid, ours
         self._started_at = self._looked_at = self._awake_since = now
         self._is_killed = False
-        self._selector.register(ours, selectors.EVENT_READ, self._hear)
+        try:
+            self._selector.register(ours, selectors.EVENT_READ, self._hear)
+        except OSError as err:  # ENOMEM, ENOSPC: epoll_ctl(2)
+            log.error("helper.failed name=%s: cannot watch it: %s", self._name, err.strerror)
+            self._hang_up()
+            self._kill()
+            return
         self._job.on_started()
 
     def _become(self, channel: Channel, master: int) -> None:

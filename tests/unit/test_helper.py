@@ -171,6 +171,28 @@ def test_where_none_can_be_forked_it_is_tried_again(
     assert master.job.started == 1
 
 
+def test_where_one_cannot_be_watched_another_one_follows(
+    master: Master, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Result: what is sent meanwhile harms nobody, and the next one is told everything."""
+
+    def register(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(master.selector, "register", register)
+        master.helper.want(is_wanted=True)
+        master.turn()
+        master.helper.send({"op": "hello"})
+    assert master.job.started == 0
+    master.turn_until(lambda: not procfs.children(os.getpid()))
+    master.now = time.monotonic()
+    master.turn()
+    assert master.job.started == 1
+    master.helper.send({"op": "hello"})
+    master.turn_until(lambda: master.said({"op": "hello"}))
+
+
 def test_a_stopped_one_is_ended_all_the_same(master: Master) -> None:
     master.helper.want(is_wanted=True)
     master.turn()
