@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 # Of one name: what a session would try, and what fits into a message. Arbitrary.
 MAX_ADDRESSES: Final = 64
 _MAX_SCOPE: Final = 1 << 32
+_MAX_TIME: Final = 1 << 53  # what a float counts one by one; NaN is not below it
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ class Answer:
             raise TypeError("not an answer")
         found, why, is_final, since = value
         is_answer = isinstance(found, list) and isinstance(why, str) and isinstance(is_final, bool)
-        if not is_answer or not isinstance(since, int | float):
+        if not is_answer or not isinstance(since, int | float) or not 0 <= since < _MAX_TIME:
             raise TypeError("not an answer")
         return Answer(tuple(_target(*one) for one in found), why, is_final, since)
 

@@ -5,16 +5,23 @@ A worker says all that it knows at each beat while there is something; what it s
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Final, NamedTuple
+
+from forwarder.ipc.channel import MAX_MESSAGE_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
 
     from forwarder.upstream.pool import Pool
 
-# What a worker says at most, so that it fits into a message: some 200 bytes each.
+# What a worker says at most, so that it fits into a message: some 200 bytes each, but more where
+# names are long, or have characters that JSON spells out.
 MAX_SAID: Final = 100
+MAX_SAID_BYTES: Final = MAX_MESSAGE_BYTES * 3 // 4
 _MAX_WHY: Final = 100
+# Seconds of any clock are less; a worker may say what it likes.
+_MAX_TIME: Final = 1 << 53
 
 
 class Failing(NamedTuple):
@@ -30,12 +37,16 @@ class Failing(NamedTuple):
 def of_pools(pools: Iterable[Pool], now: float) -> list[Failing]:
     """What fails of some rules; what nobody has tried for long is forgotten first."""
     found: list[Failing] = []
+    size = 0
     for pool in pools:
         pool.failures.expire(now)
         for what, how in pool.failures.known.items():
             why = how.why[:_MAX_WHY]
-            found.append(Failing(pool.rule.name, str(what), why, how.since, how.last))
-    return found[:MAX_SAID]
+            one = Failing(pool.rule.name, str(what), why, how.since, how.last)
+            size += len(json.dumps(one))
+            if len(found) < MAX_SAID and size <= MAX_SAID_BYTES:
+                found.append(one)
+    return found
 
 
 def read(message: Mapping[str, object]) -> list[Failing]:
@@ -46,10 +57,14 @@ def read(message: Mapping[str, object]) -> list[Failing]:
     found = []
     for one in said[:MAX_SAID]:
         rule, what, why, since, last = one
-        if not isinstance(since, int | float) or not isinstance(last, int | float):
-            raise TypeError("not a time")
-        found.append(Failing(str(rule), str(what), str(why), since, last))
+        found.append(Failing(str(rule), str(what), str(why), _time(since), _time(last)))
     return found
+
+
+def _time(value: object) -> float:
+    if not isinstance(value, int | float) or not 0 <= value < _MAX_TIME:  # nor is NaN
+        raise TypeError("not a time")
+    return value
 
 
 def describe(
