@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 SILENCE_S: Final = LIMIT_S + 4.0
 # Of names that change at the same time, as in an outage. Arbitrary.
 MOST_LINES: Final = 5
+# Rules that are named in one of these: thousands may lead to one name. Arbitrary.
+MOST_RULES: Final = 5
 
 
 class Naming:
@@ -146,7 +148,9 @@ class Naming:
         used = ", ".join(_texts(answer))
         if answer.why:
             used = f"{answer.why}; in use: {used}" if used else answer.why
-        return f"host={host} rules={','.join(self._rules[host])}: {used}"
+        rules = self._rules[host]
+        others = f" and {len(rules) - MOST_RULES} more" if len(rules) > MOST_RULES else ""
+        return f"host={host} rules={','.join(rules[:MOST_RULES])}{others}: {used}"
 
     def _log(self, news: Mapping[str, list[str]]) -> None:
         """Say what has changed: once for a change, not for each look-up."""

@@ -1,0 +1,53 @@
+"""What the master says of the names that its helper has looked up."""
+
+from __future__ import annotations
+
+import logging
+import selectors
+import socket
+from typing import TYPE_CHECKING
+
+import pytest
+
+from forwarder.ipc.channel import Received
+from forwarder.net.sockets import Target
+from forwarder.supervision.naming import Naming
+from forwarder.upstream.answers import Answer
+from forwarder.upstream.known import KnownNames
+from forwarder.upstream.messages import say_answers
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture
+def naming() -> Iterator[Naming]:
+    """One without a helper: the test says what that would say."""
+    with selectors.DefaultSelector() as selector:
+        yield Naming(KnownNames(), selector, lambda: None, lambda: None, lambda _: None)
+
+
+def hear(naming: Naming, host: str, answer: Answer) -> None:
+    (message,) = say_answers("found", {host: answer})
+    naming.on_message(Received(message, []))
+
+
+def test_a_line_about_a_name_has_some_of_its_rules(
+    naming: Naming, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Thousands may lead to one."""
+    caplog.set_level(logging.INFO)
+    naming.use({"db.example": [f"rule{i}" for i in range(10_000)], "few.example": ["one"]}, 0.0)
+    for host in ("db.example", "few.example"):
+        hear(naming, host, Answer((), "no such name", since=1.0))
+        hear(naming, host, Answer((Target(socket.AF_INET, ("192.0.2.1", 0)),), since=2.0))
+    many, _, few, _ = (record.getMessage() for record in caplog.records)
+    assert many.endswith("rules=rule0,rule1,rule2,rule3,rule4 and 9995 more: no such name")
+    assert few == "name.failed host=few.example rules=one: no such name"
+
+
+@pytest.mark.parametrize("since", [10**400, float("inf"), float("nan"), -1], ids=range(4))
+def test_an_answer_of_no_time_is_nonsense(naming: Naming, since: float) -> None:
+    naming.use({"db.example": ["web"]}, 0.0)
+    with pytest.raises(TypeError):
+        hear(naming, "db.example", Answer((), "no such name", since=since))
