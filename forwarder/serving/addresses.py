@@ -9,9 +9,10 @@ import errno
 import os
 import socket
 from dataclasses import dataclass, replace
+from ipaddress import IPv6Address
 from typing import TYPE_CHECKING, Protocol
 
-from forwarder.config.address import Address, UnixAddress, parse_host
+from forwarder.config.address import Address, UnixAddress
 from forwarder.errors import ConfigError, ExitCode, Issue, StartupError
 from forwarder.net import sockets
 from forwarder.net.many import is_group
@@ -220,10 +221,9 @@ def _known(rule: Rule, listen: Address, answer: Answered | None) -> list[Target]
 
 def _plain(target: Target) -> Target:
     """IPv4 in IPv6 clothes, as a name may have it, is IPv4: see ``addr.parse_host``."""
-    host, port = target.sockaddr[0], target.port
-    if target.family == socket.AF_INET6 and "." in host:
-        return Target(socket.AF_INET, (parse_host(host), port))
-    return target
+    host = target.sockaddr[0]
+    mapped = IPv6Address(host).ipv4_mapped if target.family == socket.AF_INET6 else None
+    return target if mapped is None else Target(socket.AF_INET, (str(mapped), target.port))
 
 
 _HINTS = {

@@ -79,6 +79,19 @@ def test_a_name_to_listen_on_is_each_address_that_is_known_of_it_however_old() -
         assert found.unresolved == {}
 
 
+@pytest.mark.parametrize(
+    ("found", "bound"),
+    [
+        (Target(socket.AF_INET6, ("::ffff:10.0.0.1", 0, 0, 0)), ("10.0.0.1", 80)),
+        (Target(socket.AF_INET6, ("fe80::1%eth0.7", 0, 0, 3)), ("fe80::1%eth0.7", 80, 0, 3)),
+    ],
+)
+def test_only_ipv4_in_ipv6_clothes_is_ipv4(found: Target, bound: tuple[object, ...]) -> None:
+    """The name of an interface may have a dot, too."""
+    candidate = as_known(config("web.example"), {"web.example": Answer((found,))}, patient=())
+    assert [at.target.sockaddr for at in candidate.binds["rule"]] == [bound]
+
+
 @pytest.mark.parametrize("known", [{}, {"web.example": Answer((), "no answer within 8 s")}])
 def test_a_name_of_which_nothing_is_known_is_no_error(known: dict[str, Answer]) -> None:
     found = as_known(config("web.example"), known, patient=())
