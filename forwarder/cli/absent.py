@@ -1,4 +1,4 @@
-"""Which addresses of names to listen on this host does not have: what ``check`` says of them."""
+"""What a configuration names and this host does not have just now: what ``check`` says of that."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Final
 from forwarder.config.address import Address
 from forwarder.errors import Issue
 from forwarder.net import sockets
+from forwarder.net.zones import index_of
 from forwarder.upstream.lookup import look_up_all
 from forwarder.upstream.wanted import listening_names
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from forwarder.config.model import Rule
+    from forwarder.errors import Place
     from forwarder.net.sockets import IpSockAddr, Target
 
 # Who checks a configuration waits; a name that is not answered by then is not judged.
@@ -42,6 +44,34 @@ def absent_addresses(rules: Iterable[Rule]) -> list[Issue]:
             hint = "the rule listens on the others, and on these when they can be had"
             found.append(Issue(rule.place, what, hint=hint, is_warning=True))
     return found
+
+
+def absent_interfaces(rules: Iterable[Rule]) -> list[Issue]:
+    """A warning for each interface that the upstreams of a rule need and that is not there."""
+    return [
+        Issue(
+            place,
+            f"{what}: there is no interface {interface} now",
+            hint="it is waited for; until it is there no session gets that way",
+            is_warning=True,
+        )
+        for rule in rules
+        for what, interface, place in _interfaces(rule)
+        if not index_of(interface)
+    ]
+
+
+def _interfaces(rule: Rule) -> Iterator[tuple[str, str, Place]]:
+    hosts = [(f"upstream {up}", up.host) for up in rule.upstreams if isinstance(up, Address)]
+    hosts += [(f"source_address {rule.source}", rule.source or "")]
+    for what, host in hosts:
+        _, is_zoned, zone = host.partition("%")
+        if is_zoned:
+            yield what, zone, rule.place
+    device = rule.options.upstream_device
+    if device is not None:
+        place = dict(rule.options.places).get("upstream_device", rule.place)
+        yield f"upstream_device {device}", device, place
 
 
 def _why_absent(target: Target) -> str:

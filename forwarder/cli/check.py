@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from forwarder.cli.absent import absent_addresses
+from forwarder.cli.absent import absent_addresses, absent_interfaces
 from forwarder.cli.files import STDIN, config_options, load
 from forwarder.cli.options import FILE
 from forwarder.config.advice import advise
@@ -62,7 +62,7 @@ def check_command(  # noqa: PLR0913 - one parameter per option is click's way
             click.echo(json.dumps(_as_json(None, err.issues)))
         raise
     found = loaded.config
-    issues = [*loaded.warnings, *advise(found, loaded.dialect)]
+    issues = [*loaded.warnings, *advise(found, loaded.dialect), *absent_interfaces(found.rules)]
     if name is not None and name != STDIN and os.geteuid() == 0 and not found.settings.user:
         issues += unreadable(name)
     if asks_names:

@@ -194,7 +194,9 @@ def _set(sock: socket.socket, setting: Setting) -> Iterator[_Problem]:
     try:
         sock.setsockopt(setting.level, setting.name, setting.value)
     except OSError as err:
-        if setting.key:
+        # What upstreams need of it is a state of theirs, which may change: see ``Pool.interfaces``.
+        is_state = setting.key == "upstream_device" and err.errno == errno.ENODEV
+        if setting.key and not is_state:
             yield _explain(setting, err)
         return
     if setting.key in ("rcvbuf", "sndbuf") and isinstance(setting.value, int):
@@ -258,7 +260,7 @@ def _explain(setting: Setting, err: OSError) -> _Problem:
             + ("add it there" if number == errno.EPERM else f"`modprobe tcp_{shown}`"),
             is_denied=number == errno.EPERM,
         )
-    if key.endswith("device") and number == errno.ENODEV:
+    if key == "device" and number == errno.ENODEV:
         names = ", ".join(name for _, name in socket.if_nameindex())
         hint = 'bind = "retry" waits for one that comes later'
         what = f"there is no network device {shown!r}"

@@ -25,11 +25,12 @@ pytestmark = [pytest.mark.process, needs_network]
 PORT, GOOD, ZONED = 7000, 7001, 7002
 
 
-def listen_link_local() -> socket.socket:
+def listen_there() -> socket.socket:
     """What answers at the other end."""
     sock = socket.socket(socket.AF_INET6)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    sock.bind(("fe80::1", PORT, 0, socket.if_nametoindex("u0")))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"u0")
+    sock.bind(("::", PORT))
     sock.listen()
     sock.settimeout(PATIENCE_S)
     return sock
@@ -47,8 +48,9 @@ class Site:
     def plug(self) -> None:
         """Make the interface, anew."""
         join(self.here, self.there, ("wg0", "u0"))
-        self.here.ip("addr add fe80::2/64 dev wg0 nodad")
-        self.there.ip("addr add fe80::1/64 dev u0 nodad")
+        for network in ("fe80::", "2001:db8::"):
+            self.here.ip(f"addr add {network}2/64 dev wg0 nodad")
+            self.there.ip(f"addr add {network}1/64 dev u0 nodad")
 
     def unplug(self) -> None:
         """Remove it."""
@@ -111,13 +113,17 @@ EVERY_WAY = pytest.mark.parametrize(
             f'source_address = "fe80::2%wg0"\nupstream = "[::1]:{PORT}"',
             "source_address fe80::2%wg0",
         ),
-        (f'upstream_device = "wg0"\nbind = "retry"\n{SIX}', "upstream_device wg0"),
+        (f'upstream_device = "wg0"\n{SIX}', "upstream_device wg0"),
+        (f'protocol = "udp"\nupstream_device = "wg0"\n{SIX}', "upstream_device wg0"),
         (f'protocol = "udp"\n{UPSTREAM}', f"[fe80::1%wg0]:{PORT}"),
         (f'protocol = "udptotcp"\n{UPSTREAM}', f"[fe80::1%wg0]:{PORT}"),
         (f'protocol = "tcptoudp"\n{UPSTREAM}', f"[fe80::1%wg0]:{PORT}"),
         (f'upstream = "[2001:db8::1%wg0]:{PORT}"', f"[2001:db8::1%wg0]:{PORT}"),
     ],
-    ids=["upstream", "list", "source", "device", "udp", "udptotcp", "tcptoudp", "not link-local"],
+    ids=[
+        *("upstream", "list", "source", "device", "udp by device"),
+        *("udp", "udptotcp", "tcptoudp", "not link-local"),
+    ],
 )
 
 
@@ -138,21 +144,50 @@ def test_an_absent_interface_is_a_state_of_its_upstream(site: Site, zoned: str, 
     assert sorted(it.workers()) == workers
 
 
-@pytest.mark.expects_log("upstream.failed", "connect.failed .*there is no interface wg0")
-def test_an_interface_that_comes_goes_and_comes_back_is_noticed(site: Site) -> None:
+@pytest.mark.expects_log("upstream.failed", "connect.failed")
+@pytest.mark.parametrize(
+    ("zoned", "what"),
+    [
+        (UPSTREAM, f"[fe80::1%wg0]:{PORT}"),
+        (f'upstream_device = "wg0"\nupstream = "[2001:db8::1]:{PORT}"', "upstream_device wg0"),
+    ],
+    ids=["zone", "device"],
+)
+def test_an_interface_that_comes_goes_and_comes_back_is_noticed(
+    site: Site, zoned: str, what: str
+) -> None:
     """Each time with another index, for others are made as well."""
-    site.start(UPSTREAM)
+    missing = f"{what}: there is no interface wg0"
+    site.start(zoned)
     site.here.call(partial(be_reset, ("127.0.0.1", ZONED)))
     for _ in range(3):
         site.plug()
-        site.serves(ZONED, site.there, listen_link_local)
-        eventually(lambda: site.failing() == [])
+        site.serves(ZONED, site.there, listen_there)
+        eventually(lambda: missing not in site.failing())
         site.unplug()
         site.here.ip(
             "link add other type veth peer name another", "link del other"
         )  # an index more
-        eventually(lambda: site.failing() == [f"[fe80::1%wg0]:{PORT}: there is no interface wg0"])
+        eventually(lambda: missing in site.failing())
         site.good()
+
+
+@pytest.mark.parametrize(
+    ("zoned", "what"),
+    [
+        (UPSTREAM, f"upstream [fe80::1%wg0]:{PORT}"),
+        (f'source_address = "fe80::2%wg0"\n{SIX}', "source_address fe80::2%wg0"),
+        (f'upstream_device = "wg0"\n{SIX}', "upstream_device wg0"),
+    ],
+    ids=["upstream", "source", "device"],
+)
+def test_check_warns_of_an_interface_that_is_not_there(site: Site, zoned: str, what: str) -> None:
+    site.write(zoned)
+    done = run_command("check", str(site.path), prefix=site.here.prefix)
+    assert done.returncode == 0
+    assert f"{what}: there is no interface wg0 now; hint: it is waited for" in done.stderr
+    site.plug()
+    assert run_command("check", str(site.path), prefix=site.here.prefix).stderr == ""
 
 
 @pytest.mark.expects_log("upstream.failed")

@@ -238,7 +238,7 @@ def test_every_option_is_on_the_sockets_of_both_sides_and_a_reload_changes_it(
     ("options", "complaint"),
     [
         ('congestion = "nosuch"', r":5:1: congestion 'nosuch': there is none here; allowed: "),
-        ('upstream_device = "nosuch0"', r":5:1: there is no network device 'nosuch0'"),
+        ('device = "nosuch0"', r":5:1: there is no network device 'nosuch0'"),
         ("rcvbuf = 1000000000", r":5:1: rcvbuf is 1000000000, and .*net\.core\.rmem_max"),
         ("backlog = 1000000", r":5:1: backlog is 1000000, .*net\.core\.somaxconn"),
     ],
