@@ -360,6 +360,19 @@ def test_a_connect_gets_its_time_and_then_the_next_upstream_is_tried(bench: UdpB
         assert bench.own(accept(upstream)).recv(1) == b"x"
 
 
+@pytest.mark.parametrize("how", FRAMINGS)
+def test_what_no_upstream_has_got_is_counted(bench: UdpBench, how: Framing) -> None:
+    """Three datagrams, one of them empty, of a client whose connection is refused."""
+    with listen() as upstream:
+        pool = to_stream(bench, upstream, framing=how)
+    client = bench.client(bench.listen(pool))
+    for content in (b"one", b"", b"three"):
+        client.send(content)
+    bench.turn()
+    assert bench.flows() == 0
+    assert bench.count("datagrams_dropped") == 3
+
+
 def test_all_upstreams_refuse(bench: UdpBench, caplog: pytest.LogCaptureFixture) -> None:
     """Result: counted, no flow is left; the next datagram tries again and finds one."""
     with listen() as gone:

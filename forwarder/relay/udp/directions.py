@@ -22,6 +22,7 @@ from forwarder.net.datagrams import MAX_DATAGRAM, SLOTS, Destination
 from forwarder.net.sockets import OUT_OF_RESOURCES
 from forwarder.relay.poller import BROKEN, EDGE_IN, READABLE, WRITABLE
 from forwarder.relay.udp import framing
+from forwarder.relay.udp.trial import KEPT, Trial
 
 if TYPE_CHECKING:
     import socket
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from forwarder.config.model import Framing
     from forwarder.relay.relay import Relay
     from forwarder.relay.udp.flow import Flow
-    from forwarder.relay.udp.trial import Trial
 
 # Receives in a row before others get their turn: 256 datagrams, some 300 KB.
 BATCHES_PER_TURN: Final = 4
@@ -212,7 +212,7 @@ class DatagramWay(FromDatagrams):
         if self.pending is None and self.to.fd >= 0:
             taken = batch.send(self.to, first, last)
             if self.trial is not None:
-                self.trial.keep(batch.datagrams(first, taken))
+                self.trial.keep(batch.datagrams(max(first, taken - KEPT), taken))
             if taken == last:
                 return True
             first = taken
@@ -258,30 +258,37 @@ class DatagramWay(FromDatagrams):
 class DatagramToStream(FromDatagrams):
     """Datagrams to a stream: their bytes one after the other, framed or not."""
 
-    __slots__ = ("_dst", "_framing", "_pending")
+    __slots__ = ("_dst", "_framing", "_pending", "_unsent")
 
     def __init__(self, relay: Relay, flow: Flow, how: Framing) -> None:
         super().__init__(relay, flow)
         self._framing = how
         self._dst: socket.SocketType | None = None
         self._pending = bytearray()
+        self._unsent = 0  # datagrams that came before there was a destination
 
     def open(self, dst: socket.SocketType) -> None:
         """Send to ``dst`` from now on, what is pending first."""
         self._dst = dst
+        self._unsent = 0
         self.resume()
 
     def deliver(self, first: int, last: int) -> bool:
         """Send slots on, or keep them while the way is blocked; what is too much is dropped."""
-        batch = self.relay.batch
-        for content in batch.datagrams(first, last):
+        found = self.relay.batch.datagrams(first, last)
+        dropped = 0
+        for content in found:
             self.moved += len(content)
             if len(self._pending) + len(content) > MAX_PENDING_BYTES:
                 self._send()
             if len(self._pending) + len(content) > MAX_PENDING_BYTES:
-                self.relay.drop_datagrams(self.flow.pool, 1)
+                dropped += 1
             else:
                 self._pending += framing.encode(self._framing, content)
+        if dropped:
+            self.relay.drop_datagrams(self.flow.pool, dropped)
+        if self._dst is None:
+            self._unsent += len(found) - dropped
         return self._send()
 
     def resume(self) -> None:
@@ -313,6 +320,11 @@ class DatagramToStream(FromDatagrams):
     def holds_data(self) -> bool:
         """Whether bytes wait."""
         return bool(self._pending)
+
+    @property
+    def waiting(self) -> int:
+        """As above; of those that are in the stream in part nobody knows."""
+        return self._unsent
 
 
 class StreamToDatagram(Way):
