@@ -24,7 +24,8 @@ from forwarder.errors import Place
 from forwarder.net import udp as net_udp
 from forwarder.net.sockets import Target
 from forwarder.relay.access import AccessList
-from forwarder.relay.udp.directions import MAX_PENDING, Way
+from forwarder.relay.conversation import State
+from forwarder.relay.udp.directions import MAX_PENDING, DatagramWay, Way
 from forwarder.relay.udp_listener import UdpListener
 from forwarder.relay.wheel import BUCKETS, TICK_S
 from forwarder.stats.rows import new_row
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from forwarder.net.options import How
+    from forwarder.relay.udp.flow import Flow
     from forwarder.upstream.names import Names
 
 HOSTS = ["127.0.0.1", "0.0.0.0", "::1", "::"]
@@ -634,6 +636,18 @@ def test_when_descriptors_run_out_the_longest_silent_flow_goes(bench: UdpBench) 
 # -- upstreams
 
 
+def test_the_one_that_needs_a_descriptor_may_be_the_longest_silent_itself(bench: UdpBench) -> None:
+    """As when its upstream has moved. Result: the next one makes room."""
+    upstream = bench.upstream()
+    listener = bench.listen(bench.pool(upstream))
+    for _ in range(3):
+        ask(bench, bench.client(listener), upstream, b"x")
+    first, second, third = cast("list[Flow]", list(bench.relay.sessions))
+    assert bench.relay.make_room(keep=first)
+    assert list(bench.relay.sessions) == [first, third]
+    assert second.state is State.CLOSED
+
+
 def test_an_upstream_that_refuses_and_comes_back_has_the_same_flow(bench: UdpBench) -> None:
     upstream = bench.upstream()
     address = upstream.getsockname()
@@ -885,6 +899,60 @@ def test_a_socket_that_is_not_full_any_more_says_nothing_of_what_leaves_it(
         ask(bench, client, upstream, b"z")
         answer(bench, upstream, source, client, b"answer")
     assert set(masks) == {select.EPOLLIN}
+
+
+# -- bugs
+
+
+def test_a_bug_in_a_flow_costs_the_others_of_its_batch_nothing(
+    bench: UdpBench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    upstream = bench.upstream()
+    listener = bench.listen(bench.pool(upstream))
+    unlucky, lucky = (bench.client(listener) for _ in range(2))
+    ask(bench, unlucky, upstream, b"x")
+    (flow,) = listener._flows.values()
+    with monkeypatch.context() as patch:
+        raise_for(patch, "take", flow.c2u)
+        unlucky.send(b"lost")
+        lucky.send(b"arrives")
+        bench.turn()
+    assert drain(upstream) == [b"arrives"]
+    assert flow.state is State.CLOSED
+    assert caplog.text.count("relay.bug") == 1
+
+
+def test_a_bug_in_a_flow_that_waits_for_the_listener_costs_the_others_nothing(
+    bench: UdpBench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    upstream = bench.upstream()
+    listener = bench.listen(bench.pool(upstream))
+    clients = [bench.client(listener) for _ in range(2)]
+    sources = [ask(bench, client, upstream, b"x") for client in clients]
+    with monkeypatch.context() as patch:
+        Clogged(bench, patch)
+        for source in sources:
+            upstream.sendto(b"waits", source)
+        bench.relay.poller._turn()
+    unlucky = next(iter(listener._flows.values()))
+    with monkeypatch.context() as patch:
+        raise_for(patch, "resume", unlucky.u2c)
+        bench.turn()
+    assert [drain(client) for client in clients] == [[], [b"waits"]]
+    assert unlucky.state is State.CLOSED
+    assert caplog.text.count("relay.bug") == 1
+
+
+def raise_for(patch: pytest.MonkeyPatch, name: str, unlucky: Way) -> None:
+    """Have a method of one way raise what it never should."""
+    method = getattr(DatagramWay, name)
+
+    def act(way: DatagramWay, *arguments: int) -> None:
+        if way is unlucky:
+            raise ZeroDivisionError
+        method(way, *arguments)
+
+    patch.setattr(DatagramWay, name, act)
 
 
 # -- the end of a listener

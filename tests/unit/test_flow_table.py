@@ -42,6 +42,9 @@ def test_the_longest_silent_comes_first(taken: list[tuple[str, int]]) -> None:
             model.append(flow)
         assert len(table) == len(model)
         assert table.oldest() is (model[0] if model else None)
+        for keep in flows:
+            others = [flow for flow in model if flow is not keep]
+            assert table.oldest(keep) is (others[0] if others else None)
 
 
 @given(st.integers(1, 70_000), st.integers(1, 64))

@@ -38,9 +38,9 @@ class FlowTable:
         """Forget a flow, if it is here."""
         self._flows.pop(flow, None)
 
-    def oldest(self) -> Flow | None:
-        """The flow that has been silent longest."""
-        return next(iter(self._flows), None)
+    def oldest(self, keep: Flow | None = None) -> Flow | None:
+        """The flow that has been silent longest, of all but ``keep``."""
+        return next((flow for flow in self._flows if flow is not keep), None)
 
 
 def share(limit: int, workers: int) -> int:

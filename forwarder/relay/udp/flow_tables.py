@@ -87,7 +87,7 @@ class FlowTables:
         for other, table in self._tables.items():
             if pool.rule.protocol.connects_by_udp:
                 if other.takes_ports and other.rule.source == pool.rule.source:
-                    found += [flow for flow in islice(table, 2) if flow is not keep][:1]
+                    found += [flow] if (flow := table.oldest(keep)) else []
             elif not other.rule.protocol.connects_by_udp:
                 fits = (flow for flow in table if flow.target == target and flow is not keep)
                 found += islice(fits, 1)
@@ -99,7 +99,7 @@ class FlowTables:
     def make_room(self, keep: Flow | None = None) -> bool:
         """End the longest silent flow of all but ``keep``, for its descriptors; False: none."""
         tables = self._tables.values()
-        oldest = [flow for table in tables if (flow := table.oldest()) and flow is not keep]
+        oldest = [flow for table in tables if (flow := table.oldest(keep))]
         if not oldest:
             return False
         self._evict(min(oldest, key=lambda flow: flow.active_at), "a descriptor was needed")
