@@ -110,6 +110,9 @@ def put_under_meters(session: Session, meters: tuple[Meter, Meter]) -> None:
     c2u = session.c2u = metered(before[0], meters[0])
     u2c = session.u2c = metered(before[1], meters[1])
     c2u.reverse, u2c.reverse = u2c, c2u
+    for old, new in ((before[0], c2u), (before[1], u2c)):
+        if old is not new:
+            del old.reverse, old.session  # else the two would keep each other, and the session
     poller = session.relay.poller
     poller.replace(session.client, before[0], c2u)
     if session.upstream is not None:
