@@ -33,7 +33,7 @@ import click
 import setproctitle
 
 from forwarder.config.address import Address
-from forwarder.config.model import Config, Rule, Settings
+from forwarder.config.model import Config, Rule, Settings, Upstream
 from forwarder.errors import ExitCode, ForwarderError, Place, StartupError
 from forwarder.master import Master
 from forwarder.supervision.spec import MasterSpec
@@ -221,7 +221,7 @@ class _Family:
 
 def _start_master(family: _Family, listen: Address, upstream: Address, workers: int) -> None:
     """Start the forwarder and wait until it serves. Raises StartupError."""
-    rule = Rule(name="demo", listen=listen, upstreams=(upstream,), place=Place("--port"))
+    rule = Rule(name="demo", listen=listen, upstreams=(Upstream(upstream),), place=Place("--port"))
     spec = MasterSpec(
         config=Config(rules=(rule,), settings=Settings(workers=workers)), title="demo"
     )

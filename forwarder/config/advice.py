@@ -72,7 +72,7 @@ def _own_listeners(config: Config) -> Iterator[Issue]:
     found = []
     for rule in config.rules:
         kind = "udp" if rule.protocol.connects_by_udp else "tcp"
-        for upstream in rule.upstreams:
+        for upstream in rule.upstream_ends:
             other = listeners.taking(kind, upstream)
             if other is not None and other is not rule:
                 leads.setdefault(rule.name, set()).add(other.name)

@@ -238,12 +238,28 @@ class SocketOptions:
         return bool(self.mark or self.upstream_mark or self.transparent)
 
 
+@dataclass(frozen=True, slots=True)
+class Upstream:
+    """Where a rule leads, and what part of its sessions goes there.
+
+    ``weight`` is its part relative to the other upstreams of the rule, ``is_backup`` keeps it for
+    when the others fail. No dialect sets them yet, and no balancing reads them.
+    """
+
+    end: Endpoint
+    weight: int = 1
+    is_backup: bool = False
+
+    def __str__(self) -> str:
+        return str(self.end)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
     """One configured forwarding. All durations are seconds; 0 means no limit.
 
     ``name`` identifies the rule in logs and messages; unique within a configuration.
-    ``upstreams`` has at least one address. Each new session starts at the next one in turn and
+    ``upstreams`` has at least one. Each new session starts at the next one in turn and
     tries the others when it cannot connect.
     ``listen`` may be a range of ports; an upstream then is a range of as many, one to one, or a
     single port. Unix sockets have no ranges and speak TCP rules only.
@@ -256,7 +272,7 @@ class Rule:
 
     name: str
     listen: Endpoint
-    upstreams: tuple[Endpoint, ...]
+    upstreams: tuple[Upstream, ...]
     protocol: Protocol = Protocol.TCP
     source: str | None = None
     access: tuple[AccessRule, ...] = ()
@@ -272,6 +288,11 @@ class Rule:
     retries_bind: bool = False
     options: SocketOptions = SocketOptions()
     place: Place = field(compare=False)
+
+    @property
+    def upstream_ends(self) -> tuple[Endpoint, ...]:
+        """The addresses of the upstreams, where nothing else of them counts."""
+        return tuple(upstream.end for upstream in self.upstreams)
 
     @property
     def first_port(self) -> int:

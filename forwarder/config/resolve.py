@@ -19,6 +19,7 @@ from forwarder.config.model import (
     Framing,
     Protocol,
     Rule,
+    Upstream,
 )
 from forwarder.config.options import finish_options
 from forwarder.config.patterns import PATTERN_FORMS, PatternError, parse_pattern
@@ -65,7 +66,7 @@ def _finish(rule: RawRule, name: str, raw: RawConfig, issues: Issues) -> Rule:
     return Rule(
         name=name,
         listen=rule.listen.value,
-        upstreams=tuple(upstream.value for upstream in rule.upstreams),
+        upstreams=tuple(Upstream(upstream.value) for upstream in rule.upstreams),
         protocol=rule.protocol,
         source=rule.source.value if rule.source else None,
         access=tuple(rule.access),

@@ -117,7 +117,7 @@ def _cases(rule: Rule) -> list[_Case]:
     ]
     return found + [
         _Case(rule.options, family, rule.protocol.connects_by_udp, listens=False)
-        for family in _families(rule.upstreams)
+        for family in _families(rule.upstream_ends)
     ]
 
 

@@ -85,13 +85,14 @@ class Pool:
         self.row = row
         self.counts = counts
         self.has_unanswered = False
-        self.has_unix = any(isinstance(end, UnixAddress) for end in (rule.listen, *rule.upstreams))
+        ends = rule.upstream_ends
+        self.has_unix = any(isinstance(end, UnixAddress) for end in (rule.listen, *ends))
         self.listen_host, _ = _as_written(rule.listen, 0)
         self.opens_fast = rule.options.fast_open.on_connect
         self.how = to_connect(rule.options, is_udp=rule.protocol.connects_by_udp)
         self.takes_ports = rule.protocol.connects_by_udp and not rule.options.transparent
         self.local = None if rule.options.transparent else _only_local(rule.listen)
-        self.upstream_text = _as_written(rule.upstreams[0], offset)
+        self.upstream_text = _as_written(ends[0], offset)
         self._origin = origin
         self.failures: Failures = origin.failures if origin is not None else Failures()
         self._names = names
@@ -100,7 +101,7 @@ class Pool:
         source = literal(rule.source, 0) if rule.source else None
         self._source = source if isinstance(source, Target) else None
         self._zoned_source = source if isinstance(source, Zoned) else None
-        upstreams = self._upstreams = tuple(_moved(up, offset) for up in rule.upstreams)
+        upstreams = self._upstreams = tuple(_moved(end, offset) for end in ends)
         self._hosts = tuple(dict.fromkeys(up[0] for up in upstreams if isinstance(up, tuple)))
         self._zoned = tuple(up for up in upstreams if isinstance(up, Zoned))
         self._zones: tuple[Target | None, ...] = ()  # what they were when they were used last
@@ -121,8 +122,7 @@ class Pool:
         each time; it has a turn of its own and the counts of the rule.
         """
         if not offset or all(
-            isinstance(upstream, UnixAddress) or upstream.ports == 1
-            for upstream in self.rule.upstreams
+            isinstance(end, UnixAddress) or end.ports == 1 for end in self.rule.upstream_ends
         ):
             return self
         return Pool(self.rule, self._names, self.row, self.counts, offset, self.origin)

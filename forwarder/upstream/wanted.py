@@ -17,7 +17,9 @@ def upstream_names(rules: Iterable[Rule]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for rule in rules:
         for host in dict.fromkeys(
-            end.host for end in rule.upstreams if isinstance(end, Address) and not end.is_literal
+            end.host
+            for end in rule.upstream_ends
+            if isinstance(end, Address) and not end.is_literal
         ):
             found.setdefault(host, []).append(rule.name)
     return found

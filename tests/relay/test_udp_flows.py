@@ -19,7 +19,7 @@ from support.by_hand import RULE, UdpBench, target_of
 from support.datagrams import drain, numbered, receive_all, udp
 
 from forwarder.config.address import Address
-from forwarder.config.model import AccessRule, Protocol, RelayMode, Verdict
+from forwarder.config.model import AccessRule, Protocol, RelayMode, Upstream, Verdict
 from forwarder.errors import Place
 from forwarder.net import udp as net_udp
 from forwarder.net.sockets import Target
@@ -554,7 +554,7 @@ def test_all_ports_of_a_range_have_the_limit_of_flows_together(bench: UdpBench) 
         RULE,
         protocol=Protocol.UDP,
         listen=Address("127.0.0.1", 8000, 10),
-        upstreams=(Address("127.0.0.1", 9000, 10),),
+        upstreams=(Upstream(Address("127.0.0.1", 9000, 10)),),
     )
     whole = Pool(rule, cast("Names", None), 1, new_row())
     first, second = whole.at(1), whole.at(2)

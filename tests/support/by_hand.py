@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 from forwarder.config.address import Address
-from forwarder.config.model import AccessRule, Protocol, RelayMode, Rule
+from forwarder.config.model import AccessRule, Protocol, RelayMode, Rule, Upstream
 from forwarder.errors import Place
 from forwarder.net import udp as net_udp
 from forwarder.net.options import How, to_connect, to_listen
@@ -82,7 +82,7 @@ class HandLoop:
 RULE = Rule(
     name="test",
     listen=Address("127.0.0.1", 1),
-    upstreams=(Address("127.0.0.1", 2),),
+    upstreams=(Upstream(Address("127.0.0.1", 2)),),
     place=Place("test"),
 )
 

@@ -14,7 +14,7 @@ from forwarder.config import Dialect, parse
 from forwarder.config.address import Address
 from forwarder.config.advice import advise
 from forwarder.config.advice_access import addresses, family
-from forwarder.config.model import AccessRule, Config, Rule, Verdict
+from forwarder.config.model import AccessRule, Config, Rule, Upstream, Verdict
 from forwarder.errors import Place
 from forwarder.relay.access import AccessList
 
@@ -60,7 +60,7 @@ def test_what_is_said_of_an_access_rule_is_so(
     rule = Rule(
         name="a",
         listen=Address(host, 1),
-        upstreams=(Address("192.0.2.9", 1),),
+        upstreams=(Upstream(Address("192.0.2.9", 1)),),
         access=numbered(own, "own"),
         place=Place("x"),
     )

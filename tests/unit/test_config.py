@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from forwarder.config import Dialect, Loaded, from_pairs, load, loading, parse
 from forwarder.config.address import Address
-from forwarder.config.model import Protocol
+from forwarder.config.model import Protocol, Upstream
 from forwarder.config.raw import MAX_ISSUES
 from forwarder.config.toml_conf import RULE_KEYS
 from forwarder.errors import ConfigError, Issue
@@ -319,7 +319,7 @@ def test_suffixes_of_rinetd_say_the_protocol_of_their_side(
     assert rule.protocol is PROTOCOLS[sides]
     assert (rule.listen, rule.upstreams) == (
         Address("0.0.0.0", port),
-        (Address("10.0.0.1", there_port),),
+        (Upstream(Address("10.0.0.1", there_port)),),
     )
     assert len(loaded.warnings) == (sides[0] is not sides[1])
     suffix = {False: "/tcp", True: "/udp"}

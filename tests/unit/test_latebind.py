@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from forwarder.config.address import Address
-from forwarder.config.model import Config, Rule
+from forwarder.config.model import Config, Rule, Upstream
 from forwarder.errors import Place
 from forwarder.serving.latebind import LateBinds
 from forwarder.serving.loader import Candidate
@@ -20,7 +20,7 @@ def rule(name: str, host: str) -> Rule:
     return Rule(
         name=name,
         listen=Address(host, 80),
-        upstreams=(Address("127.0.0.1", 1),),
+        upstreams=(Upstream(Address("127.0.0.1", 1)),),
         retries_bind=True,
         place=Place(name),
     )

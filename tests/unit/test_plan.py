@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forwarder.config.address import Address
-from forwarder.config.model import AccessRule, Config, Rule, Settings, Verdict
+from forwarder.config.model import AccessRule, Config, Rule, Settings, Upstream, Verdict
 from forwarder.config.plan import diff
 from forwarder.errors import Place
 
@@ -31,7 +31,7 @@ def configs(draw: st.DrawFn) -> Config:
         Rule(
             name=name,
             listen=Address("127.0.0.1", draw(st.integers(1, 2))),
-            upstreams=(Address("127.0.0.1", draw(st.integers(1, 2))),),
+            upstreams=(Upstream(Address("127.0.0.1", draw(st.integers(1, 2)))),),
             access=draw(ACCESS),
             place=Place("file", draw(st.integers(1, 99))),
         )
@@ -83,7 +83,7 @@ def test_a_change_of_the_global_access_changes_every_rule(config: Config) -> Non
 def test_it_is_told_in_a_line() -> None:
     def rule(name: str, port: int) -> Rule:
         address = Address("127.0.0.1", port)
-        return Rule(name=name, listen=address, upstreams=(address,), place=Place("file"))
+        return Rule(name=name, listen=address, upstreams=(Upstream(address),), place=Place("file"))
 
     old = Config(rules=(rule("gone", 1), rule("changed", 2), rule("same", 3)))
     new = Config(rules=(rule("same", 3), rule("changed", 9), rule("new", 4), rule("newer", 5)))

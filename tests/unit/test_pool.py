@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forwarder.config.address import parse_listen
-from forwarder.config.model import Rule
+from forwarder.config.model import Rule, Upstream
 from forwarder.errors import Place
 from forwarder.net.sockets import Target
 from forwarder.stats.rows import new_row
@@ -23,7 +23,7 @@ def rule(listen: str, *upstreams: str) -> Rule:
     return Rule(
         name="rule",
         listen=parse_listen(listen),
-        upstreams=tuple(map(parse_listen, upstreams)),
+        upstreams=tuple(Upstream(parse_listen(upstream)) for upstream in upstreams),
         place=Place("file", 1),
     )
 

@@ -11,7 +11,7 @@ import pytest
 from support.waiting import PATIENCE_S
 
 from forwarder.config.address import Address
-from forwarder.config.model import Config, Rule
+from forwarder.config.model import Config, Rule, Upstream
 from forwarder.errors import ConfigError, Issue, Place, StartupError
 from forwarder.net.sockets import Target
 from forwarder.serving import loader
@@ -27,7 +27,7 @@ def config(host: str) -> Config:
     rule = Rule(
         name="rule",
         listen=Address(host, 80),
-        upstreams=(Address("127.0.0.1", 1),),
+        upstreams=(Upstream(Address("127.0.0.1", 1)),),
         place=Place("file", 3),
     )
     return Config(rules=(rule,))
