@@ -62,7 +62,7 @@ def absent_interfaces(rules: Iterable[Rule]) -> list[Issue]:
 
 
 def _interfaces(rule: Rule) -> Iterator[tuple[str, str, Place]]:
-    hosts = [(f"upstream {up}", up.host) for up in rule.upstreams if isinstance(up, Address)]
+    hosts = [(f"upstream {up}", up.host) for up in rule.upstream_ends if isinstance(up, Address)]
     hosts += [(f"source_address {rule.source}", rule.source or "")]
     for what, host in hosts:
         _, is_zoned, zone = host.partition("%")

@@ -8,7 +8,7 @@ import math
 import pytest
 
 from forwarder.config.address import UnixAddress, parse_listen
-from forwarder.config.model import Rule
+from forwarder.config.model import Rule, Upstream
 from forwarder.errors import Place
 from forwarder.ipc.channel import MAX_MESSAGE_BYTES, channel_pair
 from forwarder.net.sockets import unix_target
@@ -28,7 +28,7 @@ def test_however_long_names_and_paths_are_what_fails_can_be_said(letter: str) ->
         rule = Rule(
             name=f"{letter * 97}{number}",
             listen=parse_listen("127.0.0.1:80"),
-            upstreams=(end,),
+            upstreams=(Upstream(end),),
             place=Place("file"),
         )
         pools.append(Pool(rule, names, number, new_row()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from forwarder.config.address import Address
-from forwarder.config.model import Config, Rule
+from forwarder.config.model import Config, Rule, Upstream
 from forwarder.errors import Place
 from forwarder.serving.service import Service
 
@@ -15,7 +15,7 @@ def test_what_is_due_is_done_though_workers_have_acknowledged_nothing() -> None:
     rule = Rule(
         name="web",
         listen=Address("web.example", 80),
-        upstreams=(Address("127.0.0.1", 1),),
+        upstreams=(Upstream(Address("127.0.0.1", 1)),),
         place=Place("web"),
     )
     service = Service(Config(rules=(rule,)))
