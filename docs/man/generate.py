@@ -81,9 +81,10 @@ A service manager that is told of readiness, reloads and the end, and that the m
 .I /run/forwarder/control.sock
 The control socket of an instance of root.
 Others have theirs in
-.I $RUNTIME_DIRECTORY
+.IR $RUNTIME_DIRECTORY ,
+.I $XDG_RUNTIME_DIR/forwarder
 or
-.IR $XDG_RUNTIME_DIR/forwarder .
+.IR /tmp/forwarder-UID .
 .SH EXAMPLES
 Forward a port of this host to a web server, with one worker per CPU:
 .PP

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import stat
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -19,48 +20,90 @@ log = logging.getLogger(__name__)
 
 NAME: Final = "control.sock"
 _SYSTEM_DIRECTORY: Final = Path("/run/forwarder")
+_SESSIONS: Final = Path("/run/user")  # what XDG_RUNTIME_DIR is under systemd: pam_systemd(8)
+_SHARED_DIRECTORY: Final = Path("/tmp")  # noqa: S108 - as it must be the same in every session
+_NOT_PRIVATE: Final = "not a directory of this user alone, of mode 0700"
 _BACKLOG: Final = 1024  # so that a crowd is told that it is one
 
 
-def default_paths() -> list[Path]:
-    """Where the control socket may be when nobody says where, best first."""
-    found = []
-    runtime = os.environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]  # systemd.exec(5)
-    if runtime:
-        found.append(Path(runtime, NAME))
-    elif os.geteuid() == 0:
-        found.append(_SYSTEM_DIRECTORY / NAME)
-    elif session := os.environ.get("XDG_RUNTIME_DIR", ""):
-        found.append(Path(session, "forwarder", NAME))
-    return found
+def default_path() -> Path:
+    """Where an instance makes its control socket when nobody says where."""
+    if runtime := os.environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]:  # systemd.exec(5)
+        return Path(runtime, NAME)
+    if os.geteuid() == 0:
+        return _SYSTEM_DIRECTORY / NAME
+    session = os.environ.get("XDG_RUNTIME_DIR", "")
+    if session and _is_ours(Path(session)):  # su(1) may leave that of somebody else
+        return Path(session, "forwarder", NAME)
+    return _private_directory() / NAME
+
+
+def _private_directory() -> Path:
+    """For who has no runtime directory: cron jobs, or a login without pam_systemd(8)."""
+    return _SHARED_DIRECTORY / f"forwarder-{os.geteuid()}"
 
 
 def find() -> Path:
     """Where a client finds the control socket when nobody says where.
 
-    Where nobody answers at the default places, a second instance that could not have the name, if
-    there is one only.
+    It may have been made in another session of the same user, with other variables. Where nobody
+    answers at the default places, a second instance that could not have the name, if there is one
+    only. Raises StartupError if there is none and in the place of ours somebody else may listen.
     """
-    candidates = [*default_paths(), _SYSTEM_DIRECTORY / NAME]
+    own = _private_directory()
+    candidates = [default_path()]
+    if os.geteuid():
+        candidates += [_SESSIONS / str(os.geteuid()) / "forwarder" / NAME, own / NAME]
+    candidates.append(_SYSTEM_DIRECTORY / NAME)
+    if not _is_private(own):
+        candidates = [path for path in candidates if path.parent != own]
     for path in candidates:
-        if path.exists() and is_served(path):
+        if _may_exist(path) and is_served(path):
             return path
     others = {it for path in candidates for it in path.parent.glob("control-*.sock")}
     served = [it for it in others if is_served(it)]
     if len(served) == 1:
         return served[0]
-    return next((path for path in candidates if path.exists()), candidates[0])
+    if own.exists() and default_path() not in candidates:
+        raise StartupError(f"{own}: {_NOT_PRIVATE}; hint: --control PATH names the control socket")
+    return next((path for path in candidates if _may_exist(path)), default_path())
+
+
+def _may_exist(path: Path) -> bool:
+    """Whether something is there, as far as we may look."""
+    try:
+        path.lstat()
+    except OSError as err:
+        return isinstance(err, PermissionError)
+    return True
+
+
+def _is_ours(directory: Path) -> bool:
+    """Whether it is there and belongs to us."""
+    try:
+        return directory.stat().st_uid == os.geteuid()
+    except OSError:
+        return False
+
+
+def _is_private(directory: Path) -> bool:
+    """Whether it is a directory, no link to one, where nobody but us may do anything."""
+    try:
+        status = directory.lstat()
+    except OSError:
+        return False
+    is_closed = not status.st_mode & (stat.S_IRWXG | stat.S_IRWXO)
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and is_closed
 
 
 def take_default(now_at: str) -> ControlListener | None:
     """Listen at the default place if that has become free, for an instance that is beside it."""
-    for path in default_paths():
-        if Path(now_at) != path.with_name(f"control-{os.getpid()}.sock"):
-            return None
-        if path.exists() and is_served(path):
-            return None
-        with suppress(OSError):  # another one was quicker
-            return ControlListener(path)
+    path = default_path()
+    is_beside = Path(now_at) == path.with_name(f"control-{os.getpid()}.sock")
+    if not is_beside or (path.exists() and is_served(path)):
+        return None
+    with suppress(OSError):  # another one was quicker
+        return ControlListener(path)
     return None
 
 
@@ -95,18 +138,20 @@ def listen(explicit: str | None, *, replaces: str | None = None) -> ControlListe
             return ControlListener(path, replaces_live=str(path) == replaces)
         except OSError as err:
             raise _startup_error(explicit, err) from err
-    for path in default_paths():
-        try:
-            return _listen_at_default(path, replaces_live=str(path) == replaces)
-        except OSError as err:
-            log.info("control: no control socket at %s: %s", path, _reason(err))
-            return None
-    log.info("control: no control socket: no runtime directory; --control PATH makes one")
-    return None
+    path = default_path()
+    try:
+        return _listen_at_default(path, replaces_live=str(path) == replaces)
+    except OSError as err:
+        why = _reason(err)
+        log.info("control: no control socket at %s: %s; hint: --control PATH makes one", path, why)
+        return None
 
 
 def _listen_at_default(path: Path, *, replaces_live: bool) -> ControlListener:
-    path.parent.mkdir(mode=0o755, exist_ok=True)
+    if path.parent == _private_directory():
+        _make_private(path.parent)
+    else:
+        path.parent.mkdir(mode=0o755, exist_ok=True)
     try:
         return ControlListener(path, replaces_live=replaces_live)
     except OSError as err:
@@ -116,6 +161,17 @@ def _listen_at_default(path: Path, *, replaces_live: bool) -> ControlListener:
     listener = ControlListener(other)
     log.info("control: another instance has %s; this one's is %s", path, other)
     return listener
+
+
+def _make_private(directory: Path) -> None:
+    """Make a directory where everybody may; one that is there must be ours alone. Raises OSError.
+
+    Nobody else can put another one in its place afterwards: the one above it is sticky.
+    """
+    with suppress(FileExistsError):
+        directory.mkdir(mode=0o700)
+    if not _is_private(directory):
+        raise OSError(errno.EPERM, _NOT_PRIVATE)
 
 
 def _reason(err: OSError) -> str:
