@@ -45,7 +45,7 @@ class RunByDefault(click.Group):
         if at < len(args) and args[at].startswith("-") and args[at] not in own:
             self._refuse_unknown(ctx, args[at], own)
             args = [*args[:at], "run", *args[at:]]
-        elif args and at >= len(args):
+        elif args and at == len(args):
             args = [*args, "run"]
         return super().parse_args(ctx, args)
 

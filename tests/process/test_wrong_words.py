@@ -46,6 +46,12 @@ def test_control_before_a_command_that_asks_nobody_is_an_error() -> None:
     assert "leave out --control" in ended.stderr
 
 
+def test_control_without_a_path_is_an_error() -> None:
+    ended = run_command("--control")
+    assert ended.returncode == 2
+    assert "'--control' requires an argument" in ended.stderr
+
+
 def test_the_control_socket_may_stand_before_the_options_of_run() -> None:
     """Result: what `run` says, which has no name here."""
     ended = run_command(
