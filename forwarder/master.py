@@ -212,6 +212,8 @@ class Master:
         self._handover.give_up()
         self._requests.on_stopping()
         self._reloading.cancel()
+        if self._handover.has_heir:
+            self._service.table.disown()
         # Ours are the last copies once the workers, which serve what is queued first, have let go:
         # who comes now is refused at once instead of waiting in a queue that nobody serves.
         self._service.table.close()
@@ -336,13 +338,16 @@ class Master:
                 # Only now, since a successor that fails must not take them.
                 self._handover.claim()
                 self._open_control()
-            has_dropped_some = self._service.own(has_predecessor=upgrade.has_predecessor())
+            has_predecessor = upgrade.has_predecessor()
             notify.notify(
                 f"MAINPID={os.getpid()}",
                 "READY=1",
                 f"STATUS={len(self._service.config.rules)} rules",
             )
+            has_dropped_some = self._service.has_dropped_some
             self._handover.say_ready(self._service.config, has_dropped_some=has_dropped_some)
+            # What the predecessor would need, should we end before it has heard that, comes last.
+            self._service.own(has_predecessor=has_predecessor)
 
     @property
     def _may_bind_late(self) -> bool:
@@ -452,7 +457,6 @@ class Master:
 
     def leave(self) -> None:
         """A successor serves: let our sessions end."""
-        self._service.table.disown()
         self._stop(is_fast=False)
 
     def end(self, phase: Phase) -> None:

@@ -121,6 +121,17 @@ class ControlListener:
             path, mode=0o600, backlog=_BACKLOG, replaces_live=replaces_live
         )
 
+    @property
+    def is_there(self) -> bool:
+        """Whether our path leads to us."""
+        return self._file.is_there
+
+    def renewed(self) -> ControlListener | None:
+        """Another one at our path, which does not lead to us any more; None if it is taken."""
+        with suppress(OSError):
+            return ControlListener(Path(self.path))
+        return None
+
     def remove_file(self) -> None:
         """Remove the file, unless somebody has put another one in its place."""
         self._file.remove()

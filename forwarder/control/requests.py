@@ -136,7 +136,9 @@ class Requests:
         self._stopping: list[Reply] = []
         self._preview: Handler = lambda _, reply: reply(refusal("nothing can be reloaded"))
         self._server: ControlServer | None = None
-        self._look_at = math.inf  # when to see whether the default place is free
+        self._is_beside = False  # somebody else has the default place
+        self._is_displaced = False  # a successor that has failed may have our place
+        self._look_at = math.inf  # when to see whether one of these is free
 
     def preview_by(self, handler: Handler) -> None:
         """Have somebody else say what a reload would change."""
@@ -155,8 +157,9 @@ class Requests:
         if listener is not None:
             self._server = ControlServer(listener, selector, self.handle)
             log.info("control: listening at %s", listener.path)
-            is_beside = path is None and not listener.path.endswith(f"/{control_path.NAME}")
-            self._look_at = time.monotonic() + LOOK_S if is_beside else math.inf
+            has_default = listener.path.endswith(f"/{control_path.NAME}")
+            self._is_beside = path is None and not has_default
+            self._look_at = time.monotonic() + LOOK_S if self._is_beside else math.inf
 
     @property
     def path(self) -> str | None:
@@ -176,16 +179,29 @@ class Requests:
         if self._server is not None:
             self._server.turn()
             if time.monotonic() >= self._look_at:
-                self._take_default(self._server)
+                self._look(self._server)
 
-    def _take_default(self, server: ControlServer) -> None:
-        """Have the name that another instance had, as soon as it is free."""
-        self._look_at = time.monotonic() + LOOK_S
-        listener = control_path.take_default(server.path)
-        if listener is not None:
-            server.move(listener)
-            self._look_at = math.inf
-            log.info("control: listening at %s", listener.path)
+    def _look(self, server: ControlServer) -> None:
+        """Have our own place again, or the name that another instance had, once that is free."""
+        if self._is_displaced:
+            self._is_displaced = not server.renew()
+        elif self._is_beside:
+            listener = control_path.take_default(server.path)
+            if listener is not None:
+                server.move(listener)
+                self._is_beside = False
+                log.info("control: listening at %s", listener.path)
+        waits = self._is_displaced or self._is_beside
+        self._look_at = time.monotonic() + LOOK_S if waits else math.inf
+
+    def take_back(self) -> None:
+        """Listen at our path again if a successor, which has failed, has taken it.
+
+        The kernel may not have closed its socket yet: then a while later.
+        """
+        if self._server is not None:
+            self._is_displaced = True
+            self._look(self._server)
 
     def close(self) -> None:
         """Close all sockets, in a forked child too; the file stays."""
@@ -300,6 +316,8 @@ class Requests:
 
     def on_upgraded(self, report: str, *, is_done: bool) -> None:
         """The successor serves, or has failed, as ``report`` says."""
+        if is_done:
+            self._look_at = math.inf  # names are the successor's to take
         replies, self._upgrading = self._upgrading, []
         for reply in replies:
             reply({"ok": True, "report": report} if is_done else refusal(report))

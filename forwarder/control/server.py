@@ -153,6 +153,15 @@ class ControlServer:
         self._listener, self._paused_until = listener, None
         self._selector.register(listener.sock, selectors.EVENT_READ, self._on_connect)
 
+    def renew(self) -> bool:
+        """Listen at our path anew if it does not lead to us. Returns whether it does now."""
+        if not self._listener.is_there:
+            listener = self._listener.renewed()
+            if listener is None:
+                return False
+            self.move(listener)
+        return True
+
     def close(self) -> None:
         """Close all sockets, in a forked child too; the file stays, and so does the selector's."""
         for client in self._clients:

@@ -181,21 +181,23 @@ class Service:
             # UDP has no handshakes: who comes now has not begun before.
             self._closing[closing] = (before[address], 0.0 if address.is_udp else until)
 
-    def own(self, *, has_predecessor: bool) -> bool:
+    @property
+    def has_dropped_some(self) -> bool:
+        """Whether we have inherited sockets that no rule has."""
+        return bool(self.table.unclaimed())
+
+    def own(self, *, has_predecessor: bool) -> None:
         """Nobody else serves what we have inherited, or will go on to, but a while longer.
 
         ``has_predecessor``: what no rule has is served by the one that gave it, for as long as
         handshakes may be under way; a rule that comes back within that time gets it again.
-        Returns whether there is such.
         """
-        has_some = bool(self.table.unclaimed())
         if has_predecessor:
             self.table.refuse_unclaimed()
             self._unclaimed_until = time.monotonic() + UNCLAIMED_S
         else:
             self.table.close_unclaimed()
         self.table.own(self._rules_by_address())
-        return has_some
 
     # -- rules that wait for their address
 

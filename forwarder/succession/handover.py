@@ -265,6 +265,7 @@ class Handover:
             log.error("upgrade: %s", err)
         if not self._master.is_running:
             return
+        self._requests.take_back()
         log.error("upgrade: %s", problem)
         self._requests.on_upgraded(problem, is_done=False)
         if self._is_reload_wanted:

@@ -10,18 +10,21 @@ import json
 import os
 import re
 import signal
+import socket
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import pytest
 from support import procfs
-from support.configured import IS_SOAK, many_rules, rule
+from support.configured import IS_SOAK, rule
 from support.ends import accept, carry, connect, listen, receive_to_end
 from support.forwarder import reserve_port
 from support.loads import Load
 from support.processes import listeners, members, owner, run_command
 from support.upgraded import Site, assert_alive, is_running
 from support.waiting import PATIENCE_S, eventually
+
+from forwarder.control.requests import LOOK_S
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -203,6 +206,31 @@ def test_a_worker_that_hangs_while_the_old_one_drains_is_ended(site: Site) -> No
     site.stop()
 
 
+def test_an_old_one_that_is_told_to_hurry_leaves_the_unix_sockets_of_the_new_one(
+    site: Site, tmp_path: Path
+) -> None:
+    """It still serves a rule that has gone when it is told to stop."""
+    path = tmp_path / "web.sock"
+    with reserve_port() as holder:
+        upstream = site.upstream.getsockname()
+        to = "{}:{}".format(*upstream)
+        kept = f'[[forwarding_rules]]\nlisten = "unix:{path}"\nupstream = "{to}"\n'
+        site.start()
+        site.config.write_text(site.text(more=kept + rule(holder.getsockname(), upstream)))
+        old = site.upgrade()
+        site.config.write_text(site.text(more=kept))
+        site.upgrade()
+        site.wait_logged(rf"\[{old}\] INFO upgrade: a rule has gone")
+        os.kill(old, signal.SIGINT)
+        site.wait_gone(old)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+            client.connect(str(path))
+            with accept(site.upstream) as peer:
+                carry(client, peer, b"x" * 100)
+        assert not any("bind.lost" in line for line in site.forwarder.lines)
+        site.stop()
+
+
 # -- one that fails
 
 
@@ -239,21 +267,10 @@ def test_a_control_socket_that_cannot_be_made_changes_nothing(site: Site, tmp_pa
     site.stop()
 
 
-def begin(site: Site) -> int:
-    """Begin an upgrade whose successor takes a while, and suspend that; returns its pid."""
-    site.config.write_text(site.text(more=many_rules(600)))
-    site.signal(signal.SIGUSR2)
-    site.wait_logged("upgrade: started")
-    lines = "\n".join(site.forwarder.lines)
-    successor = int(re.findall(r"upgrade: started pid=(\d+)", lines)[-1])
-    os.kill(successor, signal.SIGSTOP)
-    return successor
-
-
 def test_a_successor_that_is_killed_changes_nothing(site: Site) -> None:
     old = site.start()
     with Load(site.address, site.upstream, rate=200, streams=3) as load:
-        successor = begin(site)
+        successor = site.begin_upgrade()
         os.kill(successor, signal.SIGKILL)
         site.wait_logged(rf"pid {successor} did not come to serve \(without a word\)")
         load.wait_served(100)
@@ -298,13 +315,46 @@ def test_a_successor_whose_workers_die_changes_nothing(
     site.stop()
 
 
+DYING = """
+import os, signal
+from forwarder.succession import upgrade
+upgrade.tell_predecessor = lambda **_: os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_successor_that_dies_in_the_last_moment_changes_nothing(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has pid file and control socket already, and is about to turn clients of a rule away."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with reserve_port() as holder:
+        going = holder.getsockname()
+        more = rule(going, site.upstream.getsockname())
+        site.start()
+        site.config.write_text(site.text(more=more))
+        old = site.upgrade()
+        site.config.write_text(site.text())
+        (tmp_path / "sitecustomize.py").write_text(DYING)
+        site.signal(signal.SIGUSR2)
+        site.wait_logged(r"did not come to serve \(without a word\)")
+        assert site.master() == old
+        eventually(lambda: site.run("status").returncode == 0)
+        assert site.status()["pid"] == old
+        for address in (site.address, going):
+            with connect(address) as client, accept(site.upstream) as peer:
+                carry(client, peer, b"x" * 100)
+        (tmp_path / "sitecustomize.py").unlink()
+        site.upgrade()
+        site.stop()
+
+
 # -- other signals meanwhile
 
 
 def test_hup_during_an_upgrade_reaches_the_one_that_serves(site: Site) -> None:
     """The successor may have read the file before it was changed. Result: it reads it again."""
     site.start()
-    successor = begin(site)
+    successor = site.begin_upgrade()
     site.forwarder.signal(signal.SIGHUP)
     site.wait_logged("an upgrade is under way")
     os.kill(successor, signal.SIGCONT)
@@ -317,7 +367,7 @@ def test_hup_during_an_upgrade_reaches_the_one_that_serves(site: Site) -> None:
 
 def test_hup_during_an_upgrade_that_fails_reloads_the_old(site: Site) -> None:
     old = site.start()
-    successor = begin(site)
+    successor = site.begin_upgrade()
     site.forwarder.signal(signal.SIGHUP)
     site.wait_logged("an upgrade is under way")
     site.config.write_text(site.text())
@@ -330,7 +380,7 @@ def test_hup_during_an_upgrade_that_fails_reloads_the_old(site: Site) -> None:
 @pytest.mark.parametrize("is_suspended", [True, False])
 def test_term_during_an_upgrade_leaves_no_process(site: Site, is_suspended: bool) -> None:
     site.start()
-    successor = begin(site)
+    successor = site.begin_upgrade()
     if not is_suspended:
         os.kill(successor, signal.SIGCONT)
     site.forwarder.signal(signal.SIGTERM)
@@ -341,7 +391,7 @@ def test_term_during_an_upgrade_leaves_no_process(site: Site, is_suspended: bool
 
 def test_a_second_upgrade_at_once_waits_for_the_first(site: Site) -> None:
     site.start()
-    successor = begin(site)
+    successor = site.begin_upgrade()
     site.forwarder.signal(signal.SIGUSR2)
     assert "an upgrade is under way" in site.run("workers", "+1").stderr
     assert "an upgrade is under way" in site.run("reload").stderr
@@ -372,6 +422,38 @@ def test_an_instance_without_control_socket_of_its_own_leaves_that_of_another(
         for path, pid in ((theirs, first.pid), (directory / f"control-{new}.sock", new)):
             said = run_command("status", "--json", "--control", str(path))
             assert json.loads(said.stdout)["pid"] == pid
+
+
+def test_one_that_drains_takes_over_no_name(
+    launch: Launch, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The name of another instance gets free: it is for the one that serves."""
+    directory = tmp_path / "run"
+    directory.mkdir()
+    monkeypatch.setenv("RUNTIME_DIRECTORY", str(directory))
+    with reserve_port() as holder:
+        pairs = ["-r", "{}:{}".format(*site.upstream.getsockname())]
+        first = launch("-l", "{}:{}".format(*holder.getsockname()), *pairs, "--workers", "1")
+        second = launch("-l", "{}:{}".format(*site.address), *pairs, "--workers", "1")
+        link = site.link()
+        done = run_command("upgrade", "--control", str(directory / f"control-{second.pid}.sock"))
+        assert done.returncode == 0, done.stderr
+        new = int(done.stdout.split()[1])
+        second.wait_logged(rf"\[{second.pid}\] INFO master.stopping how=drain")
+        os.kill(new, signal.SIGSTOP)  # it would be first
+        assert first.stop() == 0
+        status = ("status", "--json", "--control", str(directory / f"control-{second.pid}.sock"))
+        uptime_s = json.loads(run_command(*status).stdout)["uptime_s"]
+        eventually(
+            lambda: json.loads(run_command(*status).stdout)["uptime_s"] > uptime_s + 2 * LOOK_S
+        )
+        assert not (directory / "control.sock").exists()
+        os.kill(new, signal.SIGCONT)
+        second.wait_logged(rf"\[{new}\] INFO control: listening at .*/control\.sock$")
+        assert json.loads(run_command("status", "--json").stdout)["pid"] == new
+        link.close()
+        assert run_command("stop").returncode == 0
+        assert second.wait() == 0
 
 
 def test_the_name_of_an_instance_that_goes_is_taken_over(

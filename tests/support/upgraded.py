@@ -8,7 +8,7 @@ import signal
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
-from support.configured import rule
+from support.configured import many_rules, rule
 from support.control import ask
 from support.ends import Link, accept, carry, connect, listen
 from support.forwarder import reserve_port
@@ -85,6 +85,16 @@ class Site:
         eventually(lambda: self.master() != old, lambda: "\n".join(self.forwarder.lines[-20:]))
         self.wait_logged(rf"pid={self.master()} serves")
         return self.master()
+
+    def begin_upgrade(self) -> int:
+        """Begin an upgrade whose successor takes a while, and suspend that; returns its pid."""
+        self.config.write_text(self.text(more=many_rules(600)))
+        self.signal(signal.SIGUSR2)
+        self.wait_logged("upgrade: started")
+        lines = "\n".join(self.forwarder.lines)
+        successor = int(re.findall(r"upgrade: started pid=(\d+)", lines)[-1])
+        os.kill(successor, signal.SIGSTOP)
+        return successor
 
     def wait_logged(self, pattern: str, times: int = 1) -> None:
         """Wait until any of the masters has logged that."""
