@@ -16,7 +16,7 @@ from forwarder.control.requests import STOPPING
 from forwarder.errors import StartupError
 from forwarder.ipc.messages import access_file
 from forwarder.serving.listeners import CLOSE_GRACE_S
-from forwarder.succession import inherit, orphans, upgrade
+from forwarder.succession import inherit, lineage, orphans, upgrade
 from forwarder.succession.lineage import Elder, Heir, Predecessor
 from forwarder.succession.upgrade import Successor
 from forwarder.system import notify
@@ -232,7 +232,8 @@ class Handover:
             self._on_failed(successor, successor.end)
         elif successor.is_ready and self._master.is_running:
             self._on_ready(successor)
-        # Else it was told to end.
+        elif successor.is_ready:  # it was told to end
+            lineage.decline(successor.line)
 
     def _on_ready(self, successor: Successor) -> None:
         self._selector.unregister(successor)

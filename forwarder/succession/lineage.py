@@ -9,19 +9,23 @@ others, so an old master stays for as long as one before it drains.
 
     heir to old:  LIST, KILL (answered by ANSWER), ACCESS (end whose client is denied now), LOGS
                   (open them anew), DRAIN (nobody serves after us), STOP (reset what is left)
-    old to heir:  DRAINS (who is left, with how many sessions), ANSWER
+    old to heir:  DRAINS (who is left, with how many sessions; nobody: it is not draining for us),
+                  ANSWER
 
 Decides nothing: the master does. Never blocks.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
 import logging
 import os
 import selectors
 import signal
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
 from forwarder.ipc import messages
@@ -96,6 +100,12 @@ class Elder(Protocol):
 
     def end_sessions(self, phase: Phase) -> None:
         """Reset what is left."""
+
+
+def decline(line: socket.socket) -> None:
+    """Say over a line that there is nothing to wait for: we end as well, and not for that one."""
+    with suppress(OSError):  # it has gone
+        line.send(json.dumps({"op": Op.DRAINS, "masters": [], "cut": 0}).encode())
 
 
 class _Line:
@@ -215,10 +225,14 @@ class Heir(_Line):
     def _answer(self, question: Message) -> None:
         number, within_s = question["number"], question["within_s"]
         choice = {key: question.get(key) for key in ("ids", "rule", "client", "limit")}
+        limit = question.get("limit")
 
         def answer(found: list[object], silent: list[int]) -> None:
             if not self.is_open:
                 return
+            if isinstance(limit, int):  # of all together: an answer must not grow with the workers
+                parts = [part for part in found if isinstance(part, list)]
+                found = [list(itertools.islice(itertools.chain(*parts), limit))]
             with suppress(ChannelClosed):
                 messages.send_answer(self._channel, number, {"found": found, "silent": silent})
                 self._watch()
@@ -238,13 +252,15 @@ class Predecessor(_Line):
         """``sock`` becomes ours. Answers go to ``questions``, as a worker's do."""
         super().__init__(sock, selector)
         self.pid, _ = peer_credentials(sock)
+        self.first: Left | None = None  # what it said first
         self.left = Left()
         self._questions = questions
+        self._is_killed = False
 
     @property
     def drains(self) -> bool:
-        """Whether it has said that it lets its sessions end, and has not gone."""
-        return self.is_open and bool(self.left.masters)
+        """Whether it is there and lets its sessions end, or has not said anything yet."""
+        return self.is_open and (self.first is None or bool(self.left.masters))
 
     def ask(self, op: Op, number: int, choice: Message, within_s: float) -> None:
         """Ask about some of the sessions that are left."""
@@ -270,15 +286,25 @@ class Predecessor(_Line):
         self._say(Op.STOP, phase=phase.value)
 
     def kill(self) -> None:
-        """End it without mercy, if it is there."""
+        """End it and its workers, which would go on by themselves, without mercy."""
         if self.is_open:
             log.error("master: the old one, pid=%d, does not stop, killing it", self.pid)
-            with suppress(OSError):
-                os.kill(self.pid, signal.SIGKILL)
+            self._is_killed = True
+            for pid in (self.pid, *_children_of(self.pid)):
+                with suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
 
     def _on_end(self) -> None:
-        # It has said how many it has cut; with sessions it was killed, and they were cut.
-        self.left = Left(cut=self.left.cut + self.left.sessions)
+        # It has said how many it has cut; with sessions it was killed.
+        sessions = self.left.sessions
+        if sessions and not self._is_killed:
+            log.warning(
+                "upgrade: the old one, pid=%d, was killed; its workers go on with %d sessions, "
+                "which nobody sees any more",
+                self.pid,
+                sessions,
+            )
+        self.left = Left(cut=self.left.cut + sessions)
         self._questions.on_exit(self.pid)
 
     def _handle(self, received: Received) -> None:
@@ -288,6 +314,7 @@ class Predecessor(_Line):
             if not (isinstance(masters, list) and isinstance(cut, int)):
                 raise TypeError("not what is left")
             self.left = Left(tuple((int(pid), int(count)) for pid, count in masters), cut)
+            self.first = self.first or self.left
         elif message["op"] == Op.ANSWER:
             number = message["number"]
             if self._questions.is_awaited(number, self.pid):
@@ -301,3 +328,13 @@ class Predecessor(_Line):
         if not (isinstance(found, list) and isinstance(silent, list)):
             raise TypeError("not an answer")
         self._questions.on_answers(number, self.pid, found, map(int, silent))
+
+
+def _children_of(parent: int) -> list[int]:
+    """Process ids, from proc(5)."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has gone
+            if int(path.read_text().rpartition(")")[2].split()[1]) == parent:
+                found.append(int(path.parent.name))
+    return found

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Final, Protocol
 from forwarder.ipc.messages import Op
 from forwarder.stats.reasons import Phase
 from forwarder.stats.rows import SESSIONS_TOTAL
+from forwarder.succession.lineage import Left
 from forwarder.supervision.sessions import Sessions
 
 if TYPE_CHECKING:
     from forwarder.succession.handover import Handover
-    from forwarder.succession.lineage import Left
     from forwarder.supervision.fleet import Fleet
 
 log = logging.getLogger(__name__)
@@ -31,12 +31,13 @@ _LONGEST_PAUSE_S: Final = 600.0
 
 @dataclass(frozen=True, slots=True)
 class _Account:
-    """What there was when the end began."""
+    """What there was when the end began; ``is_whole``: an old master had said what it has left."""
 
     at: float
     open: int
     total: int
     cut: int
+    is_whole: bool
 
 
 class Mortal(Protocol):
@@ -161,8 +162,12 @@ class Ending:
         begun = self._begun
         if begun is None:
             return {}
-        cut = self.sessions.left().cut - begun.cut
-        ended = begun.open + self._fleet.ledger.sum(SESSIONS_TOTAL) - begun.total - cut
+        before = self._handover.predecessor
+        late = before.first if before is not None and not begun.is_whole else None
+        late = late or Left()
+        cut = self.sessions.left().cut - begun.cut - late.cut
+        more = self._fleet.ledger.sum(SESSIONS_TOTAL) - begun.total
+        ended = begun.open + late.sessions + more - cut
         after_s = round(time.monotonic() - begun.at, 1)
         log.info("master.stopped ended=%d cut=%d after_s=%.1f", ended, cut, after_s)
         return {"ended": max(0, ended), "cut": cut, "after_s": after_s}
@@ -171,7 +176,9 @@ class Ending:
         left = self.sessions.left()
         if self._begun is None:
             total = self._fleet.ledger.sum(SESSIONS_TOTAL)
-            self._begun = _Account(now, left.sessions, total, left.cut)
+            before = self._handover.predecessor
+            is_whole = before is None or before.first is not None
+            self._begun = _Account(now, left.sessions, total, left.cut, is_whole)
         return left
 
     def _pass_on_drain(self) -> None:

@@ -10,7 +10,7 @@ import os
 import re
 import signal
 import subprocess
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
 import pytest
@@ -108,7 +108,8 @@ def test_one_that_is_killed_is_missed_by_nobody(site: Site) -> None:
     """Its workers drain. Result: the new one serves, answers and stops."""
     (old, new), links = chain(site, 2)
     os.kill(old, signal.SIGKILL)
-    eventually(lambda: site.status()["predecessors"] == [])
+    site.wait_logged(f"the old one, pid={old}, was killed; its workers go on with 1 sessions")
+    assert site.status()["predecessors"] == []
     assert site.status()["pid"] == new
     site.assert_serves()
     for link in links:
@@ -226,6 +227,7 @@ def test_a_stop_at_once_ends_their_sessions_at_once(site: Site, way: str) -> Non
 
 
 def test_one_that_hangs_does_not_hold_up_a_stop(site: Site) -> None:
+    """Its workers do not hang, but would go on for ever."""
     (old, _), links = chain(site, 2)
     os.kill(old, signal.SIGSTOP)
     eventually(lambda: state(old) == "T")
@@ -233,8 +235,33 @@ def test_one_that_hangs_does_not_hold_up_a_stop(site: Site) -> None:
     site.wait_logged(rf"the old one, pid={old}, does not stop, killing it")
     site.wait_gone(old)
     for link in links:
+        with suppress(ConnectionResetError):  # of a process that was killed it may be either
+            assert link.client.recv(1) == b""
+    site.assert_nothing_left()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_waits_for_one_that_has_said_nothing_yet(site: Site, number: signal.Signals) -> None:
+    """The new one serves and is told to stop before the old one has heard that it serves."""
+    old = site.start()
+    link = site.link()
+    new = site.begin_upgrade()
+    os.kill(old, signal.SIGSTOP)
+    eventually(lambda: state(old) == "T")
+    os.kill(new, signal.SIGCONT)
+    site.wait_logged(rf"\[{new}\] INFO control: listening at")
+    os.kill(new, number)
+    site.wait_logged(rf"\[{new}\] INFO master.stopping")
+    os.kill(old, signal.SIGCONT)
+    if number is signal.SIGINT:
+        assert receive_to_reset(link.client) == b""
+    else:
+        site.wait_logged(rf"\[{old}\] INFO master.stopping how=drain")
+        assert_alive(link)
         link.close()
     site.assert_nothing_left()
+    said = "ended=0 cut=1" if number is signal.SIGINT else "ended=1 cut=0"
+    site.wait_logged(rf"\[{new}\] INFO master.stopped {said}")
 
 
 def test_one_that_is_told_to_hurry_ends_its_own_sessions_only(site: Site) -> None:
