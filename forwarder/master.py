@@ -67,13 +67,13 @@ class Master:
     """The supervising process of one instance. Owns all listening sockets."""
 
     def __init__(self, spec: MasterSpec) -> None:
-        self._foreign = foreign_descriptors()
+        foreign = foreign_descriptors()  # before there are any of ours
         self._spec = spec
         self._state = State.BOOTING
         self._is_announced = False
         self._service = Service(spec.config)
         self._selector = selectors.DefaultSelector()
-        self._fleet = Fleet(self._service.table, self._selector, self._release_for_good)
+        self._fleet = Fleet(self._service.table, self._selector)
         self._late = LateBinds(
             self._service,
             known=lambda: self._fleet.names.answers,
@@ -83,7 +83,6 @@ class Master:
         self._naming = Naming(
             self._fleet.names,
             self._selector,
-            self._release_for_good,
             drop=lambda: drop(self._fleet.identity),
             on_answers=self._service.on_answers,
         )
@@ -97,7 +96,7 @@ class Master:
             self._load if spec.load else None,
             self._selector,
             self._requests,
-            self._release_in_child,
+            foreign,
         )
         self._started_at = time.monotonic()
         self._watchdog = notify.Watchdog(os.environ, os.getpid(), self._started_at)
@@ -173,7 +172,7 @@ class Master:
             self._requests.open(self._selector, path, replaces=replaces)
 
     def _close(self) -> None:
-        """Give up what the master owns, but sockets and pid file; a forked child does the same."""
+        """Give up what the master owns, but sockets and pid file."""
         self._surroundings.close()
         self._reloading.close()
         self._fleet.logs.close()
@@ -182,19 +181,6 @@ class Master:
         self._handover.close()
         self._requests.close()
         self._selector.close()
-
-    def _release_in_child(self) -> None:
-        self._service.table.release_in_child()
-        self._fleet.hang_up()
-        self._naming.helper.hang_up_in_child()
-        self._close()
-        self._handover.close_in_child()
-
-    def _release_for_good(self) -> None:
-        """Give up what the master owns, and what it does not know, in a child that stays."""
-        self._release_in_child()
-        for fd in self._foreign:
-            os.close(fd)
 
     def _stop(self, *, is_fast: bool, phase: Phase = Phase.SHUTDOWN) -> None:
         """Begin to stop, or hurry a stop that has begun; ``phase`` is why sessions then end."""

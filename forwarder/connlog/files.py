@@ -75,7 +75,7 @@ class LogFiles:
             log.info("log.reopened places=%d", len(self.places))
 
     def close(self) -> None:
-        """Close all, in a forked child, too."""
+        """Close all."""
         discard(self.places)
         self.places = []
 

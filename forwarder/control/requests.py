@@ -204,7 +204,7 @@ class Requests:
             self._look(self._server)
 
     def close(self) -> None:
-        """Close all sockets, in a forked child too; the file stays."""
+        """Close all sockets; the file stays."""
         if self._server is not None:
             self._server.close()
 

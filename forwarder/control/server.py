@@ -163,7 +163,7 @@ class ControlServer:
         return True
 
     def close(self) -> None:
-        """Close all sockets, in a forked child too; the file stays, and so does the selector's."""
+        """Close all sockets; the file stays, and so does what the selector has of them."""
         for client in self._clients:
             client.sock.close()
         self._listener.sock.close()

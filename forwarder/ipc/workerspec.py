@@ -28,3 +28,7 @@ class WorkerSpec:
     relay: RelayMode
     identity: Identity | None
     capabilities: int  # that it keeps
+
+    def descriptors(self) -> tuple[int, ...]:
+        """All that it inherits, beside the standard ones."""
+        return self.channel.fileno(), self.gate.fileno()

@@ -90,6 +90,10 @@ class Gate:
         # Of this process. 0: not at all.
         self._stuck_until = self._owed_until = 0.0
 
+    def fileno(self) -> int:
+        """The file that is locked."""
+        return self._lock_fd
+
     def close(self) -> None:
         """Close the file that is locked."""
         os.close(self._lock_fd)

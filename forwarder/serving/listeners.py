@@ -12,7 +12,6 @@ import logging
 import os
 import socket
 import time
-from array import array
 from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -98,7 +97,7 @@ class ListenerTable:
         self._ports: Counter[tuple[bool, int]] = Counter()  # how many addresses have that port
         self._owned: dict[BindAddress, SocketFile | None] = {}  # of unix sockets
         self._borrowed: dict[BindAddress, SocketFile | None] = {}
-        self._fds = array("i")  # of all sockets, for release_in_child
+        self._total = 0  # of sockets that are bound to an address of a rule
 
     def __contains__(self, address: BindAddress) -> bool:
         return address in self._by_address
@@ -153,7 +152,7 @@ class ListenerTable:
 
     def count(self, wanted: Iterable[BindAddress], slots: int) -> int:
         """How many sockets there will be when ``wanted`` has ``slots`` sockets each."""
-        total = len(self._fds)
+        total = self._total
         for address in wanted:
             slotted = self._by_address.get(address)
             total += max(slots - len(slotted.sockets), 0) if slotted else slots
@@ -200,7 +199,7 @@ class ListenerTable:
             for slotted in reversed(grown):  # nobody would serve these
                 slotted.ids.pop()
                 slotted.sockets.pop().close()
-                self._fds.pop()
+                self._total -= 1
             for slotted, options in adapted:
                 with suppress(OSError):  # they had them; if that is impossible now, nothing helps
                     change_options(slotted.sockets, options, slotted.options)
@@ -299,7 +298,6 @@ class ListenerTable:
         """Close the sockets of some addresses, or of all, and give the addresses up."""
         if addresses is None:
             self._close_inherited()
-        closed: set[int] = set()
         for address in list(self._by_address if addresses is None else addresses):
             slotted = self._by_address.pop(address, None)
             if address in self._owned:
@@ -313,10 +311,8 @@ class ListenerTable:
             if slotted and slotted.sockets:
                 self._ports[address.port] -= 1
             for sock in slotted.sockets if slotted else ():
-                closed.add(sock.fileno())
                 sock.close()
-        if closed:
-            self._fds = array("i", (fd for fd in self._fds if fd not in closed))
+                self._total -= 1
 
     def release(self) -> None:
         """Close our copies of all sockets and nothing more: others may serve them."""
@@ -324,17 +320,6 @@ class ListenerTable:
             sock.close()
         self._by_address.clear()
         self._close_inherited()
-
-    def release_in_child(self) -> None:
-        """The same in a forked process, by number, for whom the table is of no use any more.
-
-        To touch ten thousand socket objects would copy every page of memory they are on.
-        """
-        for fd in self._fds:
-            os.close(fd)
-        # Nobody accepts on these: a copy in a worker would keep them open, and clients waiting.
-        for sock in itertools.chain(*self._inherited.values()):
-            os.close(sock.fileno())
 
     def remove_files(self) -> None:
         """Remove the files of unix sockets that are still ours."""
@@ -463,7 +448,7 @@ class ListenerTable:
         if not slotted.sockets:
             self._ports[address.port] += 1
         slotted.sockets.append(sock)
-        self._fds.append(sock.fileno())
+        self._total += 1
         slotted.ids.append(next(self._ids))
 
 

@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Final
 
 from forwarder.errors import ForwarderError
 from forwarder.serving.addresses import bind_addresses
+from forwarder.system.children import keep_only
+from forwarder.system.signals import leave_to_the_master
 from forwarder.upstream.lookup import look_up_all
 from forwarder.upstream.wanted import listening_names
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Mapping
+    from collections.abc import Callable, Collection, Container, Mapping
 
     from forwarder.config.model import Config
     from forwarder.serving.addresses import BindAddress
@@ -59,10 +61,10 @@ class Loading:
     def __init__(
         self,
         load: Callable[[], Candidate],
-        release: Callable[[], None],
+        kept: Collection[int],
         now: float,
     ) -> None:
-        """Fork. In the child ``release`` gives up what the master owns, then ``load`` is called.
+        """Fork, and call ``load`` in the child, which keeps the descriptors ``kept``.
 
         Raises OSError.
         """
@@ -77,8 +79,8 @@ class Loading:
             raise
         if self.pid == 0:
             try:
-                os.close(self._read_fd)  # else it would wait for itself to read, once we are gone
-                release()
+                keep_only([write_fd, *kept])
+                leave_to_the_master(but=(signal.SIGCHLD,))
                 _write_all(write_fd, pickle.dumps(_load(load)))
             finally:
                 os._exit(0)
@@ -122,16 +124,16 @@ class Loader:
     def __init__(
         self,
         selector: selectors.BaseSelector,
-        release: Callable[[], None],
+        kept: Collection[int],
         on_found: Callable[[Candidate | Rejected], None],
         too_long: str,
     ) -> None:
-        """``release`` as for Loading. ``on_found`` hears what was found, or that it took too long.
+        """``kept`` as for Loading. ``on_found`` hears what was found, or that it took too long.
 
         The selector's data is a function to call when there is something to read.
         """
         self._selector = selector
-        self._release = release
+        self._kept = kept
         self._on_found = on_found
         self._too_long = too_long
         self._loading: Loading | None = None
@@ -148,7 +150,7 @@ class Loader:
 
     def start(self, load: Callable[[], Candidate], now: float) -> None:
         """Begin, as Loading does, when nothing is under way. Raises OSError."""
-        loading = Loading(load, self._release, now)
+        loading = Loading(load, self._kept, now)
         try:
             self._selector.register(loading, selectors.EVENT_READ, self._hear)
         except OSError:
@@ -170,7 +172,7 @@ class Loader:
             self._end()
 
     def close(self) -> None:
-        """Close the pipe, in a forked child too."""
+        """Close the pipe."""
         if self._loading is not None:
             self._loading.close()
             self._loading = None

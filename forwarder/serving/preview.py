@@ -16,7 +16,7 @@ from forwarder.serving.loader import Candidate, Loader, Rejected
 
 if TYPE_CHECKING:
     import selectors
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from forwarder.config.model import Config
     from forwarder.control.server import Message, Reply
@@ -35,14 +35,12 @@ class Preview:
         load: Callable[[], Candidate],
         in_force: Callable[[], Config],
         selector: selectors.BaseSelector,
-        release: Callable[[], None],
+        kept: Collection[int],
     ) -> None:
-        """``load`` and ``release`` as for a reload; ``in_force`` is what is compared with."""
+        """``load`` and ``kept`` as for a reload; ``in_force`` is what is compared with."""
         self._load = load
         self._in_force = in_force
-        self._loader = Loader(
-            selector, release, self._end, "reading the configuration took too long"
-        )
+        self._loader = Loader(selector, kept, self._end, "reading the configuration took too long")
         self._asked: list[tuple[Message, Reply]] = []
         self._loading: list[tuple[Message, Reply]] = []
 
@@ -72,7 +70,7 @@ class Preview:
             reply(refusal(STOPPING))
 
     def close(self) -> None:
-        """Close the pipe, in a forked child too."""
+        """Close the pipe."""
         self._loader.close()
 
     def _start(self) -> None:

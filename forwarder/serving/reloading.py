@@ -18,7 +18,7 @@ from forwarder.system import notify
 
 if TYPE_CHECKING:
     import selectors
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Collection, Iterable
 
     from forwarder.config.model import Config
     from forwarder.control.requests import Requests
@@ -64,22 +64,22 @@ class Reloading:
         load: Callable[[], Candidate] | None,
         selector: selectors.BaseSelector,
         requests: Requests,
-        release: Callable[[], None],
+        kept: Collection[int],
     ) -> None:
         """``load`` reads the configuration in a forked child; None if there is nothing to read.
 
-        ``release`` is called in that child: it gives up what the master owns.
+        ``kept``: descriptors that it may have to read from.
         """
         self._master = master
         self._load = load
         self._requests = requests
         too_long = "reading the configuration took too long"
-        self._loader = Loader(selector, release, self._end, too_long)
+        self._loader = Loader(selector, kept, self._end, too_long)
         self._is_wanted_again = False
         self._before: Candidate | None = None  # until all workers serve what came after it
         self._preview: Preview | None = None
         if load is not None:
-            self._preview = Preview(load, lambda: master.in_force, selector, release)
+            self._preview = Preview(load, lambda: master.in_force, selector, kept)
         requests.preview_by(self.preview)
 
     @property
@@ -139,7 +139,7 @@ class Reloading:
             self._end(Rejected((STOPPING,)))
 
     def close(self) -> None:
-        """Close the pipes, in a forked child too."""
+        """Close the pipes."""
         self._loader.close()
         if self._preview is not None:
             self._preview.close()

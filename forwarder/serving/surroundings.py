@@ -66,7 +66,7 @@ class Surroundings:
         return self._service.look_around(now)
 
     def close(self) -> None:
-        """Hear no more, in a forked child too."""
+        """Hear no more."""
         if self._changes is not None:
             self._changes.close()
             self._changes = None

@@ -135,12 +135,6 @@ class Handover:
             if one is not None:
                 one.close()
 
-    def close_in_child(self) -> None:
-        """In a forked child: give up what it inherited, without a word to anybody."""
-        upgrade.release_predecessor()
-        if self._pid_file is not None:
-            self._pid_file.close_in_child()
-
     def remove_pid_file(self) -> None:
         """Remove the pid file, if it is ours: not our predecessor's, not our successor's."""
         if self._pid_file is not None and not upgrade.has_predecessor():

@@ -122,7 +122,7 @@ class _Line:
         return self._channel.fileno() >= 0
 
     def close(self) -> None:
-        """Close the socket, in a forked child too; the selector's place goes with the last copy."""
+        """Close the socket; its place in the selector goes with it."""
         self._channel.close()
 
     def _handle(self, received: Received) -> None:

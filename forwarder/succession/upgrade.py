@@ -208,13 +208,6 @@ def tell_end(status: int) -> None:
         os.close(fd)
 
 
-def release_predecessor() -> None:
-    """Give up our end of the line without a word, as a forked child does."""
-    fd = _take_line()
-    if fd is not None:
-        os.close(fd)
-
-
 def _take_line() -> int | None:
     """Our end of the line to the master that started us, the first time; None if there is none."""
     text = os.environ.pop(READY_VARIABLE, "")

@@ -26,6 +26,7 @@ from forwarder.stats.ledger import Ledger
 from forwarder.stats.reasons import Phase
 from forwarder.supervision import policy
 from forwarder.supervision.slot import Slot, WorkerProcess, WorkerState, WorkerTables, fork_worker
+from forwarder.system.children import keep_only
 from forwarder.system.daemonlog import warn_rarely
 from forwarder.system.signals import describe_end
 from forwarder.upstream import failing
@@ -33,8 +34,6 @@ from forwarder.upstream.known import KnownNames
 from forwarder.upstream.messages import read_hosts, say_answers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from forwarder.ipc.channel import Message, Received
     from forwarder.serving.generation import Serving
     from forwarder.serving.listeners import ListenerTable
@@ -51,16 +50,8 @@ SHORT_S: Final = 0.1  # what waits for memory of the kernel is sent again after 
 class Fleet:
     """All workers, by slot. Owns their channels; the sockets are the table's."""
 
-    def __init__(
-        self,
-        table: ListenerTable,
-        selector: selectors.BaseSelector,
-        release_master: Callable[[], None],
-    ) -> None:
-        """``release_master`` is called in each forked child: it gives up what the master owns.
-
-        ``serving`` must be set before the first :meth:`supervise`.
-        """
+    def __init__(self, table: ListenerTable, selector: selectors.BaseSelector) -> None:
+        """``serving`` must be set before the first :meth:`supervise`."""
         self.serving: Serving
         self.identity: Identity | None = None  # whom the workers run as, if not us
         self.capabilities = 0  # that they keep all the same
@@ -71,7 +62,6 @@ class Fleet:
         self.refusal = ""  # why a worker cannot serve what all were told last
         self._table = table
         self._selector = selector
-        self._release_master = release_master
         self._slots: list[Slot] = []
         self._socket_slots = 0  # slots that have sockets; never shrinks while the master lives
         self._retiring: list[WorkerProcess] = []
@@ -265,11 +255,6 @@ class Fleet:
         self.logs.close()
         self._gate.close()
 
-    def hang_up(self) -> None:
-        """In a forked child: close our copies of the channels."""
-        for process in self.processes():
-            process.channel.close()
-
     def on_exit(self, pid: int, status: int) -> None:
         """Note that a child has ended; one that is no worker is not ours to care for."""
         for process in self.processes():
@@ -307,21 +292,20 @@ class Fleet:
 
     def _become(self, slot: Slot, cell: int, tables: WorkerTables, channel: Channel) -> None:
         """In the forked child: give up everything of the master, then be a worker."""
-        self._release_master()
-        worker.run_and_exit(
-            WorkerSpec(
-                slot=slot.index,
-                cell=cell,
-                channel=channel,
-                heartbeats=self._heartbeats,
-                board=tables.board,
-                gate=self._gate,
-                holdings=tables.holdings,
-                relay=self.serving.config.settings.relay,
-                identity=self.identity,
-                capabilities=self.capabilities,
-            )
+        spec = WorkerSpec(
+            slot=slot.index,
+            cell=cell,
+            channel=channel,
+            heartbeats=self._heartbeats,
+            board=tables.board,
+            gate=self._gate,
+            holdings=tables.holdings,
+            relay=self.serving.config.settings.relay,
+            identity=self.identity,
+            capabilities=self.capabilities,
         )
+        keep_only(spec.descriptors())
+        worker.run_and_exit(spec)
 
     def _check_alive(self, process: WorkerProcess, now: float, limit_s: float) -> None:
         heard_at = process.cut_off_at or self._heartbeats.last(process.cell)

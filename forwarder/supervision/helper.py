@@ -22,6 +22,7 @@ from forwarder.config.model import HANG_TIMEOUT_S
 from forwarder.ipc.channel import Channel, ChannelClosed, channel_pair
 from forwarder.ipc.heartbeat import Heartbeats
 from forwarder.supervision.policy import Backoff
+from forwarder.system.children import keep_only
 from forwarder.system.signals import describe_end, leave_to_the_master
 
 if TYPE_CHECKING:
@@ -57,10 +58,9 @@ class Helper:
         name: str,
         job: Job,
         selector: selectors.BaseSelector,
-        release: Callable[[], None],
         drop: Callable[[], None],
     ) -> None:
-        """In the child ``release`` gives up what is the master's, ``drop`` its rights.
+        """``drop`` gives up the master's rights, in the child.
 
         ``hang_s``: who gives no sign of life for so long is hung, and replaced.
         """
@@ -68,7 +68,6 @@ class Helper:
         self._name = name
         self._job = job
         self._selector = selector
-        self._release = release
         self._drop = drop
         self._heartbeats = Heartbeats()
         self._cell = 0
@@ -168,12 +167,6 @@ class Helper:
                 else:
                     time.sleep(0.005)
 
-    def hang_up_in_child(self) -> None:
-        """In a forked child: close our copy of the channel."""
-        if self._channel is not None:
-            self._channel.close()
-            self._channel = None
-
     # -- birth and death
 
     def _start(self, now: float) -> None:
@@ -193,7 +186,6 @@ class Helper:
             return
         if pid == 0:
             try:
-                ours.close()
                 self._become(theirs, master)
             except BaseException:  # the process ends here, whatever it was
                 log.exception("helper.crashed name=%s", self._name)
@@ -215,7 +207,7 @@ class Helper:
 
     def _become(self, channel: Channel, master: int) -> None:
         """In the child: give up everything of the master, then do the job."""
-        self._release()
+        keep_only([channel.fileno()])
         # TERM, too, which may be sent to all: a helper ends with its master, and not before it.
         leave_to_the_master(but=(signal.SIGCHLD,))
         setproctitle.setproctitle(f"forwarder: {self._name}")

@@ -40,13 +40,12 @@ class Naming:
         self,
         known: KnownNames,
         selector: selectors.BaseSelector,
-        release: Callable[[], None],
         drop: Callable[[], None],
         on_answers: Callable[[Collection[str]], None],
     ) -> None:
-        """``release`` and ``drop`` as for Helper. ``on_answers`` hears which names have changed."""
+        """``drop`` as for Helper. ``on_answers`` hears which names have changed."""
         self.known = known
-        self.helper = Helper("names", self, selector, release, drop)
+        self.helper = Helper("names", self, selector, drop)
         self._on_answers = on_answers
         self._rules: dict[str, list[str]] = {}  # that have a name
         self._unanswered: dict[str, float] = {}  # until when that is no failure

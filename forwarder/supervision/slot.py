@@ -110,6 +110,8 @@ def fork_worker(
 ) -> WorkerProcess:
     """Fork; ``child`` runs the worker in the new process and must not return.
 
+    It inherits all descriptors.
+
     Raises OSError (EAGAIN, ENOMEM) with nothing left behind.
     """
     ours, theirs = channel_pair()
@@ -121,7 +123,6 @@ def fork_worker(
         raise
     if pid == 0:
         try:
-            ours.close()
             child(theirs)
         finally:
             os._exit(70)

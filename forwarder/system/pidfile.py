@@ -125,10 +125,6 @@ class PidFile:
         """The descriptor that holds the lock; whoever inherits it shares the lock."""
         return self._fd
 
-    def close_in_child(self) -> None:
-        """Close the descriptor a forked child has inherited; the lock stays with the parent."""
-        os.close(self._fd)
-
     def leave_to(self, heir: int) -> None:
         """Leave the file to the process ``heir`` if it has claimed it, else remove it."""
         if self._named() == heir:

@@ -509,6 +509,19 @@ def test_the_death_of_the_reading_process_changes_nothing(configure: Configure, 
     assert "generation 2" in it.reload(text)
 
 
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM], ids=lambda n: n.name)
+def test_a_signal_to_all_processes_of_that_name_leaves_the_reading_one_alone(
+    configure: Configure, ends: Ends, number: signal.Signals
+) -> None:
+    """As ``killall -HUP`` sends it, the way to reload a rinetd."""
+    one, upstream = ends.address(), ends.upstream()
+    text = rule(one, upstream.getsockname())
+    it = configure(text)
+    loader = it.begin_slow_reload(text)
+    os.kill(loader, number)
+    assert "generation 2" in it.outcome_of(lambda: os.kill(loader, signal.SIGCONT))
+
+
 def test_the_death_of_the_reading_process_amid_its_answer_changes_nothing(
     configure: Configure, ends: Ends
 ) -> None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def fleet() -> Iterator[Fleet]:
     """One without sockets to share out."""
     with selectors.DefaultSelector() as selector:
-        fleet = Fleet(cast("ListenerTable", None), selector, lambda: None)
+        fleet = Fleet(cast("ListenerTable", None), selector)
         yield fleet
         fleet.close()
 

@@ -55,7 +55,7 @@ class Master:
     def __init__(self) -> None:
         self.selector = selectors.DefaultSelector()
         self.job = Echo()
-        self.helper = Helper("test", self.job, self.selector, lambda: None, lambda: None)
+        self.helper = Helper("test", self.job, self.selector, lambda: None)
         self.now = time.monotonic()
 
     def turn(self) -> None:

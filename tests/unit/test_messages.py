@@ -48,7 +48,7 @@ class Worker:
         self.sock.settimeout(PATIENCE_S)
         self.child = subprocess.Popen(["sleep", "1000"])
         self.selector = selectors.DefaultSelector()
-        self.fleet = Fleet(cast("ListenerTable", None), self.selector, lambda: None)
+        self.fleet = Fleet(cast("ListenerTable", None), self.selector)
         now = time.monotonic()
         tables = WorkerTables(Board(), Holdings())
         self.process = WorkerProcess(0, self.child.pid, tables, Channel(ours), now)

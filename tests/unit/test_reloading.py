@@ -34,7 +34,7 @@ def test_a_bug_while_it_is_put_in_force_is_told_to_who_asked(
         None,
         cast("selectors.BaseSelector", None),
         cast("Requests", requests),
-        lambda: None,
+        (),
     )
     reloading._end(cast("Candidate", object()))
     assert told == ["internal error, see the log"]
@@ -46,7 +46,7 @@ def test_who_asks_what_a_reload_would_change_is_told_of_a_stop() -> None:
     answers: list[Message] = []
     config = Config(rules=())
     with selectors.DefaultSelector() as selector:
-        preview = Preview(lambda: Candidate(config, {}), lambda: config, selector, lambda: None)
+        preview = Preview(lambda: Candidate(config, {}), lambda: config, selector, ())
         for _ in range(2):
             preview._asked.append(({}, answers.append))
             preview._loading.append(({}, answers.append))

@@ -122,7 +122,7 @@ def test_the_news_of_a_death_may_come_after_the_death() -> None:
     *Result*: the second report of the same death is no error.
     """
     selector = selectors.DefaultSelector()
-    fleet = Fleet(ListenerTable(), selector, lambda: None)
+    fleet = Fleet(ListenerTable(), selector)
     fleet.resize(1)
     ours, theirs = channel_pair()
     process = WorkerProcess(0, 2**22 + 1, WorkerTables(fleet.ledger.open(), Holdings()), ours, 0.0)

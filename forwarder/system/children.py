@@ -1,0 +1,45 @@
+"""What a forked child of the master keeps of it."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+_FIRST: Final = 3  # after the standard ones
+
+
+def keep_only(kept: Iterable[int]) -> None:
+    """Close every descriptor of this process but the standard ones and ``kept``.
+
+    For a child that was forked just now and ends with ``os._exit``: objects of the parent go on
+    naming descriptors that are closed here, and whose numbers the child uses again. None of them
+    may be collected, or it would close what is another's. So the collector is told to leave them
+    alone, and whoever forks calls the child from where it is, so that its frames hold the rest.
+    """
+    gc.freeze()
+    signal.set_wakeup_fd(-1)
+    first = _FIRST
+    for fd in sorted({fd for fd in kept if fd >= _FIRST}):
+        os.closerange(first, fd)
+        first = fd + 1
+    os.closerange(first, _table_size())
+
+
+def _table_size() -> int:
+    """A number that is above every open descriptor, and not far: FDSize in proc_pid_status(5).
+
+    Before close_range(2), Linux 5.9, each number below it is a system call, and the limit of open
+    files may be a thousand million.
+    """
+    with suppress(OSError):  # not Linux, or none left to read it by
+        for line in Path("/proc/self/status").read_bytes().splitlines():
+            if line.startswith(b"FDSize:"):
+                return int(line.split()[1])
+    return os.sysconf("SC_OPEN_MAX")
