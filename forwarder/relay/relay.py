@@ -382,7 +382,7 @@ class Relay:
             self.warn_rarely(about, f"upstream.failed rule={rule} upstream={target}: {why}")
 
     def on_attempt_worked(self, pool: Pool, target: Target | Zoned | str) -> None:
-        """An address of an upstream has answered; called only while some are known to fail."""
+        """An address of an upstream has answered; called while some fail, or it was on trial."""
         if pool.failures.forget(target):
             log.info("upstream.recovered rule=%s upstream=%s", pool.rule.name, target)
 

@@ -120,7 +120,8 @@ def test_what_a_client_asks_while_its_last_answer_passes_is_asked(bench: UdpBenc
     assert bench.flows() == 0
 
 
-def test_a_question_is_answered_though_its_listener_goes(bench: UdpBench) -> None:
+def test_what_a_client_asks_of_a_listener_that_goes_is_asked(bench: UdpBench) -> None:
+    """Also while the last answer to what it has asked before passes; then silence is the end."""
     upstream = bench.upstream()
     listener = bench.listen(bench.pool(upstream, answers=ONE))
     client = bench.client(listener)
@@ -129,8 +130,15 @@ def test_a_question_is_answered_though_its_listener_goes(bench: UdpBench) -> Non
     listener.stop()
     listener.sock.close()
     upstream.sendto(b"answer", upstream.recvfrom(100)[1])
+    client.send(b"another")
     bench.turn()
-    assert client.recv(100) == b"answer"
+    question, flow = upstream.recvfrom(100)
+    assert question == b"another"
+    upstream.sendto(b"another answer", flow)
+    bench.turn()
+    assert drain(client) == [b"answer", b"another answer"]
+    bench.loop.pass_time(2)
+    bench.relay.end_silent_flows(1.0)
     assert bench.flows() == 0
 
 
@@ -294,11 +302,14 @@ def test_an_answer_from_an_address_that_has_gone_is_no_bug(
         assert not caplog.records
 
 
-def test_a_dead_upstream_is_left_for_the_next_before_anybody_has_answered(bench: UdpBench) -> None:
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_a_dead_upstream_is_left_for_the_next_before_anybody_has_answered(
+    bench: UdpBench, host: str
+) -> None:
     """With what the client has said, as elsewhere; the socket is not connected yet."""
     alive = bench.upstream()
     pool = bench.pool(answers=ANY_PORT)
-    with udp() as dead:
+    with udp(host) as dead:
         pool.resolved = (target_of(dead), target_of(alive))
     client = bench.client(bench.listen(pool))
     flow = first_question(bench, client, alive)
@@ -306,6 +317,22 @@ def test_a_dead_upstream_is_left_for_the_next_before_anybody_has_answered(bench:
     bench.turn()
     assert client.recv(100) == b"block"
     assert pool.counts[ATTEMPTS_FAILED] == 1
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_refusals_take_no_room_of_answers(bench: UdpBench, host: str) -> None:
+    """Those of an upstream that is not left, being the only one."""
+    with udp(host) as dead:
+        pool = bench.pool(dead, answers=ANY_PORT)
+    client = bench.client(bench.listen(pool))
+    for _ in range(5):
+        client.send(b"anybody?")
+        bench.turn()
+    assert pool.counts[ATTEMPTS_FAILED] == 5
+    (flow,) = bench.relay.sessions
+    assert flow.upstream is not None
+    with pytest.raises(BlockingIOError), socket.socket(fileno=os.dup(flow.upstream.fileno())) as it:
+        it.recvmsg(100, 100, socket.MSG_ERRQUEUE)
 
 
 def test_strangers_do_not_vouch_for_an_upstream(bench: UdpBench) -> None:

@@ -58,7 +58,8 @@ def flow_class(rule: Rule) -> type[UdpFlow]:
 class _OneAnswer(UdpFlow):
     """``unanswered``: questions that wait for an answer. A slot of a batch holds one datagram.
 
-    It has no socket of its own: what a client asks just when the flow ends would be lost with it.
+    It has no socket of its own before its listener stops: a question that comes just when the flow
+    ends would be lost with that. So one that has one ends by silence, as others do.
     """
 
     __slots__ = ("unanswered",)
@@ -74,7 +75,7 @@ class _OneAnswer(UdpFlow):
 
     def has_ended(self) -> bool:
         """Whether all is answered; if so, it has ended."""
-        if self.unanswered > 0:
+        if self.unanswered > 0 or self.is_settled:
             return False
         self.close(_ANSWERED)
         return True

@@ -6,14 +6,14 @@ Theory of operation
 -------------------
 ::
 
-    RESOLVING --> CONNECTING --> OPEN --> CLOSED
+    RESOLVING --> CONNECTING <-> OPEN --> CLOSED
         |             |                     ^
         +-------------+---------------------+
 
-UDP has no connections, so CONNECTING is passed at once where the upstream is spoken to by UDP. What
-the client sends before OPEN waits in its way. A flow ends when nothing has moved in either
-direction for a while, which only a timer can tell; when a stream on one side ends; or when it is
-the one that has been silent longest and there are too many.
+UDP has no connections, so where the upstream is spoken to by UDP CONNECTING is passed at once, and
+again when it is left for another one. What the client sends before OPEN waits in its way. A flow
+ends when nothing has moved in either direction for a while, which only a timer can tell; when a
+stream on one side ends; or when it is the one that has been silent longest and there are too many.
 """
 
 from __future__ import annotations

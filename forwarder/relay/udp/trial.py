@@ -1,8 +1,9 @@
 """An upstream spoken to by UDP that has not answered yet: what was sent to it, and what it does.
 
 UDP tells that nobody is there by an ICMP error at most, and after a datagram was sent. So until an
-upstream has answered, the last that a client has said is kept, for the next one to try: then no
-more than time is lost. From the first answer on a flow costs what it did without.
+upstream has answered, the last that a client has said is kept, as far as there is room, for the
+next one to try: then no more than time is lost. From the first answer on a flow costs what it did
+without.
 """
 
 from __future__ import annotations
