@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from forwarder.cli.absent import absent_addresses, absent_interfaces
+from forwarder.cli.arguments import FILE
 from forwarder.cli.files import STDIN, config_options, load
-from forwarder.cli.options import FILE
 from forwarder.config.advice import advise
 from forwarder.config.describe import describe, plural
 from forwarder.errors import ConfigError, Issue, Place

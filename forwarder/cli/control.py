@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from forwarder.cli import status
-from forwarder.cli.options import FILE
+from forwarder.cli.arguments import FILE
 from forwarder.control.path import find as find_socket
 from forwarder.control.requests import REJECTED
 from forwarder.control.server import MAX_ANSWER_BYTES

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from forwarder import migrate
-from forwarder.cli.options import FILE
+from forwarder.cli.arguments import FILE
 from forwarder.config.loading import read_bytes, read_text, text_with_comments
 from forwarder.errors import ForwarderError
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from forwarder import config
-from forwarder.cli.options import FILE
+from forwarder.cli.arguments import FILE
 from forwarder.config.likeness import Likeness, likeness
 from forwarder.config.loading import MAX_FILE_BYTES, text_of
 from forwarder.config.model import Dialect

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from forwarder.config import advice_access
 from forwarder.config.address import Address, UnixAddress
-from forwarder.config.endpoints import WILDCARDS, listens_for, spelling, transport
+from forwarder.config.address_checks import WILDCARDS, listens_for, spelling, transport
 from forwarder.config.model import Dialect
 from forwarder.errors import Issue
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 from forwarder.config.address import Address, UnixAddress
 from forwarder.config.describe import label, way
 from forwarder.config.model import AccessRule, LogPlace
-from forwarder.config.options import without_unit
+from forwarder.config.option_checks import without_unit
 from forwarder.config.plan import FIXED_SETTINGS, ReloadPlan, diff
 
 if TYPE_CHECKING:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from forwarder.config.address import UnixAddress
-from forwarder.config.endpoints import transport
+from forwarder.config.address_checks import transport
 from forwarder.config.model import MAX_FLOWS, Answers, Framing
-from forwarder.config.options import describe_options
+from forwarder.config.option_checks import describe_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

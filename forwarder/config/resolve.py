@@ -1,13 +1,13 @@
 """RawConfig to Config: defaults, names, and the checks of what is not an address.
 
-Pure. What addresses may be, alone and together, is checked in ``endpoints``.
+Pure. What addresses may be, alone and together, is checked in ``address_checks``.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, TypeVar
 
-from forwarder.config.endpoints import check_endpoints, check_listeners, transport
+from forwarder.config.address_checks import check_endpoints, check_listeners, transport
 from forwarder.config.model import (
     MAX_FLOWS,
     UDP_TIMEOUT_S,
@@ -21,7 +21,7 @@ from forwarder.config.model import (
     Rule,
     Upstream,
 )
-from forwarder.config.options import finish_options
+from forwarder.config.option_checks import finish_options
 from forwarder.config.patterns import PATTERN_FORMS, PatternError, parse_pattern
 from forwarder.errors import Place
 

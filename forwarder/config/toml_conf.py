@@ -27,9 +27,9 @@ from forwarder.config.model import (
 from forwarder.config.raw import Issues, Placed, RawConfig, RawRule
 from forwarder.config.toml_addresses import read_host, read_listen, read_upstreams
 from forwarder.config.toml_limits import LIMIT_KEYS, MOST_SESSIONS, read_limits
-from forwarder.config.toml_options import DEFAULT_KEYS, OPTION_KEYS, read_options
 from forwarder.config.toml_places import Places
 from forwarder.config.toml_table import Table
+from forwarder.config.toml_values import DEFAULT_KEYS, OPTION_KEYS, read_options
 from forwarder.errors import Place
 
 # A worker gives a sign of life every second.

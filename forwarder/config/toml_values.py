@@ -1,6 +1,6 @@
 """The socket options of one TOML table, by key: kinds and ranges of values.
 
-What they mean for a rule, and which rules can have them, is checked in ``options``.
+What they mean for a rule, and which rules can have them, is checked in ``option_checks``.
 """
 
 from __future__ import annotations
