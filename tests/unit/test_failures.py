@@ -20,7 +20,6 @@ def failures() -> Failures:
 def test_what_has_just_failed_is_tried_last_but_never_left_out(failures: Failures) -> None:
     assert failures.note(A, "refused", 100.0)
     assert failures.order((A, B, C), 100.0) == (B, C, A)
-    assert failures.is_avoided(A, 100.0)
     failures.note(B, "refused", 100.0)
     assert failures.order((A, B, C), 100.0) == (C, A, B)
     failures.note(C, "refused", 100.0)
@@ -74,7 +73,7 @@ def test_what_is_remembered_is_bounded_and_the_oldest_makes_room(failures: Failu
     for nth, target in enumerate(targets):
         failures.note(target, "refused", 100.0 + nth)
     assert len(failures) == MAX_KNOWN
-    assert not failures.is_avoided(targets[0], 100.0)
+    assert failures.order((targets[1], targets[0]), 101.0) == (targets[0], targets[1])
 
 
 def test_what_nobody_has_tried_for_long_is_forgotten(failures: Failures) -> None:
