@@ -131,7 +131,7 @@ class Conversation:
         raise NotImplementedError
 
     def on_dialing(self) -> None:
-        """The first attempt is under way."""
+        """The first attempt begins."""
 
     def on_starved(self) -> None:
         """There is no descriptor; they come back some time."""

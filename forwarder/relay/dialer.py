@@ -76,7 +76,7 @@ class Caller(Protocol):
         """Begin to connect; returns an errno as ``connect_ex``. Raises OSError as well."""
 
     def on_dialing(self) -> None:
-        """The first attempt is under way."""
+        """The first attempt begins. Raises OSError: it waits, and this is called again."""
 
     def on_starved(self) -> None:
         """There is no descriptor: have :meth:`Dialer.on_timer` called when there may be one."""
@@ -289,10 +289,10 @@ class Dialer:
         caller = self.caller
         try:
             if caller.is_answered:
-                caller.relay.poller.register(sock.fileno(), attempt)
                 if not self._has_begun:
                     caller.on_dialing()
                     self._has_begun = True
+                caller.relay.poller.register(sock.fileno(), attempt)
         except OSError as err:
             return err.errno or errno.ENOMEM
         attempt.sock = sock

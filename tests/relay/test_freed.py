@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
+import errno
 import gc
+import os
 import socket
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final, cast
 
 import pytest
-from support.by_hand import Bench, StubPool, pool_of, target_of
+from support.by_hand import RULE, Bench, StubPool, accepted, pool_of, target_of
 from support.ends import accept, listen, receive_to_reset, reset
 from support.waiting import eventually
 
+from forwarder.config.model import Protocol
 from forwarder.relay.dialer import Attempt, Dialer
+from forwarder.relay.poller import Poller
 from forwarder.relay.tcp.direction import Direction
 from forwarder.relay.tcp.metered import put_under_meters
 from forwarder.relay.tcp.session import Session
-from forwarder.stats.reasons import Phase
+from forwarder.relay.udp.directions import Way
+from forwarder.relay.udp.flow import Flow
+from forwarder.stats.reasons import REASONS, Phase
+from forwarder.stats.rows import ENDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from forwarder.limits.meter import Meter
+    from forwarder.relay.poller import Handler
+    from forwarder.upstream.pool import Pool
 
-KINDS: Final = (Session, Direction, Dialer, Attempt)
+KINDS: Final = (Session, Flow, Direction, Way, Dialer, Attempt)
 
 
 class Generous:
@@ -44,11 +54,28 @@ class Generous:
 METERS: Final = cast("tuple[Meter, Meter]", (Generous(), Generous()))
 
 
+class Watched(Bench):
+    """A relay whose objects are looked for among all that there are, but for what was before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._before = objects()
+
+    def left(self) -> list[str]:
+        """What is still there."""
+        before = set(map(id, self._before))
+        return sorted(type(one).__name__ for one in objects() if id(one) not in before)
+
+
+def objects() -> list[object]:
+    return [one for one in gc.get_objects() if isinstance(one, KINDS)]
+
+
 @pytest.fixture
-def bench() -> Iterator[Bench]:
-    bench = Bench()
+def bench() -> Iterator[Watched]:
     gc.collect()
     gc.disable()
+    bench = Watched()
     try:
         yield bench
     finally:
@@ -62,11 +89,7 @@ def stack() -> Iterator[ExitStack]:
         yield stack
 
 
-def left() -> list[str]:
-    return sorted(type(one).__name__ for one in gc.get_objects() if isinstance(one, KINDS))
-
-
-def turn_until(bench: Bench, condition: Callable[[], bool]) -> None:
+def turn_until(bench: Watched, condition: Callable[[], bool]) -> None:
     def is_so() -> bool:
         bench.relay.poller._turn()
         bench.loop.pass_time(0)
@@ -75,7 +98,7 @@ def turn_until(bench: Bench, condition: Callable[[], bool]) -> None:
     eventually(is_so)
 
 
-def served(bench: Bench, stack: ExitStack) -> tuple[socket.socket, socket.socket]:
+def served(bench: Watched, stack: ExitStack) -> tuple[socket.socket, socket.socket]:
     """Both ends of a session that has moved something."""
     upstream = stack.enter_context(listen())
     client = stack.enter_context(bench.open(pool_of((target_of(upstream),), 10.0)))
@@ -95,7 +118,7 @@ def served(bench: Bench, stack: ExitStack) -> tuple[socket.socket, socket.socket
 
 @pytest.mark.parametrize("metered", ["never", "from the beginning", "later"])
 @pytest.mark.parametrize("end", ["fin", "reset", "kill"])
-def test_a_session_that_has_ended(bench: Bench, stack: ExitStack, metered: str, end: str) -> None:
+def test_a_session_that_has_ended(bench: Watched, stack: ExitStack, metered: str, end: str) -> None:
     if metered == "from the beginning":
         bench.relay.meters[1] = METERS
     client, far = served(bench, stack)
@@ -111,19 +134,19 @@ def test_a_session_that_has_ended(bench: Bench, stack: ExitStack, metered: str, 
     else:
         bench.relay.abort_sessions(Phase.KILL, "killed")
     turn_until(bench, lambda: not bench.relay.sessions)
-    assert left() == []
+    assert bench.left() == []
 
 
-def test_a_client_that_finds_no_upstream(bench: Bench, stack: ExitStack) -> None:
+def test_a_client_that_finds_no_upstream(bench: Watched, stack: ExitStack) -> None:
     dead = stack.enter_context(socket.socket())
     dead.bind(("127.0.0.1", 0))
     client = stack.enter_context(bench.open(pool_of((target_of(dead),) * 2, 10.0)))
     turn_until(bench, lambda: not bench.relay.sessions)
     assert receive_to_reset(client) == b""
-    assert left() == []
+    assert bench.left() == []
 
 
-def test_a_client_whose_name_is_answered_with_nothing(bench: Bench, stack: ExitStack) -> None:
+def test_a_client_whose_name_is_answered_with_nothing(bench: Watched, stack: ExitStack) -> None:
     pool: StubPool = pool_of(None, 10.0)
     client = stack.enter_context(bench.open(pool))
     for tell in pool.waiting:
@@ -132,4 +155,30 @@ def test_a_client_whose_name_is_answered_with_nothing(bench: Bench, stack: ExitS
     pool.waiting.clear()
     turn_until(bench, lambda: not bench.relay.sessions)
     assert receive_to_reset(client) == b""
-    assert left() == []
+    assert bench.left() == []
+
+
+@pytest.mark.parametrize("protocol", [Protocol.TCP, Protocol.TCP_TO_UDP])
+def test_a_client_that_the_poller_did_not_take_in_time(
+    bench: Watched, stack: ExitStack, monkeypatch: pytest.MonkeyPatch, protocol: Protocol
+) -> None:
+    """It takes the upstreams that are tried, each of which is given up for want of the client."""
+    upstream = stack.enter_context(listen())
+    rule = replace(RULE, connect_timeout_s=1.0, protocol=protocol)
+    pool = StubPool(rule, (target_of(upstream),))
+    client, sock, address = accepted()
+    stack.enter_context(client)
+    register = Poller.register
+
+    def register_others(poller: Poller, fd: int, handler: Handler, *events: int) -> None:
+        if fd == sock.fileno():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        register(poller, fd, handler, *events)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Poller, "register", register_others)
+        bench.relay.open_session(cast("Pool", pool), sock, address)
+        bench.loop.pass_time(2.0)
+    assert receive_to_reset(client) == b""
+    assert pool.counts[ENDS + REASONS.index("us/connect")] == 1
+    assert bench.left() == []

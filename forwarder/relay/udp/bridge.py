@@ -55,7 +55,11 @@ class Bridge(Flow):
             raise OSError(errno.ENOTCONN, "the client has gone")
         error = super().connect(upstream, target)
         if not self.connected_at:  # else it is watched already, and another upstream was left
-            self.relay.poller.register(client.fileno(), self.c2u)
+            try:
+                self.relay.poller.register(client.fileno(), self.c2u)
+            except OSError:
+                self.relay.poller.unregister(upstream.fileno())  # the dialer closes it
+                raise
         return error
 
     def on_connected(self, upstream: socket.SocketType, mask: int) -> None:
