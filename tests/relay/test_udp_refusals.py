@@ -21,6 +21,7 @@ from support.namespaces import network
 from forwarder.config.model import Protocol, RelayMode
 from forwarder.net import datagrams
 from forwarder.net import udp as udp_module
+from forwarder.net.sockets import NO_PORT
 from forwarder.relay.udp.flow import Flow
 from forwarder.relay.udp.trial import KEPT
 from forwarder.stats.rows import ATTEMPTS_FAILED, SESSIONS_TOTAL
@@ -29,7 +30,8 @@ from forwarder.upstream.failures import FIRST_S, MOST_S
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from forwarder.net.sockets import Target
+    from forwarder.net.options import How
+    from forwarder.net.sockets import SockAddr, Target
 
 
 @pytest.fixture(params=[RelayMode.AUTO, RelayMode.COPY], ids=["batched", "plain"])
@@ -311,6 +313,39 @@ def test_answers_that_wait_for_the_listener_come_though_there_is_another_upstrea
     new.sendto(b"from there", source)
     bench.turn()
     assert drain(client) == [b"from there"]
+
+
+def test_others_make_room_for_a_flow_each_time_that_it_connects(
+    bench: UdpBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no local port for it when it begins, and none when its upstream has moved."""
+    old, new = bench.upstream(), bench.upstream()
+    pool = pool_of(bench, old)
+    listener = bench.listen(pool)
+    for _ in range(2):
+        bench.client(listener).send(b"somebody else")
+        bench.turn()
+    refusals = [NO_PORT]
+    make = udp_module.upstream_socket
+
+    def portless(target: Target, source: SockAddr | None, how: How) -> socket.SocketType:
+        if refusals:
+            raise OSError(refusals.pop(), "the test says so")
+        return make(target, source, how)
+
+    monkeypatch.setattr(udp_module, "upstream_socket", portless)
+    client = bench.client(listener)
+    client.send(b"question")
+    bench.turn()
+    assert drain(old) == [b"somebody else"] * 2 + [b"question"]
+    *_, flow = bench.relay.sessions
+    assert isinstance(flow, Flow)
+    refusals.append(NO_PORT)
+    pool.resolved = (target_of(new),)
+    flow.move_on(deque([b"again"]))
+    bench.turn()
+    assert drain(new) == [b"again"]
+    assert list(bench.relay.sessions) == [flow]
 
 
 def starved(*_: object) -> socket.socket:

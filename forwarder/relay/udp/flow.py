@@ -61,7 +61,7 @@ class Flow(Conversation):
     def __init__(self, relay: Relay, pool: Pool, client_address: SockAddr) -> None:
         super().__init__(relay, pool, client_address)
         self.client: socket.SocketType | None = None
-        self.has_waited = False  # for a descriptor or a port
+        self.has_waited = False  # for a descriptor or a port, since it began to connect
         self.refusal = 0  # errno that the upstream was reported with, until that is dealt with
         relay.sessions[self] = None
 
@@ -100,6 +100,7 @@ class Flow(Conversation):
     def on_open(self) -> None:
         """Both sides are there, for the first time or with another upstream."""
         self.state = _OPEN
+        self.has_waited = False
         self.relay.flows.ports.take(self.pool)
         self.active_at = self.relay.poller.now
         self.arm(self.silence_limit_s)
