@@ -16,6 +16,7 @@ import pytest
 from forwarder.config import Dialect, load
 from forwarder.config.address import Address, UnixAddress
 from forwarder.config.advice import advise
+from forwarder.config.model import Upstream
 from forwarder.errors import ConfigError, Issue, Place
 
 HERE = Path(__file__).parent
@@ -28,6 +29,8 @@ def plain(value: object) -> object:
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, Address | UnixAddress):
+        return str(value)
+    if isinstance(value, Upstream) and value == Upstream(value.end):
         return str(value)
     if isinstance(value, Place):
         return f"{value.line}:{value.column}"
