@@ -9,8 +9,8 @@ from typing import Final
 
 # A failing upstream of a busy rule fails thousands of times a second; say so this often at most.
 INTERVAL_S: Final = 10.0
-# Things that are remembered, so that names that come and go do not pile up. Arbitrary; more than
-# there are rules that fail at the same time.
+# Things that are remembered; for one more, the one that may be said again first is forgotten.
+# Arbitrary; more than there are rules that fail at the same time, as a rule.
 MAX_KNOWN: Final = 4096
 
 
@@ -21,7 +21,7 @@ class Rarely:
 
     def __init__(self, interval_s: float = INTERVAL_S) -> None:
         self._interval_s = interval_s
-        # When each thing may be said again, and how often it was not said.
+        # When each thing may be said again, and how often it was not said; in this order of time.
         self._known: dict[str, tuple[float, int]] = {}
 
     def note(self, about: str, now: float) -> str | None:
@@ -34,7 +34,8 @@ class Rarely:
         if now < until:
             self._known[about] = (until, unsaid + 1)
             return None
+        self._known.pop(about, None)
         if len(self._known) >= MAX_KNOWN:
-            self._known = {key: known for key, known in self._known.items() if now < known[0]}
+            del self._known[next(iter(self._known))]
         self._known[about] = (now + self._interval_s, 0)
         return f" ({unsaid} more since the last report)" if unsaid else ""

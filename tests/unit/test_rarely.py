@@ -30,6 +30,17 @@ def test_things_that_come_and_go_do_not_pile_up() -> None:
     assert len(said._known) <= MAX_KNOWN
 
 
+def test_more_things_at_once_than_are_remembered_do_not_pile_up_either() -> None:
+    """The last ones are said as rarely as ever."""
+    said = Rarely(10.0)
+    for number in range(2 * MAX_KNOWN):
+        assert said.note(str(number), 100.0) == ""
+    assert len(said._known) == MAX_KNOWN
+    said.note("0", 105.0)
+    assert said.note(str(2 * MAX_KNOWN - 1), 105.0) is None
+    assert said.note(str(MAX_KNOWN), 105.0) == "", "the oldest was forgotten"
+
+
 def _fail(*, otherwise: bool) -> None:
     if otherwise:
         raise ValueError("other")
