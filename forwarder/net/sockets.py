@@ -287,15 +287,17 @@ def why_no_address(sock: socket.SocketType, target: Target) -> int:
     """What EADDRNOTAVAIL of connect(2) means: NO_PORT, or that there is no address to connect from.
 
     The latter is of IPv6 only, where it depends on the destination. UDP chooses in the same way.
+    For want of a descriptor to try that it is left as it is.
     """
     if target.family != socket.AF_INET6:
         return NO_PORT
-    with socket.socket(target.family, socket.SOCK_DGRAM) as probe:
-        try:
+    try:
+        with socket.socket(target.family, socket.SOCK_DGRAM) as probe:
             probe.bind((*sock.getsockname()[:1], 0, 0, 0))
             probe.connect(target.sockaddr)
-        except OSError as err:
-            return errno.EADDRNOTAVAIL if err.errno == errno.EADDRNOTAVAIL else NO_PORT
+    except OSError as err:
+        cannot_tell = err.errno in OUT_OF_RESOURCES
+        return errno.EADDRNOTAVAIL if cannot_tell or err.errno == errno.EADDRNOTAVAIL else NO_PORT
     return NO_PORT
 
 

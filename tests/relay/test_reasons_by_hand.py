@@ -9,13 +9,14 @@ from collections import Counter
 from typing import TYPE_CHECKING, cast
 
 import pytest
-from support.by_hand import RULE, Bench, StubPool, pool_of
+from support.by_hand import RULE, Bench, StubPool, accepted, pool_of
 from support.ends import accept, listen, receive_to_reset
 from support.logged import read_json
 
 from forwarder.config.model import LogFormat
 from forwarder.net.sockets import ACCEPT_IGNORE, Target
 from forwarder.relay.access import AccessList
+from forwarder.relay.tcp.session import Session
 from forwarder.relay.tcp_listener import Listener
 from forwarder.stats.reasons import REASONS, CloseReason, Phase, Who
 from forwarder.stats.rows import ENDS, REFUSED, SESSIONS, SESSIONS_TOTAL
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from forwarder.relay.tcp.session import Session
     from forwarder.upstream.pool import Pool
 
 
@@ -79,6 +79,29 @@ def test_a_bug_ends_the_session_and_is_counted(bench: Bench, tmp_path: Path) -> 
         bench.loop.pass_time(0)
         assert receive_to_reset(client) == b""
     assert written(bench, pool, tmp_path)[0] == Counter(["us/error"])
+
+
+def test_no_address_to_connect_from_is_said_at_the_descriptor_limit_too(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it is an address or a port that lacks cannot be tried out then."""
+    pool = pool_of((Target(socket.AF_INET6, ("::1", 1, 0, 0)),), 10.0)
+
+    def no_address(_session: Session, _upstream: socket.SocketType, _target: Target) -> int:
+        return errno.EADDRNOTAVAIL
+
+    def no_descriptor(*_: object) -> socket.socket:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Session, "connect", no_address)
+        client, sock, address = accepted()
+        patched.setattr(socket, "socket", no_descriptor)
+        bench.relay.open_session(cast("Pool", pool), sock, address)
+        bench.loop.pass_time(0)
+    with client:
+        assert receive_to_reset(client) == b""
+    assert written(bench, pool, tmp_path)[0] == Counter(["upstream/connect"])
 
 
 def test_a_stop_ends_what_is_open_whatever_it_was_doing(bench: Bench, tmp_path: Path) -> None:
