@@ -300,6 +300,7 @@ class Master:
         if self._fleet.refusal:
             why, self._fleet.refusal = self._fleet.refusal, ""
             self._reloading.on_refused(why)
+            self._fleet.supervise()
         if not self._fleet.is_settled:
             return
         self._reloading.on_settled()
@@ -379,7 +380,7 @@ class Master:
             "rates": self._fleet.ledger.rates(now),
             "workers": self._fleet.describe(now),
             "helpers": self._naming.helper.describe(now),
-            "rules": self._naming.describe(self._fleet.describe_failing(rules, now), now),
+            "rules": self._naming.describe(self._fleet.describe_rules(rules, now), now),
             "predecessors": self._handover.describe(),
         }
 

@@ -38,7 +38,23 @@ def as_text(status: Mapping[str, object]) -> list[str]:
     names = _names_as_text(_table(rule) for rule in _list(status.get("rules")))
     failing = _failing_as_text(_table(rule) for rule in _list(status.get("rules")))
     tables = [*_columns(_WORKER_COLUMNS, workers), "", *_columns(_RULE_COLUMNS, rules)]
-    return [*lines, *tables, *names, *failing]
+    return [*lines, *tables, *_unserved_as_text(status), *names, *failing]
+
+
+def _unserved_as_text(status: Mapping[str, object]) -> list[str]:
+    """What workers do not serve though they shall, after an empty line, if there is some."""
+    lines = [
+        f"worker {worker.get('slot')} cannot serve what it was told, and goes on as before: "
+        f"{worker.get('refusal')}"
+        for worker in map(_table, _list(status.get("workers")))
+        if worker.get("refusal")
+    ]
+    lines += [
+        f"rule {rule.get('name')}: no worker accepts on {_count(rule, 'unserved')} of its sockets"
+        for rule in map(_table, _list(status.get("rules")))
+        if _count(rule, "unserved")
+    ]
+    return ["", *lines] if lines else []
 
 
 def _names_as_text(rules: Iterable[Mapping[str, object]]) -> list[str]:

@@ -308,6 +308,12 @@ class Requests:
             else:
                 self._settling.append((reply, accepted))
 
+    def on_unserved(self, problem: str) -> None:
+        """The workers cannot serve what they were told last, which no reload has brought."""
+        settling, self._settling = self._settling, []
+        for reply, _ in settling:
+            reply(refusal(problem))
+
     def on_settled(self) -> None:
         """Every worker has acknowledged all that it was told."""
         settled, self._settling = self._settling, []

@@ -216,6 +216,11 @@ class ListenerTable:
         made = len(slotted.sockets)
         return {slotted.ids[i]: slotted.sockets[i].fileno() for i in slots if i < made}
 
+    def ids(self, addresses: Iterable[BindAddress]) -> list[int]:
+        """The ids of all sockets of some addresses, as far as there are any."""
+        found = (self._by_address.get(address) for address in addresses)
+        return [number for slotted in found if slotted for number in slotted.ids]
+
     def queue(self, addresses: Iterable[BindAddress]) -> dict[str, int]:
         """What waits in the queues of some addresses: the fields of ``sockets.Queue``, in sums."""
         waiting = limit = dropped = 0

@@ -167,11 +167,16 @@ class Reloading:
         self._before = None
 
     def on_refused(self, why: str) -> None:
-        """The workers cannot serve what was put in force last: have again what was before it."""
+        """The workers cannot serve what they were told last: have again what was before a reload.
+
+        What came of something else is told again, see ``WorkerProcess``.
+        """
         before, self._before = self._before, None
-        if before is None:
-            return  # nothing was put in force; the log has it
         problem = f"the workers cannot serve it: {why}; please report it"
+        if before is None:
+            log.error("worker.refuses %s; it is tried again", problem)
+            self._requests.on_unserved(f"{problem}; it is tried again")
+            return
         log.error("reload.rejected %s", problem)
         self._requests.on_refused((problem,))
         try:

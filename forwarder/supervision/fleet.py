@@ -25,7 +25,15 @@ from forwarder.net import pipes
 from forwarder.stats.ledger import Ledger
 from forwarder.stats.reasons import Phase
 from forwarder.supervision import policy
-from forwarder.supervision.slot import Slot, WorkerProcess, WorkerState, WorkerTables, fork_worker
+from forwarder.supervision.slot import (
+    RETRY_S,
+    Slot,
+    WorkerProcess,
+    WorkerState,
+    WorkerTables,
+    describe_unserved,
+    fork_worker,
+)
 from forwarder.system.children import keep_only
 from forwarder.system.daemonlog import warn_rarely
 from forwarder.system.signals import describe_end
@@ -42,8 +50,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# When a worker is told again what to serve, after it or we had no descriptors left for that.
-RETRY_S: Final = 1.0
 SHORT_S: Final = 0.1  # what waits for memory of the kernel is sent again after this time
 
 
@@ -86,7 +92,9 @@ class Fleet:
     def is_settled(self) -> bool:
         """Whether every worker that lives serves exactly what it was last told to serve."""
         return all(
-            process.state is WorkerState.READY and process.applied_serial == process.sent_serial
+            process.state is WorkerState.READY
+            and process.applied_serial == process.sent_serial
+            and not process.refusal
             for process in self._in_slots()
         ) and not any(process.channel.has_outbox for process in self._retiring)
 
@@ -102,10 +110,10 @@ class Fleet:
             for process in self.processes()
         ]
 
-    def describe_failing(
-        self, rules: list[dict[str, object]], now: float
-    ) -> list[dict[str, object]]:
-        """Rules as in the status, each with the addresses of its upstreams that fail."""
+    def describe_rules(self, rules: list[dict[str, object]], now: float) -> list[dict[str, object]]:
+        """Rules as in the status, each with what no worker accepts on, and upstreams that fail."""
+        sockets = {name: self._table.ids(at) for name, at in self.serving.binds.items()}
+        rules = describe_unserved(rules, sockets, self.processes())
         return failing.describe(rules, (it.failing for it in self.processes()), now)
 
     def next_deadline(self) -> float | None:
@@ -120,7 +128,8 @@ class Fleet:
     def next_look(self) -> float:
         """When :meth:`end_hung` is to be called again, or a worker told again, at the latest."""
         now = time.monotonic()
-        deaf = [it.deaf_until for it in self.processes() if it.deaf_until > now]
+        told = [max(it.deaf_until, it.retry_at) for it in self.processes()]
+        deaf = [at for at in told if at > now]
         if any(it.channel.is_short for it in self.processes()):
             deaf.append(now + SHORT_S)
         return min([*deaf, now + self.serving.config.settings.hang_timeout_s / 4])
@@ -360,9 +369,9 @@ class Fleet:
     # -- messages
 
     def _on_applied(self, process: WorkerProcess, message: Message) -> None:
-        refusal = process.on_applied(message, time.monotonic() + RETRY_S)
-        if process.applied_serial == process.sent_serial and refusal:
-            self.refusal = refusal
+        process.on_applied(message, time.monotonic())
+        if process.applied_serial == process.sent_serial and process.refusal:
+            self.refusal = process.refusal
         elif process.applied_serial == process.sent_serial:
             process.generation = self.serving.generation
         if process.state is WorkerState.STARTING:
@@ -431,7 +440,7 @@ class Fleet:
 
     def _give(self, process: WorkerProcess, socket_slots: tuple[int, ...]) -> None:
         wanted = (self.serving.revision, len(self._slots), socket_slots)
-        if process.told == wanted or time.monotonic() < process.deaf_until:
+        if not process.must_be_told(wanted, time.monotonic()):
             return
         self._tell_names(process)  # first, so that the first client finds them
         descriptors: dict[int, int] = {}
@@ -445,7 +454,7 @@ class Fleet:
         new = {i: fd for i, fd in descriptors.items() if i not in process.known_sockets}
         try:
             messages.send_sockets(process.channel, new)
-            process.known_sockets |= new.keys()
+            process.known_sockets = process.known_sockets | new.keys()
             messages.send_assignment(
                 process.channel,
                 messages.Assignment(

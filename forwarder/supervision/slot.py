@@ -9,19 +9,24 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from forwarder.ipc.channel import Channel, channel_pair
-from forwarder.supervision.policy import Backoff
+from forwarder.supervision.policy import LONGEST_DELAY_S, Backoff
 
 if TYPE_CHECKING:
     import signal
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Mapping
 
     from forwarder.ipc.channel import Message
     from forwarder.limits.gate import Holdings
     from forwarder.stats.board import Board
     from forwarder.upstream.failing import Failing
+
+
+# When a worker is told again what to serve, after it or we had no descriptors left for that. A bug
+# in serving it is told twice as late each time.
+RETRY_S: Final = 1.0
 
 
 class WorkerState(Enum):
@@ -61,24 +66,42 @@ class WorkerProcess:
         self.logs_revision = 0  # Fleet's: which places of the connection log it knows
         self.names_revision = 0  # Fleet's: which answers about names it knows
         self.generation = 0  # of what it has applied
-        self.known_sockets: set[int] = set()
+        self.known_sockets: set[int] = set()  # that it owns, whether it accepts on them or not
+        self.serves: set[int] = set()  # the sockets on which it has said that it accepts
+        self.refusal = ""  # why it goes on with what it had before what it was told last
+        self.refusals = 0  # how often in a row
+        self.retry_at = 0.0  # when it is told again what it has refused
         self.cut_off_at = 0.0  # since when it has no channel; if it lives on, it serves for nobody
         self.deaf_until = 0.0  # Fleet's: when there is a point in telling it again
         self.told: tuple[int, int, tuple[int, ...]] | None = None  # Fleet's: what it was told last
         self.failing: list[Failing] = []  # addresses of upstreams, by what it has said last
 
-    def on_applied(self, message: Message, retry_at: float) -> str:
-        """Take in an acknowledgement; what did not arrive is told again at ``retry_at``.
+    def on_applied(self, message: Message, now: float) -> None:
+        """Take in an acknowledgement; what did not arrive or was refused is told again later.
 
-        Returns why it goes on with what it had before, or "". Raises KeyError for nonsense.
+        Raises KeyError for nonsense.
         """
         serial, missing, refusal = message["serial"], message["missing"], message["refusal"]
         self.applied_serial = serial if isinstance(serial, int) else 0
         if not serial or missing:
             self.told = None  # again, when there may be descriptors
             self.known_sockets.difference_update(missing if isinstance(missing, list) else ())
-            self.deaf_until = retry_at
-        return str(refusal)
+            self.deaf_until = now + RETRY_S
+        if self.applied_serial != self.sent_serial:
+            return
+        self.refusal = str(refusal)
+        if self.refusal:
+            delay = RETRY_S * 2 ** min(self.refusals, 16)  # bounded, as in Backoff
+            self.refusals += 1
+            self.retry_at = now + min(delay, LONGEST_DELAY_S)
+        else:
+            self.refusals = 0
+            self.serves = self.known_sockets
+
+    def must_be_told(self, wanted: tuple[int, int, tuple[int, ...]], now: float) -> bool:
+        """Whether it is to be told to serve ``wanted``, now or once more."""
+        is_over = bool(self.refusal) and now >= self.retry_at
+        return (self.told != wanted or is_over) and now >= self.deaf_until
 
     def describe(self, now: float) -> dict[str, object]:
         """Who it is and how it fares, as in the status."""
@@ -87,6 +110,7 @@ class WorkerProcess:
             "pid": self.pid,
             "state": self.state.value,
             "generation": self.generation,
+            "refusal": self.refusal,
             "uptime_s": round(now - self.started_at, 1),
         }
 
@@ -94,6 +118,19 @@ class WorkerProcess:
         """Send a signal; a process that has gone just now is no error."""
         with suppress(ProcessLookupError):
             os.kill(self.pid, number)
+
+
+def describe_unserved(
+    rules: Iterable[dict[str, object]],
+    sockets: Mapping[str, Iterable[int]],
+    processes: Iterable[WorkerProcess],
+) -> list[dict[str, object]]:
+    """Rules as in the status, each with how many of its sockets none of the workers accepts on."""
+    served = set().union(*(process.serves for process in processes if not process.is_leaving))
+    return [
+        {**rule, "unserved": sum(i not in served for i in sockets.get(str(rule["name"]), ()))}
+        for rule in rules
+    ]
 
 
 class Slot:

@@ -15,8 +15,8 @@ from forwarder.ipc.channel import channel_pair
 from forwarder.limits.gate import Holdings
 from forwarder.serving.generation import Serving
 from forwarder.stats.board import Board
-from forwarder.supervision.fleet import RETRY_S, Fleet
-from forwarder.supervision.slot import Slot, WorkerProcess, WorkerTables
+from forwarder.supervision.fleet import Fleet
+from forwarder.supervision.slot import RETRY_S, Slot, WorkerProcess, WorkerTables
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
