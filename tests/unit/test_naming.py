@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def naming() -> Iterator[Naming]:
     """One without a helper: the test says what that would say."""
     with selectors.DefaultSelector() as selector:
-        yield Naming(KnownNames(), selector, lambda: None, lambda: None, lambda _: None)
+        yield Naming(KnownNames(), selector, lambda: None, lambda _: None)
 
 
 def hear(naming: Naming, host: str, answer: Answer) -> None:
