@@ -18,7 +18,7 @@ from forwarder.config.address import Address, UnixAddress
 from forwarder.config.describe import listening
 from forwarder.errors import StartupError
 from forwarder.serving.addresses import BindError
-from forwarder.serving.listeners import ListenerTable, start_lock
+from forwarder.serving.listeners import START_LOCK_S, ListenerTable, start_lock
 from forwarder.serving.loader import Candidate, Rejected
 from forwarder.serving.retries import Retries
 
@@ -55,6 +55,9 @@ class Binding:
         self._start = start
         self._had: dict[str, tuple[BindAddress, ...]] = {}
         self._fragile: list[Rule] = []  # that can go deaf
+        self._locked_since: float | None = (
+            None  # when somebody else was first met at the start lock
+        )
 
     def of(self, name: str) -> tuple[BindAddress, ...]:
         """Where a rule listens."""
@@ -116,16 +119,29 @@ class Binding:
             found = Candidate(tried, {}, {rule.name: why for rule in tried.rules})
         before = dict(self._had)
         taken = self.by_address(in_force.rules)
-        with start_lock(patience_s=0.0) as is_alone:
+        with start_lock(patience_s=0.0) as is_ours:
+            may_probe = self._may_probe(time.monotonic(), is_alone=is_ours)
             for rule in tried.rules:
                 now = self.of(rule.name)
                 had = Had((), "another instance is starting")  # our probe could meet it
-                if is_alone:
+                if may_probe:
                     had = self._bind_if_possible(rule, found, slots, taken)
                     taken |= dict.fromkeys(had.addresses, rule)
                 more = tuple(address for address in had.addresses if address not in now)
                 self._note(rule, Had(now + more, had.why))
         return self._had != before
+
+    def _may_probe(self, now: float, *, is_alone: bool) -> bool:
+        """Whether to go on; who holds the start lock for longer than a start waits is ignored.
+
+        Anybody on this host can hold it.
+        """
+        if is_alone:
+            self._locked_since = None
+            return True
+        if self._locked_since is None:
+            self._locked_since = now
+        return now >= self._locked_since + START_LOCK_S
 
     @property
     def can_go_deaf(self) -> bool:

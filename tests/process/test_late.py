@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,6 @@ from support.waiting import eventually
 from process.conftest import stop
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Iterator
     from pathlib import Path
 
@@ -115,6 +115,19 @@ def test_an_address_that_is_taken_is_had_when_it_is_free(site: Site) -> None:
     assert site.rules()[1]["state"] == "listening"
     it.forwarder.wait_logged("bind.done rule=rule 1 listens, at attempt")
     assert sum("bind.waiting" in line for line in it.forwarder.lines) == 1
+    assert stop(it.forwarder, signal.SIGTERM) == 0
+
+
+def test_whoever_holds_the_start_lock_does_not_hold_up_what_comes_later(site: Site) -> None:
+    """Any user can, for as long as they like."""
+    address = site.free()
+    with listen(*address):
+        it = site.start(site.text(text_of(address)))
+        lock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        lock.bind("\0forwarder-start")
+        eventually(lambda: "another instance is starting" in str(site.rules()[1]["why"]))
+    with lock:
+        site.wait_served(address)
     assert stop(it.forwarder, signal.SIGTERM) == 0
 
 
