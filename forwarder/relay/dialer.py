@@ -268,6 +268,7 @@ class Dialer:
                 if not error:
                     return True
                 self.early = 0
+                sockets.set_abort_on_close(sock)  # it may be connected, which is no empty stream
             if error == errno.EADDRNOTAVAIL:
                 error = sockets.why_no_address(sock, target)
             sock.close()

@@ -22,6 +22,7 @@ from support.waiting import eventually
 from forwarder.config.model import Protocol, RelayMode
 from forwarder.net import sockets
 from forwarder.relay.dialer import MAX_ATTEMPTS, RACE_AFTER_S
+from forwarder.relay.poller import Poller
 from forwarder.relay.tcp import fast_open
 from forwarder.relay.wheel import TICK_S
 from forwarder.stats.reasons import REASONS, Phase
@@ -348,6 +349,23 @@ def test_a_queue_that_stays_full_leads_to_the_next_of_whatever_kind(
     bench.loop.pass_time(1.0 + 3 * TICK_S)
     assert receive_to_reset(client) == b""
     assert ended(pool) == {"upstream/connect": 1}
+
+
+def test_an_upstream_that_the_poller_does_not_take_sees_no_empty_stream(
+    bench: Bench, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is connected before that is known. *Result*: a reset; it is connected again later."""
+    other = stack.enter_context(listen())
+
+    def none_taken(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Poller, "register", none_taken)
+        client = stack.enter_context(bench.open(pool_of(at(other), 10.0)))
+        assert receive_to_reset(stack.enter_context(accept(other))) == b""
+    bench.loop.pass_time(3 * TICK_S)
+    works(bench, client, stack.enter_context(accept(other)))
 
 
 def test_carry_is_unchanged_after_a_race(bench: Bench, stack: ExitStack) -> None:
