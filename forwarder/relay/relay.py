@@ -378,7 +378,8 @@ class Relay:
         self.failing[pool.origin] = None
         if is_news and has_others:
             rule = pool.rule.name
-            about = f"upstream {rule} {target}"
+            # A client that asks all ports of a range shall not fill the log.
+            about = f"upstream {rule} {target if pool.origin is pool else 'of a range'}"
             self.warn_rarely(about, f"upstream.failed rule={rule} upstream={target}: {why}")
 
     def on_attempt_worked(self, pool: Pool, target: Target | Zoned | str) -> None:

@@ -14,20 +14,23 @@ from typing import TYPE_CHECKING
 
 import pytest
 from support import procfs
-from support.by_hand import Bench, StubPool, UdpBench, accepted, pool_of, target_of
+from support.by_hand import RULE, Bench, StubPool, UdpBench, accepted, pool_of, target_of
 from support.clogged import CloggedUpstream
 from support.ends import accept, listen, listen_unix, receive_to_reset, reset
 from support.waiting import eventually
 
-from forwarder.config.model import Protocol, RelayMode
+from forwarder.config.address import parse_listen
+from forwarder.config.model import Protocol, RelayMode, Upstream
 from forwarder.net import sockets
 from forwarder.relay.dialer import MAX_ATTEMPTS, RACE_AFTER_S
 from forwarder.relay.poller import Poller
 from forwarder.relay.tcp import fast_open
 from forwarder.relay.wheel import TICK_S
 from forwarder.stats.reasons import REASONS, Phase
-from forwarder.stats.rows import ATTEMPTS_FAILED, CONNECTS_FAILED, ENDS
+from forwarder.stats.rows import ATTEMPTS_FAILED, CONNECTS_FAILED, ENDS, new_row
 from forwarder.upstream.failures import FIRST_S
+from forwarder.upstream.names import Names
+from forwarder.upstream.pool import Pool
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -366,6 +369,21 @@ def test_an_upstream_that_the_poller_does_not_take_sees_no_empty_stream(
         assert receive_to_reset(stack.enter_context(accept(other))) == b""
     bench.loop.pass_time(3 * TICK_S)
     works(bench, client, stack.enter_context(accept(other)))
+
+
+def test_who_asks_all_ports_of_a_dead_range_does_not_fill_the_log(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    hosts = "192.0.2.1", "192.0.2.2"
+    ends = tuple(Upstream(parse_listen(f"{host}:8000-8999")) for host in hosts)
+    rule = replace(RULE, listen=parse_listen("10.0.0.1:1000-1999"), upstreams=ends)
+    whole = Pool(rule, Names(lambda _host: None, lambda: 0.0), 1, new_row())
+    for offset in range(1, 1000):
+        pool = whole.at(offset)
+        for target in pool.targets() or ():
+            bench.relay.on_attempt_failed(pool, target, "refused", has_others=True)
+    assert whole.counts[ATTEMPTS_FAILED] == 2 * 999
+    assert len(caplog.messages) == 1
 
 
 def test_carry_is_unchanged_after_a_race(bench: Bench, stack: ExitStack) -> None:
