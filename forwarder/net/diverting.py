@@ -16,7 +16,8 @@ CAP_NET_RAW, which is also needed to undo it.
 
 Sockets with the same address form a group in which the kernel shares SYNs out whatever interfaces
 its members have. One that shall not be in the group of others must be elsewhere when it begins to
-listen: see :func:`listen_apart`.
+listen: see :func:`listen_apart`. In a group, a SYN that is shared out to a diverted member gets no
+answer, for that would leave by the interface; it is sent again after 1 s.
 """
 
 from __future__ import annotations
@@ -64,6 +65,11 @@ def divert(sock: socket.socket) -> bool:
         sock.setsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX, _NOWHERE)
         return True
     return False
+
+
+def is_for_good(sock: socket.socket) -> bool:
+    """Whether a diverted listener stays so, as this process has no right to undo it."""
+    return not divert(sock)  # who may not change the interface may not set the same one again
 
 
 def is_diverted(sock: socket.socket) -> bool:

@@ -245,6 +245,14 @@ class ListenerTable:
         is_aside = _turn_away(listeners, address, is_served=is_served)
         return self.set_aside(address) if is_aside else address
 
+    def is_in_the_way(self, closing: BindAddress) -> bool:
+        """Whether an address that was set aside takes clients from those that have its place now.
+
+        Then they are one group, and these clients get no answer before it is closed: ``diverting``.
+        """
+        is_grouped = replace(closing, aside=0).twin in self._by_address
+        return is_grouped and any(map(diverting.is_for_good, self._by_address[closing].sockets))
+
     def set_aside(self, address: BindAddress) -> BindAddress:
         """Make room for other sockets at an address whose sockets get no new clients.
 

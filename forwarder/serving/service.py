@@ -42,6 +42,9 @@ log = logging.getLogger(__name__)
 # The same for sockets that were set aside, in whose way nobody is: the answer to a SYN may get lost
 # twice, and is sent again after 1 and 3 s (tcp(7)).
 ASIDE_GRACE_S: Final = 3.5
+# The same if SYNs are lost at them: handshakes end that have begun, and who is sent away now finds
+# them closed when its SYN is sent again, after 1 s.
+GROUPED_GRACE_S: Final = 0.5
 # How long a rule that an upgrade has dropped can have its sockets again: until the predecessor,
 # which serves them, has closed them for certain.
 UNCLAIMED_S: Final = 2 * CLOSE_GRACE_S
@@ -177,9 +180,14 @@ class Service:
         for address in before.keys() - wanted.keys():
             # A port that is still served, by a wildcard or a single address, must not lose SYNs.
             closing = self.table.turn_away(address, is_served=address.port in ports)
-            until = now + (ASIDE_GRACE_S if closing.aside else CLOSE_GRACE_S)
+            until = now + self._grace_s(closing)
             # UDP has no handshakes: who comes now has not begun before.
             self._closing[closing] = (before[address], 0.0 if address.is_udp else until)
+
+    def _grace_s(self, closing: BindAddress) -> float:
+        if not closing.aside:
+            return CLOSE_GRACE_S
+        return GROUPED_GRACE_S if self.table.is_in_the_way(closing) else ASIDE_GRACE_S
 
     @property
     def has_dropped_some(self) -> bool:

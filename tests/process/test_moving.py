@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from support.configured import IS_SOAK, Configured, rule
-from support.ends import listen
+from support.ends import has_mptcp, listen
 from support.forwarder import reserve_port
 from support.loads import Load
 from support.processes import as_nobody, listeners, run_command
@@ -22,6 +21,7 @@ from support.processes import as_nobody, listeners, run_command
 from process.conftest import stop
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Iterator
 
     from process.conftest import Launch
@@ -31,16 +31,6 @@ pytestmark = pytest.mark.process
 # Connections that must have been served before it moves again, and how often it moves.
 EACH = 250
 MOVES = 200 if IS_SOAK else 12
-
-MPTCP = 262
-
-
-def has_mptcp() -> bool:
-    try:
-        socket.socket(socket.AF_INET, socket.SOCK_STREAM, MPTCP).close()
-    except OSError:
-        return False
-    return True
 
 
 @dataclass(frozen=True)
@@ -114,7 +104,12 @@ def test_a_reload_that_moves_a_rule_resets_nobody(
     assert stop(it.forwarder, signal.SIGTERM) == 0
 
 
-def test_no_privilege_is_needed_for_that(launch: Launch, stack: ExitStack, port: int) -> None:
+@pytest.mark.parametrize(
+    "other", [pytest.param(ALL, id="all"), pytest.param(MULTIPATH, id="MPTCP", marks=with_mptcp)]
+)
+def test_no_privilege_is_needed_for_that(
+    launch: Launch, stack: ExitStack, port: int, other: Form
+) -> None:
     """As an ordinary user."""
     directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     directory.chmod(0o755)
@@ -124,7 +119,7 @@ def test_no_privilege_is_needed_for_that(launch: Launch, stack: ExitStack, port:
     with Load(("127.0.0.1", port), upstream, rate=2000) as load:
         load.wait_served(EACH)
         for number in range(MOVES // 2):
-            form = (ALL, ONE)[number % 2]
+            form = (other, ONE)[number % 2]
             assert "master.reloaded" in it.reload(form.text(port, upstream))
             load.wait_served(EACH)
         account = load.stop()

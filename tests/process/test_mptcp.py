@@ -13,10 +13,12 @@ import pytest
 from support.borrowed import connected_to, listening
 from support.configured import Configured, rule
 from support.ends import (
+    MPTCP,
     Talker,
     accept,
     carry,
     connect,
+    has_mptcp,
     receive_to_end,
     receive_to_reset,
     seeded,
@@ -37,18 +39,9 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.process
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can make namespaces")
-MPTCP: Final = 262
 _SO_PROTOCOL: Final = 38
 _SOL_MPTCP: Final = 284
 _MPTCP_INFO: Final = 1
-
-
-def has_mptcp() -> bool:
-    try:
-        socket.socket(socket.AF_INET, socket.SOCK_STREAM, MPTCP).close()
-    except OSError:
-        return False
-    return True
 
 
 def protocol(sock: socket.socket) -> int:

@@ -17,6 +17,7 @@ from support.waiting import PATIENCE_S
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+MPTCP = 262  # IPPROTO_MPTCP, linux/in.h; Python 3.11 has no name for it
 _RECEIVE_BYTES = 1 << 20
 
 
@@ -41,6 +42,15 @@ class Link(NamedTuple):
         if name == "client":
             return self.client, self.upstream
         return self.upstream, self.client
+
+
+def has_mptcp() -> bool:
+    """Whether this kernel has MPTCP."""
+    try:
+        socket.socket(socket.AF_INET, socket.SOCK_STREAM, MPTCP).close()
+    except OSError:
+        return False
+    return True
 
 
 def family_of(address: tuple[str, int] | str) -> socket.AddressFamily:
