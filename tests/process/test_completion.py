@@ -118,7 +118,7 @@ def test_fish_completes_options_choices_and_files() -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=2 * PATIENCE_S,
+        timeout=(1 + len(LINES)) * PATIENCE_S,  # a start for each
     )
     words = [line.partition("\t")[0] for line in ended.stdout.splitlines()]
     for number, completed in enumerate(LINES.values()):
