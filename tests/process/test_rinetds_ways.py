@@ -147,13 +147,3 @@ def test_a_log_comes_when_its_directory_does(
     with connect(("127.0.0.1", port)), accept(ports[2]):
         pass
     eventually(lambda: (tmp_path / "no" / "x.log").read_text() != "")
-
-
-def test_in_toml_a_log_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
-    path = tmp_path / "r.toml"
-    path.write_text(
-        f'log_file = "{tmp_path}/no/x.log"\n[[forwarding_rules]]\nlisten = "127.0.0.1:1"\n'
-        'upstream = "127.0.0.1:2"\n'
-    )
-    ended = run_command("-c", str(path))
-    assert ended.returncode == 69
