@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 
 import setproctitle
 
-from forwarder import __version__
 from forwarder.config.model import MAX_WORKERS, STOP_TIMEOUT_S
 from forwarder.connlog.files import discard
 from forwarder.control.requests import STOPPING, UNDER_WAY, Requests
@@ -38,8 +37,8 @@ from forwarder.succession.inherit import foreign_descriptors
 from forwarder.supervision.ending import Ending
 from forwarder.supervision.fleet import Fleet
 from forwarder.supervision.naming import Naming
-from forwarder.supervision.slot import WorkerProcess
 from forwarder.supervision.spec import MasterSpec, State
+from forwarder.supervision.status import Status
 from forwarder.system import notify
 from forwarder.system.privileges import (
     drop,
@@ -53,12 +52,10 @@ from forwarder.system.surviving import survive
 from forwarder.upstream.wanted import all_names
 
 if TYPE_CHECKING:
-    import socket
-
-    from forwarder.config.model import Config
     from forwarder.ipc.questions import Answered
     from forwarder.serving.loader import Candidate
     from forwarder.succession.lineage import Elder
+    from forwarder.supervision.undertaking import Undertaking
 
 log = logging.getLogger(__name__)
 
@@ -71,55 +68,73 @@ class Master:
         self._spec = spec
         self._state = State.BOOTING
         self._is_announced = False
-        self._service = Service(spec.config)
+        self._service = Service(spec.config, on_changed=self._take_serving)
         self._selector = selectors.DefaultSelector()
         self._fleet = Fleet(self._service.table, self._selector)
-        self._late = LateBinds(
-            self._service,
-            known=lambda: self._fleet.names.answers,
-            slots=lambda: self._fleet.size,
-            on_bound=self._serve_anew,
-        )
         self._naming = Naming(
             self._fleet.names,
             self._selector,
             drop=lambda: drop(self._fleet.identity),
             on_answers=self._service.on_answers,
         )
-        self._surroundings = Surroundings(self._service, self._selector)
         self._signals: SignalQueue | None = None
         self._requests = Requests(self)
-        self._handover = Handover(self, self._selector, self._requests, self._fleet.questions)
+        self._handover = Handover(
+            *(self, self._selector, self._requests),
+            *(self._service.table, self._fleet.names, self._fleet.questions),
+        )
         self._ending = Ending(self._fleet, self._handover, self)
         self._reloading = Reloading(
             self,
+            self._service,
             self._load if spec.load else None,
             self._selector,
             self._requests,
             foreign,
         )
-        self._started_at = time.monotonic()
-        self._watchdog = notify.Watchdog(os.environ, os.getpid(), self._started_at)
+        self._status = Status(
+            *(spec.title, self._service, self._fleet),
+            *(self._naming, self._requests, self._handover),
+        )
         self._report: str | None = None  # of a reload that not all workers have acknowledged yet
+        # In the order of a turn: what changes what is served comes before the fleet, which tells
+        # the workers. Also that of a stop: clients are told of it before what they wait for ends.
+        self._undertakings: tuple[Undertaking, ...] = (
+            notify.Watchdog(os.environ, os.getpid(), time.monotonic()),
+            self._handover,
+            self._requests,
+            self._reloading,
+            self._naming,
+            Surroundings(
+                self._service,
+                self._selector,
+                may_change=self._is_quiet,
+                on_changed=self._take_serving,
+            ),
+            LateBinds(
+                self._service,
+                known=lambda: self._fleet.names.answers,
+                slots=lambda: self._fleet.size,
+                may_bind=self._is_quiet,
+                on_bound=self._take_serving,
+            ),
+            self._service,
+            self._fleet,
+            self._ending,
+        )
 
     def run(self) -> ExitCode:
         """Bind, start the workers, supervise them until stopped. Raises StartupError."""
         try:
             self._boot()
             while self._state is not State.STOPPED:
-                survive(self._turn)
+                survive(self.turn)
         except StartupError:
             # There are workers if we are a successor that cannot take over: none shall be left.
             self._fleet.kill("is not to serve, killing it")
             raise
         finally:
-            self._service.table.release()
-            self._service.table.remove_files()
-            self._naming.helper.end()
             self._close()
-            self._fleet.close()
-            self._requests.remove_file()
-            self._handover.remove_pid_file()
         return ExitCode.OK
 
     # -- start and end
@@ -172,14 +187,11 @@ class Master:
             self._requests.open(self._selector, path, replaces=replaces)
 
     def _close(self) -> None:
-        """Give up what the master owns, but sockets and pid file."""
-        self._surroundings.close()
-        self._reloading.close()
-        self._fleet.logs.close()
+        """Give up what the master owns; the pid file, which says that there is one, comes last."""
+        for one in reversed(self._undertakings):
+            one.close()
         if self._signals is not None:
             self._signals.close()
-        self._handover.close()
-        self._requests.close()
         self._selector.close()
 
     def _stop(self, *, is_fast: bool, phase: Phase = Phase.SHUTDOWN) -> None:
@@ -195,9 +207,8 @@ class Master:
         # A successor that has to give up speaks for nobody: the one that goes on does.
         if not (self._handover.has_heir or upgrade.has_predecessor()):
             notify.notify("STOPPING=1")
-        self._handover.give_up()
-        self._requests.on_stopping()
-        self._reloading.cancel()
+        for one in self._undertakings:
+            one.cancel()
         if self._handover.has_heir:
             self._service.table.disown()
         # Ours are the last copies once the workers, which serve what is queued first, have let go:
@@ -213,48 +224,25 @@ class Master:
 
     # -- one turn
 
-    def _turn(self) -> None:
+    def turn(self) -> None:
         """Act, then wait and hear."""
-        if self._watchdog.turn(time.monotonic()):
-            notify.notify("WATCHDOG=1")
-        self._handover.turn(time.monotonic())
-        if self._state is not State.STOPPING:  # flows that drain follow names, too
-            self._naming.turn(time.monotonic())
+        now = time.monotonic()
+        for one in self._undertakings:
+            survive(partial(one.turn, now))
         if self._state is State.RUNNING:
-            self._fleet.supervise()
-            self._settle()
+            self._settle(now)
         elif self._ending.is_over:
             self._state = State.STOPPED
             self._handover.say_last_words()
             self._requests.on_stopped(self._ending.sum_up())
             return
-        else:
-            self._fleet.end_hung(time.monotonic())
-            self._fleet.tell_news()  # SIGUSR1 means those that drain, too
-            self._ending.turn(time.monotonic())
-        self._fleet.questions.expire(time.monotonic())
-        self._requests.turn()
         for key, _ in self._selector.select(self._patience()):
-            if isinstance(key.data, WorkerProcess):
-                self._fleet.hear(key.data)
-            else:
-                key.data()
+            key.data()
 
     def _patience(self) -> float | None:
         """Seconds until something has to be done without being asked; None for never."""
-        if self._state is State.RUNNING:
-            deadlines = [self._fleet.next_deadline(), self._reloading.deadline]
-            deadlines += self._service.deadlines()
-            if self._may_bind_late:
-                deadlines += [self._late.deadline, self._surroundings.deadline]
-        else:
-            deadlines = [self._ending.next_deadline(), self._fleet.next_look()]
-        deadlines += [self._requests.deadline, self._watchdog.deadline, self._handover.deadline]
-        deadlines += [self._fleet.questions.deadline]
-        if self._state is not State.STOPPING:
-            deadlines.append(self._naming.deadline)
-        known = [deadline for deadline in deadlines if deadline is not None]
-        first = min(known, default=math.inf)
+        deadlines = [one.deadline for one in self._undertakings]
+        first = min((at for at in deadlines if at is not None), default=math.inf)
         return None if first == math.inf else max(0.0, first - time.monotonic())
 
     def _hear_signals(self) -> None:
@@ -287,20 +275,12 @@ class Master:
                 self._fleet.on_exit(pid, status)
                 self._naming.helper.on_exit(pid, status)
 
-    def _settle(self) -> None:
-        """See what has become true since the last turn: time is over, or all have acknowledged."""
-        now = time.monotonic()
-        self._reloading.turn(now)
-        if self._may_bind_late:
-            if self._surroundings.turn(now):
-                self._serve_anew()
-            self._late.turn(now)
-        if self._service.expire(now):
-            self._serve_anew()
+    def _settle(self, now: float) -> None:
+        """See whether all workers have acknowledged what they were told, and what that ends."""
         if self._fleet.refusal:
             why, self._fleet.refusal = self._fleet.refusal, ""
             self._reloading.on_refused(why)
-            self._fleet.supervise()
+            self._fleet.turn(now)  # they are told at once
         if not self._fleet.is_settled:
             return
         self._reloading.on_settled()
@@ -314,37 +294,39 @@ class Master:
         is_served = self._fleet.is_complete and self._service.is_started
         if not self._is_announced and is_served:
             self._is_announced = True
-            log.info(
-                "master.ready pid=%d workers=%d rules=%d generation=%d",
-                os.getpid(),
-                self._fleet.size,
-                len(self._service.config.rules),
-                self._service.generation,
-            )
-            if upgrade.has_predecessor():
-                # Only now, since a successor that fails must not take them.
-                self._handover.claim()
-                self._open_control()
-            has_predecessor = upgrade.has_predecessor()
-            notify.notify(
-                f"MAINPID={os.getpid()}",
-                "READY=1",
-                f"STATUS={len(self._service.config.rules)} rules",
-            )
-            has_dropped_some = self._service.has_dropped_some
-            self._handover.say_ready(self._service.config, has_dropped_some=has_dropped_some)
-            # What the predecessor would need, should we end before it has heard that, comes last.
-            self._service.own(has_predecessor=has_predecessor)
+            self._announce()
 
-    @property
-    def _may_bind_late(self) -> bool:
-        """A reload tries all rules itself, and a successor must not meet us where it tries."""
-        return not self._reloading.is_under_way and not self._handover.is_under_way
+    def _announce(self) -> None:
+        """All workers serve: say so, and take over from a predecessor."""
+        log.info(
+            "master.ready pid=%d workers=%d rules=%d generation=%d",
+            os.getpid(),
+            self._fleet.size,
+            len(self._service.config.rules),
+            self._service.generation,
+        )
+        has_predecessor = upgrade.has_predecessor()
+        if has_predecessor:
+            # Only now, since a successor that fails must not take them.
+            self._handover.claim()
+            self._open_control()
+        notify.notify(
+            f"MAINPID={os.getpid()}",
+            "READY=1",
+            f"STATUS={len(self._service.config.rules)} rules",
+        )
+        has_dropped_some = self._service.has_dropped_some
+        self._handover.say_ready(self._service.config, has_dropped_some=has_dropped_some)
+        # What the predecessor would need, should we end before it has heard that, comes last.
+        self._service.own(has_predecessor=has_predecessor)
 
-    def _serve_anew(self) -> None:
-        """Tell the workers what the service has come to serve."""
-        self._take_serving()
-        self._fleet.supervise()
+    def _is_quiet(self) -> bool:
+        """Whether rules may come to listen, or no longer, by themselves.
+
+        A reload tries all rules itself, and a successor must not meet us where it tries.
+        """
+        is_busy = self._reloading.is_under_way or self._handover.is_under_way
+        return self.is_running and not is_busy
 
     def _take_serving(self) -> None:
         """Have the workers serve, and the helper look up, what the service has come to serve."""
@@ -366,23 +348,7 @@ class Master:
 
     def status(self) -> dict[str, object]:
         """Describe the instance: what it serves and what it has done."""
-        now = time.monotonic()
-        rules = self._service.describe_rules(self._fleet.ledger.rule, now)
-        return {
-            "version": __version__,
-            "pid": os.getpid(),
-            "title": self._spec.title,
-            "state": self._state.value,
-            "generation": self._service.generation,
-            "uptime_s": round(now - self._started_at, 1),
-            "control": self._requests.path,
-            "totals": self._fleet.ledger.totals(),
-            "rates": self._fleet.ledger.rates(now),
-            "workers": self._fleet.describe(now),
-            "helpers": self._naming.helper.describe(now),
-            "rules": self._naming.describe(self._fleet.describe_rules(rules, now), now),
-            "predecessors": self._handover.describe(),
-        }
+        return self._status.describe(self._state)
 
     def list_sessions(self, choice: dict[str, object], callback: Answered) -> None:
         """Ask the workers, and old masters that drain, for some of their sessions."""
@@ -434,14 +400,6 @@ class Master:
         """Whether a configuration is being read."""
         return self._reloading.is_under_way
 
-    def listening_sockets(self) -> list[socket.socket]:
-        """Every listening socket, in the order of the slots; the last look at them."""
-        return self._service.table.all_sockets()
-
-    def known_names(self) -> bytes:
-        """What is known of names, as text for a successor."""
-        return self._fleet.names.as_text()
-
     def leave(self) -> None:
         """A successor serves: let our sessions end."""
         self._stop(is_fast=False)
@@ -461,20 +419,6 @@ class Master:
     def is_upgrading(self) -> bool:
         """Whether a successor has been started, and has neither the place nor failed."""
         return self._handover.is_under_way
-
-    @property
-    def generation(self) -> int:
-        """What is in force."""
-        return self._service.generation
-
-    @property
-    def in_force(self) -> Config:
-        """The configuration that is served."""
-        return self._service.config
-
-    def candidate(self) -> Candidate:
-        """What is in force, to be put in force again."""
-        return self._service.candidate()
 
     def begin_generation(self, candidate: Candidate) -> None:
         """Put it in force and tell the workers. Raises StartupError; then nothing has changed."""

@@ -174,11 +174,11 @@ class Requests:
         asked = self._server.deadline
         return min(self._look_at, math.inf if asked is None else asked)
 
-    def turn(self) -> None:
+    def turn(self, now: float) -> None:
         """Once per turn of the master: handle at most one request."""
         if self._server is not None:
             self._server.turn()
-            if time.monotonic() >= self._look_at:
+            if now >= self._look_at:
                 self._look(self._server)
 
     def _look(self, server: ControlServer) -> None:
@@ -204,13 +204,9 @@ class Requests:
             self._look(self._server)
 
     def close(self) -> None:
-        """Close all sockets; the file stays."""
+        """Close all sockets, and remove the file if it is still ours."""
         if self._server is not None:
             self._server.close()
-
-    def remove_file(self) -> None:
-        """Remove the socket's file."""
-        if self._server is not None:
             self._server.remove_file()
 
     # -- what is asked
@@ -328,7 +324,7 @@ class Requests:
         for reply in replies:
             reply({"ok": True, "report": report} if is_done else refusal(report))
 
-    def on_stopping(self) -> None:
+    def cancel(self) -> None:
         """Nothing more will be loaded, settled or upgraded."""
         settling = [reply for reply, _ in self._settling]
         waiting = [*self._asked, *self._loading, *settling, *self._upgrading]

@@ -44,25 +44,30 @@ class LateBinds:
         service: Waits,
         known: Callable[[], Mapping[str, Answer]],
         slots: Callable[[], int],
+        may_bind: Callable[[], bool],
         on_bound: Callable[[], None],
     ) -> None:
         """``known`` tells what names mean, ``slots`` for how many workers to bind.
 
+        ``may_bind``: whether nothing else is changing what is served, nor ending it.
         ``on_bound`` is called when something new is listened on.
         """
         self._service = service
         self._known = known
         self._slots = slots
+        self._may_bind = may_bind
         self._on_bound = on_bound
 
     @property
     def deadline(self) -> float | None:
         """When :meth:`turn` has something to do; None for never."""
-        return self._service.retries.deadline
+        return self._service.retries.deadline if self._may_bind() else None
 
     def turn(self, now: float) -> None:
         """Make an attempt if it is time. Raises StartupError where a start has to fail."""
         service = self._service
+        if not self._may_bind():
+            return
         due = service.due(now)
         if not due.rules:
             return
@@ -74,3 +79,9 @@ class LateBinds:
             found = Rejected(tuple(map(str, err.issues)))
         if service.bind_late(found, due, self._slots()):
             self._on_bound()
+
+    def cancel(self) -> None:
+        """Nothing is under way between two turns; ``may_bind`` ends it."""
+
+    def close(self) -> None:
+        """Nothing is open: what was bound is the service's."""

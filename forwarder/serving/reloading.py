@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     import selectors
     from collections.abc import Callable, Collection, Iterable
 
-    from forwarder.config.model import Config
     from forwarder.control.requests import Requests
     from forwarder.control.server import Message, Reply
+    from forwarder.serving.service import Service
 
 log = logging.getLogger(__name__)
 
@@ -40,17 +40,6 @@ class Reloadable(Protocol):
     def is_upgrading(self) -> bool:
         """Whether a successor has been started and may take the place; then nothing may change."""
 
-    @property
-    def generation(self) -> int:
-        """What is in force."""
-
-    @property
-    def in_force(self) -> Config:
-        """The configuration that is served."""
-
-    def candidate(self) -> Candidate:
-        """What is in force, to be put in force again."""
-
     def begin_generation(self, candidate: Candidate) -> None:
         """Put it in force. Raises StartupError if that is not possible; then nothing changes."""
 
@@ -61,6 +50,7 @@ class Reloading:
     def __init__(
         self,
         master: Reloadable,
+        service: Service,
         load: Callable[[], Candidate] | None,
         selector: selectors.BaseSelector,
         requests: Requests,
@@ -71,6 +61,7 @@ class Reloading:
         ``kept``: descriptors that it may have to read from.
         """
         self._master = master
+        self._service = service
         self._load = load
         self._requests = requests
         too_long = "reading the configuration took too long"
@@ -79,7 +70,7 @@ class Reloading:
         self._before: Candidate | None = None  # until all workers serve what came after it
         self._preview: Preview | None = None
         if load is not None:
-            self._preview = Preview(load, lambda: master.in_force, selector, kept)
+            self._preview = Preview(load, lambda: service.config, selector, kept)
         requests.preview_by(self.preview)
 
     @property
@@ -186,7 +177,7 @@ class Reloading:
         notify.notify("READY=1", "STATUS=reload rejected, see the log")
 
     def _begin(self, candidate: Candidate) -> None:
-        before = self._master.candidate()
+        before = self._service.candidate()
         try:
             self._master.begin_generation(candidate)
             self._before = before
@@ -200,7 +191,7 @@ class Reloading:
         """Keep everything as it is, and say why."""
         for problem in problems:
             log.error("reload.rejected %s", problem)
-        log.error("master: generation %d stays in force", self._master.generation)
+        log.error("master: generation %d stays in force", self._service.generation)
         self._requests.on_rejected(problems)
         notify.notify("READY=1", "STATUS=reload rejected, see the log")
 

@@ -53,7 +53,8 @@ UNCLAIMED_S: Final = 2 * CLOSE_GRACE_S
 class Service:
     """The generation in force. Owns the listening sockets, through ``table``."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, on_changed: Callable[[], None]) -> None:
+        """``on_changed`` is called when :meth:`turn` has come to what the workers must be told."""
         self.config = config
         self.generation = 1
         self.table = ListenerTable()
@@ -64,6 +65,7 @@ class Service:
         self._closing: dict[BindAddress, tuple[Rule, float]] = {}
         self._dropped: set[BindAddress] = set()
         self._unclaimed_until = math.inf
+        self._on_changed = on_changed
 
     def open(
         self,
@@ -292,13 +294,14 @@ class Service:
             counted_as=counted_as,
         )
 
-    def deadlines(self) -> list[float]:
-        """When :meth:`expire` has something to do."""
+    @property
+    def deadline(self) -> float:
+        """When :meth:`turn` has something to do; infinite for never."""
         closing = (until for _, until in self._closing.values())
-        return [*closing, self._unclaimed_until, self._start.deadline]
+        return min(self._unclaimed_until, self._start.deadline, *closing)
 
-    def expire(self, now: float) -> bool:
-        """Drop what has been closing long enough. Returns whether the workers must be told."""
+    def turn(self, now: float) -> None:
+        """Drop what has been closing long enough, and wait no more for names that say nothing."""
         self._start.expire(now)
         if now >= self._unclaimed_until:
             self.table.close_unclaimed()
@@ -310,7 +313,19 @@ class Service:
         # the first worker that hears of it, and who comes from now on is refused.
         self.table.close(address for address in over if address.target.is_unix)
         self._dropped.update(address for address in over if not address.target.is_unix)
-        return bool(over)
+        if over:
+            self._on_changed()
+
+    def cancel(self) -> None:
+        """The workers are told nothing more: wait for nothing. The sockets stay."""
+        self._closing.clear()
+        self._unclaimed_until = math.inf
+        self._start.expire(math.inf)
+
+    def close(self) -> None:
+        """Close our copies of the sockets, and remove the files of those that are still ours."""
+        self.table.release()
+        self.table.remove_files()
 
     def close_dropped(self) -> None:
         """Close what was dropped; all workers have let go of it."""

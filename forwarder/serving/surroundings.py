@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Final, Protocol
 from forwarder.net.netlink import Changes
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from forwarder.serving.retries import Retries
 
 log = logging.getLogger(__name__)
@@ -38,9 +40,21 @@ class Affected(Protocol):
 class Surroundings:
     """What is around a service. Owns a netlink socket, of which the selector tells."""
 
-    def __init__(self, service: Affected, selector: selectors.BaseSelector) -> None:
-        """The selector's data is a function to call when there is something to read."""
+    def __init__(
+        self,
+        service: Affected,
+        selector: selectors.BaseSelector,
+        may_change: Callable[[], bool],
+        on_changed: Callable[[], None],
+    ) -> None:
+        """The selector's data is a function to call when there is something to read.
+
+        ``may_change``: whether nothing else is changing what is served, nor ending it;
+        ``on_changed`` is called when something has been given up.
+        """
         self._service = service
+        self._may_change = may_change
+        self._on_changed = on_changed
         self._changes: Changes | None = None
         self._has_changed = False
         self._look_at = 0.0
@@ -53,17 +67,21 @@ class Surroundings:
     @property
     def deadline(self) -> float | None:
         """When :meth:`turn` has something to do without an event; None for never."""
-        return self._look_at if self._service.can_go_deaf else None
+        return self._look_at if self._service.can_go_deaf and self._may_change() else None
 
-    def turn(self, now: float) -> bool:
-        """See to what has changed. Returns whether the workers must be told."""
-        if not (self._has_changed or now >= self._look_at):
-            return False
+    def turn(self, now: float) -> None:
+        """See to what has changed."""
+        if not (self._has_changed or now >= self._look_at) or not self._may_change():
+            return
         if self._has_changed:
             self._service.retries.hasten_all(now)
         self._has_changed = False
         self._look_at = now + LOOK_S
-        return self._service.look_around(now)
+        if self._service.look_around(now):
+            self._on_changed()
+
+    def cancel(self) -> None:
+        """Nothing is under way between two turns; ``may_change`` ends it."""
 
     def close(self) -> None:
         """Hear no more."""

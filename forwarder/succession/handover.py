@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from forwarder.config.model import Config, Settings
     from forwarder.control.requests import Requests
     from forwarder.ipc.questions import Questions
+    from forwarder.serving.listeners import ListenerTable
     from forwarder.system.privileges import Identity
+    from forwarder.upstream.known import KnownNames
 
 log = logging.getLogger(__name__)
 
@@ -44,12 +46,6 @@ class Incumbent(Protocol):
     @property
     def is_reloading(self) -> bool:
         """Whether a configuration is being read."""
-
-    def listening_sockets(self) -> list[socket.socket]:
-        """Every listening socket, in the order of the slots; the last look at them."""
-
-    def known_names(self) -> bytes:
-        """What is known of names, as text for a successor."""
 
     def reload(self) -> str:
         """Begin a reload. Returns why not, or ""."""
@@ -70,6 +66,8 @@ class Handover:
         master: Incumbent,
         selector: selectors.BaseSelector,
         requests: Requests,
+        table: ListenerTable,
+        names: KnownNames,
         questions: Questions,
     ) -> None:
         """``questions``: where answers of a predecessor go."""
@@ -78,6 +76,8 @@ class Handover:
         self._master = master
         self._selector = selector
         self._requests = requests
+        self._table = table
+        self._names = names
         self.predecessor: Predecessor | None = None  # stays after its end
         self._questions = questions
         self._pid_file: PidFile | None = None
@@ -130,13 +130,10 @@ class Handover:
         return [] if self.predecessor is None else self.predecessor.left.describe()
 
     def close(self) -> None:
-        """Stop listening to other masters; the pid file stays."""
+        """Hear no more of other masters; remove the pid file if it is ours, and nobody else's."""
         for one in (self._successor, self._heir, self.predecessor):
             if one is not None:
                 one.close()
-
-    def remove_pid_file(self) -> None:
-        """Remove the pid file, if it is ours: not our predecessor's, not our successor's."""
         if self._pid_file is not None and not upgrade.has_predecessor():
             self._pid_file.remove()
 
@@ -192,7 +189,7 @@ class Handover:
         if self._heir is not None:
             self._heir.turn(now)
 
-    def give_up(self) -> None:
+    def cancel(self) -> None:
         """The master is stopping: tell the successor to end, if there is one."""
         self._leave_at = None
         if self._successor is not None:
@@ -210,9 +207,9 @@ class Handover:
             self._heir.tell()
 
     def _start(self) -> None:
-        sockets = self._master.listening_sockets()
+        sockets = self._table.all_sockets()
         path = self._requests.path
-        names = self._master.known_names()
+        names = self._names.as_text()
         self._successor = Successor(sockets, self._pid_file, path, names, time.monotonic())
         self._selector.register(self._successor, selectors.EVENT_READ, self._hear)
         log.info("upgrade: started pid=%d", self._successor.pid)

@@ -63,7 +63,7 @@ class Ending:
     def __init__(self, fleet: Fleet, handover: Handover, master: Mortal) -> None:
         self.sessions = Sessions(fleet, lambda: handover.predecessor)
         self._master = master
-        self._deadline = math.inf  # when sessions have had their time, or a kill is due
+        self._due_at = math.inf  # when sessions have had their time, or a kill is due
         self._fleet = fleet
         self._handover = handover
         self._begun: _Account | None = None
@@ -79,16 +79,17 @@ class Ending:
         is_alone = self.sessions.before is None and not self._handover.is_under_way
         return is_alone and not self._fleet.processes()
 
-    def next_deadline(self) -> float:
-        """When there is something to do without being asked."""
-        return min(self._deadline, self._next_line)
+    @property
+    def deadline(self) -> float:
+        """When :meth:`turn` has something to do; infinite before the end has begun."""
+        return min(self._due_at, self._next_line)
 
     def drain(self, limit_s: float) -> None:
         """Let sessions end, for ``limit_s`` seconds at most, which may be infinite."""
         now = time.monotonic()
         left = self._begin(now)
         log.info("master.stopping how=drain %s limit_s=%s", _as_text(left), _limit(limit_s))
-        self._deadline = now + limit_s
+        self._due_at = now + limit_s
         self._next_line = now + self._pause_s
         is_last = not self._handover.has_heir
         for process in self._fleet.processes():
@@ -112,7 +113,7 @@ class Ending:
             log.warning("master: %d sessions are left after drain_timeout", left.sessions)
         else:
             log.info("master.stopping how=stop %s", _as_text(left))
-        self._deadline, self._next_line = now + KILL_AFTER_S, math.inf
+        self._due_at, self._next_line = now + KILL_AFTER_S, math.inf
         self._is_resetting = True
         for process in self._fleet.processes():
             self._fleet.tell(process, Op.STOP, phase=phase)
@@ -132,7 +133,7 @@ class Ending:
 
     def _kill(self) -> None:
         """End who was told to stop and did not."""
-        self._deadline = time.monotonic() + KILL_AFTER_S
+        self._due_at = time.monotonic() + KILL_AFTER_S
         self._fleet.kill("does not stop, killing it")
         self._kills += 1
         before = self.sessions.before
@@ -146,7 +147,9 @@ class Ending:
 
     def turn(self, now: float) -> None:
         """Do what is due: say how many sessions are left, reset them, kill who does not leave."""
-        if now >= self._deadline:
+        if self._begun is None or self.is_over:
+            return
+        if now >= self._due_at:
             if self._is_resetting:
                 self._kill()
             else:
@@ -154,8 +157,14 @@ class Ending:
         if now >= self._next_line:
             self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
             self._next_line = now + self._pause_s
-            left_s = _limit(self._deadline - now)
+            left_s = _limit(self._due_at - now)
             log.info("master.draining %s left_s=%s", _as_text(self.sessions.left()), left_s)
+
+    def cancel(self) -> None:
+        """Nothing: what a stop begins here it begins by name."""
+
+    def close(self) -> None:
+        """Nothing is open."""
 
     def sum_up(self) -> dict[str, object]:
         """Say what has become of the sessions; the same as a value. ``cut`` were reset by us."""

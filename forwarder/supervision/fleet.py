@@ -57,7 +57,7 @@ class Fleet:
     """All workers, by slot. Owns their channels; the sockets are the table's."""
 
     def __init__(self, table: ListenerTable, selector: selectors.BaseSelector) -> None:
-        """``serving`` must be set before the first :meth:`supervise`."""
+        """``serving`` must be set before the first :meth:`turn`."""
         self.serving: Serving
         self.identity: Identity | None = None  # whom the workers run as, if not us
         self.capabilities = 0  # that they keep all the same
@@ -75,6 +75,7 @@ class Fleet:
         self._gate = Gate()
         self._must_recount = False
         self._serial = 0
+        self._is_ending = False
         self._vigil = Vigil(time.monotonic())
 
     # -- what it is like
@@ -116,17 +117,20 @@ class Fleet:
         rules = describe_unserved(rules, sockets, self.processes())
         return failing.describe(rules, (it.failing for it in self.processes()), now)
 
-    def next_deadline(self) -> float | None:
-        """When :meth:`supervise` has something to do without being asked; None for never."""
-        if not self._slots:
-            return None
-        waiting = [slot.backoff.not_before for slot in self._slots if slot.process is None]
-        if self._must_recount:
-            waiting.append(time.monotonic() + STUCK_S)
-        return min([*waiting, self.next_look()])
+    @property
+    def deadline(self) -> float | None:
+        """When :meth:`turn` has something to do without an event."""
+        waiting = [self.next_look()]
+        if self.questions.deadline is not None:
+            waiting.append(self.questions.deadline)
+        if not self._is_ending:
+            waiting += [it.backoff.not_before for it in self._slots if it.process is None]
+            if self._must_recount:
+                waiting.append(time.monotonic() + STUCK_S)
+        return min(waiting)
 
     def next_look(self) -> float:
-        """When :meth:`end_hung` is to be called again, or a worker told again, at the latest."""
+        """When to look for hung workers again, or to tell one again, at the latest."""
         now = time.monotonic()
         told = [max(it.deaf_until, it.retry_at) for it in self.processes()]
         deaf = [at for at in told if at > now]
@@ -149,16 +153,28 @@ class Fleet:
             if process is not None:
                 self._retiring.append(process)
 
-    def supervise(self) -> None:
+    def turn(self, now: float) -> None:
+        """Keep the workers as they shall be; those of a master that ends are only watched."""
+        if self._is_ending:
+            self._end_hung(now)
+            self._tell_news()  # SIGUSR1 means those that drain, too
+        else:
+            self._supervise(now)
+        self.questions.expire(now)
+
+    def cancel(self) -> None:
+        """Start no worker any more, and share no sockets out."""
+        self._is_ending = True
+
+    def _supervise(self, now: float) -> None:
         """Replace the dead and the hung, let the retiring go, share the sockets out."""
-        now = time.monotonic()
         for slot in self._slots:
             if slot.process is None and now >= slot.backoff.not_before:
                 self._start(slot, now)
-        self.end_hung(now)
+        self._end_hung(now)
         self.ledger.sample(now)
         self._recount()
-        self.tell_news()
+        self._tell_news()
         self._assign()
         if self._retiring and self.is_settled:
             for process in self._retiring:
@@ -207,7 +223,7 @@ class Fleet:
                 self._gate.recount(living, self.ledger.rows_in_use())
                 self._must_recount = False
 
-    def tell_news(self) -> None:
+    def _tell_news(self) -> None:
         """Tell each worker, those that leave too, what names mean and where the log goes now."""
         for process in self.processes():
             self._tell_names(process)
@@ -225,7 +241,7 @@ class Fleet:
             process.logs_revision = self.logs.revision
             self.watch(process)
 
-    def end_hung(self, now: float) -> None:
+    def _end_hung(self, now: float) -> None:
         """Kill workers that give no sign of life, those that are leaving, too."""
         limit_s = self.serving.config.settings.hang_timeout_s
         self._vigil.look(now, limit_s)
@@ -293,7 +309,8 @@ class Fleet:
         process.cell = cell
         slot.process = process
         try:
-            self._selector.register(process.channel, selectors.EVENT_READ, process)
+            hear = partial(self.hear, process)
+            self._selector.register(process.channel, selectors.EVENT_READ, hear)
         except OSError as err:  # ENOMEM, ENOSPC: epoll_ctl(2)
             log.error("worker.failed slot=%d: cannot watch it: %s", slot.index, err.strerror)
             process.channel.close()
@@ -413,8 +430,9 @@ class Fleet:
         events = selectors.EVENT_READ
         if process.channel.has_outbox and not process.channel.is_short:
             events |= selectors.EVENT_WRITE
-        if self._selector.get_key(process.channel).events != events:
-            self._selector.modify(process.channel, events, process)
+        key = self._selector.get_key(process.channel)
+        if key.events != events:
+            self._selector.modify(process.channel, events, key.data)
 
     # -- sockets
 

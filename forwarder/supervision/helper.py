@@ -122,7 +122,7 @@ class Helper:
             self._start(now)
         elif self._pid is not None:
             if now - self._looked_at > self.hang_s / 2:
-                self._awake_since = now  # we were stopped ourselves, see Fleet.end_hung
+                self._awake_since = now  # we were stopped ourselves, see Vigil
             self._looked_at = now
             silent_s = now - max(self._heartbeats.last(self._cell), self._awake_since)
             if silent_s > self.hang_s and not self._is_killed:

@@ -87,6 +87,13 @@ class Naming:
         why = "not looked up yet: the process that does that is busy or dead"
         self._take({host: Answer((), why, since=now) for host in silent})
 
+    def cancel(self) -> None:
+        """Go on: flows that drain follow names, too."""
+
+    def close(self) -> None:
+        """End the helper. Blocks for a moment, until it has gone."""
+        self.helper.end()
+
     @property
     def deadline(self) -> float | None:
         """When :meth:`turn` has something to do without an event; None for never."""

@@ -186,7 +186,9 @@ def test_the_kernel_tells_of_what_has_appeared(change: str, back: str) -> None:
     """Result: what waits is tried at once, and not more than once a second."""
     service = Affected()
     with Namespace() as there, selectors.DefaultSelector() as selector:
-        surroundings = there.call(lambda: Surroundings(service, selector))
+        surroundings = there.call(
+            lambda: Surroundings(service, selector, lambda: True, lambda: None)
+        )
         surroundings.turn(100.0)
         assert service.retries.deadline == 101.0
         for now, expected in ((100.1, 100.1), (100.2, 100.1 + 1)):

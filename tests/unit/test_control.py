@@ -96,7 +96,7 @@ def test_a_stop_answers_everybody() -> None:
     for op in ("reload", "stop"):
         requests.handle({"op": op}, lambda answer: answers.append(answer["ok"]))
     requests.handle({"op": "workers", "count": "+1"}, lambda answer: answers.append(answer["ok"]))
-    requests.on_stopping()
+    requests.cancel()
     assert answers == [False, False]
     requests.on_stopped({})
     assert answers == [False, False, True]
@@ -235,7 +235,7 @@ def test_all_who_wait_for_an_upgrade_are_told_how_it_ended(is_done: bool) -> Non
         requests.handle({"op": "upgrade"}, answers.append)
     assert answers == []
     requests.on_upgraded("as it was", is_done=is_done)
-    requests.on_stopping()
+    requests.cancel()
     key = "report" if is_done else "error"
     assert answers == [{"ok": is_done, key: "as it was"}] * 2
 

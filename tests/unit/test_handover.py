@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     import pytest
 
     from forwarder.control.requests import Requests
+    from forwarder.serving.listeners import ListenerTable
     from forwarder.succession.handover import Incumbent
     from forwarder.succession.lineage import Elder
+    from forwarder.upstream.known import KnownNames
 
 
 def test_a_reload_is_passed_on_to_the_heir_as_long_as_that_lives(
@@ -28,7 +30,14 @@ def test_a_reload_is_passed_on_to_the_heir_as_long_as_that_lives(
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with selectors.DefaultSelector() as selector, theirs:
         requests = cast("Requests", None)
-        handover = Handover(cast("Incumbent", None), selector, requests, Questions())
+        handover = Handover(
+            cast("Incumbent", None),
+            selector,
+            requests,
+            cast("ListenerTable", None),
+            cast("KnownNames", None),
+            Questions(),
+        )
         handover._heir = Heir(12345, ours, selector, cast("Elder", None))
         handover.note_reload()
         assert killed == [12345]

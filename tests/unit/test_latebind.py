@@ -49,6 +49,7 @@ def test_an_address_that_is_tried_again_is_the_one_that_it_was() -> None:
     """The IPv6 wildcard leaves IPv4 to a rule of its own, also while that is not tried."""
     for others, v6only in (((rule("four", "0.0.0.0"),), True), ((), False)):
         service = Service(*others, rule("six", "::"))
-        LateBinds(service, dict, slots=lambda: 1, on_bound=lambda: None).turn(0.0)
+        late = LateBinds(service, dict, lambda: 1, may_bind=lambda: True, on_bound=lambda: None)
+        late.turn(0.0)
         assert isinstance(service.found, Candidate)
         assert [address.v6only for address in service.found.binds["six"]] == [v6only]

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from forwarder.control.requests import Requests
     from forwarder.control.server import Message
+    from forwarder.serving.service import Service
 
 
 def test_a_bug_while_it_is_put_in_force_is_told_to_who_asked(
@@ -27,10 +28,12 @@ def test_a_bug_while_it_is_put_in_force_is_told_to_who_asked(
         raise ZeroDivisionError
 
     told: list[object] = []
-    master = SimpleNamespace(is_running=True, generation=1, candidate=object, begin_generation=fail)
+    master = SimpleNamespace(is_running=True, begin_generation=fail)
+    service = SimpleNamespace(generation=1, candidate=object)
     requests = SimpleNamespace(on_rejected=told.extend, preview_by=lambda _: None)
     reloading = Reloading(
         cast("Reloadable", master),
+        cast("Service", service),
         None,
         cast("selectors.BaseSelector", None),
         cast("Requests", requests),

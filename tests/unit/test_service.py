@@ -18,11 +18,11 @@ def test_what_is_due_is_done_though_workers_have_acknowledged_nothing() -> None:
         upstreams=(Upstream(Address("127.0.0.1", 1)),),
         place=Place("web"),
     )
-    service = Service(Config(rules=(rule,)))
+    service = Service(Config(rules=(rule,)), lambda: None)
     service.open(lambda _: [], {})
     assert service.awaited == {"web"}
     later = time.monotonic() + 60
-    service.expire(later)
-    assert all(at > later for at in service.deadlines())
+    service.turn(later)
+    assert service.deadline > later
     assert service.is_started
     service.table.release()

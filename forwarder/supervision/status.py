@@ -1,0 +1,59 @@
+"""What a master says of its instance, in the JSON of ``forwarder status``."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING
+
+from forwarder import __version__
+
+if TYPE_CHECKING:
+    from forwarder.control.requests import Requests
+    from forwarder.serving.service import Service
+    from forwarder.succession.handover import Handover
+    from forwarder.supervision.fleet import Fleet
+    from forwarder.supervision.naming import Naming
+    from forwarder.supervision.spec import State
+
+
+class Status:
+    """What there is to say, from all who know some of it."""
+
+    def __init__(
+        self,
+        title: str,
+        service: Service,
+        fleet: Fleet,
+        naming: Naming,
+        requests: Requests,
+        handover: Handover,
+    ) -> None:
+        """``title`` names the instance; it is up from now on."""
+        self._title = title
+        self._service = service
+        self._fleet = fleet
+        self._naming = naming
+        self._requests = requests
+        self._handover = handover
+        self._started_at = time.monotonic()
+
+    def describe(self, state: State) -> dict[str, object]:
+        """What the instance serves and what it has done."""
+        now = time.monotonic()
+        rules = self._service.describe_rules(self._fleet.ledger.rule, now)
+        return {
+            "version": __version__,
+            "pid": os.getpid(),
+            "title": self._title,
+            "state": state.value,
+            "generation": self._service.generation,
+            "uptime_s": round(now - self._started_at, 1),
+            "control": self._requests.path,
+            "totals": self._fleet.ledger.totals(),
+            "rates": self._fleet.ledger.rates(now),
+            "workers": self._fleet.describe(now),
+            "helpers": self._naming.helper.describe(now),
+            "rules": self._naming.describe(self._fleet.describe_rules(rules, now), now),
+            "predecessors": self._handover.describe(),
+        }
