@@ -37,7 +37,7 @@ from forwarder.succession.inherit import foreign_descriptors
 from forwarder.supervision.ending import Ending
 from forwarder.supervision.fleet import Fleet
 from forwarder.supervision.naming import Naming
-from forwarder.supervision.spec import MasterSpec, State
+from forwarder.supervision.spec import MasterSpec, MasterState
 from forwarder.supervision.status import Status
 from forwarder.system import notify
 from forwarder.system.privileges import (
@@ -66,7 +66,7 @@ class Master:
     def __init__(self, spec: MasterSpec) -> None:
         foreign = foreign_descriptors()  # before there are any of ours
         self._spec = spec
-        self._state = State.BOOTING
+        self._state = MasterState.BOOTING
         self._is_announced = False
         self._service = Service(spec.config, on_changed=self._take_serving)
         self._selector = selectors.DefaultSelector()
@@ -127,7 +127,7 @@ class Master:
         """Bind, start the workers, supervise them until stopped. Raises StartupError."""
         try:
             self._boot()
-            while self._state is not State.STOPPED:
+            while self._state is not MasterState.STOPPED:
                 survive(self.turn)
         except StartupError:
             # There are workers if we are a successor that cannot take over: none shall be left.
@@ -166,7 +166,7 @@ class Master:
         if self._fleet.identity is not None:
             is_used = config.needs_rights or config.binds_to_devices
             keep_capabilities_of_a_master(rights if is_used else 0)
-        self._state = State.RUNNING
+        self._state = MasterState.RUNNING
 
     def _load(self) -> Candidate:
         """Read the configuration anew, and try what it asks of sockets; in a forked child."""
@@ -196,12 +196,12 @@ class Master:
 
     def _stop(self, *, is_fast: bool, phase: Phase = Phase.SHUTDOWN) -> None:
         """Begin to stop, or hurry a stop that has begun; ``phase`` is why sessions then end."""
-        if self._state is State.STOPPING:
+        if self._state is MasterState.STOPPING:
             return  # it cannot be hurried more, and must not be given its time anew
-        if is_fast or self._state is State.DRAINING:
-            self._state = State.STOPPING
-        elif self._state is State.RUNNING:
-            self._state = State.DRAINING
+        if is_fast or self._state is MasterState.DRAINING:
+            self._state = MasterState.STOPPING
+        elif self._state is MasterState.RUNNING:
+            self._state = MasterState.DRAINING
         else:
             return
         # A successor that has to give up speaks for nobody: the one that goes on does.
@@ -214,7 +214,7 @@ class Master:
         # Ours are the last copies once the workers, which serve what is queued first, have let go:
         # who comes now is refused at once instead of waiting in a queue that nobody serves.
         self._service.table.close()
-        if self._state is State.STOPPING:
+        if self._state is MasterState.STOPPING:
             self._ending.reset(phase, with_those_before=not self._handover.has_heir)
         else:
             limit_s = self._service.config.settings.drain_timeout_s
@@ -229,10 +229,10 @@ class Master:
         now = time.monotonic()
         for one in self._undertakings:
             survive(partial(one.turn, now))
-        if self._state is State.RUNNING:
+        if self._state is MasterState.RUNNING:
             self._settle(now)
         elif self._ending.is_over:
-            self._state = State.STOPPED
+            self._state = MasterState.STOPPED
             self._handover.say_last_words()
             self._requests.on_stopped(self._ending.sum_up())
             return
@@ -360,7 +360,7 @@ class Master:
 
     def resize(self, size: int) -> str:
         """Begin to have ``size`` workers. Returns why not, or ""."""
-        if self._state is not State.RUNNING:
+        if self._state is not MasterState.RUNNING:
             log.warning("master: %s", STOPPING)
             return STOPPING
         if not 1 <= size <= MAX_WORKERS:
@@ -382,18 +382,18 @@ class Master:
 
     def reload(self) -> str:
         """Begin a reload, or have one follow that under way. Returns why not, or ""."""
-        return self._reloading.begin()
+        return self._reloading.request()
 
     def upgrade(self) -> str:
         """Begin an upgrade, unless one is under way. Returns why not, or ""."""
-        return self._handover.begin()
+        return self._handover.start()
 
     # -- what a handover asks, see handover.Incumbent
 
     @property
     def is_running(self) -> bool:
         """Whether it serves and is not about to stop."""
-        return self._state is State.RUNNING
+        return self._state is MasterState.RUNNING
 
     @property
     def is_reloading(self) -> bool:
@@ -420,7 +420,7 @@ class Master:
         """Whether a successor has been started, and has neither the place nor failed."""
         return self._handover.is_under_way
 
-    def begin_generation(self, candidate: Candidate) -> None:
+    def change_to(self, candidate: Candidate) -> None:
         """Put it in force and tell the workers. Raises StartupError; then nothing has changed."""
         # A size that was set by signal stays, unless the configuration itself asks for another.
         wanted = candidate.config.settings.workers
@@ -428,7 +428,7 @@ class Master:
         size = wanted if is_resized else self._fleet.size
         logs = self._fleet.logs.prepare(candidate.config.settings.logs)
         try:
-            self._report = self._service.begin(candidate, size)
+            self._report = self._service.adopt(candidate, size)
         except BaseException:
             discard(logs)
             raise

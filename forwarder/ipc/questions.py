@@ -40,7 +40,7 @@ class Questions:
         """When :meth:`expire` has something to do; None for never."""
         return min((question.deadline for question in self._open.values()), default=None)
 
-    def begin(
+    def note(
         self,
         pids: Iterable[int],
         now: float,

@@ -49,8 +49,8 @@ class Preview:
         """When :meth:`turn` has something to do without an event; None for never."""
         return self._loader.deadline
 
-    def begin(self, message: Message, reply: Reply) -> None:
-        """Begin to read, or do so again when that is over; ``reply`` is called once."""
+    def ask(self, message: Message, reply: Reply) -> None:
+        """Find out, by reading now or once more when that is over; ``reply`` is called once."""
         if len(self._asked) >= _MOST_WAITING:
             reply(refusal("too many ask what a reload would change"))
             return

@@ -40,7 +40,7 @@ class Reloadable(Protocol):
     def is_upgrading(self) -> bool:
         """Whether a successor has been started and may take the place; then nothing may change."""
 
-    def begin_generation(self, candidate: Candidate) -> None:
+    def change_to(self, candidate: Candidate) -> None:
         """Put it in force. Raises StartupError if that is not possible; then nothing changes."""
 
 
@@ -84,7 +84,7 @@ class Reloading:
         found = [self._loader.deadline, self._preview.deadline if self._preview else None]
         return min((deadline for deadline in found if deadline is not None), default=None)
 
-    def begin(self) -> str:
+    def request(self) -> str:
         """Begin to read the configuration anew; if that is under way, do it again afterwards.
 
         Returns why not, or "".
@@ -113,7 +113,7 @@ class Reloading:
         elif not self._master.is_running:
             reply(refusal(STOPPING))
         else:
-            self._preview.begin(message, reply)
+            self._preview.ask(message, reply)
 
     def turn(self, now: float) -> None:
         """Give up a configuration that takes too long to read."""
@@ -148,10 +148,10 @@ class Reloading:
         if isinstance(found, Rejected):
             self._reject(found.problems)
         elif self._master.is_running:  # told to stop meanwhile: nothing to begin
-            self._begin(found)
+            self._apply(found)
         if self._is_wanted_again:
             self._is_wanted_again = False
-            self.begin()
+            self.request()
 
     def on_settled(self) -> None:
         """All workers serve what was put in force last."""
@@ -171,15 +171,15 @@ class Reloading:
         log.error("reload.rejected %s", problem)
         self._requests.on_refused((problem,))
         try:
-            self._master.begin_generation(before)
+            self._master.change_to(before)
         except StartupError as err:
             log.error("master: cannot serve again what was served before: %s", err)
         notify.notify("READY=1", "STATUS=reload rejected, see the log")
 
-    def _begin(self, candidate: Candidate) -> None:
+    def _apply(self, candidate: Candidate) -> None:
         before = self._service.candidate()
         try:
-            self._master.begin_generation(candidate)
+            self._master.change_to(candidate)
             self._before = before
         except StartupError as err:
             self._reject((str(err),))

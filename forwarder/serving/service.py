@@ -111,7 +111,7 @@ class Service:
         why = {name: how.why for name, how in waiting.items() if how is not None}
         return Candidate(self.config, binds, why)
 
-    def begin(self, candidate: Candidate, slots: int) -> str:
+    def adopt(self, candidate: Candidate, slots: int) -> str:
         """Put a candidate in force for ``slots`` workers. Returns what it changes, for people.
 
         Raises StartupError if something cannot be bound; then nothing has changed.

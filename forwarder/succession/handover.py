@@ -156,7 +156,7 @@ class Handover:
             return self._successor.deadline
         return self._leave_at if self._heir is None else self._heir.next_deadline(self._leave_at)
 
-    def begin(self) -> str:
+    def start(self) -> str:
         """Start the installed code beside this one, if that is not under way already.
 
         Returns why not, or "".
@@ -172,7 +172,7 @@ class Handover:
             problem = "not possible as process 1 of a container: start a new container"
         else:
             try:
-                self._start()
+                self._execute()
             except OSError as err:
                 problem = f"cannot execute the new code: {err}"
         if problem:
@@ -206,7 +206,7 @@ class Handover:
         if self._heir is not None:
             self._heir.tell()
 
-    def _start(self) -> None:
+    def _execute(self) -> None:
         sockets = self._table.all_sockets()
         path = self._requests.path
         names = self._names.as_text()

@@ -58,7 +58,7 @@ class Sessions:
         now, questions = time.monotonic(), self._fleet.questions
         asked, before = self._fleet.processes(), self.before
         pids = [process.pid for process in asked] + ([] if before is None else [before.pid])
-        number = questions.begin(pids, now, callback, within_s)
+        number = questions.note(pids, now, callback, within_s)
         if before is not None:
             before.ask(op, number, choice, within_s)
         for process in asked:

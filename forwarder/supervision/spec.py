@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from forwarder.config.model import Config
 
 
-class State(Enum):
+class MasterState(Enum):
     """BOOTING -> RUNNING -> DRAINING -> STOPPING -> STOPPED; a fast stop skips DRAINING."""
 
     BOOTING = "booting"

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from forwarder.succession.handover import Handover
     from forwarder.supervision.fleet import Fleet
     from forwarder.supervision.naming import Naming
-    from forwarder.supervision.spec import State
+    from forwarder.supervision.spec import MasterState
 
 
 class Status:
@@ -38,7 +38,7 @@ class Status:
         self._handover = handover
         self._started_at = time.monotonic()
 
-    def describe(self, state: State) -> dict[str, object]:
+    def describe(self, state: MasterState) -> dict[str, object]:
         """What the instance serves and what it has done."""
         now = time.monotonic()
         rules = self._service.describe_rules(self._fleet.ledger.rule, now)

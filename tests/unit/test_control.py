@@ -297,7 +297,7 @@ def test_a_question_is_answered_when_all_have_spoken_died_or_time_is_up() -> Non
     def note(answers: list[object], silent: list[int]) -> None:
         heard.append((answers, silent))
 
-    first = questions.begin([1, 2, 3, 4], 0.0, note)
+    first = questions.note([1, 2, 3, 4], 0.0, note)
     assert questions.is_awaited(first, 1)
     questions.on_answer(first, 1, "a")
     questions.on_answer(first, 1, "twice")
@@ -309,10 +309,10 @@ def test_a_question_is_answered_when_all_have_spoken_died_or_time_is_up() -> Non
     assert not questions.is_awaited(first, 1)
     questions.on_answer(first, 3, "c")
     assert heard == [(["a", "c"], [4])]
-    questions.begin([1], 5.0, note)
+    questions.note([1], 5.0, note)
     assert questions.deadline == 5.0 + ANSWER_WITHIN_S
     questions.expire(5.0 + ANSWER_WITHIN_S)
-    questions.begin([], 0.0, note)
+    questions.note([], 0.0, note)
     questions.expire(0.0)
     assert heard[1:] == [([], [1]), ([], [])]
     assert questions.deadline is None

@@ -28,7 +28,7 @@ def test_a_bug_while_it_is_put_in_force_is_told_to_who_asked(
         raise ZeroDivisionError
 
     told: list[object] = []
-    master = SimpleNamespace(is_running=True, begin_generation=fail)
+    master = SimpleNamespace(is_running=True, change_to=fail)
     service = SimpleNamespace(generation=1, candidate=object)
     requests = SimpleNamespace(on_rejected=told.extend, preview_by=lambda _: None)
     reloading = Reloading(
