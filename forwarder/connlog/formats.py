@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from functools import lru_cache
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from forwarder.config.model import LogFormat
 from forwarder.connlog.record import Event
@@ -98,10 +98,22 @@ def json_line(record: Record) -> str | None:
     )
 
 
-FORMATTERS: Final[dict[LogFormat, Callable[[Record], str | None]]] = {
-    LogFormat.RINETD: rinetd_line,
-    LogFormat.COMMON: common_line,
-    LogFormat.JSON: json_line,
+class Format(NamedTuple):
+    """How records become lines, and which have to be made for it beside those of sessions' ends.
+
+    ``wants_opened``: one when a session has reached its upstream; ``wants_refused``: one of each
+    client that gets no session. For one that it does not want ``line`` returns None.
+    """
+
+    line: Callable[[Record], str | None]
+    wants_opened: bool
+    wants_refused: bool
+
+
+FORMATS: Final = {
+    LogFormat.RINETD: Format(rinetd_line, wants_opened=True, wants_refused=True),
+    LogFormat.COMMON: Format(common_line, wants_opened=True, wants_refused=True),
+    LogFormat.JSON: Format(json_line, wants_opened=False, wants_refused=True),
 }
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Final, TypeAlias
 
-from forwarder.config.model import LogFormat
 from forwarder.connlog import drains
-from forwarder.connlog.formats import FORMATTERS
+from forwarder.connlog.formats import FORMATS
 from forwarder.connlog.sinks import Sink
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from forwarder.config.model import LogFormat
     from forwarder.connlog.record import Record
 
 Later: TypeAlias = "Callable[[], Record]"
@@ -33,7 +33,9 @@ class ConnectionLog:
         self.is_on = False
         """Whether a record has to be made at all."""
         self.tells_opened = False
-        """Whether one of a session that has begun has to be made; JSON tells only of the end."""
+        """Whether one of a session that has begun has to be made."""
+        self.tells_refused = False
+        """Whether one of a client that gets no session has to be made."""
         self._waiting: list[Later] = []
         self._sinks: list[tuple[Callable[[Record], str | None], Sink]] = []
         self._ended: list[Sink] = []  # those that may still write
@@ -55,9 +57,10 @@ class ConnectionLog:
             old.end()
             self._ended.append(old)
         self._forget_finished()
-        self._sinks = [(FORMATTERS[how], Sink(_drain(name, fd))) for how, name, fd in places]
+        self._sinks = [(FORMATS[how].line, Sink(_drain(name, fd))) for how, name, fd in places]
         self.is_on = bool(self._sinks)
-        self.tells_opened = any(how is not LogFormat.JSON for how, _, _ in places)
+        self.tells_opened = any(FORMATS[how].wants_opened for how, _, _ in places)
+        self.tells_refused = any(FORMATS[how].wants_refused for how, _, _ in places)
 
     def write(self, record: Later) -> None:
         """Put a record into every place, in its format; soon."""

@@ -13,8 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from forwarder.config.model import LogFormat
 from forwarder.connlog import formats
-from forwarder.connlog.formats import common_line, json_line, rinetd_line
+from forwarder.connlog.formats import FORMATS, Format, common_line, json_line, rinetd_line
+from forwarder.connlog.log import ConnectionLog
 from forwarder.connlog.record import Event, Record, rinetd_result
 from forwarder.stats.reasons import (
     CLIENT_HAD_ENDED,
@@ -53,6 +55,10 @@ ENDED = OPENED._replace(
     duration_s=2.5,
     end="client/data",
     worker=3,
+)
+
+REFUSED = OPENED._replace(
+    event=Event.REFUSED, session="", end="us/access", detail="denied", result="denied"
 )
 
 
@@ -100,11 +106,31 @@ def test_json_has_no_line_for_a_session_that_has_only_begun() -> None:
     assert json_line(OPENED) is None
 
 
+@pytest.mark.parametrize("how", LogFormat)
+def test_a_format_wants_the_records_of_which_it_has_a_line(how: LogFormat) -> None:
+    wanted = FORMATS[how]
+    assert wanted.wants_opened is (wanted.line(OPENED) is not None)
+    assert wanted.wants_refused is (wanted.line(REFUSED) is not None)
+    assert wanted.line(ENDED) is not None
+
+
+def test_a_log_wants_what_any_of_its_formats_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that no record is made of which no line will be."""
+    monkeypatch.setitem(formats.FORMATS, LogFormat.COMMON, Format(lambda _: None, False, False))
+    log = ConnectionLog()
+    assert (log.tells_opened, log.tells_refused) == (False, False)
+    for places, told in (
+        ([LogFormat.COMMON], (False, False)),
+        ([LogFormat.COMMON, LogFormat.JSON], (False, True)),
+        ([LogFormat.JSON, LogFormat.RINETD], (True, True)),
+    ):
+        log.set_places([(how, "journal", None) for how in places])
+        assert (log.tells_opened, log.tells_refused) == told
+    log.close()
+
+
 def test_what_is_not_known_is_null() -> None:
-    refused = OPENED._replace(
-        event=Event.REFUSED, session="", end="us/access", detail="denied", result="denied"
-    )
-    found = json.loads(json_line(refused) or "")
+    found = json.loads(json_line(REFUSED) or "")
     assert (found["event"], found["upstream"], found["connect_ms"]) == ("refused", None, None)
     assert (found["end"], found["detail"], found["bytes_c2u"]) == ("us/access", "denied", 0)
 
