@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from forwarder.config.model import Config
     from forwarder.serving.addresses import BindAddress
+    from forwarder.serving.listeners import ListenerTable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,3 +31,16 @@ class Serving:
         """Under which name each rule is counted, in their order."""
         alias = self.counted_as
         return [alias.get(rule.name, rule.name) for rule in self.config.rules]
+
+    def share(
+        self, table: ListenerTable, slots: Iterable[int]
+    ) -> tuple[dict[int, int], dict[int, int]]:
+        """The sockets of some slots: their descriptors by id, and by id the index of their rule."""
+        descriptors: dict[int, int] = {}
+        routes: dict[int, int] = {}
+        for index, rule in enumerate(self.config.rules):
+            for address in self.binds[rule.name]:
+                mine = table.descriptors(address, slots)
+                descriptors |= mine
+                routes |= dict.fromkeys(mine, index)
+        return descriptors, routes

@@ -1,4 +1,4 @@
-"""The workers of one master: forking them, telling them what to serve, noticing how they fare.
+"""The workers of one master: forking them, sharing sockets out, noticing how they fare.
 
 Decides nothing about configurations or the life of the instance; the master does. Never blocks.
 """
@@ -21,12 +21,10 @@ from forwarder.ipc.heartbeat import Heartbeats, Vigil
 from forwarder.ipc.questions import Questions
 from forwarder.ipc.workerspec import WorkerSpec
 from forwarder.limits.gate import STUCK_S, Busy, Gate, Holdings
-from forwarder.net import pipes
 from forwarder.stats.ledger import Ledger
 from forwarder.stats.reasons import Phase
 from forwarder.supervision import policy
 from forwarder.supervision.slot import (
-    RETRY_S,
     Slot,
     WorkerProcess,
     WorkerState,
@@ -34,12 +32,12 @@ from forwarder.supervision.slot import (
     describe_unserved,
     fork_worker,
 )
+from forwarder.supervision.telling import Telling
 from forwarder.system.children import keep_only
-from forwarder.system.daemonlog import warn_rarely
 from forwarder.system.signals import describe_end
 from forwarder.upstream import failing
 from forwarder.upstream.known import KnownNames
-from forwarder.upstream.messages import read_hosts, say_answers
+from forwarder.upstream.messages import read_hosts
 
 if TYPE_CHECKING:
     from forwarder.ipc.channel import Message, Received
@@ -65,6 +63,7 @@ class Fleet:
         self.ledger = Ledger()
         self.questions = Questions()
         self.names = KnownNames()
+        self.telling = Telling(selector, table, self.names, self.logs, self.ledger)
         self.refusal = ""  # why a worker cannot serve what all were told last
         self._table = table
         self._selector = selector
@@ -74,7 +73,6 @@ class Fleet:
         self._heartbeats = Heartbeats()
         self._gate = Gate()
         self._must_recount = False
-        self._serial = 0
         self._is_ending = False
         self._vigil = Vigil(time.monotonic())
 
@@ -201,14 +199,7 @@ class Fleet:
         # The master bounds its own stop; that of one worker nobody else would.
         is_alone = process in self._retiring and op is messages.Op.DRAIN
         limit_s = self.serving.config.settings.drain_timeout_s if is_alone else None
-        try:
-            process.channel.send(
-                {"op": op, "limit_s": limit_s or 0, "is_last": is_last, "phase": phase.value}
-            )
-        except ChannelClosed:  # it has died; or it lives, and hears of this
-            process.signal(signal.SIGTERM)
-            return
-        self.watch(process)
+        self.telling.leave(process, op, limit_s, phase, is_last=is_last)
 
     def forget_rules(self) -> None:
         """Drop what was counted for rules that are served no more and have no session left."""
@@ -224,22 +215,9 @@ class Fleet:
                 self._must_recount = False
 
     def _tell_news(self) -> None:
-        """Tell each worker, those that leave too, what names mean and where the log goes now."""
+        """Tell each worker, those that leave too, what has become of names and log."""
         for process in self.processes():
-            self._tell_names(process)
-            if process.logs_revision == self.logs.revision or time.monotonic() < process.deaf_until:
-                continue
-            try:
-                messages.send_logs(process.channel, self.logs.places)
-            except ChannelClosed:
-                continue  # it has died; SIGCHLD follows
-            except OSError as err:
-                what = f"log: cannot tell worker {process.slot} about its files: {err}"
-                warn_rarely(log, what, what, logging.ERROR)
-                self._tell_again(process)
-                continue
-            process.logs_revision = self.logs.revision
-            self.watch(process)
+            self.telling.news(process)
 
     def _end_hung(self, now: float) -> None:
         """Kill workers that give no sign of life, those that are leaving, too."""
@@ -273,7 +251,7 @@ class Fleet:
             log.exception("worker.nonsense slot=%d pid=%d", process.slot, process.pid)
             process.signal(signal.SIGKILL)
             return
-        self.watch(process)
+        self.telling.watch(process)
 
     def close(self) -> None:
         """Give up what is not the workers', at the end."""
@@ -412,27 +390,7 @@ class Fleet:
             self.names.hurry(read_hosts(message))
         elif message["op"] == messages.Op.LOGS:  # it had no descriptors for them
             process.logs_revision = 0
-            self._tell_again(process)
-
-    def _tell_names(self, process: WorkerProcess) -> None:
-        """Tell a worker the answers that it has not heard yet, when it listens."""
-        if process.names_revision == self.names.revision or process.channel.has_outbox:
-            return
-        answers = self.names.since(process.names_revision)
-        with suppress(ChannelClosed):  # it has died; SIGCHLD follows
-            for part in say_answers(messages.Op.NAMES, answers):
-                process.channel.send(part)
-            process.names_revision = self.names.revision
-            self.watch(process)
-
-    def watch(self, process: WorkerProcess) -> None:
-        """Ask for writability exactly while something waits for the worker."""
-        events = selectors.EVENT_READ
-        if process.channel.has_outbox and not process.channel.is_short:
-            events |= selectors.EVENT_WRITE
-        key = self._selector.get_key(process.channel)
-        if key.events != events:
-            self._selector.modify(process.channel, events, key.data)
+            self.telling.again(process)
 
     # -- sockets
 
@@ -447,52 +405,6 @@ class Fleet:
         shares = policy.share_sockets(self._socket_slots, ready, starting)
         for process in self._in_slots():
             if process.slot in shares:
-                self._give(process, tuple(shares[process.slot]))
-
-    def _tell_again(self, process: WorkerProcess) -> None:
-        """Tell a worker everything once more, when there may be descriptors for that."""
-        self._serial += 1
-        process.sent_serial = self._serial  # nothing is settled until it has acknowledged that
-        process.told = None
-        process.deaf_until = time.monotonic() + RETRY_S
-
-    def _give(self, process: WorkerProcess, socket_slots: tuple[int, ...]) -> None:
-        wanted = (self.serving.revision, len(self._slots), socket_slots)
-        if not process.must_be_told(wanted, time.monotonic()):
-            return
-        self._tell_names(process)  # first, so that the first client finds them
-        descriptors: dict[int, int] = {}
-        routes: dict[int, int] = {}
-        for index, rule in enumerate(self.serving.config.rules):
-            for address in self.serving.binds[rule.name]:
-                mine = self._table.descriptors(address, socket_slots)
-                descriptors |= mine
-                routes |= dict.fromkeys(mine, index)
-        self._serial += 1
-        new = {i: fd for i, fd in descriptors.items() if i not in process.known_sockets}
-        try:
-            messages.send_sockets(process.channel, new)
-            process.known_sockets = process.known_sockets | new.keys()
-            messages.send_assignment(
-                process.channel,
-                messages.Assignment(
-                    serial=self._serial,
-                    generation=self.serving.generation,
-                    config=self.serving.config,
-                    routes=routes,
-                    rows=tuple(map(self.ledger.row, self.serving.counted_names())),
-                    workers=len(self._slots),
-                    pipe_budget_pages=pipes.budget_pages(len(self._slots)),
-                ),
-            )
-        except ChannelClosed:
-            return  # it has died; SIGCHLD follows
-        except OSError as err:  # EMFILE: an assignment travels in a file
-            what = f"worker.untold slot={process.slot} pid={process.pid}: {err.strerror}"
-            warn_rarely(log, what, what, logging.ERROR)
-            self._tell_again(process)
-            return
-        process.told = wanted
-        process.known_sockets = set(routes)
-        process.sent_serial = self._serial
-        self.watch(process)
+                self.telling.serve(
+                    process, self.serving, len(self._slots), tuple(shares[process.slot])
+                )

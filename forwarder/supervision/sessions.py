@@ -64,7 +64,7 @@ class Sessions:
         for process in asked:
             try:
                 process.channel.send({"op": op, "number": number, **choice})
-                self._fleet.watch(process)
+                self._fleet.telling.watch(process)
             except ChannelClosed:
                 continue  # it has died; SIGCHLD follows
         questions.expire(now)  # if there was nobody to ask
@@ -77,7 +77,7 @@ class Sessions:
         for process in self._fleet.processes():
             try:
                 messages.send_access(process.channel, rules_fd)
-                self._fleet.watch(process)
+                self._fleet.telling.watch(process)
             except ChannelClosed:
                 continue  # it has died; SIGCHLD follows
             except OSError as err:
