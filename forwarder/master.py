@@ -80,8 +80,12 @@ class Master:
         self._signals: SignalQueue | None = None
         self._requests = Requests(self)
         self._handover = Handover(
-            *(self, self._selector, self._requests),
-            *(self._service.table, self._fleet.names, self._fleet.questions),
+            self,
+            self._service,
+            self._fleet.names,
+            self._fleet.questions,
+            self._selector,
+            self._requests,
         )
         self._ending = Ending(self._fleet, self._handover, self)
         self._reloading = Reloading(
@@ -93,8 +97,12 @@ class Master:
             foreign,
         )
         self._status = Status(
-            *(spec.title, self._service, self._fleet),
-            *(self._naming, self._requests, self._handover),
+            spec.title,
+            self._service,
+            self._fleet,
+            self._naming,
+            self._requests,
+            self._handover,
         )
         self._report: str | None = None  # of a reload that not all workers have acknowledged yet
         # In the order of a turn: what changes what is served comes before the fleet, which tells
@@ -294,31 +302,14 @@ class Master:
         is_served = self._fleet.is_complete and self._service.is_started
         if not self._is_announced and is_served:
             self._is_announced = True
-            self._announce()
-
-    def _announce(self) -> None:
-        """All workers serve: say so, and take over from a predecessor."""
-        log.info(
-            "master.ready pid=%d workers=%d rules=%d generation=%d",
-            os.getpid(),
-            self._fleet.size,
-            len(self._service.config.rules),
-            self._service.generation,
-        )
-        has_predecessor = upgrade.has_predecessor()
-        if has_predecessor:
-            # Only now, since a successor that fails must not take them.
-            self._handover.claim()
-            self._open_control()
-        notify.notify(
-            f"MAINPID={os.getpid()}",
-            "READY=1",
-            f"STATUS={len(self._service.config.rules)} rules",
-        )
-        has_dropped_some = self._service.has_dropped_some
-        self._handover.say_ready(self._service.config, has_dropped_some=has_dropped_some)
-        # What the predecessor would need, should we end before it has heard that, comes last.
-        self._service.own(has_predecessor=has_predecessor)
+            log.info(
+                "master.ready pid=%d workers=%d rules=%d generation=%d",
+                os.getpid(),
+                self._fleet.size,
+                len(self._service.config.rules),
+                self._service.generation,
+            )
+            self._handover.take_place(self._open_control)
 
     def _is_quiet(self) -> bool:
         """Whether rules may come to listen, or no longer, by themselves.
@@ -399,10 +390,6 @@ class Master:
     def is_reloading(self) -> bool:
         """Whether a configuration is being read."""
         return self._reloading.is_under_way
-
-    def leave(self) -> None:
-        """A successor serves: let our sessions end."""
-        self._stop(is_fast=False)
 
     def end(self, phase: Phase) -> None:
         """Sessions have had their time, or the successor wants us gone."""

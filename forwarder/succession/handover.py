@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from forwarder.config.model import Config, Settings
     from forwarder.control.requests import Requests
     from forwarder.ipc.questions import Questions
-    from forwarder.serving.listeners import ListenerTable
+    from forwarder.serving.service import Service
     from forwarder.system.privileges import Identity
     from forwarder.upstream.known import KnownNames
 
@@ -50,7 +50,7 @@ class Incumbent(Protocol):
     def reload(self) -> str:
         """Begin a reload. Returns why not, or ""."""
 
-    def leave(self) -> None:
+    def stop(self) -> None:
         """The successor serves: let our sessions end."""
 
     @property
@@ -64,11 +64,11 @@ class Handover:
     def __init__(
         self,
         master: Incumbent,
-        selector: selectors.BaseSelector,
-        requests: Requests,
-        table: ListenerTable,
+        service: Service,
         names: KnownNames,
         questions: Questions,
+        selector: selectors.BaseSelector,
+        requests: Requests,
     ) -> None:
         """``questions``: where answers of a predecessor go."""
         self._has_heir = False
@@ -76,7 +76,7 @@ class Handover:
         self._master = master
         self._selector = selector
         self._requests = requests
-        self._table = table
+        self._service = service
         self._names = names
         self.predecessor: Predecessor | None = None  # stays after its end
         self._questions = questions
@@ -98,17 +98,29 @@ class Handover:
                 raise
             log.warning("pidfile.failed %s; going on without", err)
 
-    def claim(self) -> None:
-        """Write our pid into the pid file, in place of another's. Raises StartupError."""
-        if self._pid_file is not None:
-            self._pid_file.claim()
+    def take_place(self, open_control: Callable[[], None]) -> None:
+        """All our workers serve: say so, and take the place of a predecessor. Raises StartupError.
 
-    def say_ready(self, config: Config, *, has_dropped_some: bool) -> None:
-        """Say that we serve to the predecessor, if there is one; ``config`` holds for it, too."""
-        line = upgrade.tell_predecessor(has_dropped_some=has_dropped_some)
+        ``open_control`` listens on the control socket, which is a predecessor's until now.
+        """
+        has_predecessor = upgrade.has_predecessor()
+        if has_predecessor:
+            # Only now, since a successor that fails must not take them.
+            self._claim()
+            open_control()
+        config = self._service.config
+        notify.notify(f"MAINPID={os.getpid()}", "READY=1", f"STATUS={len(config.rules)} rules")
+        line = upgrade.tell_predecessor(has_dropped_some=self._service.has_dropped_some)
         if line is not None:
             self.predecessor = Predecessor(line, self._selector, self._questions)
             self.on_configuration(config)
+        # What the predecessor would need, should we end before it has heard that, comes last.
+        self._service.own(has_predecessor=has_predecessor)
+
+    def _claim(self) -> None:
+        """Write our pid into the pid file, in place of another's. Raises StartupError."""
+        if self._pid_file is not None:
+            self._pid_file.claim()
 
     def on_configuration(self, config: Config) -> None:
         """End sessions of the predecessor that this does not allow, if that is wanted."""
@@ -183,7 +195,7 @@ class Handover:
         """Give up a successor that has had its time; leave when we have had ours."""
         if self._leave_at is not None and now >= self._leave_at:
             self._leave_at = None
-            self._master.leave()
+            self._master.stop()
         if self._successor is not None and now >= self._successor.deadline:
             self._successor.give_up(now)
         if self._heir is not None:
@@ -207,7 +219,7 @@ class Handover:
             self._heir.tell()
 
     def _execute(self) -> None:
-        sockets = self._table.all_sockets()
+        sockets = self._service.table.all_sockets()
         path = self._requests.path
         names = self._names.as_text()
         self._successor = Successor(sockets, self._pid_file, path, names, time.monotonic())
@@ -252,7 +264,7 @@ class Handover:
         self._successor = None
         problem = f"pid {successor.pid} did not come to serve ({how}); this one goes on"
         try:
-            self.claim()
+            self._claim()
         except StartupError as err:
             log.error("upgrade: %s", err)
         if not self._master.is_running:

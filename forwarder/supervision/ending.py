@@ -47,8 +47,8 @@ class Mortal(Protocol):
     def is_running(self) -> bool:
         """Whether it serves and is not about to stop."""
 
-    def leave(self) -> None:
-        """A successor serves: let our sessions end."""
+    def stop(self) -> None:
+        """Let our sessions end."""
 
     def end(self, phase: Phase) -> None:
         """Reset what is left: it has had its time, or the successor wants us gone."""
@@ -100,7 +100,7 @@ class Ending:
     def drain_as_last(self) -> None:
         """The heir is stopping: nobody serves after us, so flows that are silent are over."""
         if self._master.is_running:
-            self._master.leave()
+            self._master.stop()
         for process in self._fleet.processes():
             self._fleet.tell(process, Op.DRAIN, is_last=True)
         self._pass_on_drain()

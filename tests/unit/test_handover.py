@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import pytest
 
     from forwarder.control.requests import Requests
-    from forwarder.serving.listeners import ListenerTable
+    from forwarder.serving.service import Service
     from forwarder.succession.handover import Incumbent
     from forwarder.succession.lineage import Elder
     from forwarder.upstream.known import KnownNames
@@ -32,11 +32,11 @@ def test_a_reload_is_passed_on_to_the_heir_as_long_as_that_lives(
         requests = cast("Requests", None)
         handover = Handover(
             cast("Incumbent", None),
-            selector,
-            requests,
-            cast("ListenerTable", None),
+            cast("Service", None),
             cast("KnownNames", None),
             Questions(),
+            selector,
+            requests,
         )
         handover._heir = Heir(12345, ours, selector, cast("Elder", None))
         handover.note_reload()
