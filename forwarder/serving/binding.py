@@ -18,9 +18,9 @@ from forwarder.config.address import Address, UnixAddress
 from forwarder.config.describe import listening
 from forwarder.errors import StartupError
 from forwarder.serving.addresses import BindError
-from forwarder.serving.listeners import START_LOCK_S, ListenerTable, start_lock
 from forwarder.serving.loader import Candidate, Rejected
 from forwarder.serving.retries import Retries
+from forwarder.serving.startlock import START_LOCK_S, start_lock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from forwarder.config.model import Config, Rule
     from forwarder.serving.addresses import BindAddress
     from forwarder.serving.firstanswers import FirstAnswers
+    from forwarder.serving.listeners import ListenerTable
 
 log = logging.getLogger(__name__)
 

@@ -11,9 +11,8 @@ import itertools
 import logging
 import os
 import socket
-import time
 from collections import Counter
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -25,7 +24,7 @@ from forwarder.net.unixfile import SocketFile, file_of, listen_at
 from forwarder.serving.addresses import address_of, bind_error, option_error
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from forwarder.config.model import Rule, SocketOptions
     from forwarder.serving.addresses import BindAddress
@@ -33,8 +32,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Ten thousand sockets are bound in well under a second.
-START_LOCK_S: Final = 5.0
 # For the lock of a directory, held for microseconds; a reload must not wait for it. Arbitrary.
 DIRECTORY_LOCK_S: Final = 0.1
 # How long the sockets of a removed rule are still served after new handshakes are turned away:
@@ -55,30 +52,6 @@ class Slotted:
     sockets: list[socket.socket]
     ids: list[int]
     is_single: bool = False
-
-
-@contextmanager
-def start_lock(patience_s: float = START_LOCK_S) -> Generator[bool]:
-    """Let one instance at a time probe and bind, so that two that start together see each other.
-
-    The lock is an abstract unix socket of this network namespace (unix(7)): the kernel frees it
-    with the process. Blocks up to ``patience_s``; gives whether it is ours. Who holds it longer is
-    ignored at a start, with a warning.
-    """
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as lock:
-        until = time.monotonic() + patience_s
-        is_ours = False
-        while not is_ours:
-            try:
-                lock.bind("\0forwarder-start")
-                is_ours = True
-            except OSError:
-                if time.monotonic() >= until:
-                    break
-                time.sleep(0.01)
-        if not is_ours and patience_s:
-            log.warning("start: another process holds the start lock; going on without it")
-        yield is_ours
 
 
 class ListenerTable:

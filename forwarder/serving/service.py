@@ -22,8 +22,9 @@ from forwarder.serving.addresses import address_of
 from forwarder.serving.binding import Binding, check_descriptors
 from forwarder.serving.firstanswers import FirstAnswers
 from forwarder.serving.generation import Serving
-from forwarder.serving.listeners import CLOSE_GRACE_S, ListenerTable, start_lock
+from forwarder.serving.listeners import CLOSE_GRACE_S, ListenerTable
 from forwarder.serving.loader import Candidate, Rejected, as_known
+from forwarder.serving.startlock import start_lock
 from forwarder.upstream.wanted import listening_names
 
 if TYPE_CHECKING:
