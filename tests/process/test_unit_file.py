@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.process
 
 SYSTEMD: Final = Path(__file__).parents[2] / "deploy" / "systemd"
-UNIT: Final = SYSTEMD / "forwarder.serving.service"
+UNIT: Final = SYSTEMD / "forwarder.service"
 UNITS: Final = sorted(path.name for path in SYSTEMD.iterdir() if path.is_file())
 # Of 100; what is left is what the program is for (network, low ports) and needs (capset, /proc).
 EXPOSURE: Final = 16
@@ -70,7 +70,7 @@ def test_the_service_is_exposed_as_little_as_stated() -> None:
 
 def test_the_drop_in_only_changes_how_a_reload_is_asked_for() -> None:
     """Older versions of systemd do not know the type, so no tool here can look at it."""
-    drop_in = read_unit(SYSTEMD / "forwarder.serving.service.d" / "notify-reload.conf")
+    drop_in = read_unit(SYSTEMD / "forwarder.service.d" / "notify-reload.conf")
     assert {key: value for key, value in drop_in.items() if value} == {"Type": ["notify-reload"]}
     assert "ExecReload" in drop_in
 
@@ -85,7 +85,7 @@ def test_the_unit_knows_the_exit_codes_and_the_time_a_stop_takes() -> None:
 @pytest.mark.parametrize("name", ["forwarder.socket", "forwarder-udp.socket"])
 def test_a_socket_unit_belongs_to_the_service(name: str) -> None:
     unit = read_unit(SYSTEMD / name)
-    assert unit.get("Service", ["forwarder.serving.service"]) == ["forwarder.serving.service"]
+    assert unit.get("Service", ["forwarder.service"]) == ["forwarder.service"]
     assert unit["ReusePort"] == ["yes"]
 
 

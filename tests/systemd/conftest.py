@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 BOOT: Final = Path(__file__).parent / "boot"
-UNIT: Final = Path(__file__).parents[2] / "deploy" / "systemd" / "forwarder.serving.service"
+UNIT: Final = Path(__file__).parents[2] / "deploy" / "systemd" / "forwarder.service"
 COMMAND: Final = f"{sys.executable} -m forwarder"
 FILE: Final = "/etc/forwarder/forwarder.toml"
 
@@ -115,7 +115,7 @@ class Unit:
         self.address: tuple[str, int] = stack.enter_context(reserve_port()).getsockname()
         self.upstream = stack.enter_context(listen())
         self.write()
-        box.path("/etc/systemd/system/forwarder.serving.service").write_text(UNIT.read_text())
+        box.path("/etc/systemd/system/forwarder.service").write_text(UNIT.read_text())
         self.set_more("")
 
     def write(self, more: str = "", head: str = "") -> None:
@@ -129,7 +129,7 @@ class Unit:
     def set_more(self, more: str) -> None:
         """Other settings of the unit than the shipped ones."""
         shipped = read_unit(UNIT)
-        directory = self.box.path("/etc/systemd/system/forwarder.serving.service.d")
+        directory = self.box.path("/etc/systemd/system/forwarder.service.d")
         directory.mkdir(exist_ok=True)
         (directory / "test.conf").write_text(
             "[Service]\nDynamicUser=no\nProtectHome=no\nPrivateTmp=no\n"
