@@ -127,9 +127,10 @@ def _check_length(rule: RawRule, upstream: Placed[Endpoint], issues: Issues) -> 
 def _check_unix_keys(rule: RawRule, issues: Issues) -> None:
     listen = rule.listen.value
     is_path = isinstance(listen, UnixAddress) and listen.path.startswith("/")
-    if rule.unix_mode is not None and not is_path:
+    mode = rule.keys.get("mode")
+    if mode is not None and not is_path:
         issues.error(
-            rule.unix_mode.place,
+            mode.place,
             f"mode on a rule that listens on {listen}: it is for the file of a unix socket",
             allowed="mode where listen is unix:/PATH",
         )
@@ -156,7 +157,7 @@ def _check_loop(rule: RawRule, upstream: Placed[Endpoint], issues: Issues) -> No
             is_endless = False
         hint = "change the port or the address of one of them"
     # Another rule may take this address of a wildcard; by a mark or a device it may be elsewhere.
-    is_certain = spelling(listen) == spelling(there) and not _STEERING & rule.options.keys()
+    is_certain = spelling(listen) == spelling(there) and not _STEERING & rule.keys.keys()
     report = issues.error if is_endless and is_certain else issues.warn
     report(
         upstream.place,
@@ -200,13 +201,14 @@ def _literal(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 def _check_source(rule: RawRule, issues: Issues) -> None:
     """Refuse names, and an address of a family that cannot connect to the upstream."""
-    if rule.source is None:
+    given = rule.keys.get("source_address")
+    if given is None:
         return
-    source = _literal(rule.source.value)
+    source = _literal(str(given.value))
     if source is None:
         issues.error(
-            rule.source.place,
-            f"the source {rule.source.value!r} is a name",
+            given.place,
+            f"the source {given.value!r} is a name",
             allowed="an address of this host",
             hint="write the address that the name stands for",
         )
@@ -214,16 +216,16 @@ def _check_source(rule: RawRule, issues: Issues) -> None:
     for upstream in rule.upstreams:
         if isinstance(upstream.value, UnixAddress):
             issues.error(
-                rule.source.place,
-                f"the source address {rule.source.value} cannot connect to {upstream.value}",
+                given.place,
+                f"the source address {given.value} cannot connect to {upstream.value}",
                 hint="leave it out, or give the unix socket a rule of its own",
             )
             continue
         ip = _literal(upstream.value.host)
         if ip is not None and ip.version != source.version:
             issues.error(
-                rule.source.place,
-                f"the source address {rule.source.value} is IPv{source.version} and the upstream"
+                given.place,
+                f"the source address {given.value} is IPv{source.version} and the upstream"
                 f" {upstream.value} is IPv{ip.version}",
                 hint=f"give a local IPv{ip.version} address as the source",
             )
@@ -244,7 +246,7 @@ def _check_many(rule: RawRule, issues: Issues) -> None:
             hint='use it where UDP is spoken (protocol = "udp")',
         )
     address = listen.value
-    if isinstance(address, UnixAddress) or not _is_many(address) or "device" in rule.options:
+    if isinstance(address, UnixAddress) or not _is_many(address) or "device" in rule.keys:
         return
     ip = _literal(address.host.partition("%")[0])
     if "%" not in address.host and ip is not None and ip.version == 6 and ip.packed[1] & 15 < 3:

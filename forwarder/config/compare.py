@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Final
 
 from forwarder.config.address import Address, UnixAddress
 from forwarder.config.describe import label, way
+from forwarder.config.keys import key_of
 from forwarder.config.model import AccessRule, LogPlace
-from forwarder.config.option_checks import without_unit
 from forwarder.config.plan import FIXED_SETTINGS, ReloadPlan, diff
 
 if TYPE_CHECKING:
@@ -21,15 +21,8 @@ if TYPE_CHECKING:
 
     from forwarder.config.model import Config, Rule, Settings
 
-# Fields that are called otherwise in the format; of the others only the unit goes.
-_KEYS: Final = {
-    "access": "rules",
-    "retries_bind": "bind",
-    "source": "source_address",
-    "udp_timeout_s": "timeout",
-    "unix_mode": "mode",
-    "upstreams": "upstream",
-}
+# Of fields that several keys make together, those that are called otherwise in the format.
+_KEYS: Final = {"access": "rules", "upstreams": "upstream"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,14 +126,10 @@ def values(thing: object) -> Iterator[tuple[str, str]]:
             continue
         if dataclasses.is_dataclass(value) and not isinstance(value, Address | UnixAddress):
             yield from values(value)
-        elif field.name == "unix_mode":
-            yield "mode", f"{value:04o}"
-        elif field.name == "retries_bind":
-            yield "bind", "retry" if value else "require"
-        elif field.name == "workers":
-            yield "workers", str(value or "auto")
+        elif key := key_of(type(thing), field.name):
+            yield key.name, as_text(key.shown(value))
         else:
-            yield _KEYS.get(field.name) or without_unit(field.name), as_text(value)
+            yield _KEYS.get(field.name, field.name), as_text(value)
 
 
 def as_text(value: object) -> str:

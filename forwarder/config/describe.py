@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import TYPE_CHECKING, Final
 
 from forwarder.config.address import UnixAddress
 from forwarder.config.address_checks import transport
-from forwarder.config.model import MAX_FLOWS, Answers, Framing
-from forwarder.config.option_checks import describe_options
+from forwarder.config.keys import OF_A_RULE
+from forwarder.config.model import Limits, Rule, SocketOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from forwarder.config.model import Config, Rule
+    from forwarder.config.model import Config
+    from forwarder.config.raw import Value
 
 # In the log at a start: enough to see what it is about. Arbitrary.
 MOST_LISTED: Final = 20
@@ -75,20 +77,19 @@ def plural(count: int, word: str) -> str:
 
 
 def _unusual(rule: Rule) -> str:
-    """What of a rule is not as usual."""
+    """What of a rule is not as usual, and the permissions of its file."""
+    has_file = isinstance(rule.listen, UnixAddress) and rule.listen.path.startswith("/")
+    parts = {Rule: rule, Limits: rule.limits, SocketOptions: rule.options}
     text = ""
-    if rule.source:
-        text += f", from {rule.source}"
-    if isinstance(rule.listen, UnixAddress) and rule.listen.path.startswith("/"):
-        text += f", mode {rule.unix_mode:04o}"
-    if rule.max_flows != MAX_FLOWS:
-        text += f", at most {rule.max_flows} flows"
-    if rule.framing is not Framing.RAW:
-        text += f", framing {rule.framing.value}"
-    if rule.answers is not Answers.MANY:
-        text += f", answers {rule.answers.value}"
-    if options := describe_options(rule.options):
-        text += f", {options}"
-    if rule.retries_bind:
-        text += ", may wait for its address"
+    for key in OF_A_RULE.values():
+        value = getattr(parts[key.of], key.field)
+        is_told = has_file if key.name == "mode" else value != key.default
+        if key.said and is_told:
+            text += f", {key.said.format(_text(key.shown(value)))}"
     return text
+
+
+def _text(value: Value) -> object:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return value.value if isinstance(value, Enum) else value

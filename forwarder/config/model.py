@@ -5,6 +5,7 @@ Frozen, so equality tells whether a rule changed. Parses nothing, resolves nothi
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -31,6 +32,13 @@ HANG_TIMEOUT_S = 10.0  # without a sign of life of a worker; arbitrary
 
 # Arbitrary; catches a port or a pid written in the wrong place before it becomes processes.
 MAX_WORKERS = 1024
+
+_UNIT = re.compile("_(s|ms|bytes)$")
+
+
+def without_unit(field_name: str) -> str:
+    """The key of a field: units are in the names of the model, and not in those of a file."""
+    return _UNIT.sub("", field_name)
 
 
 class Dialect(Enum):

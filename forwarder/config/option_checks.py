@@ -1,69 +1,36 @@
-"""The socket options of a rule: defaults, which sockets they are for, what goes together. Pure.
+"""The socket options of a rule: which sockets they are for, what goes together. Pure.
 
 What this system can do, and this process may, is tried in ``probing``.
 """
 
 from __future__ import annotations
 
-import re
-from dataclasses import fields
 from typing import TYPE_CHECKING, Final
 
 from forwarder.config.address import Address, UnixAddress
-from forwarder.config.model import Protocol, Sides, SocketOptions
+from forwarder.config.keys import OF_A_RULE, Sockets
+from forwarder.config.model import Protocol, Sides
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from forwarder.config.address import Endpoint
-    from forwarder.config.raw import Issues, OptionValue, RawOptions, RawRule
+    from forwarder.config.model import SocketOptions
+    from forwarder.config.raw import Issues, RawRule
 
-_UNIT: Final = re.compile("_(s|ms|bytes)$")
-
-
-def without_unit(field: str) -> str:
-    """The key of a field: units are in the names of the model, and not in those of a file."""
-    return _UNIT.sub("", field)
+_IP: Final = {"TCP", "UDP"}
 
 
-FIELD_OF: Final = {
-    without_unit(field.name): field.name
-    for field in fields(SocketOptions)
-    if field.name != "places"
-}
-_TCP_KEYS: Final = (
-    "keepalive",
-    "keepalive_idle",
-    "keepalive_interval",
-    "keepalive_count",
-    "nodelay",
-    "user_timeout",
-    "congestion",
-)
-_IP_KEYS: Final = ("rcvbuf", "sndbuf", "mark", "dscp")
-_UPSTREAM_KEYS: Final = ("upstream_mark", "upstream_device", "transparent")
+def check_options(rule: RawRule, options: SocketOptions, issues: Issues) -> None:
+    """Report what cannot be, or does nothing, of the options that stand in a rule itself.
 
-
-def finish_options(rule: RawRule, defaults: RawOptions, issues: Issues) -> SocketOptions:
-    """The options of a rule, with ``defaults`` where it has none itself.
-
-    Not with those that do nothing there: a change of one would be a change of the rule.
+    ``options`` are those that the rule has in the end.
     """
-    kinds = _Kinds(rule)
-    given = {key: placed for key, placed in defaults.items() if kinds.have(key)} | rule.options
-    values: dict[str, OptionValue] = {FIELD_OF[key]: it.value for key, it in given.items()}
-    options = SocketOptions(
-        **values,  # type: ignore[arg-type]  # each reader gives what its field holds
-        places=tuple((key, placed.place) for key, placed in given.items()),
-    )
-    check = _Check(rule, kinds, options, issues)
+    check = _Check(rule, options, issues)
     check.sockets()
     check.together()
     check.transparent()
-    return options
 
 
-class _Kinds:
+class Kinds:
     """The kinds of sockets that a rule has: TCP, UDP or unix."""
 
     def __init__(self, rule: RawRule) -> None:
@@ -74,55 +41,53 @@ class _Kinds:
         }
         self.either = {self.listens, *self.connects}
 
-    def have(self, key: str) -> bool:
-        """Whether one of them has this option, which may stand at the top of a file."""
-        return self.listens != "UDP" if key == "backlog" else "TCP" in self.either
+    def have(self, sockets: Sockets | None) -> bool:
+        """Whether there are such sockets; always if nothing is said of them."""
+        match sockets:
+            case Sockets.TCP:
+                return "TCP" in self.either
+            case Sockets.IP:
+                return bool(self.either & _IP)
+            case Sockets.UPSTREAM_IP:
+                return bool(self.connects & _IP)
+            case Sockets.LISTENING_IP:
+                return self.listens != "unix"
+            case Sockets.LISTENING_STREAM:
+                return self.listens != "UDP"
+        return True
 
 
 class _Check:
-    """Tells what cannot be, or does nothing, of the options that stand in the rule itself."""
+    """The checks of one rule."""
 
-    def __init__(
-        self, rule: RawRule, kinds: _Kinds, options: SocketOptions, issues: Issues
-    ) -> None:
+    def __init__(self, rule: RawRule, options: SocketOptions, issues: Issues) -> None:
         self._rule = rule
         self._options = options
         self._issues = issues
-        self._listens = kinds.listens
-        self._connects = kinds.connects
-        self._either = kinds.either
+        self._kinds = Kinds(rule)
 
     def sockets(self) -> None:
         """Each option has a socket that it is for."""
-        either = self._either
-        no_side = "no side of this rule is one"
-        for key in _TCP_KEYS:
-            self._need(key, "TCP" in either, "TCP", no_side)
-        for key in _IP_KEYS:
-            self._need(key, bool(either & {"TCP", "UDP"}), "IP", no_side)
-        for key in _UPSTREAM_KEYS:
-            is_ip = bool(self._connects & {"TCP", "UDP"})
-            self._need(key, is_ip, "IP", "no upstream of this rule is one")
-        no_listener = "this rule does not listen on one"
-        self._need("device", self._listens != "unix", "IP", no_listener)
-        self._need("backlog", self._listens != "UDP", "TCP and unix", no_listener)
-        for key in ("fast_open", "mptcp"):
-            sides = getattr(self._options, key)
-            if sides.on_listen:
-                self._need(key, self._listens == "TCP", "TCP", no_listener)
-            if sides.on_connect:
-                self._need(key, "TCP" in self._connects, "TCP", "no upstream of this rule is one")
+        kinds = self._kinds
+        for key in self._rule.keys:
+            sockets = OF_A_RULE[key].sockets
+            if sockets is not None and not kinds.have(sockets):
+                self._misplaced(key, sockets.kind, sockets.lack)
+        for key, sides in (("fast_open", self._options.fast_open), ("mptcp", self._options.mptcp)):
+            if sides.on_listen and kinds.listens != "TCP":
+                self._misplaced(key, "TCP", Sockets.LISTENING_IP.lack)
+            if sides.on_connect and "TCP" not in kinds.connects:
+                self._misplaced(key, "TCP", Sockets.UPSTREAM_IP.lack)
 
-    def _need(self, key: str, is_there: bool, kind: str, where: str) -> None:  # noqa: FBT001 - the condition
-        if key in self._rule.options and not is_there:
-            self._error(key, f"{key} is an option of {kind} sockets, and {where}")
+    def _misplaced(self, key: str, kind: str, lack: str) -> None:
+        self._error(key, f"{key} is an option of {kind} sockets, and {lack}")
 
     def _error(self, key: str, what: str, hint: str = "leave it out") -> None:
-        self._issues.error(self._rule.options[key].place, what, hint=hint)
+        self._issues.error(self._rule.keys[key].place, what, hint=hint)
 
     def together(self) -> None:
         """Options that exclude each other, or do nothing without another one."""
-        own, options = self._rule.options, self._options
+        own, options = self._rule.keys, self._options
         for key in ("keepalive_idle", "keepalive_interval", "keepalive_count"):
             if key in own and not options.keepalive:
                 what = f"{key} has no effect with keepalive = false"
@@ -144,11 +109,11 @@ class _Check:
     def transparent(self) -> None:
         """The address of a client can only be used where it has one of the upstream's family."""
         rule = self._rule
-        if not self._options.transparent or "transparent" not in rule.options:
+        if not self._options.transparent or "transparent" not in rule.keys:
             return
-        if self._listens == "unix":
+        if self._kinds.listens == "unix":
             self._error("transparent", "transparent: clients of a unix socket have no address")
-        if rule.source is not None:
+        if "source_address" in rule.keys:
             self._error("transparent", "transparent and source_address exclude each other")
         listens = _family(rule.listen.value)
         for upstream in rule.upstreams:
@@ -173,20 +138,3 @@ def _family(end: Endpoint) -> str:
     if not isinstance(end, Address) or not end.is_literal or end.host == "::":
         return ""
     return "IPv6" if ":" in end.host else "IPv4"
-
-
-def describe_options(options: SocketOptions) -> str:
-    """The options that are not the defaults, for people: ``key value, key value``."""
-    found: Mapping[str, object] = {key: getattr(options, name) for key, name in FIELD_OF.items()}
-    default = SocketOptions()
-    return ", ".join(
-        f"{key} {_text(value)}"
-        for key, value in found.items()
-        if value != getattr(default, FIELD_OF[key])
-    )
-
-
-def _text(value: object) -> object:
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return value.value if isinstance(value, Sides) else value

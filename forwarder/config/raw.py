@@ -7,72 +7,58 @@ that a later check may complain about carries its place.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from typing import TYPE_CHECKING, Generic, TypeAlias, TypeVar
 
-from forwarder.config.model import (
-    CONNECT_TIMEOUT_S,
-    HALF_CLOSE_TIMEOUT_S,
-    IDLE_TIMEOUT_S,
-    AccessRule,
-    Answers,
-    BindPolicy,
-    Framing,
-    Limits,
-    Protocol,
-    Settings,
-    Sides,
-)
+from forwarder.config.model import AccessRule, Protocol, Settings
 from forwarder.errors import ConfigError, Issue, Place
 
 if TYPE_CHECKING:
     from forwarder.config.address import Endpoint
 
-T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 # Bounds the memory and the output that a file of another kind, given by mistake, can cost.
 MAX_ISSUES = 1000
 
 
 @dataclass(frozen=True, slots=True)
-class Placed(Generic[T]):
+class Placed(Generic[T_co]):
     """A value and where it stands."""
 
-    value: T
+    value: T_co
     place: Place
 
 
-OptionValue: TypeAlias = bool | int | str | Sides
-RawOptions: TypeAlias = dict[str, Placed[OptionValue]]
-"""Socket options by key, as in the documentation."""
+Value: TypeAlias = bool | int | float | str | Enum
+RawKeys: TypeAlias = dict[str, Placed[Value]]
+"""Values by key, as in the documentation; ``keys`` has what there may be."""
 
 
 @dataclass(slots=True, kw_only=True)
 class RawRule:
-    """One rule as written. ``access`` grows while the lines behind a rinetd rule are read."""
+    """One rule as written: ``keys`` are those that have one value each.
+
+    ``access`` grows while the lines behind a rinetd rule are read.
+    """
 
     place: Place
     listen: Placed[Endpoint]
     upstreams: tuple[Placed[Endpoint], ...]
     protocol: Protocol = Protocol.TCP
     name: Placed[str] | None = None
-    source: Placed[str] | None = None
-    udp_timeout_s: Placed[float] | None = None
-    connect_timeout_s: float | None = None
-    half_close_timeout_s: float | None = None
-    idle_timeout_s: float | None = None
-    max_flows: Placed[int] | None = None
-    framing: Placed[Framing] | None = None
-    answers: Placed[Answers] | None = None
-    unix_mode: Placed[int] | None = None
-    bind: BindPolicy | None = None
-    limits: Limits = field(default_factory=Limits)
-    options: RawOptions = field(default_factory=dict)
+    keys: RawKeys = field(default_factory=dict)
     access: list[AccessRule] = field(default_factory=list)
+
+    def put(self, key: str, value: Placed[Value] | None) -> None:
+        """Give the rule a key; None leaves it as it is."""
+        if value is not None:
+            self.keys[key] = value
 
 
 @dataclass(slots=True, kw_only=True)
 class RawConfig:
-    """A file as written; timeouts, ``bind`` and ``options`` are the defaults of its rules.
+    """A file as written; ``defaults`` are keys of its rules.
 
     ``rules_seen`` counts the rules begun, those with errors included: a file whose only rule is
     broken does not lack one. ``dropped_access`` holds the access rules of broken rules: they are
@@ -85,11 +71,7 @@ class RawConfig:
     access: list[AccessRule] = field(default_factory=list)
     dropped_access: list[AccessRule] = field(default_factory=list)
     settings: Settings = field(default_factory=Settings)
-    connect_timeout_s: float = CONNECT_TIMEOUT_S
-    half_close_timeout_s: float = HALF_CLOSE_TIMEOUT_S
-    idle_timeout_s: float = IDLE_TIMEOUT_S
-    bind: BindPolicy = BindPolicy.REQUIRE
-    options: RawOptions = field(default_factory=dict)
+    defaults: RawKeys = field(default_factory=dict)
 
 
 class Issues:

@@ -5,30 +5,28 @@ Pure. What addresses may be, alone and together, is checked in ``address_checks`
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from forwarder.config.address_checks import check_endpoints, check_listeners, transport
+from forwarder.config.keys import OF_A_RULE, values_of
 from forwarder.config.model import (
-    MAX_FLOWS,
     UDP_TIMEOUT_S,
-    UNIX_MODE,
     AccessRule,
     Answers,
-    BindPolicy,
     Config,
     Framing,
+    Limits,
     Protocol,
     Rule,
+    SocketOptions,
     Upstream,
 )
-from forwarder.config.option_checks import finish_options
+from forwarder.config.option_checks import Kinds, check_options
 from forwarder.config.patterns import PATTERN_FORMS, PatternError, parse_pattern
 from forwarder.errors import Place
 
 if TYPE_CHECKING:
-    from forwarder.config.raw import Issues, Placed, RawConfig, RawRule
-
-T = TypeVar("T")
+    from forwarder.config.raw import Issues, RawConfig, RawKeys, RawRule
 
 MAX_NAME_LENGTH = 100
 
@@ -62,35 +60,37 @@ def _finish(rule: RawRule, name: str, raw: RawConfig, issues: Issues) -> Rule:
     _check_access(rule.access, issues)
     check_endpoints(rule, issues)
     _check_udp_timeout(rule, issues)
-    _check_datagram_keys(rule, issues)
+    made = _made(rule, name, raw.defaults)
+    _check_datagram_keys(rule, made, issues)
+    check_options(rule, made.options, issues)
+    return made
+
+
+def _made(rule: RawRule, name: str, defaults: RawKeys) -> Rule:
+    """The rule with ``defaults`` for the keys that it has not itself.
+
+    Not with those that do nothing there: a change of one would be a change of the rule.
+    """
+    kinds = Kinds(rule)
+    given = {key: placed for key, placed in defaults.items() if kinds.have(OF_A_RULE[key].sockets)}
+    given |= rule.keys
+    places = tuple(
+        (key, placed.place) for key, placed in given.items() if OF_A_RULE[key].of is SocketOptions
+    )
+    # Each reader gives what its field holds.
+    options = SocketOptions(**values_of(SocketOptions, given, OF_A_RULE), places=places)  # type: ignore[arg-type]
+    limits = Limits(**values_of(Limits, given, OF_A_RULE))  # type: ignore[arg-type]
     return Rule(
         name=name,
         listen=rule.listen.value,
         upstreams=tuple(Upstream(upstream.value) for upstream in rule.upstreams),
         protocol=rule.protocol,
-        source=rule.source.value if rule.source else None,
         access=tuple(rule.access),
-        connect_timeout_s=_first(rule.connect_timeout_s, raw.connect_timeout_s),
-        half_close_timeout_s=_first(rule.half_close_timeout_s, raw.half_close_timeout_s),
-        idle_timeout_s=_first(rule.idle_timeout_s, raw.idle_timeout_s),
-        udp_timeout_s=_value(rule.udp_timeout_s, UDP_TIMEOUT_S),
-        max_flows=_value(rule.max_flows, MAX_FLOWS),
-        framing=_value(rule.framing, Framing.RAW),
-        answers=_value(rule.answers, Answers.MANY),
-        unix_mode=_value(rule.unix_mode, UNIX_MODE),
-        limits=rule.limits,
-        retries_bind=(rule.bind or raw.bind) is BindPolicy.RETRY,
-        options=finish_options(rule, raw.options, issues),
+        limits=limits,
+        options=options,
         place=rule.place,
+        **values_of(Rule, given, OF_A_RULE),  # type: ignore[arg-type]
     )
-
-
-def _first(value: float | None, default: float) -> float:
-    return default if value is None else value
-
-
-def _value(placed: Placed[T] | None, default: T) -> T:
-    return default if placed is None else placed.value
 
 
 class _Names:
@@ -143,7 +143,7 @@ def _check_access(rules: list[AccessRule], issues: Issues) -> None:
 
 
 def _check_udp_timeout(rule: RawRule, issues: Issues) -> None:
-    timeout: Placed[float] | None = rule.udp_timeout_s
+    timeout = rule.keys.get("timeout")
     if timeout is None:
         return
     if rule.protocol is Protocol.TCP:
@@ -160,44 +160,45 @@ def _check_udp_timeout(rule: RawRule, issues: Issues) -> None:
         )
 
 
-def _check_datagram_keys(rule: RawRule, issues: Issues) -> None:
-    if rule.max_flows is not None and rule.protocol is Protocol.TCP:
+def _check_datagram_keys(rule: RawRule, made: Rule, issues: Issues) -> None:
+    max_flows, framing = rule.keys.get("max_flows"), rule.keys.get("framing")
+    if max_flows is not None and rule.protocol is Protocol.TCP:
         issues.warn(
-            rule.max_flows.place,
+            max_flows.place,
             "max_flows has no effect on a TCP rule: it bounds UDP flows",
             hint="leave it out",
         )
     is_mixed = rule.protocol in (Protocol.UDP_TO_TCP, Protocol.TCP_TO_UDP)
-    if rule.framing is not None and not is_mixed:
+    if framing is not None and not is_mixed:
         issues.error(
-            rule.framing.place,
+            framing.place,
             f"framing on a {rule.protocol.value} rule: it keeps datagrams apart on a TCP"
             " connection",
             allowed='framing where protocol is "udptotcp" or "tcptoudp"',
             hint="leave it out",
         )
-    _check_answers(rule, issues)
+    answers = rule.keys.get("answers")
+    if answers is not None and made.answers is not Answers.MANY:
+        _check_answers(made, answers.place, issues)
 
 
-def _check_answers(rule: RawRule, issues: Issues) -> None:
+def _check_answers(rule: Rule, place: Place, issues: Issues) -> None:
     """Of a stream only framing tells what one answer is, and it has one port."""
-    if rule.answers is None or rule.answers.value is Answers.MANY:
-        return
-    key = f'answers = "{rule.answers.value.value}"'
-    is_one = rule.answers.value is Answers.ONE
+    key = f'answers = "{rule.answers.value}"'
+    is_one = rule.answers is Answers.ONE
     if rule.protocol is Protocol.UDP:
         return
     if rule.protocol is Protocol.UDP_TO_TCP and is_one:
-        if rule.framing is None or rule.framing.value is not Framing.LENGTH:
+        if rule.framing is not Framing.LENGTH:
             issues.error(
-                rule.answers.place,
+                place,
                 f"{key} without framing: nothing tells where an answer ends",
                 hint='add framing = "length"',
             )
         return
     allowed = '"udp", or "udptotcp" with framing = "length"' if is_one else '"udp"'
     issues.error(
-        rule.answers.place,
+        place,
         f"{key} on a {rule.protocol.value} rule",
         allowed=f"{key} where protocol is {allowed}",
         hint="leave it out",

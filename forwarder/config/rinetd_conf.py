@@ -166,24 +166,20 @@ class Reader:
         if listen_port[1] != upstream_port[1]:
             self._warn_one_sided(listen_port[1], match.start(2))
         self._access = []
-        timeout = options.get("timeout")
-        source = options.get("src")
-        self.raw.rules.append(
-            RawRule(
-                place=self._place(start),
-                listen=Placed(Address(listen_host, listen_port[0]), self._place(start)),
-                upstreams=(
-                    Placed(Address(upstream_host, upstream_port[0]), self._place(match.start(3))),
-                ),
-                protocol=_PROTOCOLS[listen_port[1], upstream_port[1]],
-                source=source,
-                # rinetd takes 0 for "not given".
-                udp_timeout_s=Placed(float(timeout.value), timeout.place)
-                if timeout and int(timeout.value)
-                else None,
-                access=self._access,
-            )
+        rule = RawRule(
+            place=self._place(start),
+            listen=Placed(Address(listen_host, listen_port[0]), self._place(start)),
+            upstreams=(
+                Placed(Address(upstream_host, upstream_port[0]), self._place(match.start(3))),
+            ),
+            protocol=_PROTOCOLS[listen_port[1], upstream_port[1]],
+            access=self._access,
         )
+        rule.put("source_address", options.get("src"))
+        timeout = options.get("timeout")
+        if timeout and int(timeout.value):  # rinetd takes 0 for "not given"
+            rule.put("timeout", Placed(float(timeout.value), timeout.place))
+        self.raw.rules.append(rule)
 
     def _warn_one_sided(self, listen_kind: str, offset: int) -> None:
         side = "listening" if listen_kind == "udp" else "connecting"

@@ -13,12 +13,12 @@ from forwarder.config.address import (
     UPSTREAM_FORMS,
     Address,
     AddressError,
-    parse_host,
     parse_listen,
     parse_upstream,
 )
 from forwarder.config.raw import Placed
 from forwarder.config.toml_table import describe
+from forwarder.config.toml_values import host as host_of
 
 if TYPE_CHECKING:
     from forwarder.config.address import Endpoint
@@ -99,25 +99,8 @@ def _address(table: Table, text: Placed[str], *, is_upstream: bool) -> Placed[En
 
 
 def _host_and_port(table: Table, host_key: str, port_key: str) -> Placed[Endpoint] | None:
-    host = read_host(table, host_key)
+    host = host_of(table, host_key)
     ports = table.ports(port_key)
     if host is None or ports is None:
         return None
     return Placed(Address(host.value, *ports.value), host.place)
-
-
-def read_host(table: Table, key: str) -> Placed[str] | None:
-    """A host without a port."""
-    allowed = "an IPv4 or IPv6 address or a host name, without a port"
-    text = table.text(key, allowed)
-    if text is None:
-        return None
-    if text.value == "*" and key != "bind_address":
-        what = f"{key} is '*', which can only be listened on"
-        table.issues.error(text.place, what, allowed=allowed)
-        return None
-    try:
-        return Placed(parse_host(text.value), text.place)
-    except AddressError as error:
-        table.issues.error(text.place, f"{key}: {error}", allowed=allowed)
-    return None

@@ -8,84 +8,41 @@ from __future__ import annotations
 
 import re
 import tomllib
-from dataclasses import replace
 
-from forwarder.config.model import (
-    HANG_TIMEOUT_S,
-    MAX_WORKERS,
-    AccessRule,
-    Answers,
-    BindPolicy,
-    Framing,
-    LogFormat,
-    LogPlace,
-    Protocol,
-    RelayMode,
-    Settings,
-    Verdict,
-)
-from forwarder.config.raw import Issues, Placed, RawConfig, RawRule
-from forwarder.config.toml_addresses import read_host, read_listen, read_upstreams
-from forwarder.config.toml_limits import LIMIT_KEYS, MOST_SESSIONS, read_limits
+from forwarder.config.keys import AT_THE_TOP, DEFAULTS, OF_A_RULE, read_keys, values_of
+from forwarder.config.model import AccessRule, LogFormat, LogPlace, Protocol, Settings, Verdict
+from forwarder.config.raw import Issues, RawConfig, RawRule
+from forwarder.config.toml_addresses import read_listen, read_upstreams
+from forwarder.config.toml_limits import finish_limits
 from forwarder.config.toml_places import Places
 from forwarder.config.toml_table import Table
-from forwarder.config.toml_values import DEFAULT_KEYS, OPTION_KEYS, read_options
 from forwarder.errors import Place
-
-# A worker gives a sign of life every second.
-MIN_HANG_TIMEOUT_S = 3.0
-# Each flow has one or two descriptors, of which Linux gives a process at most 2^20 unless told to.
-MOST_FLOWS = 1 << 20
 
 TOP_KEYS = tuple(
     sorted(
         (
-            *DEFAULT_KEYS,
-            "bind",
-            "connect_timeout",
-            "control",
-            "cut_denied",
-            "drain_timeout",
+            *AT_THE_TOP,
+            *DEFAULTS,
             "forwarding_rules",
             "global_rules",
-            "group",
-            "half_close_timeout",
-            "hang_timeout",
-            "idle_timeout",
             "log_file",
             "log_format",
             "logs",
-            "max_sessions",
-            "pid_file",
-            "relay",
-            "user",
-            "workers",
         )
     )
 )
 RULE_KEYS = tuple(
     sorted(
         (
-            *LIMIT_KEYS,
-            *OPTION_KEYS,
-            "answers",
-            "bind",
+            *OF_A_RULE,
             "bind_address",
             "bind_port",
             "connect_address",
             "connect_port",
-            "connect_timeout",
-            "framing",
-            "half_close_timeout",
-            "idle_timeout",
             "listen",
-            "max_flows",
-            "mode",
             "name",
             "protocol",
             "rules",
-            "source_address",
-            "timeout",
             "upstream",
         )
     )
@@ -95,7 +52,6 @@ LOG_KEYS = ("to", "format")
 LOG_PLACES = '"stderr", "syslog", "journal" or a path'
 
 _POSITION = re.compile(r" \(at (?:line ([0-9]+), column ([0-9]+)|end of document)\)$")
-_MODE = re.compile(r"0?[0-7]{3}")
 _EXAMPLE = '[[forwarding_rules]] with listen = "0.0.0.0:8080" and upstream = "10.0.0.1:80"'
 _SYNTAX_HINTS = {
     "Cannot overwrite a value": "a key or table is written twice",
@@ -117,13 +73,11 @@ def parse(text: str, source: str, issues: Issues) -> RawConfig:
         _report_syntax(str(error), text, source, issues)
         return RawConfig(rules_seen=1)
     top = Table(data, (), Places(text, source), issues, TOP_KEYS)
-    raw = RawConfig(settings=_settings(top), access=_access(top, "global_rules"))
-    for key in ("connect_timeout", "half_close_timeout", "idle_timeout"):
-        duration = top.duration(key)
-        if duration is not None:
-            setattr(raw, f"{key}_s", duration.value)
-    raw.bind = top.choice("bind", BindPolicy) or raw.bind
-    raw.options = read_options(top, DEFAULT_KEYS)
+    raw = RawConfig(
+        settings=_settings(top),
+        access=_access(top, "global_rules"),
+        defaults=read_keys(top, DEFAULTS),
+    )
     rules = top.get("forwarding_rules")
     if rules is None:
         issues.error(
@@ -154,34 +108,11 @@ def _report_syntax(message: str, text: str, source: str, issues: Issues) -> None
 
 
 def _settings(top: Table) -> Settings:
-    pid_file = top.text("pid_file")
-    control = top.text("control")
-    user = top.text("user")
-    group = top.text("group")
-    drain_timeout = top.duration("drain_timeout")
-    settings = Settings(
-        workers=_workers(top),
+    given = read_keys(top, AT_THE_TOP)
+    return Settings(
         logs=_logs(top),
-        max_sessions=_max_sessions(top),
-        pid_file=pid_file.value if pid_file else None,
-        control=control.value if control else None,
-        user=user.value if user else None,
-        group=group.value if group else None,
-        drain_timeout_s=drain_timeout.value if drain_timeout else None,
-        hang_timeout_s=_hang_timeout(top),
-        cut_denied=_cut_denied(top),
+        **values_of(Settings, given, AT_THE_TOP),  # type: ignore[arg-type]  # as each is read
     )
-    return replace(settings, relay=top.choice("relay", RelayMode) or settings.relay)
-
-
-def _cut_denied(top: Table) -> bool:
-    found = top.flag("cut_denied")
-    return found is not None and found.value
-
-
-def _max_sessions(top: Table) -> int:
-    found = top.number("max_sessions", 1, MOST_SESSIONS)
-    return found.value if found else 0
 
 
 def _logs(top: Table) -> tuple[LogPlace, ...]:
@@ -190,7 +121,7 @@ def _logs(top: Table) -> tuple[LogPlace, ...]:
     log_file = top.text("log_file")
     log_format = top.choice("log_format", LogFormat)
     if log_file:
-        how = log_format or LogFormat.RINETD
+        how = log_format.value if log_format else LogFormat.RINETD
         places.append(LogPlace(to=log_file.value, format=how, place=log_file.place))
     elif log_format:
         top.issues.warn(
@@ -202,8 +133,9 @@ def _logs(top: Table) -> tuple[LogPlace, ...]:
         to = entry.text("to", LOG_PLACES)
         if "to" not in entry:
             entry.issues.error(entry.place(), "an entry of logs lacks to", allowed=LOG_PLACES)
-        how = entry.choice("format", LogFormat) or LogFormat.JSON
+        written = entry.choice("format", LogFormat)
         if to:
+            how = written.value if written else LogFormat.JSON
             places.append(LogPlace(to=to.value, format=how, place=to.place))
     _check_logs(places, top.issues)
     return tuple(places)
@@ -221,27 +153,6 @@ def _check_logs(places: list[LogPlace], issues: Issues) -> None:
             )
 
 
-def _hang_timeout(top: Table) -> float:
-    """Seconds; fewer than a few of a worker's signs of life would kill healthy ones."""
-    found = top.duration("hang_timeout")
-    if found is None:
-        return HANG_TIMEOUT_S
-    if found.value < MIN_HANG_TIMEOUT_S:
-        top.bad("hang_timeout", f"at least {MIN_HANG_TIMEOUT_S:.0f} seconds")
-    return found.value
-
-
-def _workers(top: Table) -> int:
-    value = top.get("workers")
-    if value is None or value == "auto":
-        return 0
-    if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_WORKERS:
-        return value
-    hint = 'write "auto" for one per CPU' if value == 0 else ""
-    top.bad("workers", f'"auto" or a number from 1 to {MAX_WORKERS}', hint)
-    return 0
-
-
 def _access(table: Table, key: str) -> list[AccessRule]:
     rules = []
     for entry in table.tables(key, ACCESS_KEYS):
@@ -255,7 +166,9 @@ def _access(table: Table, key: str) -> list[AccessRule]:
         verdict = entry.choice("type", Verdict)
         pattern = entry.text("pattern")
         if verdict and pattern:
-            rules.append(AccessRule(verdict=verdict, pattern=pattern.value, place=pattern.place))
+            rules.append(
+                AccessRule(verdict=verdict.value, pattern=pattern.value, place=pattern.place)
+            )
     return rules
 
 
@@ -263,23 +176,12 @@ def _rule(table: Table, raw: RawConfig) -> RawRule | None:
     """Read one rule; None when it has no usable listen address or upstream."""
     listen = read_listen(table)
     upstreams = read_upstreams(table)
-    protocol = table.choice("protocol", Protocol) or Protocol.TCP
-    framing = table.choice("framing", Framing)
-    answers = table.choice("answers", Answers)
-    bind = table.choice("bind", BindPolicy)
+    found = table.choice("protocol", Protocol)
+    protocol = found.value if found else Protocol.TCP
     name = table.text("name")
-    source = read_host(table, "source_address")
-    udp_timeout_s = table.duration("timeout")
-    max_flows = table.number("max_flows", 1, MOST_FLOWS)
-    unix_mode = _mode(table)
-    options = read_options(table, OPTION_KEYS)
-    durations = {
-        f"{key}_s": duration.value
-        for key in ("connect_timeout", "half_close_timeout", "idle_timeout")
-        if (duration := table.duration(key)) is not None
-    }
-    limits = read_limits(
-        table, is_udp=protocol.listens_on_udp, has_total=bool(raw.settings.max_sessions)
+    keys = read_keys(table, OF_A_RULE)
+    finish_limits(
+        table, keys, is_udp=protocol.listens_on_udp, has_total=bool(raw.settings.max_sessions)
     )
     access = _access(table, "rules")
     if listen is None or not upstreams:
@@ -291,27 +193,6 @@ def _rule(table: Table, raw: RawConfig) -> RawRule | None:
         upstreams=upstreams,
         protocol=protocol,
         name=name,
-        source=source,
-        udp_timeout_s=udp_timeout_s,
-        max_flows=max_flows,
-        framing=Placed(framing, table.place("framing")) if framing else None,
-        answers=Placed(answers, table.place("answers")) if answers else None,
-        unix_mode=unix_mode,
-        bind=bind,
-        limits=limits,
-        options=options,
+        keys=keys,
         access=access,
-        **durations,
     )
-
-
-def _mode(table: Table) -> Placed[int] | None:
-    """Read permissions, which are a text: TOML does not tell whether a number was octal."""
-    value = table.get("mode")
-    if value is None:
-        return None
-    if isinstance(value, str) and _MODE.fullmatch(value):
-        return Placed(int(value, 8), table.place("mode"))
-    hint = "write it in quotes" if isinstance(value, int) else ""
-    table.bad("mode", 'permissions as octal digits, "0000" to "0777", such as "0660"', hint)
-    return None

@@ -1,61 +1,26 @@
-"""The limits of a rule, out of its TOML table."""
+"""The limits of a rule in its TOML table: what is left out, and what has no effect."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
+from forwarder.config.keys import OF_A_RULE, values_of
 from forwarder.config.model import Limits, OnLimit
-from forwarder.config.quantities import (
-    BANDWIDTH_FORMS,
-    RATE_FORMS,
-    parse_bandwidth,
-    parse_rate,
-)
-from forwarder.config.toml_table import describe
+from forwarder.config.raw import Placed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
+    from forwarder.config.raw import RawKeys
     from forwarder.config.toml_table import Table
 
-LIMIT_KEYS: Final = (
-    "bandwidth",
-    "burst",
-    "burst_per_client",
-    "max_sessions",
-    "max_sessions_per_client",
-    "on_limit",
-    "rate",
-    "rate_per_client",
-)
-# More than a machine has ports and memory for; catches a number in the wrong place.
-MOST_SESSIONS: Final = 100_000_000
 
+def finish_limits(table: Table, keys: RawKeys, *, is_udp: bool, has_total: bool) -> None:
+    """Complete the ``keys`` that have been read of a table, and warn of what has no effect.
 
-def read_limits(table: Table, *, is_udp: bool, has_total: bool) -> Limits:
-    """Read the keys that limit a rule; what is not there limits nothing.
-
-    ``is_udp``: it listens on UDP. ``has_total``: there is a limit of all rules together.
+    ``is_udp``: the rule listens on UDP. ``has_total``: there is a limit of all rules together.
     """
-    rate = _quantity(table, "rate", parse_rate, RATE_FORMS)
-    rate_per_client = _quantity(table, "rate_per_client", parse_rate, RATE_FORMS)
-    limits = Limits(
-        max_sessions=_count(table, "max_sessions"),
-        max_sessions_per_client=_count(table, "max_sessions_per_client"),
-        rate=rate,
-        burst=_burst(table, "burst", "rate", rate),
-        rate_per_client=rate_per_client,
-        burst_per_client=_burst(table, "burst_per_client", "rate_per_client", rate_per_client),
-        bandwidth=_quantity(table, "bandwidth", parse_bandwidth, BANDWIDTH_FORMS),
-        on_limit=table.choice("on_limit", OnLimit) or OnLimit.RESET,
-    )
-    _warn_of_what_has_no_effect(table, limits, is_udp=is_udp, has_total=has_total)
-    return limits
-
-
-def _warn_of_what_has_no_effect(
-    table: Table, limits: Limits, *, is_udp: bool, has_total: bool
-) -> None:
+    _finish_burst(table, keys, "burst", "rate")
+    _finish_burst(table, keys, "burst_per_client", "rate_per_client")
+    limits = Limits(**values_of(Limits, keys, OF_A_RULE))  # type: ignore[arg-type]  # as each is read
     if is_udp and limits.on_limit is OnLimit.QUEUE:
         table.issues.warn(
             table.place("on_limit"),
@@ -74,26 +39,10 @@ def _warn_of_what_has_no_effect(
         )
 
 
-def _count(table: Table, key: str) -> int:
-    found = table.number(key, 1, MOST_SESSIONS)
-    return found.value if found else 0
-
-
-def _burst(table: Table, key: str, of: str, rate: float) -> float:
-    """What may come at once; as much as in a second unless it is written."""
-    found = table.number(key, 1, MOST_SESSIONS)
-    if found and of not in table:
-        table.issues.warn(found.place, f"{key} has no effect without {of}")
-    return float(found.value) if found else max(1.0, rate)
-
-
-def _quantity(table: Table, key: str, parse: Callable[[object], float], allowed: str) -> float:
-    value = table.get(key)
-    if value is None:
-        return 0.0
-    try:
-        return parse(value)
-    except ValueError as error:
-        what = f"{key}: {describe(value)} {error}"
-        table.issues.error(table.place(key), what, allowed=allowed)
-        return 0.0
+def _finish_burst(table: Table, keys: RawKeys, key: str, of: str) -> None:
+    """What may come at once is as much as in a second unless it is written."""
+    burst, rate = keys.get(key), keys.get(of)
+    if burst and of not in table:
+        table.issues.warn(burst.place, f"{key} has no effect without {of}")
+    if rate and not burst and isinstance(rate.value, float):
+        keys[key] = Placed(max(1.0, rate.value), rate.place)

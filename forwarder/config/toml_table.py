@@ -81,6 +81,9 @@ class Table:
             self.place(key), f"unknown key {_short(repr(key))}", allowed=allowed, hint=hint
         )
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._data)
+
     def __contains__(self, key: str) -> bool:
         return key in self._data
 
@@ -167,7 +170,7 @@ class Table:
             )
         return None
 
-    def choice(self, key: str, choices: type[E]) -> E | None:
+    def choice(self, key: str, choices: type[E]) -> Placed[E] | None:
         """Read one of the values of an enumeration."""
         value = self._data.get(key)
         if value is None:
@@ -175,7 +178,7 @@ class Table:
         names = [str(choice.value) for choice in choices]
         if isinstance(value, str):
             if value in names:
-                return choices(value)
+                return Placed(choices(value), self.place(key))
             near = get_close_matches(value.lower(), names, 1)
         else:
             near = []

@@ -1,31 +1,30 @@
-"""The socket options of one TOML table, by key: kinds and ranges of values.
+"""Readers of single values out of a TOML table: what each may be, and what is said if it is not.
 
-What they mean for a rule, and which rules can have them, is checked in ``option_checks``.
+Which keys they are for is in ``keys``; what values mean together is checked in ``resolve``.
 """
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
-from forwarder.config.model import Sides
+from forwarder.config.address import AddressError, parse_host
+from forwarder.config.model import MAX_WORKERS, BindPolicy, Sides
 from forwarder.config.raw import Placed
+from forwarder.config.toml_table import describe
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable
+    from enum import Enum
 
-    from forwarder.config.raw import OptionValue, RawOptions
+    from forwarder.config.raw import Value
     from forwarder.config.toml_table import Table
 
+# A worker gives a sign of life every second.
+_MIN_HANG_TIMEOUT_S: Final = 3.0
 # The kernel's own bounds, include/net/tcp.h.
 _MOST_KEEPALIVE_S: Final = 32767
-_MOST_KEEPALIVE_PROBES: Final = 127
 _MOST_USER_TIMEOUT_S: Final = (1 << 31) // 1000  # milliseconds in an int
-# Arbitrary; catches a buffer size in the wrong place.
-_MOST_BACKLOG: Final = 1 << 20
-# Below the least the kernel would raise it; above the most its double is no int (socket(7)).
-_BUFFER_BYTES: Final = (4096, (1 << 30) - 1)
-_MOST_MARK: Final = (1 << 32) - 1
 _MOST_DSCP: Final = 63
 # RFC 2474, RFC 2597, RFC 3246, RFC 5865, RFC 8622; by the names that tc(8) and others use.
 _DSCP_NAMES: Final = {
@@ -38,73 +37,101 @@ _DSCP_NAMES: Final = {
 # IFNAMSIZ and TCP_CA_NAME_MAX are 16, with the NUL at the end.
 _DEVICE: Final = re.compile(r"(?!\.{1,2}$)[^\s/:]{1,15}")
 _CONGESTION: Final = re.compile(r"[a-z0-9_-]{1,15}")
+_MODE: Final = re.compile(r"0?[0-7]{3}")
+
+Reader: TypeAlias = "Callable[[Table, str], Placed[Value] | None]"
+"""Takes a key that the table has; returns None if its value is wrong, once that is reported."""
 
 
-def read_options(table: Table, keys: Sequence[str]) -> RawOptions:
-    """The options among ``keys`` that a table has, as far as they are right."""
-    found = {key: _READERS[key](table, key) for key in keys if key in table}
-    return {key: placed for key, placed in found.items() if placed is not None}
+def number(least: int, most: int) -> Reader:
+    """A whole number within bounds."""
+    return lambda table, key: table.number(key, least, most)
 
 
-def _flag(table: Table, key: str) -> Placed[OptionValue] | None:
-    flag = table.flag(key)
-    return Placed(flag.value, flag.place) if flag else None
+def choice(choices: type[Enum]) -> Reader:
+    """One of the values of an enumeration."""
+    return lambda table, key: table.choice(key, choices)
 
 
-def _number(table: Table, key: str, least: int, most: int) -> Placed[OptionValue] | None:
-    number = table.number(key, least, most)
-    return Placed(number.value, number.place) if number else None
+def quantity(parse: Callable[[object], float], allowed: str) -> Reader:
+    """What ``parse`` takes, which raises ValueError; ``allowed`` says what that is."""
+
+    def read(table: Table, key: str) -> Placed[float] | None:
+        value = table.get(key)
+        try:
+            return Placed(parse(value), table.place(key))
+        except ValueError as error:
+            what = f"{key}: {describe(value)} {error}"
+            table.issues.error(table.place(key), what, allowed=allowed)
+            return None
+
+    return read
 
 
-def _sides(table: Table, key: str) -> Placed[OptionValue] | None:
-    sides = table.choice(key, Sides)
-    return Placed(sides, table.place(key)) if sides else None
+def text(table: Table, key: str) -> Placed[str] | None:
+    """Any text."""
+    return table.text(key)
 
 
-def _seconds(table: Table, key: str) -> Placed[OptionValue] | None:
+def flag(table: Table, key: str) -> Placed[bool] | None:
+    """True or false."""
+    return table.flag(key)
+
+
+def duration(table: Table, key: str) -> Placed[float] | None:
+    """Seconds."""
+    return table.duration(key)
+
+
+def sides(table: Table, key: str) -> Placed[Sides] | None:
+    """On which sides of a rule."""
+    return table.choice(key, Sides)
+
+
+def whole_seconds(table: Table, key: str) -> Placed[int] | None:
     """Whole seconds, as the kernel counts them here."""
-    duration = table.duration(key)
-    if duration is None:
+    found = table.duration(key)
+    if found is None:
         return None
-    if duration.value.is_integer() and 1 <= duration.value <= _MOST_KEEPALIVE_S:
-        return Placed(int(duration.value), duration.place)
+    if found.value.is_integer() and 1 <= found.value <= _MOST_KEEPALIVE_S:
+        return Placed(int(found.value), found.place)
     table.bad(key, f"whole seconds from 1 to {_MOST_KEEPALIVE_S}")
     return None
 
 
-def _milliseconds(table: Table, key: str) -> Placed[OptionValue] | None:
-    duration = table.duration(key)
-    if duration is None:
+def milliseconds(table: Table, key: str) -> Placed[int] | None:
+    """A duration that the kernel counts in milliseconds."""
+    found = table.duration(key)
+    if found is None:
         return None
-    if 0.001 <= duration.value <= _MOST_USER_TIMEOUT_S:
-        return Placed(round(duration.value * 1000), duration.place)
-    hint = "leave it out for the kernel's" if duration.value == 0 else ""
+    if 0.001 <= found.value <= _MOST_USER_TIMEOUT_S:
+        return Placed(round(found.value * 1000), found.place)
+    hint = "leave it out for the kernel's" if found.value == 0 else ""
     table.bad(key, 'a duration from "1ms" to "24d"', hint)
     return None
 
 
-def _matching(
-    table: Table, key: str, pattern: re.Pattern[str], allowed: str
-) -> Placed[OptionValue] | None:
-    text = table.text(key, allowed)
-    if text is None:
-        return None
-    if pattern.fullmatch(text.value):
-        return Placed(text.value, text.place)
+def _matching(table: Table, key: str, pattern: re.Pattern[str], allowed: str) -> Placed[str] | None:
+    found = table.text(key, allowed)
+    if found is None or pattern.fullmatch(found.value):
+        return found
     table.bad(key, allowed)
     return None
 
 
-def _congestion(table: Table, key: str) -> Placed[OptionValue] | None:
+def congestion(table: Table, key: str) -> Placed[str] | None:
+    """The name of an algorithm for congestion control."""
     return _matching(table, key, _CONGESTION, 'the name of an algorithm, such as "bbr"')
 
 
-def _device(table: Table, key: str) -> Placed[OptionValue] | None:
+def device(table: Table, key: str) -> Placed[str] | None:
+    """The name of a network device."""
     allowed = 'the name of a network device, 1 to 15 characters, such as "eth0"'
     return _matching(table, key, _DEVICE, allowed)
 
 
-def _dscp(table: Table, key: str) -> Placed[OptionValue] | None:
+def dscp(table: Table, key: str) -> Placed[int] | None:
+    """A class of service, by number or by name."""
     value = table.get(key)
     if isinstance(value, str) and value.lower() in _DSCP_NAMES:
         return Placed(_DSCP_NAMES[value.lower()], table.place(key))
@@ -114,35 +141,54 @@ def _dscp(table: Table, key: str) -> Placed[OptionValue] | None:
     return None
 
 
-_READERS: Final = {
-    "backlog": lambda table, key: _number(table, key, 1, _MOST_BACKLOG),
-    "congestion": _congestion,
-    "device": _device,
-    "dscp": _dscp,
-    "fast_open": _sides,
-    "fast_open_queue": lambda table, key: _number(table, key, 1, _MOST_BACKLOG),
-    "keepalive": _flag,
-    "keepalive_count": lambda table, key: _number(table, key, 1, _MOST_KEEPALIVE_PROBES),
-    "keepalive_idle": _seconds,
-    "keepalive_interval": _seconds,
-    "mark": lambda table, key: _number(table, key, 0, _MOST_MARK),
-    "mptcp": _sides,
-    "nodelay": _flag,
-    "rcvbuf": lambda table, key: _number(table, key, *_BUFFER_BYTES),
-    "sndbuf": lambda table, key: _number(table, key, *_BUFFER_BYTES),
-    "transparent": _flag,
-    "upstream_device": _device,
-    "upstream_mark": lambda table, key: _number(table, key, 0, _MOST_MARK),
-    "user_timeout": _milliseconds,
-}
-OPTION_KEYS: Final = tuple(_READERS)
-DEFAULT_KEYS: Final = (
-    "backlog",
-    "keepalive",
-    "keepalive_count",
-    "keepalive_idle",
-    "keepalive_interval",
-    "nodelay",
-    "user_timeout",
-)
-"""Those that may stand at the top, as defaults of all rules."""
+def host(table: Table, key: str) -> Placed[str] | None:
+    """A host without a port."""
+    allowed = "an IPv4 or IPv6 address or a host name, without a port"
+    found = table.text(key, allowed)
+    if found is None:
+        return None
+    if found.value == "*" and key != "bind_address":
+        what = f"{key} is '*', which can only be listened on"
+        table.issues.error(found.place, what, allowed=allowed)
+        return None
+    try:
+        return Placed(parse_host(found.value), found.place)
+    except AddressError as error:
+        table.issues.error(found.place, f"{key}: {error}", allowed=allowed)
+    return None
+
+
+def permissions(table: Table, key: str) -> Placed[int] | None:
+    """Permissions, which are a text: TOML does not tell whether a number was octal."""
+    value = table.get(key)
+    if isinstance(value, str) and _MODE.fullmatch(value):
+        return Placed(int(value, 8), table.place(key))
+    hint = "write it in quotes" if isinstance(value, int) else ""
+    table.bad(key, 'permissions as octal digits, "0000" to "0777", such as "0660"', hint)
+    return None
+
+
+def is_retry(table: Table, key: str) -> Placed[bool] | None:
+    """Whether a rule may wait for its address."""
+    found = table.choice(key, BindPolicy)
+    return Placed(found.value is BindPolicy.RETRY, found.place) if found else None
+
+
+def hang_timeout(table: Table, key: str) -> Placed[float] | None:
+    """Seconds; fewer than a few of a worker's signs of life would kill healthy ones."""
+    found = table.duration(key)
+    if found is not None and found.value < _MIN_HANG_TIMEOUT_S:
+        table.bad(key, f"at least {_MIN_HANG_TIMEOUT_S:.0f} seconds")
+    return found
+
+
+def workers(table: Table, key: str) -> Placed[int] | None:
+    """How many workers; 0 for "auto"."""
+    value = table.get(key)
+    if value == "auto":
+        return Placed(0, table.place(key))
+    if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_WORKERS:
+        return Placed(value, table.place(key))
+    hint = 'write "auto" for one per CPU' if value == 0 else ""
+    table.bad(key, f'"auto" or a number from 1 to {MAX_WORKERS}', hint)
+    return None

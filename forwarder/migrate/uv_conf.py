@@ -86,7 +86,7 @@ class _UvReader(rinetd_conf.Reader):
         elif word == "connect-timeout":
             found = uv_words.seconds(self.draft, word, value, place)
             if found:
-                self.raw.connect_timeout_s = found.value
+                self.raw.defaults["connect_timeout"] = found
                 self.draft.settings["connect_timeout"] = place
         elif word == "max-udp-connections":
             self.flows = uv_words.flows(self.draft, word, value, place)
@@ -130,8 +130,8 @@ class _UvReader(rinetd_conf.Reader):
             listen=Placed(endpoint, self._place(start)),
             upstreams=(Placed(upstream[0], self._place(match.start(4 if match[4] else 5))),),
             protocol=Protocol.UDP if kind == "udp" else Protocol.TCP,
-            source=options.get("src"),
         )
+        rule.put("source_address", options.get("src"))
         self._access = rule.access
         self._apply(rule, options)
         uv_words.finish_rule(self.draft, rule, upstream[1], rule.upstreams[0].place)
@@ -153,12 +153,12 @@ class _UvReader(rinetd_conf.Reader):
         for key, option in options.items():
             value, place = option.value, option.place
             if key == "timeout":
-                rule.udp_timeout_s = uv_words.seconds(draft, key, value, place)
+                rule.put("timeout", uv_words.seconds(draft, key, value, place))
             elif key == "connect-timeout":
                 found = uv_words.seconds(draft, key, value, place)
-                rule.connect_timeout_s = found.value if found and found.value else None
+                rule.put("connect_timeout", found if found and found.value else None)
             elif key == "mode":
-                rule.unix_mode = uv_words.mode(draft, value, place, rule.listen.value)
+                rule.put("mode", uv_words.mode(draft, value, place, rule.listen.value))
             elif key == "keepalive":
                 uv_words.keepalive(draft, rule, f"keepalive={value}", place, is_on=value == "on")
             elif key == "dns-refresh":

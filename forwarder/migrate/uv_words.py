@@ -117,7 +117,7 @@ def backlog(draft: Draft, name: str, value: str, place: Place) -> None:
     """How many clients may wait."""
     found = whole(draft, name, value, place, 1, MOST_WAITING)
     if found:
-        draft.raw.options["backlog"] = Placed(found, place)
+        draft.raw.defaults["backlog"] = Placed(found, place)
 
 
 def keepalive(draft: Draft, rule: RawRule, written: str, place: Place, *, is_on: bool) -> None:
@@ -127,7 +127,7 @@ def keepalive(draft: Draft, rule: RawRule, written: str, place: Place, *, is_on:
     if is_on:
         return
     if is_tcp:
-        rule.options["keepalive"] = Placed(value=False, place=place)
+        rule.put("keepalive", Placed(value=False, place=place))
     else:
         draft.leave_out(place, written, "it is for TCP", in_rule=True)
 
@@ -135,8 +135,9 @@ def keepalive(draft: Draft, rule: RawRule, written: str, place: Place, *, is_on:
 def finish_rule(draft: Draft, rule: RawRule, connect_kind: str, connect_place: Place) -> None:
     """What holds for every rule, once it is read: defaults, and what rinetd-uv ignores."""
     is_udp = rule.protocol is Protocol.UDP
-    if is_udp and not (rule.udp_timeout_s and rule.udp_timeout_s.value):
-        rule.udp_timeout_s = Placed(UDP_TIMEOUT_S, rule.place)
+    timeout = rule.keys.get("timeout")
+    if is_udp and not (timeout and timeout.value):
+        rule.put("timeout", Placed(UDP_TIMEOUT_S, rule.place))
     kind = "udp" if is_udp else "tcp"
     if connect_kind and connect_kind != kind:
         draft.differ(
@@ -145,17 +146,14 @@ def finish_rule(draft: Draft, rule: RawRule, connect_kind: str, connect_place: P
             f" becomes a {kind} rule, as which rinetd-uv runs it",
             hint='for a rule between the two set protocol to "udptotcp" or "tcptoudp"',
         )
-    if rule.source and all(isinstance(there.value, UnixAddress) for there in rule.upstreams):
-        draft.leave_out(
-            rule.source.place,
-            f"src {rule.source.value}",
-            "the upstream is a unix socket",
-            in_rule=True,
-        )
-        rule.source = None
+    source = rule.keys.get("source_address")
+    if source and all(isinstance(there.value, UnixAddress) for there in rule.upstreams):
+        why = "the upstream is a unix socket"
+        draft.leave_out(source.place, f"src {source.value}", why, in_rule=True)
+        del rule.keys["source_address"]
     listen = rule.listen.value
     is_file = isinstance(listen, UnixAddress) and listen.path.startswith("/")
-    if is_file and rule.unix_mode is None:
+    if is_file and "mode" not in rule.keys:
         what = "the socket gets the permissions 0660, not those that the umask leaves"
         draft.differ(rule.listen.place, what, hint="set mode")
     draft.raw.rules.append(rule)
@@ -170,7 +168,7 @@ def finish(draft: Draft, place: Place, most_flows: Placed[int] | None) -> None:
                 draft.leave_out(entry.place, written, NO_ADDRESS, in_rule=True)
             rule.access.clear()
         if most_flows and rule.protocol is Protocol.UDP:
-            rule.max_flows = most_flows
+            rule.put("max_flows", most_flows)
     if "connect_timeout" not in draft.settings:
         draft.differ(
             place,

@@ -99,7 +99,7 @@ class _UvReader(NodeReader):
         elif key == "connect_timeout":
             found = uv_words.seconds(draft, key, text, place)
             if found:
-                draft.raw.connect_timeout_s = found.value
+                draft.raw.defaults[key] = found
                 draft.settings[key] = place
         elif key == "max_udp_connections":
             self.flows = uv_words.flows(draft, key, text, place)
@@ -147,9 +147,9 @@ class _UvReader(NodeReader):
                 upstreams=upstreams,
                 protocol=Protocol.UDP if listen_kind == "udp" else Protocol.TCP,
                 name=self._name(keys, index),
-                source=source,
                 access=list(access),
             )
+            rule.put("source_address", source)
             self._apply(rule, keys)
             uv_words.finish_rule(self.draft, rule, kind, upstreams[0].place)
 
@@ -272,12 +272,12 @@ class _UvReader(NodeReader):
             if text is None:
                 continue
             if key == "timeout":
-                rule.udp_timeout_s = uv_words.seconds(draft, key, text, place, least=1)
+                rule.put(key, uv_words.seconds(draft, key, text, place, least=1))
             elif key == "connect_timeout":
                 found = uv_words.seconds(draft, key, text, place)
-                rule.connect_timeout_s = found.value if found and found.value else None
+                rule.put(key, found if found and found.value else None)
             elif key == "keepalive":
                 is_on = text.lower() not in _FALSE
                 uv_words.keepalive(draft, rule, f"keepalive: {text}", place, is_on=is_on)
             else:
-                rule.unix_mode = uv_words.mode(draft, text, place, rule.listen.value)
+                rule.put(key, uv_words.mode(draft, text, place, rule.listen.value))

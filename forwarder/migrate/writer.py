@@ -11,16 +11,18 @@ from __future__ import annotations
 import json
 from bisect import bisect_right
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import TYPE_CHECKING
 
-from forwarder.config.model import CONNECT_TIMEOUT_S, Framing, LogFormat, Protocol, Sides
+from forwarder.config.keys import OF_A_RULE
+from forwarder.config.model import LogFormat, Protocol
 from forwarder.migrate.draft import LEFT_OUT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from forwarder.config.model import AccessRule
-    from forwarder.config.raw import OptionValue, RawRule
+    from forwarder.config.raw import RawRule, Value
     from forwarder.errors import Place
     from forwarder.migrate.draft import Draft, Remark
 
@@ -64,10 +66,10 @@ def _settings(draft: Draft) -> list[_Piece]:
         if log.format is not LogFormat.RINETD:
             line = f"log_format = {text(log.format.value)}"
             found.append((draft.settings["log_format"], [line]))
-    if raw.connect_timeout_s != CONNECT_TIMEOUT_S:
-        line = f"connect_timeout = {number(raw.connect_timeout_s)}"
-        found.append((draft.settings["connect_timeout"], [line]))
-    found += [(it.place, [f"{key} = {option(it.value)}"]) for key, it in raw.options.items()]
+    found += [
+        (placed.place, [f"{key} = {_value(OF_A_RULE[key].shown(placed.value))}"])
+        for key, placed in raw.defaults.items()
+    ]
     pieces = [_piece(draft, lines, place) for place, lines in found]
     return sorted(pieces, key=lambda piece: piece.start)
 
@@ -105,21 +107,9 @@ def _keys(rule: RawRule) -> Iterator[tuple[str, str]]:
     yield "upstream", upstreams[0] if len(upstreams) == 1 else f"[{', '.join(upstreams)}]"
     if rule.protocol is not Protocol.TCP:
         yield "protocol", text(rule.protocol.value)
-    if rule.framing and rule.framing.value is not Framing.RAW:
-        yield "framing", text(rule.framing.value.value)
-    if rule.source:
-        yield "source_address", text(rule.source.value)
-    if rule.udp_timeout_s:
-        yield "timeout", number(rule.udp_timeout_s.value)
-    if rule.max_flows:
-        yield "max_flows", str(rule.max_flows.value)
-    for key in ("connect_timeout", "half_close_timeout", "idle_timeout"):
-        value = getattr(rule, f"{key}_s")
-        if value is not None:
-            yield key, number(value)
-    yield from ((key, option(placed.value)) for key, placed in rule.options.items())
-    if rule.unix_mode:
-        yield "mode", text(f"{rule.unix_mode.value:04o}")
+    for key in OF_A_RULE.values():
+        if placed := rule.keys.get(key.name):
+            yield key.name, _value(key.shown(placed.value))
 
 
 def text(value: str) -> str:
@@ -127,18 +117,12 @@ def text(value: str) -> str:
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def option(value: OptionValue) -> str:
-    """The value of a socket option."""
+def _value(value: Value) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, int):
-        return str(value)
-    return text(value.value if isinstance(value, Sides) else value)
-
-
-def number(value: float) -> str:
-    """A number of seconds."""
-    return str(int(value)) if value == int(value) else repr(value)
+    if isinstance(value, int | float):
+        return str(int(value)) if value == int(value) else repr(value)
+    return text(str(value.value) if isinstance(value, Enum) else value)
 
 
 # -- comments
