@@ -1,6 +1,8 @@
 """The command line: flags to settings, errors to messages and exit codes.
 
 The only module that ends the process. Reads the configuration, then hands over to the master.
+The service is imported by what runs it: other commands are asked often, by probes and scripts, and
+would spend half of their time on that.
 """
 
 from __future__ import annotations
@@ -15,15 +17,12 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 import click
 
-from forwarder import master
 from forwarder.cli import (
     check,
     completion,
     control,
     convert,
-    demo,
     diff,
-    features,
     files,
     group,
     interrupt,
@@ -76,9 +75,15 @@ class _WorkerCount(click.ParamType[int]):
 
 def _print_version(ctx: click.Context, _: click.Parameter, is_asked: bool) -> None:  # noqa: FBT001 - click's way
     if is_asked and not ctx.resilient_parsing:
-        for line in features.report():
-            click.echo(line)
+        _show_version()
         ctx.exit()
+
+
+def _show_version() -> None:
+    from forwarder.cli import features  # noqa: PLC0415 - see above
+
+    for line in features.report():
+        click.echo(line)
 
 
 @click.group(
@@ -114,8 +119,7 @@ def cli(ctx: click.Context, control: str | None) -> None:
 @cli.command("version", short_help="As --version.")
 def version_command() -> None:
     """Show versions, and what this system has to offer, as --version does."""
-    for line in features.report():
-        click.echo(line)
+    _show_version()
 
 
 @cli.command(short_help="Forward until stopped; the name may be left out.")
@@ -157,6 +161,8 @@ def run(  # noqa: PLR0913 - one parameter per option is click's way
     verbose: bool,  # noqa: FBT001
 ) -> None:
     """Forward until stopped: SIGTERM lets sessions end first, SIGINT does not wait."""
+    from forwarder.master import Master  # noqa: PLC0415 - see above
+
     daemonlog.start(verbose=verbose)
 
     def load() -> Config:
@@ -191,7 +197,7 @@ def run(  # noqa: PLR0913 - one parameter per option is click's way
         has_control=True,
     )
     interrupt.be_raised()
-    sys.exit(master.Master(spec).run())
+    sys.exit(Master(spec).run())
 
 
 @cli.command("demo", short_help="Push data through a forwarder of its own, to see it work.")
@@ -208,6 +214,8 @@ def run(  # noqa: PLR0913 - one parameter per option is click's way
 )
 def demo_command(seconds: float | None, workers: int, port: int) -> None:
     """Forward 127.0.0.1:9000 to a small built-in server and push data through."""
+    from forwarder.cli import demo  # noqa: PLC0415 - see above
+
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     interrupt.be_raised()
     sys.exit(demo.run(workers=workers or usable_cpus(), port=port, seconds=seconds))

@@ -17,13 +17,15 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.process
 
-# Runs the package as `python -m` does, and interrupts it where it imports a module.
+# Runs the service as `python -m forwarder run` does, and interrupts it where it imports a module.
 CODE = """\
 import os, runpy, signal, sys
 
+module, sys.argv[1:] = sys.argv[1], ["run"]
+
 class Interrupter:
     def find_spec(self, name, path=None, target=None):
-        if name == sys.argv[1]:
+        if name == module:
             os.kill(os.getpid(), signal.SIGINT)
 
 sys.meta_path.insert(0, Interrupter())

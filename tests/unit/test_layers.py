@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -134,3 +136,12 @@ def test_pure_modules_import_nothing_that_acts() -> None:
 
 def test_the_package_itself_is_only_a_version_and_a_name() -> None:
     assert imports(modules()["__init__"]) == set()
+
+
+def test_a_command_that_serves_nobody_does_not_load_the_service() -> None:
+    """Probes and scripts ask often, and would spend half of their time on that."""
+    code = "import sys, forwarder.cli.main; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert "forwarder.cli.control" in loaded
+    assert not loaded & {"forwarder.master", "forwarder.relay", "forwarder.worker", "asyncio"}
