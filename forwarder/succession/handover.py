@@ -193,13 +193,13 @@ class Handover:
 
     def turn(self, now: float) -> None:
         """Give up a successor that has had its time; leave when we have had ours."""
+        if self._heir is not None:  # before we leave: it counts what ends from then on
+            self._heir.turn(now)
         if self._leave_at is not None and now >= self._leave_at:
             self._leave_at = None
             self._master.stop()
         if self._successor is not None and now >= self._successor.deadline:
             self._successor.give_up(now)
-        if self._heir is not None:
-            self._heir.turn(now)
 
     def cancel(self) -> None:
         """The master is stopping: tell the successor to end, if there is one."""
