@@ -18,10 +18,11 @@ _FIRST: Final = 3  # after the standard ones
 def keep_only(kept: Iterable[int]) -> None:
     """Close every descriptor of this process but the standard ones and ``kept``.
 
-    For a child that was forked just now and ends with ``os._exit``: objects of the parent go on
-    naming descriptors that are closed here, and whose numbers the child uses again. None of them
-    may be collected, or it would close what is another's. So the collector is told to leave them
-    alone, and whoever forks calls the child from where it is, so that its frames hold the rest.
+    For a child that was forked just now and ends with ``os._exit``: objects inherited from the
+    parent still name descriptors that are closed here, and the child uses their numbers again. Such
+    an object would close a descriptor of the child if it were collected. So the collector is
+    frozen, and the caller runs the child from where it forked, so that its frames hold the other
+    objects.
     """
     gc.freeze()
     signal.set_wakeup_fd(-1)
@@ -33,12 +34,12 @@ def keep_only(kept: Iterable[int]) -> None:
 
 
 def _table_size() -> int:
-    """A number that is above every open descriptor, and not far: FDSize in proc_pid_status(5).
+    """A number a little above every open descriptor: FDSize in proc_pid_status(5).
 
-    Before close_range(2), Linux 5.9, each number below it is a system call, and the limit of open
-    files may be a thousand million.
+    Before close_range(2), Linux 5.9, each number below it costs a system call, and the limit of
+    open files may be a thousand million.
     """
-    with suppress(OSError):  # not Linux, or none left to read it by
+    with suppress(OSError):  # not Linux, or no descriptor left to read it
         for line in Path("/proc/self/status").read_bytes().splitlines():
             if line.startswith(b"FDSize:"):
                 return int(line.split()[1])

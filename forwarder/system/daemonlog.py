@@ -1,8 +1,9 @@
-"""The log of the program itself, to stderr, without ever waiting for whoever reads it.
+"""The program's own log, to stderr. It never waits for its reader.
 
 stderr is often a pipe. When its reader stops reading, a write blocks once the pipe is full: the
-master would supervise nobody and the workers serve nobody. So lines that nobody takes are dropped,
-and their number is told as soon as somebody reads again. Not the connection log: see ``connlog``.
+master would then supervise no worker, and the workers serve no client. So lines that the reader
+does not take are dropped, and counted in a line of the log as soon as it reads again. Not the
+connection log: see ``connlog``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from forwarder.system.printable import visible
 from forwarder.system.rarely import Rarely
 
 _FORMAT: Final = "%(asctime)s forwarder[%(process)d] %(levelname)s %(message)s"
-# A pipe that is writable takes so much without blocking (PIPE_BUF, pipe(7)).
+# A pipe that is writable takes this much without blocking (PIPE_BUF, pipe(7)).
 _PART_BYTES: Final = select.PIPE_BUF
 
 
@@ -31,7 +32,7 @@ class OneLine(logging.Formatter):
 
 
 class PatientHandler(logging.Handler):
-    """Writes to a descriptor, which stays the caller's, as far as that takes it at once."""
+    """Writes what a descriptor takes without waiting; the descriptor stays the caller's."""
 
     def __init__(self, fd: int) -> None:
         super().__init__()
@@ -48,13 +49,13 @@ class PatientHandler(logging.Handler):
                 self._lost = 0
             if self._lost or not self._write(line):
                 self._lost += 1
-        except OSError:  # the reader has gone for good; there is nobody to tell
+        except OSError:  # the reader has gone for good
             self._lost += 1
         except Exception:  # noqa: BLE001 - a line that cannot be formatted, logging's own way
             self.handleError(record)
 
     def _write(self, text: str) -> bool:
-        """Whether all of it was taken; what was begun stands there without its end."""
+        """Write ``text`` without waiting. Whether all was taken; a part may be."""
         left = text.encode(errors="backslashreplace")
         while left:
             if not self._poll.poll(0):
@@ -67,9 +68,9 @@ _rarely: Final = Rarely()
 
 
 def warn_rarely(logger: logging.Logger, about: str, message: str, level: int = WARNING) -> bool:
-    """Log what may be so many times a second: at once, then only now and then, with a count.
+    """Log what may happen many times a second: at once, then only now and then, with a count.
 
-    ``about`` tells what is one thing and what are two. Returns whether it was logged.
+    Messages with the same ``about`` count together. Returns whether it was logged.
     """
     more = _rarely.note(about, time.monotonic())
     if more is not None:
@@ -80,7 +81,7 @@ def warn_rarely(logger: logging.Logger, about: str, message: str, level: int = W
 class RareTracebacks(logging.Filter):
     """Passes an exception at once, and the same one from the same line only now and then.
 
-    What runs into a bug may be any client, as often as it likes.
+    Any client may run into a bug, as often as it likes.
     """
 
     def __init__(self) -> None:

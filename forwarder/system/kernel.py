@@ -11,7 +11,7 @@ _SETTINGS: Final = Path("/proc/sys")
 
 
 def is_linux(least: tuple[int, int]) -> bool:
-    """Whether it is a Linux of this version or newer."""
+    """Whether this kernel is Linux, of version ``least`` or newer."""
     name = os.uname()
     numbers = re.match(r"([0-9]+)\.([0-9]+)", name.release)
     if name.sysname != "Linux" or numbers is None:
@@ -22,7 +22,7 @@ def is_linux(least: tuple[int, int]) -> bool:
 def setting(name: str) -> str:
     """A setting, by its path below /proc/sys, such as ``net/core/somaxconn``.
 
-    Those of the network are of this network namespace. Empty where there is none.
+    Network settings are those of this network namespace. Empty where there is none.
     """
     try:
         return (_SETTINGS / name).read_text().strip()

@@ -1,6 +1,6 @@
-"""Telling a service manager what we do: sd_notify(3) without a library.
+"""Reports to a service manager: sd_notify(3) without a library.
 
-Says nothing unless ``NOTIFY_SOCKET`` is set. Never raises and never blocks: a service manager that
+Sends nothing unless ``NOTIFY_SOCKET`` is set. Never raises and never blocks: a service manager that
 does not listen must not cost anything.
 """
 
@@ -27,22 +27,23 @@ def notify(*assignments: str) -> None:
 
 
 class Watchdog:
-    """When to tell a service manager that we are alive; sd_watchdog_enabled(3).
+    """When to send a service manager a sign of life; sd_watchdog_enabled(3).
 
-    ``deadline`` is when that is due next; None if nobody watches.
+    ``deadline`` is when the next one is due; None if nobody watches.
     """
 
     def __init__(self, environment: MutableMapping[str, str], pid: int, now: float) -> None:
         """Read what ``environment`` asks of the process ``pid``.
 
-        What is left there is for its heir by an upgrade: the interval if we are watched, for so is
-        the heir then, and nothing if somebody else is.
+        What stays there is for the heir of an upgrade: the interval if the service manager watches
+        this process, because it then watches the heir as well; nothing if it watches another
+        process.
         """
         interval = environment.get("WATCHDOG_USEC", "")
         watched = environment.pop("WATCHDOG_PID", "") or str(pid)
         is_asked = interval.isascii() and interval.isdigit() and int(interval) > 0
         self.deadline: float | None = now if is_asked and watched == str(pid) else None
-        # Less than half of it: a turn that comes a little late is still in time.
+        # Less than half of the interval, so that a slightly late turn is still in time.
         self._every_s = int(interval) / 1e6 / 3 if is_asked else 0.0
         if self.deadline is None:
             environment.pop("WATCHDOG_USEC", None)
@@ -59,7 +60,7 @@ class Watchdog:
         """Nothing is open."""
 
     def falls_due(self, now: float) -> bool:
-        """Whether a sign of life is due now; the next one is then due later."""
+        """Whether a sign of life is due now. If so, sets the next deadline."""
         if self.deadline is None or now < self.deadline:
             return False
         self.deadline = now + self._every_s

@@ -16,12 +16,12 @@ from pathlib import Path
 from forwarder.errors import ExitCode, StartupError
 
 FD_VARIABLE = "FORWARDER_PID_FD"
-_MOST_BYTES = 32  # whatever is longer is no pid
+_MOST_BYTES = 32  # anything longer is no pid
 _MODE = 0o644
 
 
 class UnwritableError(StartupError):
-    """The file cannot be made or written; nobody else has it."""
+    """The file cannot be made or written; no other instance holds it."""
 
 
 class PidFile:
@@ -39,7 +39,7 @@ class PidFile:
             if self._fd >= 0:
                 self._lock()
                 return
-            while not self._open():  # who had it removed it just now
+            while not self._open():  # its owner removed it just now
                 os.close(self._fd)
         except OSError as err:
             raise self._error(err) from err
@@ -52,11 +52,11 @@ class PidFile:
             raise
 
     def _open(self) -> bool:
-        """Open or make the file, and lock it; whether it is at its path then.
+        """Open or make the file, and lock it. Whether it is still at its path.
 
-        It may be in a directory where others may write. So what stands there is looked at before
-        it is written over: a link, or another name of another file, could lead anywhere.
-        Raises OSError, StartupError.
+        Other users may be able to write to its directory. So the file is checked before it is
+        overwritten: a link, or another name of another file, could lead anywhere. Raises OSError,
+        StartupError.
         """
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
         self._fd = os.open(self._path, flags, _MODE)
@@ -69,9 +69,9 @@ class PidFile:
             raise
 
     def _check(self) -> None:
-        """Look whether the open file is one to write a pid into, and nobody else may."""
+        """Check that a pid may be written into the open file. As root, take it from its owner."""
         status = os.fstat(self._fd)
-        if not stat.S_ISREG(status.st_mode):  # /dev/null, say, which is never to be removed
+        if not stat.S_ISREG(status.st_mode):  # /dev/null, say, which must never be removed
             raise self._unfit("is not a regular file")
         if status.st_nlink > 1:
             raise self._unfit("has other names, too")
@@ -102,7 +102,7 @@ class PidFile:
             return False
 
     def _unlink(self) -> None:
-        """Remove the file, and no other one that has its path now."""
+        """Remove the file, but no other one that is at its path now."""
         with suppress(OSError):  # a directory that was taken away meanwhile is no reason to fail
             if self._is_there():
                 self._path.unlink()
@@ -111,9 +111,9 @@ class PidFile:
         return StartupError(f"pid file {self._path} {why}; hint: use another path, or leave it out")
 
     def claim(self) -> None:
-        """Write our pid over that of another; who reads it meanwhile finds one or the other.
+        """Write our pid over the one in the file; a reader finds either the old or the new.
 
-        Raises StartupError when that is not possible: a full disk.
+        Raises StartupError if that fails: a full disk.
         """
         try:
             size = os.fstat(self._fd).st_size
@@ -122,7 +122,7 @@ class PidFile:
             raise self._error(err) from err
 
     def fileno(self) -> int:
-        """The descriptor that holds the lock; whoever inherits it shares the lock."""
+        """The descriptor that holds the lock; a process that inherits it shares the lock."""
         return self._fd
 
     def leave_to(self, heir: int) -> None:
@@ -155,7 +155,7 @@ class PidFile:
 
 
 def _inherited(path: Path) -> int:
-    """The descriptor an upgrade has left us, if it is of the file ``path``; else -1."""
+    """The descriptor left by an upgrade, if it is of the file ``path``; else -1."""
     text = os.environ.pop(FD_VARIABLE, "")
     if not text.isdigit():
         return -1

@@ -1,4 +1,4 @@
-"""Text of others, made fit for a line of a log and for a terminal. Pure."""
+"""Foreign text, made safe for a log line and for a terminal. Pure."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from __future__ import annotations
 def visible(text: str, *, kept: str = "") -> str:
     """``text``, with escapes in place of what a terminal would obey or not show.
 
-    So nobody can write a second line, or move the cursor, with what was a name. ``kept``:
-    characters that stay all the same.
+    So a name cannot write a second line or move the cursor. ``kept``: characters that stay as they
+    are.
     """
     if text.isprintable():
         return text

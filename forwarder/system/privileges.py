@@ -30,7 +30,7 @@ _PR_SET_KEEPCAPS: Final = 8
 _MASTER_CAPABILITIES: Final = (
     1 << 0  # CHOWN: UDP listeners belong to the user of the workers
     | 1 << 1  # DAC_OVERRIDE: the configuration, pid file and control socket may be anybody's
-    | 1 << 5  # KILL: workers that run as somebody else
+    | 1 << 5  # KILL: workers that run as another user
     | 1 << 6  # SETGID and SETUID: to start workers
     | 1 << 7
     | 1 << 10  # NET_BIND_SERVICE
@@ -40,24 +40,24 @@ _MASTER_CAPABILITIES: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Whom a worker runs as, by number."""
+    """The user and group that a worker runs as, by number."""
 
     uid: int
     gid: int
 
 
 def raise_descriptor_limit() -> None:
-    """Use all descriptors we may have; the soft limit is 1,024 on many systems, for select()."""
+    """Raise the soft limit of descriptors to the hard one; for select() it is often 1,024."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):  # macOS refuses "unlimited"; the soft limit then stays
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def identity_of(user: str | None, group: str | None) -> Identity | None:
-    """Numbers of a user and a group; None for neither. The group defaults to the user's own.
+    """Numbers of a user and a group; None for our own. The group defaults to the user's own.
 
     Reads the user database, which may block. Raises StartupError for an unknown name, and when this
-    process may not become somebody else.
+    process may not become another user.
     """
     if user is None and group is None:
         return None
@@ -85,9 +85,9 @@ def identity_of(user: str | None, group: str | None) -> Identity | None:
 
 
 def network_capabilities() -> int:
-    """What it takes to set a mark or use a client's address, of what this process has.
+    """Of our capabilities, those needed to set a mark or to use a client's address.
 
-    The lesser one is enough where the kernel takes it for SO_MARK, too (Linux 5.17).
+    CAP_NET_RAW is enough where the kernel accepts it for SO_MARK, too (Linux 5.17).
     """
     permitted = _permitted()
     if permitted & _NET_RAW and kernel.is_linux((5, 17)):
@@ -106,10 +106,10 @@ def _permitted() -> int:
 
 
 def keep_capabilities_of_a_master(more: int = 0) -> None:
-    """Give up every capability that a master has no use for, also for what it executes.
+    """Give up every capability that a master does not need, also for programs it executes.
 
-    ``more`` are those that the rules need. Silent where it is not root or the kernel refuses: the
-    workers' own drop is what counts.
+    ``more`` are those that the rules need. Does nothing unless it is root, and ignores refusals of
+    the kernel: the workers' own drop is what counts.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if os.geteuid() != 0:
@@ -127,9 +127,9 @@ def keep_capabilities_of_a_master(more: int = 0) -> None:
 def drop(identity: Identity | None, kept: int = 0) -> None:
     """Become ``identity``, with no group but its own and no way back.
 
-    None only closes the way up. Who is not root then has no capability but ``kept``: a master may
-    have been given one to bind low ports, and binds for its workers.
-    Raises OSError; the caller must then not go on.
+    With None it only closes the way up. A process that is not root then keeps no capability but
+    ``kept``: a master may have one to bind low ports, and binds for its workers. Raises OSError;
+    the caller must then not go on.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if identity is not None:

@@ -1,8 +1,8 @@
 """Signals as a queue: a handler only notes the number and wakes the selector.
 
 Python runs handlers between bytecodes of the main thread; acting there could interrupt any step of
-the master. So :meth:`SignalQueue.take` hands the numbers to the loop, in order.
-Also how a process has ended, which may be by one of them.
+the master. So :meth:`SignalQueue.take` hands the numbers to the loop, in order. Also describes how
+a process ended, which may be by a signal.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ OF_A_MASTER = (
     signal.SIGTTOU,
     signal.SIGCHLD,
 )
-"""What a master handles; see ``Master``. A terminal or a service manager sends some to all."""
+"""The signals a master handles. A terminal or service manager sends some to all processes."""
 
 
 def leave_to_the_master(*, but: Iterable[signal.Signals]) -> None:
-    """In a forked child: ignore what a master handles; ``but`` is as it is by default."""
+    """In a forked child: ignore a master's signals, and give ``but`` their default action."""
     for number in OF_A_MASTER:
         signal.signal(number, signal.SIG_DFL if number in but else signal.SIG_IGN)
 
@@ -74,11 +74,11 @@ class SignalQueue:
 
 
 def describe_end(status: int) -> str:
-    """How a process has ended, from what waitpid(2) says."""
+    """How a process ended, from its status of waitpid(2)."""
     code = os.waitstatus_to_exitcode(status)
     if code >= 0:
         return f"exit status {code}"
     try:
         return f"killed by {signal.Signals(-code).name}"
-    except ValueError:  # most of those for real time have no name, signal(7)
+    except ValueError:  # most real-time signals have no name, signal(7)
         return f"killed by signal {-code}"

@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# After what failed: if it goes on failing, the log must not fill up with it. Arbitrary.
+# After a failure: if it goes on, it must not fill up the log. Arbitrary.
 BUG_PAUSE_S: Final = 0.5
 
 
 def survive(act: Callable[[], None]) -> None:
-    """Do something. A bug in it is logged, and followed by a pause."""
+    """Call ``act``. A bug in it is logged, and followed by a pause."""
     try:
         act()
     except StartupError:  # a successor that cannot take over
