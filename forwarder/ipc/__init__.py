@@ -1,4 +1,4 @@
-"""What processes of one instance say to each other, and how it travels.
+"""The messages between the processes of one instance, and how they travel.
 
-In master, workers and helpers. Gives no message a meaning: its sender and its receiver do.
+In master, workers and helpers. Gives messages no meaning: their senders and receivers do.
 """

@@ -27,7 +27,7 @@ Message: TypeAlias = dict[str, object]
 MAX_FDS: Final = 250
 # Larger content travels as a memory file. Well below the default socket buffer of 212,992 bytes.
 MAX_MESSAGE_BYTES: Final = 32 * 1024
-# What is taken in at once: a peer that talks without end must not hold us. Arbitrary.
+# Messages taken in at once: a peer that never stops sending must not hold us up. Arbitrary.
 MAX_AT_ONCE: Final = 64
 
 
@@ -39,7 +39,7 @@ class ChannelClosed(Exception):  # noqa: N818 - an event, not a fault
 class Received:
     """One message and the descriptors that came with it, which the receiver owns and closes.
 
-    ``is_truncated``: some did not arrive, for want of descriptors in the receiving process.
+    ``is_truncated``: some did not arrive because the receiving process ran out of descriptors.
     """
 
     message: Message
@@ -55,7 +55,8 @@ class Received:
 class Channel:
     """One end of the pair. Owns the socket.
 
-    ``is_short``: what waits does so for want of memory; no event tells when there is some.
+    ``is_short``: the outbox waits because memory ran out; no event reports that there is some
+    again.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -95,10 +96,10 @@ class Channel:
             self._drop_first()
 
     def receive(self) -> list[Received]:
-        """Messages that are there, not more than MAX_AT_ONCE: more are told by the next event.
+        """The messages that have arrived, at most MAX_AT_ONCE: the next event reports the rest.
 
-        Raises ChannelClosed when the peer has gone, ValueError or RecursionError for what is no
-        message; those with it are lost then.
+        Raises ChannelClosed when the peer has gone, ValueError or RecursionError for nonsense; the
+        messages read with it are then lost.
         """
         found: list[Received] = []
         while len(found) < MAX_AT_ONCE:
@@ -149,7 +150,7 @@ class Channel:
         except BlockingIOError:
             return False
         except OSError as err:
-            # unix(7): too many descriptors in flight, until a worker took some.
+            # unix(7): too many descriptors in flight, until the peer takes some.
             self.is_short = err.errno == errno.ETOOMANYREFS or err.errno in OUT_OF_RESOURCES
             if self.is_short:
                 return False
@@ -158,7 +159,7 @@ class Channel:
         return True
 
 
-# There is nothing, or no memory to take it in; then the event comes again.
+# Nothing has arrived, or memory ran out; then the event comes again.
 _LATER: Final = OUT_OF_RESOURCES | {errno.EAGAIN}
 _CLOEXEC: Final = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 
@@ -185,8 +186,8 @@ def to_memory_file(content: bytes) -> int:
 def from_memory_file(fd: int, limit: int = -1) -> bytes:
     """Content of a memory file. Closes the descriptor.
 
-    With a ``limit`` in bytes whoever sent it is not trusted. Raises ValueError when it has more, or
-    is something else, whose reading could block or never end.
+    With a ``limit`` in bytes the sender is not trusted. Raises ValueError for a longer file, and
+    for another kind of file, which could block or never end.
     """
     with open(fd, "rb", buffering=0) as file:
         if limit < 0:

@@ -13,9 +13,10 @@ from typing import Final
 from forwarder.config.model import MAX_WORKERS
 
 # Cells are used in turn. Four times as many as workers, for those that drain beside their
-# successors; a process that outlives so many others shares its cell, and may hide a hung one.
+# successors; a worker that outlives that many others shares its cell, and may hide that the other
+# hangs.
 CELLS: Final = 4 * MAX_WORKERS
-# How often a worker says that it lives. Its loop turns at least so often.
+# Interval between signs of life of a worker. Its loop turns at least this often.
 BEAT_S: Final = 1.0
 
 
@@ -35,28 +36,28 @@ class Heartbeats:
         return cell
 
     def beat(self, cell: int, now: float) -> None:
-        """Say that the worker of ``cell`` was alive at ``now``, in monotonic seconds."""
+        """Note that the worker of ``cell`` was alive at ``now``, in monotonic seconds."""
         self._times[cell] = now
 
     def last(self, cell: int) -> float:
-        """When the worker of ``cell`` was alive last; the monotonic clock is the same for all."""
+        """When the worker of ``cell`` was last alive; the monotonic clock is the same for all."""
         return self._times[cell]
 
 
 class Vigil:
-    """For how long workers have given no sign of life, if whoever asks was not stopped itself."""
+    """How long workers have given no sign of life, less the time we were stopped ourselves."""
 
     def __init__(self, now: float) -> None:
         self._looked_at = self._awake_since = now
 
     def look(self, now: float, limit_s: float) -> None:
-        """To be called several times in ``limit_s``, and before :meth:`silent_s`."""
+        """Call it several times in ``limit_s``, and before :meth:`silent_s`."""
         if now - self._looked_at > limit_s / 2:
             # We were stopped ourselves, and so were the workers (a paused container, a suspended
-            # machine): nobody could give a sign of life.
+            # machine): no worker could give a sign of life.
             self._awake_since = now
         self._looked_at = now
 
     def silent_s(self, heard_at: float, now: float) -> float:
-        """Seconds since the last sign of life, which was at ``heard_at``, or since we are awake."""
+        """Seconds since the last sign of life, at ``heard_at``, or since we woke up, if later."""
         return now - max(heard_at, self._awake_since)

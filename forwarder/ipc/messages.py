@@ -1,13 +1,12 @@
-"""What the master and its workers say to each other.
+"""The messages between the master and its workers.
 
 Master to worker: SOCKETS (listening sockets, by id), APPLY (which of them serve which rule, from
 now on), LOGS (where the connection log goes), NAMES (their addresses, see ``upstream.messages``),
-DRAIN, STOP, LIST and KILL (some of its sessions), ACCESS (who may use which rule, by the word of an
-heir). Worker to master: APPLIED, LEAVING, REFRESH (look a name up soon), FAILING (addresses of
-upstreams that do), and ANSWER to LIST or KILL. A worker that starts, one that gets a new
-configuration and one that takes over another's sockets do the same: apply an assignment. One that
-cannot says so in APPLIED, by ``refusal``, and goes on as before. What masters say to each other:
-``lineage``.
+DRAIN, STOP, LIST and KILL (some of its sessions), ACCESS (the access rules of an heir). Worker to
+master: APPLIED, LEAVING, REFRESH (look a name up soon), FAILING (addresses of upstreams that do),
+and ANSWER to LIST or KILL. A worker that starts, one that gets a new configuration and one that
+takes over another's sockets do the same: apply an assignment. One that cannot answers with a
+``refusal`` in APPLIED, and goes on as before. For messages between masters see ``lineage``.
 
 The assignment travels pickled, from the master to its own forked child, never the other way: a
 worker may run with fewer rights than the master and must not be able to make it run anything.
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
     from forwarder.config.model import Config, LogPlace
     from forwarder.ipc.channel import Channel, Received
 
-# Some 300 bytes for each of the sessions that are listed at most.
+# About 300 bytes for each session of the longest list.
 MAX_ANSWER_BYTES: Final = 16 * 1024 * 1024
 # What fits into a message, with room for the rest of it.
 MAX_SHORT_BYTES: Final = MAX_MESSAGE_BYTES // 2
@@ -66,13 +65,12 @@ class Op(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assignment:
-    """What a worker shall do: accept on these sockets for these rules, and on no others.
+    """What a worker has to do: accept on these sockets for these rules, and on no others.
 
-    ``routes`` maps the id of a listening socket to an index into ``config.rules``.
-    ``rows`` are those of the board in which the rules are counted, in the order of the rules.
-    ``workers`` is how many there are, ``pipe_budget_pages`` this one's share of the kernel's pipe
-    memory.
-    ``serial`` grows with every assignment of a master; the worker acknowledges it.
+    ``routes`` maps the id of a listening socket to an index into ``config.rules``. ``rows`` are the
+    rows of the board that count the rules, in the order of the rules. ``workers`` is their number,
+    ``pipe_budget_pages`` this one's share of the kernel's pipe memory. ``serial`` grows with every
+    assignment of a master; the worker acknowledges it.
     """
 
     serial: int
@@ -107,9 +105,9 @@ def read_assignment(received: Received) -> Assignment:
 
 
 def send_answer(channel: Channel, number: object, answer: object) -> None:
-    """Answer a question of the master; what is long travels in a file.
+    """Answer a question of the master; a long answer travels in a memory file.
 
-    Without a descriptor for that the answer is null, which is none.
+    If descriptors have run out, null is sent, which stands for no answer.
     """
     content = json.dumps(answer).encode()
     message: dict[str, object] = {"op": Op.ANSWER, "number": number, "answer": None}
@@ -123,16 +121,16 @@ def send_answer(channel: Channel, number: object, answer: object) -> None:
 
 
 def read_answer(received: Received) -> object:
-    """The answer in an ANSWER message; None for none. Raises ValueError for nonsense."""
+    """The answer in an ANSWER message; None if it is none. Raises ValueError for nonsense."""
     if not received.fds:  # short, or we had no descriptor for it
         return received.message["answer"]
     return json.loads(from_memory_file(received.fds.pop(0), MAX_ANSWER_BYTES))
 
 
 def access_file(config: Config) -> int:
-    """Who may use which rule, as JSON in a memory file, whose descriptor becomes the caller's.
+    """The access rules, as JSON in a memory file, whose descriptor becomes the caller's.
 
-    For workers of older code, so it holds nothing but texts. Raises OSError.
+    Workers of older code read it, so it holds nothing but text. Raises OSError.
     """
     content = {
         "all": _access_texts(config.access),
@@ -151,7 +149,7 @@ def send_access(channel: Channel, fd: int) -> None:
 
 
 def read_access(fd: int) -> tuple[list[AccessRule], dict[str, list[AccessRule]]]:
-    """The access rules for everybody and of each rule, in an access file, which is closed.
+    """The access rules for all rules and those of each, from an access file. Closes the file.
 
     Raises ValueError for nonsense.
     """
@@ -170,7 +168,7 @@ def _access_rules(texts: Iterable[tuple[str, str]]) -> list[AccessRule]:
 
 
 def send_logs(channel: Channel, places: Sequence[tuple[LogPlace, int | None]]) -> None:
-    """Tell where the connection log goes; the descriptors stay the sender's. Raises OSError."""
+    """Send the places of the connection log; the descriptors stay the sender's. Raises OSError."""
     described = [[place.format.value, place.to, fd is not None] for place, fd in places]
     fds: list[int] = []
     try:
@@ -188,5 +186,5 @@ def read_logs(received: Received) -> list[tuple[LogFormat, str, int | None]]:
     """The places in a LOGS message: format, name, and a descriptor that becomes the caller's."""
     fds = iter(received.fds)
     places = received.message["places"]
-    assert isinstance(places, list)  # noqa: S101 - our own master says so
+    assert isinstance(places, list)  # noqa: S101 - our own master wrote it
     return [(LogFormat(how), name, next(fds) if has_fd else None) for how, name, has_fd in places]

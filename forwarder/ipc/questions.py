@@ -1,6 +1,6 @@
-"""Questions of the master to its workers and to an old master: who has still to answer, till when.
+"""Questions of the master to workers and an old master: which answers are due, and until when.
 
-The answers are put together by whoever asked. Sends nothing itself.
+The caller puts the answers together. Sends nothing itself.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 Answered: TypeAlias = "Callable[[list[object], list[int]], None]"
-"""Called with what the workers have answered, and with the pids of those that have not."""
+"""Called with the answers of the workers, and with the pids of those that gave none."""
 
 # A worker answers between two turns of its loop; one that is hung is replaced, not waited for.
 ANSWER_WITHIN_S: Final = 3.0
@@ -49,8 +49,8 @@ class Questions:
     ) -> int:
         """Note a question to these processes. Returns its number, for :meth:`on_answer`.
 
-        ``callback`` is called once: when the last answer is there, or it is time. It gets the
-        answers, and the pids of those that have not answered or could not.
+        ``callback`` is called once: when the last answer has come, or time is up. It gets the
+        answers, and the pids of processes that gave none or could not answer.
         """
         number = next(self._numbers)
         self._open[number] = _Question(set(pids), now + within_s, callback)
@@ -65,7 +65,7 @@ class Questions:
         return question if question is not None and pid in question.waiting else None
 
     def on_answer(self, number: object, pid: int, answer: object) -> None:
-        """A worker has answered; None: it could not."""
+        """A worker has answered; None if it could not."""
         if answer is None:
             self.on_answers(number, pid, [], [pid])
         else:
@@ -74,7 +74,7 @@ class Questions:
     def on_answers(
         self, number: object, pid: int, answers: Iterable[object], silent: Iterable[int]
     ) -> None:
-        """One that has asked others has answered: what they said, and who of them was silent."""
+        """A process that asked others has answered: their answers, and the pids of silent ones."""
         question = self._awaiting(number, pid)
         if question is not None:
             question.waiting.discard(pid)
@@ -83,13 +83,13 @@ class Questions:
             self._close_finished()
 
     def on_exit(self, pid: int) -> None:
-        """A worker is gone, and its sessions with it; nobody need wait for it."""
+        """A worker is gone, and its sessions with it; no question waits for it."""
         for question in self._open.values():
             question.waiting.discard(pid)
         self._close_finished()
 
     def expire(self, now: float) -> None:
-        """Give up waiting where it is time."""
+        """Close the questions whose time is up."""
         for question in self._open.values():
             if now >= question.deadline:
                 question.silent += question.waiting

@@ -27,8 +27,8 @@ class WorkerSpec:
     holdings: Holdings
     relay: RelayMode
     identity: Identity | None
-    capabilities: int  # that it keeps
+    capabilities: int  # kept by the worker
 
     def descriptors(self) -> tuple[int, ...]:
-        """All that it inherits, beside the standard ones."""
+        """The descriptors that it inherits, beside the standard ones."""
         return self.channel.fileno(), self.gate.fileno()
