@@ -16,7 +16,7 @@ ROWS: Final = 65536
 
 
 class Board:
-    """The rows of one worker. Made by the master before it forks, shared by that.
+    """The rows of one worker. Made by the master before it forks the worker, and shared with it.
 
     It lives as long as somebody refers to it.
     """

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _ZEROS: Final = memoryview(bytes(8 * WORDS)).cast("Q")
 
-# How far apart samples are at least. The workers write their totals once a second.
+# Least time between samples. The workers write their totals once a second.
 SAMPLE_S: Final = 2.0
 _RATES: Final = ("sessions_total", "bytes_c2u", "bytes_u2c")
 
@@ -58,7 +58,7 @@ class Ledger:
             self._tally.on_exit({number: board.row(number) for number in numbers})
 
     def rows_in_use(self) -> Iterable[int]:
-        """All rows in which something may be counted, but the workers' own."""
+        """All rows in which something may be counted, except the workers' own."""
         return self._rows.used()
 
     def row(self, rule: str) -> int:
@@ -68,7 +68,7 @@ class Ledger:
     def forget(self, known: Iterable[str]) -> list[int]:
         """Drop the counters of rules that are not ``known`` any more and have no session left.
 
-        Returns their rows, which go to rules that come.
+        Returns their rows, which new rules will get.
         """
         forgotten = []
         for name, number in self._rows.forgettable(known).items():
@@ -77,7 +77,7 @@ class Ledger:
                 if any(row[SESSIONS] for row in rows):
                     continue
                 for row in rows:
-                    # SESSIONS is 0. A worker that has not heard of this yet may be about to count
+                    # SESSIONS is 0. A worker that does not know this yet may be about to count
                     # there, and must be able to count down again.
                     row[SESSIONS + 1 :] = _ZEROS[SESSIONS + 1 :]
                 self._tally.forget(number)
@@ -86,7 +86,7 @@ class Ledger:
         return forgotten
 
     def worker(self, board: Board) -> dict[str, int]:
-        """The counters of one worker that lives."""
+        """The counters of one living worker."""
         return worker_counters(board.row(0))
 
     def totals(self) -> dict[str, int]:
@@ -94,7 +94,7 @@ class Ledger:
         return worker_counters(self._sum(0))
 
     def sum(self, column: int) -> int:
-        """One counter of rules over all rules and workers, as it is now; totals lag by a beat."""
+        """One counter over all rules and workers, as of now; :meth:`totals` lag by a beat."""
         rows = self._rows.used()
         return self._tally.sum(column) + sum(
             board.row(number)[column] for board in self._boards for number in rows

@@ -1,4 +1,4 @@
-"""Why sessions end: the one table of reasons, which are counted, logged and documented by it.
+"""Why sessions end: the one table of reasons that counters, logs and documentation use.
 
 Data, not exceptions: an end of a session is expected.
 """
@@ -18,7 +18,7 @@ class Who(Enum):
 
 
 class Phase(Enum):
-    """What a session was doing when it ended, or what it was that ended it."""
+    """What a session was doing when it ended, or what ended it."""
 
     ACCEPT = "accept"
     ACCESS = "access"
@@ -33,7 +33,7 @@ class Phase(Enum):
     ERROR = "error"
 
 
-# Every way a session can end, by its code: the one table of them. docs/operations.md explains each.
+# Every way a session can end. docs/operations.md explains each.
 REASONS: Final = (
     "client/data",
     "upstream/data",
@@ -66,7 +66,7 @@ class CloseReason:
     __slots__ = ("code", "detail", "index", "is_reset", "phase", "who")
 
     def __init__(self, who: Who, phase: Phase, detail: str = "", *, is_reset: bool = False) -> None:
-        """Raises KeyError for a way that is not in the table."""
+        """Raises KeyError for a combination that is not in the table."""
         self.who = who
         self.phase = phase
         self.detail = detail
@@ -78,7 +78,7 @@ class CloseReason:
         return f"{self.code} ({self.detail})" if self.detail else self.code
 
 
-# One side had ended and the other one said no more: which one it was.
+# One side had ended, and the other fell silent: which one had ended.
 CLIENT_HAD_ENDED: Final = CloseReason(Who.US, Phase.HALF_CLOSE, "the client had ended")
 UPSTREAM_HAD_ENDED: Final = CloseReason(Who.US, Phase.HALF_CLOSE, "the upstream had ended")
 NOT_ALLOWED: Final = CloseReason(Who.US, Phase.ACCESS)

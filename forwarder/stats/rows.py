@@ -1,8 +1,8 @@
 """What is counted, where each number stands, and sums over the workers. Pure.
 
-A worker counts in rows of WORDS unsigned 64-bit numbers, of which it is the only writer; anybody
-may read them at any time. There is one row per rule, and one for the worker itself. The rows are in
-memory that the master owns (see ``board``), so what was counted outlives a worker.
+A worker counts in rows of WORDS unsigned 64-bit numbers, of which it is the only writer; any
+process may read them at any time. There is one row per rule, and one for the worker itself. The
+rows are in memory that the master owns (see ``board``), so counts outlive a worker.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 Row: TypeAlias = "memoryview[int]"
 
-# Of one rule in one worker. SESSIONS are open now; all others only grow. REFUSED are clients that
-# were turned away and got no session. ATTEMPTS_FAILED: addresses of upstreams that refused, or did
-# not answer in time. SESSIONS_CUT: sessions that a stop or drain_timeout has reset, or the death of
-# their worker. BYTES_* have those of open sessions at the last beat.
-# At any time, sum of ENDS + SESSIONS = SESSIONS_TOTAL + REFUSED.
+# Counters of one rule in one worker. SESSIONS are open now; all others only grow. REFUSED are
+# clients that were turned away and got no session. ATTEMPTS_FAILED: connects to one address that
+# were refused, or not answered in time. SESSIONS_CUT: sessions reset by a stop or by drain_timeout,
+# or lost with their worker. BYTES_* include open sessions as of the last beat. At any time, sum of
+# ENDS + SESSIONS = SESSIONS_TOTAL + REFUSED.
 (
     SESSIONS,
     SESSIONS_TOTAL,
@@ -37,21 +37,21 @@ Row: TypeAlias = "memoryview[int]"
 # How long connecting took: below 1 ms, below 2, 4, 8 ... ms, and longer.
 CONNECT_MS: Final = SESSIONS_CUT + 1
 CONNECT_BUCKETS: Final = 16
-# How often sessions ended for each reason, in the order of ``errors.REASONS``.
+# How often sessions ended for each reason, in the order of ``reasons.REASONS``.
 ENDS: Final = CONNECT_MS + CONNECT_BUCKETS
 WORDS: Final = 64
 assert ENDS + len(REASONS) <= WORDS  # noqa: S101 - a row has room for all reasons
 
 
 def new_row() -> Row:
-    """A row that nobody else reads."""
+    """A row of this process alone."""
     return memoryview(bytearray(8 * WORDS)).cast("Q")
 
 
 _LOST: Final = ENDS + REASONS.index("us/error")  # where sessions of a killed worker are counted
 
-# Of one worker, in its own row, written at each beat. ``sessions`` are open now and ``pipes_made``,
-# ``pipes_idle`` and ``pipe_pages`` exist now; all others only grow.
+# Counters of one worker, in its own row, written at each beat. ``sessions`` are open now and
+# ``pipes_made``, ``pipes_idle`` and ``pipe_pages`` exist now; all others only grow.
 COUNTERS: Final = (
     "sessions",
     "sessions_total",
@@ -84,7 +84,7 @@ def connect_label(bucket: int) -> str:
 
 
 def rule_counters(row: Sequence[int]) -> dict[str, object]:
-    """The counters of a rule, as in the status. Of ends and connect times only those that occur."""
+    """The counters of a rule, as in the status; of ends and connect times only those that occur."""
     return {
         "sessions": row[SESSIONS],
         "sessions_total": row[SESSIONS_TOTAL],
@@ -114,7 +114,7 @@ def worker_counters(row: Sequence[int]) -> dict[str, int]:
 class Rows:
     """Which rule is counted in which row, for as long as it is served or has sessions.
 
-    The last row is for all rules that come when there is none left; the first is the worker's own.
+    The last row is for all rules that come when no other is left; the first is the worker's own.
     """
 
     def __init__(self, size: int) -> None:
@@ -138,7 +138,7 @@ class Rows:
         return row
 
     def used(self) -> Iterable[int]:
-        """All rows in use, but the worker's own."""
+        """All rows in use, except the worker's own."""
         return set(self._rows.values())
 
     def forgettable(self, known: Iterable[str]) -> dict[str, int]:
@@ -152,7 +152,7 @@ class Rows:
     def forget(self, name: str) -> None:
         """Give the row of a rule to the next one that comes; it must be zero everywhere.
 
-        That of many rules stays theirs.
+        The shared row is not given away.
         """
         row = self._rows.pop(name)
         if not self.is_shared(row):
@@ -166,9 +166,9 @@ class Tally:
         self._gone: dict[int, list[int]] = {}
 
     def on_exit(self, rows: Mapping[int, Sequence[int]]) -> None:
-        """A worker is gone, and its sessions with it; what it had done stays.
+        """A worker is gone, and its sessions with it; its counts stay.
 
-        It has ended its sessions itself, each for its reason, unless it was killed or crashed.
+        It ended its sessions itself, each for its reason, unless it was killed or crashed.
         """
         for number, row in rows.items():
             kept = list(row)
@@ -194,7 +194,7 @@ class Tally:
         return sum(row[column] for number, row in self._gone.items() if number)
 
     def forget(self, number: int) -> None:
-        """A row begins anew."""
+        """Start a row over."""
         self._gone.pop(number, None)
 
 
