@@ -1,17 +1,17 @@
-"""What lines are written to: a file, a pipe, syslog, the journal. May block; has a thread for that.
+"""Where lines go: a file, a pipe, syslog, the journal. May block, so a thread calls it.
 
 Theory of operation
 -------------------
 A drain takes blocks of whole lines and leaves whole lines, whatever happens on the way.
 
-* A **file** is written by one append (open(2), O_APPEND). A full disk may take a part of it, and a
-  process that is killed may leave a part, so that of a line only the beginning is there; and the
-  workers write to one file. Hence each block is written under a lock that the workers share
-  (fcntl(2), a record lock: it belongs to a process and ends with it). Under the lock a part of a
-  line that somebody has left is ended, and one that we leave is cut off again.
-* Into a **pipe**, a terminal or a socket lines go in portions that the kernel does not mix with
-  those of others (pipe(7), PIPE_BUF). What is in it cannot be taken back: a line that was cut is
-  ended before the next one.
+* A **file** gets each block by one append (open(2), O_APPEND). A full disk may take only a part of
+  it, and a killed process may leave a part, so that a line is cut; and all workers write to the
+  same file. So a block is written under a lock that the workers share (fcntl(2), a record lock: it
+  belongs to a process and ends with it). Under the lock a worker ends a cut line that another
+  process has left, and takes back one that it leaves itself.
+* A **pipe**, a terminal or a socket gets lines in portions that the kernel does not mix with those
+  of other writers (pipe(7), PIPE_BUF). They cannot be taken back: a cut line is ended before the
+  next one.
 * A **daemon** gets a datagram for each line.
 """
 
@@ -28,9 +28,9 @@ from typing import TYPE_CHECKING, Final, Protocol
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-# A pipe or a daemon that takes nothing for so long gets no more of this block.
+# A pipe or a daemon that takes nothing for this long gets no more of this block.
 PATIENCE_MS: Final = 1000
-# What pipe(7) lets nobody's write come between, on Linux; POSIX asks for 512 at least.
+# The longest write that pipe(7) keeps in one piece, on Linux; POSIX asks for 512 at least.
 PIPE_BUF: Final = getattr(select, "PIPE_BUF", 512)
 
 SYSLOG_SOCKET: Final = "/dev/log"
@@ -40,7 +40,7 @@ _PRIORITY: Final = 3 * 8 + 6  # daemon.info, RFC 3164 section 4.1.1
 
 
 class Unwritten(Exception):  # noqa: N818 - an expected end, not a fault
-    """Some lines of a block are not where they should be. ``lines``: how many."""
+    """Some lines of a block were not written. ``lines``: how many."""
 
     def __init__(self, lines: int, err: OSError) -> None:
         super().__init__(err.strerror or str(err))
@@ -48,7 +48,7 @@ class Unwritten(Exception):  # noqa: N818 - an expected end, not a fault
 
 
 class Drain(Protocol):
-    """What takes blocks of lines, in the thread that writes."""
+    """Takes blocks of lines, in the thread that writes."""
 
     name: str
 
@@ -60,13 +60,13 @@ class Drain(Protocol):
 
 
 def for_descriptor(name: str, fd: int) -> Drain:
-    """The drain for something that is open, which it owns from now on."""
+    """The drain for an open descriptor, which it owns from now on."""
     is_file = stat.S_ISREG(os.fstat(fd).st_mode) and name != "stderr"
     return FileDrain(name, fd) if is_file else StreamDrain(name, fd)
 
 
 class FileDrain:
-    """A regular file, opened for appending; if it can be read, too, parts of lines are noticed."""
+    """A regular file, opened for appending; if it is readable, too, cut lines are noticed."""
 
     def __init__(self, name: str, fd: int) -> None:
         self.name = name
@@ -85,14 +85,14 @@ class FileDrain:
                 raise Unwritten(self._cut_off_part(lines, written), err) from err
 
     def _ends_in_a_part(self) -> bool:
-        """Whether the last line has no end. Nobody else can be writing it: we have the lock."""
-        with suppress(OSError):  # EBADF: may not be read
+        """Whether the last line is cut. No other worker can be writing it: we hold the lock."""
+        with suppress(OSError):  # EBADF: not open for reading
             size = os.fstat(self._fd).st_size
             return size > 0 and os.pread(self._fd, 1, size - 1) != b"\n"
         return False
 
     def _cut_off_part(self, lines: bytes, written: int) -> int:
-        """Take back what is no whole line of the first ``written`` bytes; returns lines missing."""
+        """Take back a cut line from the first ``written`` bytes; returns the lines missing."""
         whole = lines.rfind(b"\n", 0, written) + 1
         if whole < written:
             with suppress(OSError):  # EPERM: append-only (chattr +a); the next block ends the line
@@ -106,7 +106,7 @@ class FileDrain:
 
 @contextmanager
 def _lock(fd: int) -> Iterator[None]:
-    """Have the file for ourselves, among the workers. Not all file systems can; then without."""
+    """Hold the workers' lock on the file; without a lock where the file system has none."""
     with suppress(OSError):
         fcntl.lockf(fd, fcntl.LOCK_EX)
     try:
@@ -119,14 +119,14 @@ def _lock(fd: int) -> Iterator[None]:
 class StreamDrain:
     """A pipe, a terminal or a socket by descriptor, which it owns; also stderr, whatever that is.
 
-    ``patience_ms`` is how long it may take nothing, if it is in non-blocking mode.
+    ``patience_ms`` is how long a descriptor in non-blocking mode may take nothing.
     """
 
     def __init__(self, name: str, fd: int, patience_ms: int = PATIENCE_MS) -> None:
         self.name = name
         self._fd = fd
         self._patience_ms = patience_ms
-        self._is_cut = False  # what was written last ended within a line
+        self._is_cut = False  # the last write ended within a line
 
     def write(self, lines: bytes) -> None:
         """Write a block in portions of whole lines."""
@@ -171,7 +171,7 @@ class DatagramDrain:
         self._sock: socket.socket | None = None
 
     def write(self, lines: bytes) -> None:
-        """Send each line; connects anew when the daemon was restarted."""
+        """Send each line; reconnects when the daemon was restarted."""
         every = lines.split(b"\n")[:-1]
         for number, line in enumerate(every):
             try:
@@ -184,7 +184,7 @@ class DatagramDrain:
         if self._sock is not None:
             try:
                 self._sock.send(content)
-            except TimeoutError:  # it is there, and does not read
+            except TimeoutError:  # the daemon is there, but does not read
                 raise
             except OSError:
                 self.close()

@@ -1,7 +1,7 @@
-"""What the workers write the connection log to, opened by the master.
+"""The files of the connection log, opened by the master for the workers.
 
-The master opens because it may: workers can run as somebody who may not. It keeps what it has
-opened, to lend it to workers that start later, and opens anew when it is told to.
+The master opens them because workers may run as a user who may not. It keeps them open, to lend
+them to workers that start later, and reopens them on request.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ log = logging.getLogger(__name__)
 
 _STDERR: Final = 2
 _MODE: Final = 0o640
-# O_NONBLOCK: opening a pipe or a terminal must not wait for anybody. Without effect on a file.
-# O_CREAT only where it is needed: with it Linux refuses what others own in a directory like /tmp
-# (proc_sys_fs(5), protected_regular).
+# O_NONBLOCK: opening a pipe or a terminal must not wait for its other end. Without effect on a
+# file. O_CREAT only where it is needed: with it Linux refuses what others own in a directory like
+# /tmp (proc_sys_fs(5), protected_regular).
 _FLAGS: Final = os.O_APPEND | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
 # By datagrams to a daemon: the workers connect by themselves.
 DAEMONS: Final = frozenset({"syslog", "journal"})
@@ -36,7 +36,7 @@ Opened: TypeAlias = "list[tuple[LogPlace, int | None]]"
 class LogFiles:
     """The places of the connection log. Owns their descriptors.
 
-    ``revision`` grows with every opening; workers that know an older one have to be told.
+    ``revision`` grows with every opening; workers that know an older one need the new places.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class LogFiles:
     def prepare(self, places: tuple[LogPlace, ...], *, is_strict: bool = False) -> Opened:
         """Open these, for :meth:`use` or :func:`discard`. Raises StartupError with none open.
 
-        Places that are optional are done without, unless ``is_strict``.
+        Optional places that cannot be opened become /dev/null, unless ``is_strict``.
         """
         opened: Opened = []
         try:
@@ -66,7 +66,7 @@ class LogFiles:
         self.revision += 1
 
     def reopen(self) -> None:
-        """Open the same places anew, after the files were moved away. Keeps them on failure."""
+        """Reopen the places, after their files were moved away. On failure keeps the old ones."""
         try:
             self.use(self.prepare(tuple(place for place, _ in self.places), is_strict=True))
         except StartupError as err:
@@ -88,7 +88,7 @@ def discard(places: Opened) -> None:
 
 
 def _open_or_do_without(place: LogPlace) -> int:
-    """A descriptor for a place; of nowhere if it may be missing. Raises StartupError."""
+    """A descriptor for a place; of /dev/null if an optional one fails. Raises StartupError."""
     try:
         return _open(place)
     except StartupError as err:
@@ -103,9 +103,9 @@ def _open(place: LogPlace) -> int:
         if place.to == "stderr":
             return os.dup(_STDERR)
         try:
-            # Reading, too, so that a line that was cut is noticed. A pipe can then be opened
-            # without a reader, and one that goes away is no end of it (fifo(7)); without a reader
-            # lines are lost once it is full.
+            # For reading, too, so that a cut line is noticed. A pipe then opens without a reader,
+            # and outlives one that goes away (fifo(7)); without a reader lines are lost once it is
+            # full.
             return _open_at(place.to, os.O_RDWR)
         except FileNotFoundError:
             return _open_at(place.to, os.O_RDWR | os.O_CREAT)
@@ -121,10 +121,10 @@ def _open(place: LogPlace) -> int:
 
 
 def _open_at(path: str, how: int) -> int:
-    """Open what stands at a path, unless somebody else could have led it there. Raises OSError.
+    """Open a path, unless another user could have made it lead there. Raises OSError.
 
-    The master may write to everything, and workers perhaps to the directory of their log. Linux
-    has rules like these for directories like /tmp (proc_sys_fs(5), protected_symlinks and
+    The master may write to any file, and workers perhaps to the directory of their log. Linux has
+    rules like these for directories like /tmp (proc_sys_fs(5), protected_symlinks and
     protected_hardlinks), which can be turned off, and not for those that a single user owns.
     """
     directory = Path(path).parent.stat()

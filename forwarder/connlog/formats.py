@@ -1,8 +1,7 @@
 """How a record is written: rinetd's two formats, byte for byte, and lines of JSON.
 
-Reads nothing but the local time zone. Every function returns the whole line with its end, or None
-for what a format does not speak of. Whatever a peer or a name server may have had a hand in is
-escaped.
+Reads nothing but the local time zone. Every function returns a whole line with its end, or None for
+an event that its format leaves out. Text that a peer or a name server can influence is escaped.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ class _Clock:
         self.rinetd = self.zone = self.iso = self.iso_zone = ""
 
     def set(self, at: float) -> None:
-        """Have the texts of this moment."""
+        """Set the texts to this moment."""
         second = int(at)
         if second == self._second:
             return
@@ -68,7 +67,7 @@ def rinetd_line(record: Record) -> str:
 
 
 def common_line(record: Record) -> str:
-    """rinetd's web server format. The order of the byte counts is reversed against the other."""
+    """rinetd's web server format. Its byte counts are in the reverse order of the other's."""
     _clock.set(record.at)
     (listen_host, listen_port), (host, port) = record.listen, record.upstream
     return (
@@ -121,7 +120,7 @@ def _plain(text: str) -> str:
     return text if text.isprintable() else text.translate(_CONTROLS)
 
 
-@lru_cache(maxsize=1024)  # rules, addresses of ours and of upstreams, and many clients come again
+@lru_cache(maxsize=1024)  # rules, our addresses, upstreams and many clients recur
 def _json(text: str) -> str:
     # Most are addresses and names without anything to escape.
     if text.isascii() and text.isprintable() and '"' not in text and "\\" not in text:

@@ -18,28 +18,28 @@ if TYPE_CHECKING:
 Later: TypeAlias = "Callable[[], Record]"
 """Makes a record when it is about to be written."""
 
-# How long a line may wait for others. A crash loses as much.
+# How long a line may wait for others. A crash loses this much.
 FLUSH_S: Final = 0.5
 # Records that are made and formatted in one go: see ``reporting``. Many would hold up the loop.
 BATCH: Final = 64
-# At a stop: how long to wait for what is left to be written. Less than the master waits for us.
+# At a stop: how long to wait for the last lines. Less than the master waits for a worker.
 LAST_WORDS_S: Final = 1.0
 
 
 class ConnectionLog:
-    """Writes nothing until it is told where to, by :meth:`set_places`."""
+    """Writes nothing until :meth:`set_places` says where to."""
 
     def __init__(self) -> None:
         self.is_on = False
         """Whether a record has to be made at all."""
         self.tells_opened = False
-        """Whether one of a session that has begun has to be made."""
+        """Whether a record has to be made when a session begins."""
         self.tells_refused = False
-        """Whether one of a client that gets no session has to be made."""
+        """Whether a record has to be made for a client that gets no session."""
         self._waiting: list[Later] = []
         self._sinks: list[tuple[Callable[[Record], str | None], Sink]] = []
         self._ended: list[Sink] = []  # those that may still write
-        self._dropped = 0  # of sinks that are no more
+        self._dropped = 0  # of sinks that are gone
 
     @property
     def dropped(self) -> int:
@@ -63,14 +63,14 @@ class ConnectionLog:
         self.tells_refused = any(FORMATS[how].wants_refused for how, _, _ in places)
 
     def write(self, record: Later) -> None:
-        """Put a record into every place, in its format; soon."""
+        """Write a record to every place soon, in its format."""
         waiting = self._waiting
         waiting.append(record)
         if len(waiting) >= BATCH:
             self._format()
 
     def flush(self) -> None:
-        """Hand over what has come together; to be called every FLUSH_S."""
+        """Hand over the collected lines; call it every FLUSH_S."""
         self._format()
         for _, sink in self._sinks:
             sink.flush()
@@ -82,7 +82,7 @@ class ConnectionLog:
             sink.add(*filter(None, map(format_record, records)))
 
     def close(self) -> None:
-        """Write what is left, as far as that is possible in a moment."""
+        """Write what is left, as far as it can be done within LAST_WORDS_S."""
         self.set_places([])
         deadline = time.monotonic() + LAST_WORDS_S
         for sink in self._ended:

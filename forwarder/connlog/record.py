@@ -1,4 +1,4 @@
-"""What the connection log says of one session. Pure: values, no sockets and no clock."""
+"""What the connection log reports of one session. Pure: values, no sockets and no clock."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Event(Enum):
-    """What has happened to a client."""
+    """What happened to a client."""
 
     OPENED = "opened"
     ENDED = "ended"
@@ -23,8 +23,8 @@ class Record(NamedTuple):
     """One line. ``at`` is seconds since the epoch.
 
     ``listen`` and ``upstream`` are host and port as the configuration writes them, the port being
-    that of this session. ``reached`` is the socket address that was connected to, if there is one.
-    ``connect_s`` is None if it was not connected. ``result`` is a word of rinetd for it.
+    that of this session. ``reached`` is the socket address of the upstream, if the session reached
+    one. ``connect_s`` is None if it did not. ``result`` is rinetd's word for the end.
     """
 
     event: Event
@@ -51,8 +51,8 @@ class Record(NamedTuple):
 def rinetd_result(reason: CloseReason) -> str:
     """rinetd's word for an end: "local" is the upstream's side, "remote" the client's.
 
-    It says who ended first. rinetd knows no ends of our own but the timeout of UDP flows, which it
-    calls the client's.
+    It names the side that ended first. Of our own ends rinetd knows only the timeout of UDP flows,
+    which it calls the client's.
     """
     return "done-local-closed" if reason is UPSTREAM_HAD_ENDED else _WORDS[reason.code]
 

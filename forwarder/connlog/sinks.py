@@ -3,11 +3,11 @@
 Theory of operation
 -------------------
 A sink collects whole lines and hands them over in blocks: when BLOCK_BYTES have come together, or
-when it is time. A thread of its own writes them, because a write(2) to a regular file can block for
-as long as its disk likes, and there is no other way to be spared that; and one that is stalled must
-not hold the others up. What waits for the thread is bounded by MAX_WAITING_BYTES; beyond it lines
-are dropped and counted. The first failure is logged, and the end of a time of failures with the
-number of lines lost; never each.
+when it is time. A thread for each sink writes them, because a write(2) to a regular file can block
+for as long as its disk likes, and nothing else avoids that; and a stalled place must not hold the
+others up. What waits for the thread is bounded by MAX_WAITING_BYTES; beyond it lines are dropped
+and counted. The first failure is logged, and at the end of the failures the number of lines lost;
+never each.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Each block costs some 0.5 ms of switching between the threads under load, however long it is.
+# Each block costs about 0.5 ms of switching between the threads under load, however long it is.
 BLOCK_BYTES: Final = 256 * 1024
 MAX_WAITING_BYTES: Final = 4 * 1024 * 1024
 
@@ -34,8 +34,7 @@ MAX_WAITING_BYTES: Final = 4 * 1024 * 1024
 class Sink:
     """Collects the lines of one place, and writes them in a thread that begins with the first.
 
-    Of two numbers that both threads would count in, each has one of its own: ``x += 1`` is not
-    atomic.
+    Each of the two threads counts in numbers of its own, because ``x += 1`` is not atomic.
     """
 
     def __init__(self, drain: Drain) -> None:
@@ -46,9 +45,9 @@ class Sink:
         self._thread: threading.Thread | None = None
         self._handed = self._dealt_with = 0  # bytes; the second is the thread's
         self._lock = threading.Lock()
-        self._dropped = 0  # lines, ever; with the lock, as the next one
-        self._lost = 0  # lines, since the last time that all was well
-        self._failures, self._recoveries = Rarely(), Rarely()  # a place may do both in turn
+        self._dropped = 0  # lines, ever; under the lock, like the next one
+        self._lost = 0  # lines, since all was well
+        self._failures, self._recoveries = Rarely(), Rarely()  # a place may do both by turns
 
     @property
     def dropped(self) -> int:
@@ -57,7 +56,7 @@ class Sink:
 
     @property
     def waiting_bytes(self) -> int:
-        """What was handed over and is neither written nor lost."""
+        """Bytes that were handed over and are neither written nor lost."""
         return self._handed - self._dealt_with
 
     def add(self, *lines: str) -> None:
@@ -68,7 +67,7 @@ class Sink:
             self.flush()
 
     def flush(self) -> None:
-        """Hand over what there is."""
+        """Hand over the collected lines."""
         if not self._lines:
             return
         lines, self._lines, self._size = self._lines, [], 0
@@ -79,7 +78,7 @@ class Sink:
             thread = threading.Thread(target=self._run, name="connection log", daemon=True)
             try:
                 thread.start()
-            except RuntimeError as err:  # at a limit of threads, pthread_create(3); the next may
+            except RuntimeError as err:  # at the limit of threads, pthread_create(3)
                 self._lose(len(lines), str(err))
                 return
             self._thread = thread
@@ -88,7 +87,7 @@ class Sink:
         self._queue.put(block)
 
     def end(self) -> None:
-        """Take no more: have what is left written, and the drain closed. Does not wait for that."""
+        """Take no more. The thread writes the rest and closes the drain; does not wait for it."""
         self.flush()
         if self._thread is None:
             self._drain.close()
@@ -97,18 +96,18 @@ class Sink:
 
     @property
     def is_finished(self) -> bool:
-        """After :meth:`end`: whether all is written that will be."""
+        """After :meth:`end`: whether nothing more will be written."""
         return self._thread is None or not self._thread.is_alive()
 
     def join(self, timeout_s: float) -> None:
-        """After :meth:`end`: wait until all is written, or for so long."""
+        """After :meth:`end`: wait until all is written, ``timeout_s`` at most."""
         if self._thread is not None:
             self._thread.join(max(0.0, timeout_s))
         if not self.is_finished:
             log.warning("log.unfinished to=%s: its last lines may be lost", self._drain.name)
 
     def _lose(self, lines: int, why: str) -> None:
-        """Count lines that are not written; say so if they are the first ones."""
+        """Count lines that are not written; log it if they are the first ones."""
         with self._lock:
             is_first = not self._lost
             self._lost += lines
@@ -136,11 +135,12 @@ class Sink:
                 self._drain.write(block)
             except Unwritten as err:
                 self._lose(err.lines, str(err))
-            except Exception:  # what nobody thought of must not end the thread
+            except Exception:  # an unforeseen error must not end the thread
                 log.exception("log.bug to=%s", self._drain.name)
                 self._lose(block.count(b"\n"), "unexpected error")
             else:
-                # Not while it takes less than comes: that would be said over and over.
+                # Not while lines come faster than it takes them: that would be logged over and
+                # over.
                 if self._lost and self.waiting_bytes <= MAX_WAITING_BYTES // 2:
                     self._on_written()
             self._dealt_with += len(block)
