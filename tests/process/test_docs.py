@@ -254,7 +254,7 @@ def test_every_block_says_what_it_is() -> None:
             if block.language in ("", "sh"):
                 assert block.name in ("", "old"), place
             else:
-                assert block.language == "text" or block.name.startswith("/"), place
+                assert block.language in ("text", "mermaid") or block.name.startswith("/"), place
 
 
 def test_commands_in_running_text_exist() -> None:

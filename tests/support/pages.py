@@ -1,7 +1,7 @@
 """Code blocks of the documentation.
 
 The words behind the three backticks are the language and, if it is a file, its name; ``sh`` is
-commands to type, ``sh old`` commands of another program, ``text`` neither.
+commands to type, ``sh old`` commands of another program, ``text`` neither, ``mermaid`` a picture.
 """
 
 from __future__ import annotations
