@@ -54,9 +54,9 @@ forwarder \\- forward TCP and UDP ports
 .RI [ OPTION ]...
 .SH DESCRIPTION
 .B forwarder
-takes connections and datagrams on some addresses and carries them to others.
+accepts connections and datagrams on some addresses and forwards them to others.
 One master process supervises one worker for each CPU.
-What is forwarded stands in a file, see
+A file says what to forward, see
 .BR forwarder.toml (5);
 a name that does not end in .toml is read as rinetd.conf.
 It stays in the foreground and logs to standard error.
@@ -68,13 +68,17 @@ _CLOSING: Final = """\
 .SH ENVIRONMENT
 .TP
 .BR RUNTIME_DIRECTORY ", " XDG_RUNTIME_DIR
-Where the control socket is made and looked for, unless it is said otherwise.
+Where an instance makes its control socket and commands look for it, unless
+.B control
+or
+.B \\-\\-control
+names another place.
 .TP
 .BR LISTEN_FDS ", " LISTEN_PID
-Listening sockets of a service manager, which are used for the rules that have their addresses.
+Listening sockets of a service manager. The rules with their addresses use them.
 .TP
 .BR NOTIFY_SOCKET ", " WATCHDOG_USEC
-A service manager that is told of readiness, reloads and the end, and that the master lives:
+Where the master notifies a service manager of readiness, reloads, its end and signs of life:
 .BR sd_notify (3).
 .SH FILES
 .TP
@@ -92,7 +96,7 @@ Forward a port of this host to a web server, with one worker per CPU:
 forwarder \\-l 0.0.0.0:8080 \\-r 10.0.0.1:80
 .EE
 .PP
-Find what is wrong with a file before it is used, see what a reload would change, and reload:
+Check a file before it is used, see what a reload would change, and reload:
 .PP
 .EX
 forwarder check \\-c /etc/forwarder/forwarder.toml
@@ -100,7 +104,7 @@ forwarder diff /etc/forwarder/forwarder.toml new.toml
 forwarder reload
 .EE
 .PP
-See who is connected to a rule, and have all of them end:
+List the sessions of a rule, and end all of them:
 .PP
 .EX
 forwarder sessions \\-\\-rule web
