@@ -1,1 +1,1 @@
-"""System calls with their contracts: sockets, pipes, the control channel. Decides nothing."""
+"""System calls with their contracts: sockets, options, datagrams, pipes. Decides nothing."""

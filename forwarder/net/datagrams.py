@@ -5,17 +5,17 @@ Holds datagrams only between a receive and the sends that follow it. Makes no so
 Theory of operation
 -------------------
 A batch is SLOTS buffers, with the tables that recvmmsg(2) and sendmmsg(2) want in front of them.
-All of it is made once. The tables are looked at as arrays of 64-bit words, so that "send what was
+All of it is made once. The tables are used as arrays of 64-bit words, so that "send what was
 received" is one strided copy of the lengths, whatever the number of datagrams: Python does nothing
 per datagram.
 
 Runs of datagrams of one size leave by a single sendmsg with UDP_SEGMENT (udp(7), Linux 4.18): they
 pass the stack as one packet and are cut apart behind it. With UDP_GRO (Linux 5.0) the same happens
-on the way in: a slot then holds several datagrams, all of the size that a control message tells but
-the last, which may be shorter. Both keep the boundaries of datagrams.
+on the way in: a slot then holds several datagrams, all but the last of the size that a control
+message gives; the last may be shorter. Both keep the boundaries of datagrams.
 
-An ICMP error of an earlier datagram is reported by whichever call comes next, which does nothing
-else; it is counted, ``on_report`` is called, and the call is made again.
+The kernel reports an ICMP error of an earlier datagram in the next call, which does nothing else;
+the error is counted, ``on_report`` is called, and the call is repeated.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ _SEGMENT: Final = struct.Struct("=QiiH6x")
 _PKTINFO4: Final = struct.Struct("=Qiii4s4s4x")  # interface, local address, destination
 _PKTINFO6: Final = struct.Struct("=Qii16sI4x")  # local address, interface
 
-# Errors that tell of an earlier datagram may come this often before one call is given up.
+# How often one call may report earlier datagrams before it is given up.
 MAX_REPORTS: Final = 4
 FULL: Final = frozenset({errno.EAGAIN, errno.EWOULDBLOCK})
-# ICMP errors of earlier datagrams, told by a call that has done nothing yet.
+# ICMP errors of earlier datagrams, reported by a call that has done nothing else.
 REPORTED: Final = frozenset(
     {
         errno.ECONNREFUSED,
@@ -72,19 +72,19 @@ REPORTED: Final = frozenset(
         errno.EPROTO,
     }
 )
-# Besides those, what a send says where nothing can be sent to now: a firewall, a route that forbids
-# or has gone, with its device.
+# Also what a send reports when nothing can be sent there now: a firewall, a route that forbids it
+# or has gone with its device.
 REFUSED: Final = REPORTED | {errno.EACCES, errno.EPERM, errno.ENETDOWN, errno.ENODEV}
-# What a receive says of a datagram that was sent before; EMSGSIZE: a link was too narrow for it.
+# What a receive reports of a datagram sent before; EMSGSIZE: a link was too narrow for it.
 ICMP: Final = REFUSED | {errno.EMSGSIZE}
-# What a send says of this datagram, or of an earlier one: a second send tells.
+# What a send reports of this datagram, or of an earlier one: a second send shows which.
 DOUBTFUL: Final = frozenset({errno.EMSGSIZE, errno.EACCES})
-# What a system or a device says that cannot cut segments, or not of this size.
+# What a system or a device reports that cannot cut segments, or none of this size.
 _UNSEGMENTABLE: Final = frozenset({errno.EINVAL, errno.EIO, errno.EMSGSIZE, errno.EOPNOTSUPP})
 
 
 def _load() -> ctypes.CDLL:
-    # PyDLL keeps the GIL: no call here blocks, and letting go of it costs more than some of them.
+    # PyDLL keeps the GIL: no call here blocks, and releasing it costs more than some of them.
     # Without argtypes, whose conversions cost 0.3 us a call: ints are passed as C ints, which all
     # numbers here are, and tables as the pointers that were made for them.
     return ctypes.PyDLL(None, use_errno=True)
@@ -101,10 +101,10 @@ def is_supported() -> bool:
 
 
 class Destination:
-    """Where datagrams go: a socket, and whom to if it is not connected.
+    """Where datagrams go: a socket, and the peer if it is not connected.
 
-    ``peer`` is that of ``net.peers``; None for a connected socket. ``segment_bytes`` is the largest
-    size of datagrams that are sent as a run; it shrinks when the way there is found to be narrower.
+    ``peer`` is as in ``net.peers``; None for a connected socket. ``segment_bytes`` is the largest
+    size of datagrams that are sent as a run; it shrinks when the path turns out to be narrower.
     """
 
     __slots__ = ("fd", "peer", "segment_bytes")
@@ -175,8 +175,8 @@ class Batch:
     """The datagrams of one receive. Slots count from 0 and are good until the next receive.
 
     ``errors`` counts ICMP errors, ``dropped`` the datagrams that could not be sent. ``on_report``
-    is called with a descriptor and an errno when nobody is where it leads to; amid a call, so it
-    may do nothing to sockets.
+    is called with a descriptor and an errno when it leads to no peer. That happens within a send or
+    receive, so it must not touch sockets.
     """
 
     def __init__(self) -> None:
@@ -193,7 +193,7 @@ class Batch:
         self._send_lens = self._send_iovecs.words[1::2]
         self._names = _Area((SLOTS + 1) * _NAME_BYTES)
         self._controls = _Area((SLOTS + 1) * _CONTROL_BYTES)
-        # A receive from a connected socket wants no names, hence two tables.
+        # A receive from a connected socket wants no names, so there are two tables.
         self._connected = _Table(self._iovecs, None, self._controls, shared=False)
         self._connected.controllens[:] = _FULL_CONTROLS
         self._unconnected = _Table(self._iovecs, self._names, self._controls, shared=False)
@@ -223,10 +223,10 @@ class Batch:
             return
 
     def receive(self, fd: int) -> int:
-        """Receive from a connected socket what is there. Returns how many slots were filled.
+        """Receive what a connected socket has. Returns how many slots were filled.
 
-        Fewer than SLOTS: the socket was empty, or had nothing but errors to tell, which are
-        counted. ``fd`` is non-blocking.
+        Fewer than SLOTS: the socket was empty, or had only errors, which are counted. ``fd`` is
+        non-blocking.
         """
         table = self._connected
         count = self._receive(fd, table)
@@ -244,7 +244,7 @@ class Batch:
         return count
 
     def receive_from(self, fd: int) -> int:
-        """Receive from a socket that is not connected; :meth:`peer` says from whom."""
+        """Receive from a socket that is not connected; :meth:`peer` gives the senders."""
         table = self._unconnected
         if self._segments:
             self._segments = {}
@@ -270,7 +270,7 @@ class Batch:
         return 0
 
     def peer(self, slot: int) -> bytes:
-        """Who has sent the datagram of a slot, and to which of our addresses if that was asked."""
+        """The sender of a slot, and the address of ours it wrote to, if the socket reports that."""
         start = slot * _NAME_BYTES
         name = bytes(self._names.view[start : start + self._namelens[slot]])
         told = self._told[slot]
@@ -279,7 +279,7 @@ class Batch:
         start = slot * _CONTROL_BYTES
         control = self._controls.view[start : start + told]
         at = 0
-        while at + _HEADER.size <= told:  # an inherited socket may tell more than we asked for
+        while at + _HEADER.size <= told:  # an inherited socket may report more than we asked for
             length, level, kind = _HEADER.unpack_from(control, at)
             if (level, kind) == (socket.IPPROTO_IP, IP_PKTINFO):
                 return name + bytes(control[at + 24 : at + 28])  # not where to answer from
@@ -303,7 +303,7 @@ class Batch:
         return found
 
     def _note_segments(self, told: list[int]) -> None:
-        """See which slots hold several datagrams."""
+        """Note which slots hold several datagrams."""
         for slot, length in enumerate(told):
             if length >= _SEGMENT.size - 6:
                 at = slot * _CONTROL_BYTES
@@ -340,7 +340,7 @@ class Batch:
         return self._send_each(to, first, last)
 
     def _send_alone(self, fd: int, slot: int) -> bool:
-        """Send one datagram in the cheapest way, 0.8 us below that of many. False to use that."""
+        """Send one datagram in the cheapest way, 0.8 us less than as a batch. False: use that."""
         size = self._lens[slot]
         if not size or self._segments:
             return False
@@ -348,7 +348,7 @@ class Batch:
         try:
             os.write(fd, self._data.view[start : start + size])
         except OSError as err:
-            # An error of an earlier datagram is told once only.
+            # An error of an earlier datagram is reported only once.
             if err.errno in REPORTED:
                 self.errors += 1
                 self.on_report(fd, err.errno)
@@ -368,7 +368,7 @@ class Batch:
         return self._send_each(to, SLOTS, SLOTS + 1) > SLOTS
 
     def _address(self, peer: bytes | None) -> None:
-        """Write whom to, and from which of our addresses, into the send table."""
+        """Write the peer, and which of our addresses to send from, into the send table."""
         self._peer = peer
         namelen = controllen = 0
         if peer:
@@ -408,7 +408,7 @@ class Batch:
         return last
 
     def _send_run(self, to: Destination, slot: int, count: int, size: int) -> bool | None:
-        """One call for ``count`` slots: True if sent, False if full, None if not possible so."""
+        """One call for ``count`` slots: True if sent, False if full, None if impossible."""
         words = self._run.words
         words[_IOV] = self._send_iovecs.address + 16 * slot
         words[_IOVLEN] = count
@@ -431,7 +431,7 @@ class Batch:
         return None
 
     def _send_each(self, to: Destination, first: int, last: int) -> int:
-        """Send slot by slot. An error is that of the first one, or of an earlier datagram."""
+        """Send slot by slot. An error is of the first slot, or of an earlier datagram."""
         reports = 0
         while first < last:
             at = self._send_table.pointers[first]
@@ -473,7 +473,7 @@ class Batch:
         return last
 
     def _send_apart(self, to: Destination, slot: int) -> bool:
-        """Send the datagrams of a slot one by one. False if full: then it holds the others only."""
+        """Send the datagrams of a slot one by one. False if full: the slot then holds the rest."""
         found = self.datagrams(slot, slot + 1)
         for nth, content in enumerate(found):
             if not self.send_copy(to, content):

@@ -1,4 +1,4 @@
-"""Giving listening sockets that exist already the options of their rule. Binds and owns nothing."""
+"""Gives existing listening sockets the options of their rule. Binds and owns nothing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def prepare_inherited(sock: socket.socket, host: str, options: SocketOptions) -> None:
-    """Set up a socket that somebody else has bound, to ``host``. Raises OSError.
+    """Set up a socket that another process has bound to ``host``. Raises OSError.
 
     A predecessor may have had other options; to those of a service manager we only add.
     """
@@ -40,7 +40,7 @@ def prepare_inherited(sock: socket.socket, host: str, options: SocketOptions) ->
 def change_options(
     listeners: Sequence[socket.socket], old: SocketOptions, new: SocketOptions
 ) -> None:
-    """Change what is different, of sockets of one address; who is accepted from now on has it.
+    """Change what differs, on sockets of one address; clients accepted from now on have it.
 
     listen(2) on a socket that listens changes its backlog and keeps its queue. Raises OSError; then
     some may have been changed, and the caller changes them back.

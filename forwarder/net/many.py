@@ -1,12 +1,12 @@
 """Datagrams for many: to a multicast group (RFC 1112, RFC 4291 section 2.7) or a broadcast address.
 
-Of these the kernel gives a copy to every socket that they fit, to each of a SO_REUSEPORT group, too
-(Linux, __udp4_lib_mcast_deliver). So one socket of the group is appointed to take them. Who it is
-is told by an option of the socket itself: it goes with the socket to whoever inherits or adopts it,
-and keeps the kernel from making copies of multicast for others. (Of IPv4 multicast that fits one
-socket only the kernel then chooses one of the group, as for unicast: udp_v4_early_demux and
-inet_steal_sock, Linux 6.18.) Broadcasts come to all all the same; who is not appointed passes over
-them.
+The kernel gives a copy of these to every socket that they match, to each of a SO_REUSEPORT group,
+too (Linux, __udp4_lib_mcast_deliver). So one socket of the group is appointed to take them. It is
+marked by an option of the socket itself, which goes with the socket to a process that inherits or
+adopts it, and keeps the kernel from copying multicast to the others. (Of IPv4 multicast that
+matches one socket only, the kernel then chooses one of the group, as for unicast:
+udp_v4_early_demux and inet_steal_sock, Linux 6.18.) Broadcasts still come to all; sockets that are
+not appointed skip them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from forwarder.net.sockets import Target
 
 # linux/in.h and linux/in6.h; Python has no names for them. Whether a socket gets what comes for
-# groups that others have joined; it does unless told otherwise.
+# groups that others have joined; by default it does.
 _IP_MULTICAST_ALL: Final = 49
 _IPV6_MULTICAST_ALL: Final = 29  # Linux 4.20
 _MAPPED: Final = bytes(10) + b"\xff\xff"  # an IPv4 address as an IPv6 one, RFC 4291 2.5.5.2
@@ -30,7 +30,7 @@ _ANY_PORT: Final = 9  # nothing is sent
 
 
 def share(sock: socket.socket, target: Target, device: str | None, *, is_taker: bool) -> None:
-    """Have a socket take what is for many, or leave it to another one of its SO_REUSEPORT group.
+    """Let a socket take datagrams for many, or leave them to another of its SO_REUSEPORT group.
 
     ``target`` is where it is bound, ``device`` what it is bound to. Raises OSError as :func:`join`.
     """
@@ -44,7 +44,7 @@ def share(sock: socket.socket, target: Target, device: str | None, *, is_taker: 
 
 
 def is_appointed(sock: socket.socket) -> bool:
-    """Whether it takes what is for many; asked anew each time, as others may appoint."""
+    """Whether it takes datagrams for many; asked each time, as other processes may appoint."""
     try:
         return bool(sock.getsockopt(socket.IPPROTO_IP, _IP_MULTICAST_ALL))
     except OSError:
@@ -67,7 +67,7 @@ def _packed(target: Target) -> bytes:
 
 
 def is_copied(packed: bytes) -> bool:
-    """Whether of what comes for many to an address all sockets of a group may get a copy."""
+    """Whether all sockets of a group may get a copy of datagrams for many to this address."""
     is_ipv4 = len(packed) == 4 or packed.startswith(_MAPPED)
     return not (is_ipv4 and is_multicast(packed))
 
@@ -75,8 +75,8 @@ def is_copied(packed: bytes) -> bool:
 def is_for_many(packed: bytes) -> bool:
     """Whether an address of a datagram, of 4 or 16 bytes, is a group's or a broadcast address.
 
-    Which IPv4 addresses are broadcast ones only the kernel knows. Never blocks. Raises OSError when
-    there is no descriptor to ask it with.
+    Only the kernel knows which IPv4 addresses are broadcast addresses. Never blocks. Raises OSError
+    when no descriptor is left to ask it with.
     """
     if is_multicast(packed):
         return True
@@ -87,7 +87,7 @@ def is_for_many(packed: bytes) -> bool:
 
 
 def _is_broadcast(host: str) -> bool:
-    """Whether the kernel wants to be asked for leave to send there (SO_BROADCAST, socket(7))."""
+    """Whether the kernel wants SO_BROADCAST before it sends there, socket(7)."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         try:
             sock.connect((host, _ANY_PORT))
@@ -97,9 +97,9 @@ def _is_broadcast(host: str) -> bool:
 
 
 def join(sock: socket.socket, target: Target, device: str | None) -> None:
-    """Be a member of the group that a socket is bound to, if it is one, on a device.
+    """Join the group that a socket is bound to, if it is one, on a device.
 
-    Without one it is that of the zone, or of the route to the group. Harmless where it is a member.
+    Without a device, on that of the zone or of the route to the group. Harmless for a member.
     Raises OSError: ENODEV if there is no such device or route.
     """
     packed = _packed(target)

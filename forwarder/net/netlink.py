@@ -1,4 +1,4 @@
-"""Hearing from the kernel that interfaces and addresses come and go: rtnetlink(7). Linux only."""
+"""Changes of interfaces and addresses, as the kernel reports them: rtnetlink(7). Linux only."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _HEADER: Final = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags
 NEW_LINK, DELETED_LINK, NEW_ADDRESS, DELETED_ADDRESS = 16, 17, 20, 21
 _CHANGES: Final = frozenset({NEW_LINK, DELETED_LINK, NEW_ADDRESS, DELETED_ADDRESS})
 _MOST_BYTES: Final = 1 << 16
-# Messages read at once; what else there is comes with the next event. Arbitrary.
+# Messages read at once; the rest comes with the next event. Arbitrary.
 _MOST_MESSAGES: Final = 64
 
 
 def is_change(datagram: bytes) -> bool:
-    """Whether messages of the kernel tell of an interface or an address. Pure."""
+    """Whether messages of the kernel are about an interface or an address. Pure."""
     at = 0
     while at + _HEADER.size <= len(datagram):
         length, kind, _, _, _ = _HEADER.unpack_from(datagram, at)
@@ -32,7 +32,7 @@ def is_change(datagram: bytes) -> bool:
 
 
 class Changes:
-    """A socket at which the kernel tells of changes. Owns it."""
+    """A socket on which the kernel reports changes. Owns it."""
 
     def __init__(self) -> None:
         """Raises OSError, or AttributeError on another system."""
@@ -49,9 +49,9 @@ class Changes:
         return self._sock.fileno()
 
     def read(self) -> bool:
-        """Take what the kernel has told. Returns whether something changed. Never blocks.
+        """Take the reports of the kernel. Returns whether something changed. Never blocks.
 
-        Where it has told more than there was room for (ENOBUFS), something has.
+        An overflow of the socket (ENOBUFS) counts as a change.
         """
         found = False
         for _ in range(_MOST_MESSAGES):

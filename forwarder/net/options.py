@@ -2,15 +2,15 @@
 
 Theory of operation
 -------------------
-Sockets that TCP accepts have all of these options from their listener but the queue of fast open
-(seen on Linux 6.18 with IPv4, IPv6 and MPTCP; ``tests/process/test_options.py`` looks). So those of
-the clients' side are set where the master makes a listening socket, and an accept costs nothing.
-Towards upstreams every socket is new: what a rule wants of them is worked out once, as a tuple.
+Accepted TCP sockets inherit all of these options from their listener, except the queue of fast open
+(seen on Linux 6.18 with IPv4, IPv6 and MPTCP; ``tests/process/test_options.py`` checks it). So
+those of the clients' side are set where the master makes a listening socket, and an accept costs
+nothing. Towards upstreams every socket is new: the options of a rule are worked out once, as a
+tuple.
 
-A listening socket that exists already is made equal to a *template*: a fresh socket that got the
-options of the rule. So an option that a rule does not have any more goes back to the kernel's
-default, whatever that is here; and what is impossible fails on the template, before anything is
-touched.
+An existing listening socket is made equal to a *template*: a fresh socket that got the options of
+the rule. So an option that a rule no longer has goes back to the kernel's default, whatever that is
+here; and an impossible option fails on the template, before anything is touched.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _TEXT_BYTES: Final = 16  # IFNAMSIZ, TCP_CA_NAME_MAX
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One setsockopt(2), and the key of the configuration that it comes from; "" is ours."""
+    """One setsockopt(2), and the key of the configuration that it comes from; "" if it is ours."""
 
     key: str
     level: int
@@ -152,7 +152,7 @@ def _tcp(options: SocketOptions, *, is_mptcp: bool) -> Iterator[Setting]:
 
 
 def _own(mark_key: str, mark: int, device_key: str, device: str | None) -> Iterator[Setting]:
-    """What each side has a key of its own for."""
+    """Options for which each side has its own key."""
     if mark:
         yield Setting(mark_key, socket.SOL_SOCKET, _SO_MARK, struct.pack("I", mark))
     if device is not None:
@@ -199,7 +199,9 @@ class Template:
     """A socket with the options of a rule and no address, that others are made equal to."""
 
     def __init__(self, sock: socket.socket, options: SocketOptions, *, buffer_bytes: int) -> None:
-        """Of the kind of ``sock``. UDP has ``buffer_bytes`` unless it is told. Raises OSError."""
+        """Of the kind of ``sock``. UDP has ``buffer_bytes`` unless the rule differs. Raises
+        OSError.
+        """
         is_udp = sock.type == socket.SOCK_DGRAM
         self._has_tcp = not is_udp
         self._like = socket.socket(sock.family, sock.type, sock.proto)
@@ -223,7 +225,7 @@ class Template:
                 continue
             wanted = _get(self._like, level, name)
             if wanted is None or wanted == _get(sock, level, name):
-                continue  # some need a right to be set, even to what they are
+                continue  # some take a right to set, even to the same value
             if level == _SOL and name in _BUFFERS and isinstance(wanted, int):
                 sock.setsockopt(level, name, wanted // 2)  # the kernel doubles it: socket(7)
                 self._unlock_buffers(sock)
@@ -231,7 +233,7 @@ class Template:
                 sock.setsockopt(level, name, wanted)
 
     def _unlock_buffers(self, sock: socket.socket) -> None:
-        """A size that was set stays; one that was not goes back to growing by itself."""
+        """A size that was set stays; one that was not grows by itself again."""
         locked = _get(self._like, _SOL, _SO_BUF_LOCK)
         if locked is not None:
             sock.setsockopt(_SOL, _SO_BUF_LOCK, locked)
@@ -258,7 +260,7 @@ def all_names() -> tuple[str, ...]:
 
 
 def asked_for(options: SocketOptions) -> tuple[str, ...]:
-    """What a rule says of its listening socket, and what every listener of TCP has."""
+    """The options that a rule sets for its listening socket, and those of every TCP listener."""
     default = SocketOptions()
     return tuple(
         name
@@ -268,7 +270,7 @@ def asked_for(options: SocketOptions) -> tuple[str, ...]:
 
 
 def changed(old: SocketOptions, new: SocketOptions) -> tuple[str, ...]:
-    """What is different, by the names of the model."""
+    """The options that differ, by the names of the model."""
     return tuple(
         field.name
         for field in fields(SocketOptions)

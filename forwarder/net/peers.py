@@ -1,8 +1,8 @@
 """The address of a UDP client as bytes: a key for tables, and what the kernel wants to send to it.
 
-A peer is a Linux ``sockaddr_in`` or ``sockaddr_in6`` (ip(7), ipv6(7)), and behind it the address of
-this host that the client wrote to, where the listener is bound to a wildcard: two conversations of
-one client with two of our addresses are two flows. Pure.
+A peer is a Linux ``sockaddr_in`` or ``sockaddr_in6`` (ip(7), ipv6(7)), followed by the address of
+this host that the client wrote to if the listener is bound to a wildcard: a client that writes to
+two of our addresses has two flows. Pure.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from forwarder.net.sockets import IpSockAddr
 
-# Asks for, tells and sets which of our addresses a datagram is for (ip(7)); linux/in.h.
+# Requests, reports and sets the address of ours in a datagram (ip(7)); linux/in.h.
 IP_PKTINFO: Final = 8
 
 _FAMILY: Final = struct.Struct("=H")
 _IPV4: Final = struct.Struct("=H2s4s8x")
-_IPV6: Final = struct.Struct("=H2s4x16sI")  # flow information plays no part
+_IPV6: Final = struct.Struct("=H2s4x16sI")  # without flow information
 _MAPPED: Final = bytes(10) + b"\xff\xff"  # an IPv4 address as an IPv6 one, RFC 4291 2.5.5.2
 _NO_HOST: Final = b"\0\0\0\0"
 _EVERY_HOST: Final = b"\xff\xff\xff\xff"
@@ -43,7 +43,7 @@ def split(peer: bytes) -> tuple[bytes, bytes]:
 
 
 def address_of(peer: bytes) -> IpSockAddr:
-    """The client's address as Python's sockets want it."""
+    """The client's address, in the form of Python's sockets."""
     family = _FAMILY.unpack_from(peer)[0]
     if family == socket.AF_INET:
         _, port, packed = _IPV4.unpack_from(peer)
@@ -53,10 +53,10 @@ def address_of(peer: bytes) -> IpSockAddr:
 
 
 def is_answerable(peer: bytes) -> bool:
-    """Whether a client can be spoken to: it has a port, and an address that is its own.
+    """Whether a client can be answered: it has a port, and an address that is its own.
 
-    A socket that is connected to port 0 takes what comes from every port of the address, one that
-    is connected to the unspecified address is connected to this host (connect(2) on Linux).
+    A socket connected to port 0 takes datagrams from every port of the address, one connected to
+    the unspecified address is connected to this host (connect(2) on Linux).
     """
     if peer[2:4] == b"\0\0":
         return False

@@ -30,7 +30,7 @@ BUDGET_WITHOUT_LIMIT_PAGES: Final = 16384
 class Pipe:
     """Both ends of a pipe; owned by the pool or by the direction that took it.
 
-    ``filled`` is for who keeps it with data in it: how many bytes that are.
+    ``filled``: the bytes in it, for an owner that keeps it with data.
     """
 
     __slots__ = ("filled", "pages", "read_fd", "write_fd")
@@ -126,7 +126,7 @@ class PipePool:
 def budget_pages(workers: int) -> int:
     """One worker's share of the kernel's pipe budget of this user, in pages.
 
-    Reads /proc once. A quarter of the budget is left to whatever else the user runs.
+    Reads /proc once. A quarter of the budget is left to other programs of the user.
     """
     text = kernel.setting("fs/pipe-user-pages-soft")
     limit = int(text) if text.isdigit() else 0

@@ -1,7 +1,7 @@
 """What ``net.datagrams`` does, one datagram per call and with Python's sockets only.
 
 For systems without recvmmsg(2) or with other tables, and as the yardstick of the batched way: both
-are held to the same tests.
+pass the same tests.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ class PlainBatch:
         self._peers: list[bytes] = []
 
     def prepare(self, sock: socket.SocketType) -> None:
-        """Nothing: this way cannot tell apart what the kernel would hand over as one."""
+        """Nothing: this way cannot separate datagrams that the kernel hands over as one."""
 
     def receive(self, fd: int) -> int:
-        """Receive from a connected socket what is there. Returns how many slots were filled."""
+        """Receive what a connected socket has. Returns how many slots were filled."""
         self._slots = []
         with _borrowed(fd) as sock:
             receive = partial(sock.recv_into, self._view)
@@ -70,7 +70,7 @@ class PlainBatch:
         return len(self._slots)
 
     def _receive(self, fd: int, receive: Callable[[], T]) -> T | None:
-        """One datagram; None if there is none, or nothing but errors, which are counted."""
+        """One datagram; None if there is none, or only errors, which are counted."""
         for _ in range(MAX_REPORTS):
             try:
                 return receive()
@@ -84,7 +84,7 @@ class PlainBatch:
         return None
 
     def receive_from(self, fd: int) -> int:
-        """Receive from a socket that is not connected; :meth:`peer` says from whom."""
+        """Receive from a socket that is not connected; :meth:`peer` gives the senders."""
         self._slots, self._peers = [], []
         with _borrowed(fd) as sock:
             receive = partial(sock.recvmsg_into, [self._view], _CONTROL_BYTES)
@@ -95,7 +95,7 @@ class PlainBatch:
         return len(self._slots)
 
     def peer(self, slot: int) -> bytes:
-        """Who has sent the datagram of a slot, and to which of our addresses if that was asked."""
+        """The sender of a slot, and the address of ours it wrote to, if the socket reports that."""
         return self._peers[slot]
 
     def total(self, first: int, last: int) -> int:
@@ -148,7 +148,7 @@ def _send(sock: socket.socket, peer: bytes | None, content: bytes | memoryview) 
 
 
 def _local(ancillary: list[tuple[int, int, bytes]]) -> bytes:
-    """Which of our addresses a datagram was sent to, if the socket was asked to say so."""
+    """The address of ours that a datagram was sent to, if the socket reports it."""
     for level, kind, content in ancillary:
         if (level, kind) == (socket.IPPROTO_IP, peers.IP_PKTINFO):
             return bytes(_PKTINFO4.unpack_from(content)[2])

@@ -99,8 +99,9 @@ PEER_GONE: Final = frozenset(
 )
 
 
-# In place of what Linux says when no local port is free: EAGAIN or EADDRINUSE of UDP, EADDRNOTAVAIL
-# of TCP, each of which may mean something else. Nothing else here says this when it connects.
+# Stands for what Linux reports when no local port is free: EAGAIN or EADDRINUSE for UDP,
+# EADDRNOTAVAIL for TCP, each of which may mean something else. No other error of a connect here has
+# this number.
 NO_PORT: Final = errno.EADDRINUSE
 
 
@@ -133,10 +134,10 @@ class Target:
 
 
 class LentSocket(socket.socket):
-    """A listening socket whose address is somebody else's to remove: a service manager's."""
+    """A listening socket of a service manager, which alone may remove its address."""
 
 
-@lru_cache(maxsize=1024)  # the same few upstreams over and over
+@lru_cache(maxsize=1024)  # the same few upstreams recur
 def ip_text(address: IpSockAddr) -> str:
     """Host and port as they are written."""
     host, port = address[0], address[1]
@@ -156,7 +157,7 @@ def with_port(address: SockAddr, port: int) -> SockAddr:
 
 
 def client_text(address: SockAddr) -> str:
-    """A client for people. One of a unix socket has no name, or one of its own choice."""
+    """A client as text for people. One of a unix socket has no name, or one it chose."""
     if isinstance(address, tuple):
         return f"{address[0]}:{address[1]}"
     return "unix"
@@ -167,9 +168,9 @@ def listen_tcp(
 ) -> socket.socket:
     """Bind and listen on a TCP address with SO_REUSEPORT. The caller owns the socket.
 
-    What accepted sockets shall have is set here, once, instead of on every connection: they inherit
-    it. ``is_apart``: clients are not shared out among this socket and those that have the address
-    already, if this process has the right to that (see ``diverting``). Raises OSError.
+    Options of accepted sockets are set here, once, instead of on every connection: they inherit
+    them. ``is_apart``: this socket shares no clients with those that have the address already, if
+    this process has the right to that (see ``diverting``). Raises OSError.
     """
     how = socket_options.to_listen(options, target.family, is_udp=False)
     sock = socket.socket(target.family, _NONBLOCKING_STREAM, how.protocol)
@@ -192,7 +193,7 @@ def listen_tcp(
 
 
 def has_ipv6() -> bool:
-    """Whether this system has IPv6 at all; a host without such addresses has (``disable_ipv6``)."""
+    """Whether this system has IPv6 at all; True also if addresses are off (``disable_ipv6``)."""
     try:
         socket.socket(socket.AF_INET6, socket.SOCK_DGRAM).close()
     except OSError as err:
@@ -221,7 +222,7 @@ def bound_to(sock: socket.SocketType) -> Target:
 
 
 def prepare_listener(sock: socket.socket) -> None:
-    """Set up a socket that somebody else has bound, but for the options of its rule.
+    """Set up a socket that another process has bound, except for the options of its rule.
 
     Raises OSError.
     """
@@ -238,11 +239,11 @@ def is_v6only(sock: socket.socket) -> bool:
 
 
 def probe_bind(target: Target, *, v6only: bool) -> None:
-    """Check that nobody listens on a TCP address: bind it without SO_REUSEPORT, and let go.
+    """Check that no socket listens on a TCP address: bind it without SO_REUSEPORT, and close.
 
-    SO_REUSEPORT would let a second instance of the same user share the port without a word.
-    SO_REUSEADDR passes over connections in TIME_WAIT but not over a listener (socket(7)).
-    Raises OSError, EADDRINUSE above all.
+    SO_REUSEPORT would let a second instance of the same user share the port unnoticed. SO_REUSEADDR
+    passes over connections in TIME_WAIT but not over a listener (socket(7)). Raises OSError,
+    EADDRINUSE above all.
     """
     with socket.socket(target.family, socket.SOCK_STREAM) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -286,8 +287,8 @@ def upstream_socket(target: Target, source: SockAddr | None, how: How) -> socket
 def why_no_address(sock: socket.SocketType, target: Target) -> int:
     """What EADDRNOTAVAIL of connect(2) means: NO_PORT, or that there is no address to connect from.
 
-    The latter is of IPv6 only, where it depends on the destination. UDP chooses in the same way.
-    For want of a descriptor to try that it is left as it is.
+    Only IPv6 can have no address, depending on the destination; a UDP socket, which chooses in the
+    same way, shows it. When no descriptor is left for that, EADDRNOTAVAIL stays.
     """
     if target.family != socket.AF_INET6:
         return NO_PORT
@@ -303,9 +304,9 @@ def why_no_address(sock: socket.SocketType, target: Target) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Queue:
-    """What waits at a listening socket: clients of TCP; of UDP the memory of datagrams, in bytes.
+    """What waits at a listening socket: for TCP clients, for UDP the memory of datagrams in bytes.
 
-    ``dropped`` are those that came when ``limit`` was reached, since the socket was made.
+    ``dropped``: clients or datagrams that found ``limit`` reached, since the socket was made.
     """
 
     waiting: int
@@ -314,7 +315,7 @@ class Queue:
 
 
 def queue_of(sock: socket.socket) -> Queue:
-    """Look at the queue of a listening socket; zeros where the kernel does not tell."""
+    """The queue of a listening socket; zeros where the kernel does not report it."""
     try:
         memory = struct.unpack("9I", sock.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, 36))
         if sock.type == socket.SOCK_DGRAM:
@@ -328,7 +329,7 @@ def queue_of(sock: socket.socket) -> Queue:
 
 
 def attach_filter(sock: socket.SocketType, program: Program) -> None:
-    """Have the kernel ask a program what to do with each packet for a socket. Raises OSError."""
+    """Let a program decide what happens to each packet for a socket. Raises OSError."""
     lines = array.array("B", b"".join(struct.pack("HBBI", *line) for line in program))
     address, _ = lines.buffer_info()
     packed = struct.pack("HP", len(program), address)
@@ -341,9 +342,10 @@ def detach_filter(sock: socket.SocketType) -> None:
 
 
 def received_bytes(sock: socket.SocketType) -> int:
-    """What a TCP socket has received in its life, its peer's FIN counted as one byte.
+    """The bytes a TCP socket has ever received, its peer's FIN counted as one byte.
 
-    0 where it cannot be told, as of a unix socket. tcpi_bytes_received, linux/tcp.h, Linux 4.1.
+    0 where the kernel does not report it, as for a unix socket. tcpi_bytes_received, linux/tcp.h,
+    Linux 4.1.
     """
     try:
         info = sock.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, _BYTES_RECEIVED_AT + 8)
@@ -353,19 +355,18 @@ def received_bytes(sock: socket.SocketType) -> int:
 
 
 def has_ended(sock: socket.SocketType, read_bytes: int) -> bool:
-    """Whether the peer of a broken connection had sent its FIN before; all it sent has been read.
+    """Whether the peer of a broken connection had sent its FIN before, and all it sent was read.
 
-    Once a call was told of a reset, further reads say end of file, FIN or no FIN: the error is told
-    once, and the kernel shuts a socket that was reset for reading. A FIN that was received counts
-    as a byte that nobody reads; ``read_bytes`` are all that were read in the life of the
-    connection. A unix socket says end of file only if it is one. False for MPTCP, which counts
-    otherwise.
+    After a call has reported a reset, further reads report end of file, FIN or no FIN: the kernel
+    reports the error once, and shuts a reset socket for reading. A received FIN counts as a byte
+    that nobody reads; ``read_bytes`` are all that were read in the life of the connection. A unix
+    socket reports end of file only if it is one. False for MPTCP, which counts differently.
     """
     return sock.family == socket.AF_UNIX or received_bytes(sock) == read_bytes + 1
 
 
 def drop_syn(sock: socket.socket) -> bool:
-    """Have the kernel drop SYN segments for a listener, and nothing else; whether it does.
+    """Make the kernel drop only the SYN segments for a listener. Returns whether it does.
 
     Closing a listener resets what is queued on it, and between the last accept and the close more
     may come. With this filter nothing new can: a client's SYN is lost, and its retransmission a
@@ -399,10 +400,10 @@ def set_abort_on_close(sock: socket.SocketType) -> None:
 
 
 def unsent_bytes(sock: socket.SocketType) -> int:
-    """Bytes that a live peer has not acknowledged yet (SIOCOUTQ, tcp(7)); 0 if it cannot be told.
+    """Bytes that a live peer has not acknowledged yet (SIOCOUTQ, tcp(7)); 0 if unknown.
 
-    A TCP socket that was reset keeps its count for ever, hence the look at its state (TCP_INFO). Of
-    a unix socket: memory of what the peer has not read, which is 0 once it has closed.
+    A TCP socket that was reset keeps its count forever, so its state is checked (TCP_INFO). For a
+    unix socket: the memory of what the peer has not read, 0 once the peer has closed.
     """
     try:
         raw = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, b"\0\0\0\0")

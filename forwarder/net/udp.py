@@ -4,15 +4,15 @@ A flow's own socket is bound to the listener's address and connected to its clie
 prefers it for that client's datagrams over every listener (udp(7)), so the flow stays with its
 process whatever becomes of the SO_REUSEPORT group: a resize, a reload, an upgrade.
 
-Between bind and connect the new socket is one more listener, and as long as it is in a group with
-others that are connected the kernel gives it the datagrams of *every* client (Linux 6.18). Where it
-can it is therefore bound so that it joins no listener and ranks below them: IPv4 as an IPv6 socket
-with mapped addresses; a wildcard as the other kind of wildcard (IPV6_V6ONLY); another IPv6 address
-as a wildcard, from which connect() goes to the address, with a filter that drops what is for others
-of our addresses meanwhile. On an IPv4 address the kernel then does not look through the connected
-sockets for that of an unknown client: with 6,000 flows 1 us in place of 181. (Elsewhere it does:
+Between bind and connect the new socket is one more listener, and while it is in a group with
+connected ones the kernel gives it the datagrams of *every* client (Linux 6.18). Where possible it
+is therefore bound so that it joins no listener and ranks below them: IPv4 as an IPv6 socket with
+mapped addresses; a wildcard as the other kind of wildcard (IPV6_V6ONLY); another IPv6 address as a
+wildcard, from which connect() goes to the address, with a filter that meanwhile drops what does not
+come from the client's port. On an IPv4 address the kernel then does not search the connected
+sockets for that of an unknown client: with 6,000 flows 1 us instead of 181. (Elsewhere it does:
 connect() puts a socket that was bound to a wildcard in front of the others.) All that takes Linux
-6.13, which finds connected sockets by a hash, before it looks at listeners.
+6.13, which finds connected sockets by a hash before it looks at listeners.
 
 The group admits sockets of one user only, which keeps others from taking datagrams away. So a
 listener that a root master makes for workers of another user is given to that user first.
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from forwarder.net.options import How
     from forwarder.net.sockets import IpSockAddr, Program, SockAddr, Target
 
-# Asked for on every socket; the kernel grants twice net.core.rmem_max (212,992 by default) at most.
+# Requested on every socket; the kernel grants twice net.core.rmem_max (212,992 by default) at most.
 # A burst that comes while the worker is busy elsewhere waits there.
 BUFFER_BYTES: Final = 4 * 1024 * 1024
 
@@ -88,7 +88,7 @@ def listen_udp(
 
 
 def prepare_listener(sock: socket.socket, host: str) -> None:
-    """Set non-blocking mode, and whether to tell which address a client wrote to."""
+    """Set non-blocking mode, and at a wildcard report which address a client wrote to."""
     sock.setblocking(False)
     if host in _WILDCARDS:
         if sock.family == socket.AF_INET:
@@ -98,10 +98,10 @@ def prepare_listener(sock: socket.socket, host: str) -> None:
 
 
 def probe_bind(target: Target, *, v6only: bool) -> None:
-    """Check that nobody listens on a UDP address: bind it without SO_REUSEPORT, and let go.
+    """Check that no socket listens on a UDP address: bind it without SO_REUSEPORT, and close.
 
-    Connected sockets there are flows of an instance that lets them end, perhaps of ours; only one
-    that takes datagrams of anybody is in the way. Raises OSError, EADDRINUSE above all.
+    Connected sockets there are flows that an instance, perhaps ours, lets end; only a socket that
+    takes datagrams of any client is in the way. Raises OSError, EADDRINUSE above all.
     """
     with socket.socket(target.family, socket.SOCK_DGRAM) as sock:
         set_v6only(sock, target.family, v6only)
@@ -134,10 +134,10 @@ def flow_socket(
 ) -> tuple[socket.SocketType, bool]:
     """Make the own socket of a flow: bound where ``listener`` is, connected to the client.
 
-    The caller owns it. Returns also whether it may have been given datagrams of others before it
-    was connected: if so the caller reads it dry and looks who sent what. Raises OSError; EACCES
-    when the port is below 1024 and the process may not bind there. ``shuns_wildcard``: there is a
-    listener on the IPv6 wildcard and this port that ``listener`` is not.
+    The caller owns it. Returns also whether it may have got datagrams of other clients before it
+    was connected: if so the caller reads it dry and checks the senders. Raises OSError; EACCES when
+    the port is below 1024 and the process may not bind there. ``shuns_wildcard``: another listener
+    is on the IPv6 wildcard and this port.
     """
     apart = None
     if FINDS_FLOWS_BY_HASH:
@@ -160,10 +160,10 @@ def flow_socket(
 def _flow_socket_apart(
     listener: socket.socket, peer: bytes, how: How, *, shuns_wildcard: bool
 ) -> socket.SocketType | None:
-    """The same in a group of its own; None if that is not possible, for whatever reason.
+    """The same in a group of its own; None if that is impossible for any reason.
 
     From a wildcard connect() goes to the address that the kernel would answer from, which need not
-    be the one that the client has asked.
+    be the one that the client wrote to.
     """
     host, port = listener.getsockname()[:2]
     client = peers.address_of(peer)
@@ -246,7 +246,7 @@ def upstream_socket(target: Target, source: SockAddr | None, how: How) -> socket
             sock.bind(source)
         try:
             sock.connect(target.sockaddr)
-        except PermissionError:  # a broadcast address, which has to be asked for: socket(7)
+        except PermissionError:  # a broadcast address, which needs an option: socket(7)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
             sock.connect(target.sockaddr)
         except BlockingIOError as err:  # EAGAIN, connect(2)
@@ -258,7 +258,7 @@ def upstream_socket(target: Target, source: SockAddr | None, how: How) -> socket
 
 
 def open_socket(target: Target, source: SockAddr | None, how: How) -> socket.SocketType:
-    """Make a UDP socket that hears whoever writes to it, bound to ``source`` if there is one.
+    """Make a UDP socket that takes datagrams of any peer, bound to ``source`` if there is one.
 
     For the family of ``target``. The caller owns it, and calls :func:`forget_errors` when an ICMP
     error was reported. Raises OSError as :func:`upstream_socket`.
@@ -268,7 +268,7 @@ def open_socket(target: Target, source: SockAddr | None, how: How) -> socket.Soc
         sock.setblocking(False)
         _set_buffers(sock)
         how.apply(sock)
-        # A port now: for want of one a send would say that it should be tried again.
+        # A port now: when ports run out, a send would report that it should be tried again.
         sock.bind(source or ("" if target.family == socket.AF_INET else "::", 0))
         set_error_queue(sock, is_on=True)
     except BaseException:
@@ -278,7 +278,7 @@ def open_socket(target: Target, source: SockAddr | None, how: How) -> socket.Soc
 
 
 def set_error_queue(sock: socket.SocketType, *, is_on: bool) -> None:
-    """Have ICMP errors reported though a socket is not connected, or no more.
+    """Let the kernel report ICMP errors to a socket that is not connected, or stop that.
 
     The kernel then queues them as well (IP_RECVERR, ip(7)), until it is switched off.
     """
@@ -289,7 +289,7 @@ def set_error_queue(sock: socket.SocketType, *, is_on: bool) -> None:
 
 
 def forget_errors(sock: socket.SocketType) -> None:
-    """Empty the queue of errors of a socket that is not connected: answers need its room."""
+    """Empty the error queue of a socket that is not connected: answers need its room."""
     set_error_queue(sock, is_on=False)
     set_error_queue(sock, is_on=True)
 

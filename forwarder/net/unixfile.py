@@ -1,7 +1,7 @@
 """Unix sockets that listen at a path: the file is made, found again, and removed only if ours.
 
-A file that nobody serves, left by a crash, is replaced; one that somebody listens at never is,
-unless asked for. Accepts nothing.
+A file that no process serves, left by a crash, is replaced; one that a process listens at is not,
+unless the caller asks for that. Accepts nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _LOCK_TIMEOUT_S: Final = 2.0
-_O_PATH: Final = getattr(os, "O_PATH", 0)  # of Linux, as sockets that can be chmod-ed are
+_O_PATH: Final = getattr(os, "O_PATH", 0)  # Linux only, like sockets that can be chmod-ed
 
 _NETLINK_SOCK_DIAG: Final = 4
 _SOCK_DIAG_BY_FAMILY: Final = 20
@@ -43,7 +43,7 @@ class SocketFile:
 
     @property
     def is_there(self) -> bool:
-        """Whether the path still leads to this file and not to somebody else's."""
+        """Whether the path still leads to this file and not to another one."""
         try:
             status = Path(self.path).lstat()
         except OSError:
@@ -51,9 +51,9 @@ class SocketFile:
         return (status.st_dev, status.st_ino) == (self.device, self.inode)
 
     def set_mode(self, mode: int) -> None:
-        """Give the file these permissions, if it is still ours; not what has taken its place.
+        """Give the file these permissions, and no other file that has taken its place.
 
-        Its path could lead to another file by the time of a chmod(2), or to a link to one.
+        By the time of a chmod(2) its path could lead to another file, or to a link to one.
         """
         with suppress(OSError):  # it went away
             fd = os.open(self.path, _O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -65,7 +65,7 @@ class SocketFile:
                 os.close(fd)
 
     def remove(self) -> None:
-        """Remove the file, unless somebody has put another one in its place."""
+        """Remove the file, unless another one is in its place."""
         if self.is_there:
             with suppress(OSError):  # a directory that was taken away is no reason to fail
                 Path(self.path).unlink()
@@ -81,8 +81,9 @@ def listen_at(
 ) -> tuple[socket.socket, SocketFile]:
     """Listen at ``path``, whose directory exists, without blocking. A stale file is replaced.
 
-    ``mode``: permissions of the file. ``replaces_live``: take the place of whoever listens there.
-    The caller owns the socket and the file. Raises OSError; EADDRINUSE when somebody listens there.
+    ``mode``: permissions of the file. ``replaces_live``: take the place of a process that listens
+    there. The caller owns the socket and the file. Raises OSError; EADDRINUSE when a process
+    listens there.
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -97,7 +98,7 @@ def listen_at(
             sock.listen(backlog)
             status = path.lstat()
             if not stat.S_ISSOCK(status.st_mode):
-                raise OSError(errno.EEXIST, "somebody else puts files there")  # noqa: TRY301 - closes it
+                raise OSError(errno.EEXIST, "another process puts files there")  # noqa: TRY301 - closes it
     except BaseException:
         sock.close()
         raise
@@ -105,9 +106,9 @@ def listen_at(
 
 
 def file_of(sock: socket.socket) -> SocketFile | None:
-    """The file of a listening socket that somebody else has bound; None if it is not there.
+    """The file of a listening socket that another process has bound; None if it is not there.
 
-    Where the kernel does not tell (sock_diag(7)), the file at its path is taken for it.
+    Where the kernel does not report it (sock_diag(7)), the file at its path is taken for it.
     """
     path = sock.getsockname()
     try:
@@ -116,13 +117,13 @@ def file_of(sock: socket.socket) -> SocketFile | None:
         return None
     found = SocketFile(path, status.st_dev, status.st_ino)
     known = _bound_file(sock)
-    # The kernel tells 32 bits of the inode.
+    # The kernel reports 32 bits of the inode.
     is_same = known is None or known == (status.st_dev, status.st_ino & 0xFFFFFFFF)
     return found if is_same and stat.S_ISSOCK(status.st_mode) else None
 
 
 def _bound_file(sock: socket.socket) -> tuple[int, int] | None:
-    """Device and inode of the file that a unix socket was bound to; None if that is not told.
+    """Device and inode of the file that a unix socket was bound to; None if it is unknown.
 
     A netlink message to the kernel and its answer: linux/netlink.h, sock_diag.h, unix_diag.h.
     """
@@ -151,7 +152,7 @@ def _bound_file(sock: socket.socket) -> tuple[int, int] | None:
 
 
 def _clear(path: Path, *, replaces_live: bool) -> None:
-    """Remove a socket that nobody serves. Raises OSError when there is anything else."""
+    """Remove a socket that no process serves. Raises OSError for anything else."""
     try:
         is_socket = stat.S_ISSOCK(path.lstat().st_mode)
     except FileNotFoundError:
@@ -166,7 +167,7 @@ def _clear(path: Path, *, replaces_live: bool) -> None:
 
 
 def is_served(path: Path) -> bool:
-    """Whether somebody listens at a socket."""
+    """Whether a process listens at a socket."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)  # a full queue is a sign of life, too
         return probe.connect_ex(str(path)) not in (errno.ECONNREFUSED, errno.ENOENT)
@@ -176,7 +177,7 @@ def is_served(path: Path) -> bool:
 def _locked(directory: Path, timeout_s: float) -> Iterator[None]:
     """Let one instance at a time look and bind: a socket that is not listening yet looks stale.
 
-    Anybody may lock a directory, so this waits a while only.
+    Any process may lock a directory, so this waits only a while.
     """
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

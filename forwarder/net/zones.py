@@ -1,7 +1,7 @@
 """IP literals as socket addresses, and the interface that some of them name: ``fe80::1%eth0``.
 
-The kernel wants the index of the interface, which is another one when that was made anew, and there
-is none while it is away. So such an address is worked out each time it is used, and kept nowhere.
+The kernel wants the index of the interface, which changes when the interface is recreated, and does
+not exist while it is away. So such an address is worked out at each use, and not kept.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def index_of(zone: str) -> int:
 
 
 def literal(host: str, port: int) -> Target | Zoned:
-    """Where an IP literal leads to. Asks nobody, so that it cannot fail."""
+    """Where an IP literal leads to. Makes no system call, so it cannot fail."""
     if "%" in host:
         return Zoned(host, port)
     if ":" in host:
