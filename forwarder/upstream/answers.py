@@ -1,4 +1,4 @@
-"""What is known of a host name: a value, and how it travels between processes. Asks nobody."""
+"""What is known of a host name: a value, and how it travels between processes. Looks nothing up."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from forwarder.net.sockets import Target
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-# Of one name: what a session would try, and what fits into a message. Arbitrary.
+# Addresses of one name: what a session would try, and what fits into a message. Arbitrary.
 MAX_ADDRESSES: Final = 64
 _MAX_SCOPE: Final = 1 << 32
 _MAX_TIME: Final = 1 << 53  # what a float counts one by one; NaN is not below it
@@ -20,12 +20,12 @@ _MAX_TIME: Final = 1 << 53  # what a float counts one by one; NaN is not below i
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the last look-up of a name has found, and what of the earlier ones is still in use.
+    """What the last look-up of a name found, and what is still in use of earlier ones.
 
-    ``addresses`` have port 0; those of the last look-up that found some, or none. ``why`` says why
-    the last look-up found none, "" if it did; ``is_final``: because the name means nothing, not
-    because nobody could be asked. ``since``: when it came to be so, in monotonic seconds, which are
-    the same for all processes.
+    ``addresses`` have port 0; those of the last look-up that found some, or none. ``why``: why the
+    last look-up found none, "" if it found some; ``is_final``: because the name does not exist, not
+    because no name server answered. ``since``: when that began, in monotonic seconds, which are the
+    same for all processes.
     """
 
     addresses: tuple[Target, ...]
@@ -36,7 +36,7 @@ class Answer:
     def after(self, known: Answer | None) -> Answer:
         """What is known of the name now, if ``known`` was before.
 
-        What was found once stays until something else is; what has not changed is as old as it was.
+        Addresses stay until others are found; an unchanged answer keeps its age.
         """
         if known is None:
             return self

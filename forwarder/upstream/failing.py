@@ -1,6 +1,6 @@
 """Addresses of upstreams that fail, from workers to the status. Pure.
 
-A worker says all that it knows at each beat while there is something; what it says last holds.
+While an address fails, a worker reports all that it knows at each beat; the last report holds.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
     from forwarder.upstream.pool import Pool
 
-# What a worker says at most, so that it fits into a message: some 200 bytes each, but more where
-# names are long, or have characters that JSON spells out.
+# What a worker reports at most, so that it fits into a message: about 200 bytes each, but more
+# where names are long or have characters that JSON escapes.
 MAX_SAID: Final = 100
 MAX_SAID_BYTES: Final = MAX_MESSAGE_BYTES * 3 // 4
 _MAX_WHY: Final = 100
-# Seconds of any clock are less; a worker may say what it likes.
+# Seconds of any clock are less; a worker is not trusted.
 _MAX_TIME: Final = 1 << 53
 
 
@@ -35,7 +35,7 @@ class Failing(NamedTuple):
 
 
 def of_pools(pools: Iterable[Pool], now: float) -> list[Failing]:
-    """What fails of some rules; what nobody has tried for long is forgotten first."""
+    """The failing addresses of some rules; those not tried for long are forgotten first."""
     found: list[Failing] = []
     size = 0
     for pool in pools:
@@ -50,7 +50,7 @@ def of_pools(pools: Iterable[Pool], now: float) -> list[Failing]:
 
 
 def read(message: Mapping[str, object]) -> list[Failing]:
-    """What a worker has said. Raises KeyError or TypeError for nonsense."""
+    """What a worker has reported. Raises KeyError or TypeError for nonsense."""
     said = message["failing"]
     if not isinstance(said, list):
         raise TypeError("not a list")
@@ -70,7 +70,7 @@ def _time(value: object) -> float:
 def describe(
     rules: Collection[dict[str, object]], said: Iterable[Iterable[Failing]], now: float
 ) -> list[dict[str, object]]:
-    """Rules as in the status, each with what fails of it, by what any of the workers say."""
+    """Rules as in the status, each with its failing addresses, as the workers report them."""
     by_rule: dict[str, dict[str, Failing]] = {}
     for one in (failing for worker in said for failing in worker):
         known = by_rule.setdefault(one.rule, {}).get(one.what, one)

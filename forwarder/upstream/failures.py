@@ -1,10 +1,10 @@
 """Which addresses of a rule have failed just now, so that others are tried before them. Pure.
 
-Also what else cannot be used: an interface that is not there, by what names it.
+Also what else cannot be used: a missing interface, under the text that names it.
 
 An address that has failed is avoided for a while; each time it fails again after that, for twice as
-long. When the while is over one session tries it first, and only one: the others go on avoiding it
-until it is known what has come of that. Nothing is ever left out.
+long. After the while one session tries it first, and only one: the others go on avoiding it until
+the outcome is known. No address is ever left out.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from forwarder.net.sockets import Target
     from forwarder.net.zones import Zoned
 
-# How long an address is avoided after its first failure, and at most. Arbitrary: a service that is
-# restarted is back within the first, and the last costs one session in a minute its wait.
+# How long an address is avoided after its first failure, and at most. Arbitrary: a restarted
+# service is back within the first, and the last costs one session a minute its wait.
 FIRST_S: Final = 2.0
 MOST_S: Final = 60.0
 # Addresses of one rule that are remembered: more than a name can have. Arbitrary.
 MAX_KNOWN: Final = 256
-# When nobody has tried an address for so long, nothing is known of it any more. Arbitrary.
+# An address that no session has tried for this long is forgotten. Arbitrary.
 FORGET_S: Final = 600.0
 
 
@@ -37,11 +37,11 @@ class Failure:
     last: float
     pause_s: float = FIRST_S
     until: float = 0.0  # others are tried first until then
-    is_tried: bool = False  # one session tries it first; what comes of that is not known yet
+    is_tried: bool = False  # one session tries it first; the outcome is not known yet
 
 
 class Failures:
-    """The addresses of a rule that fail in one worker. Empty, and then false, as a rule."""
+    """The addresses of a rule that fail in one worker. Usually empty, and then false."""
 
     __slots__ = ("_known",)
 
@@ -77,7 +77,7 @@ class Failures:
         return self._known.pop(target, None) is not None
 
     def expire(self, now: float) -> None:
-        """Forget what nobody has tried for long."""
+        """Forget what no session has tried for long."""
         for target in [one for one, how in self._known.items() if now >= how.last + FORGET_S]:
             self.forget(target)
 
@@ -89,8 +89,7 @@ class Failures:
     def order(self, targets: Iterable[Target], now: float) -> tuple[Target, ...]:
         """The same targets, those that are avoided behind the others.
 
-        Call it once for each session: the first target may be one that it is this session's turn to
-        try.
+        Call it once for each session: the first target may be one that this session tries for all.
         """
         first, last = [], []
         for target in targets:

@@ -1,4 +1,4 @@
-"""What the master knows of names: the last answers, by whom they were not heard yet. Pure."""
+"""What the master knows of names: the last answers, and which changed since a revision. Pure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 class KnownNames:
     """The last known answer for each name. ``revision`` grows with each change of one.
 
-    ``hurried`` are names that somebody asks to have looked up soon.
+    ``hurried`` are names that a worker wants looked up soon.
     """
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class KnownNames:
         self._changed: dict[str, int] = {}
 
     def put(self, host: str, answer: Answer) -> Answer:
-        """Note what came of a look-up. Returns what is known of the name now."""
+        """Note the outcome of a look-up. Returns what is known of the name now."""
         known = self.answers.get(host)
         answer = answer.after(known)
         if answer != known:
@@ -40,7 +40,7 @@ class KnownNames:
         self.hurried.intersection_update(hosts)
 
     def hurry(self, hosts: Collection[str]) -> None:
-        """Note that somebody asks for names, those of them that are known."""
+        """Note that a worker wants names looked up soon; unknown ones are ignored."""
         self.hurried.update(self.answers.keys() & hosts)
 
     def as_text(self) -> bytes:
@@ -48,7 +48,7 @@ class KnownNames:
         return json.dumps({host: one.as_json() for host, one in self.answers.items()}).encode()
 
     def take(self, text: bytes) -> None:
-        """Know what a predecessor has written by :meth:`as_text`. Raises ValueError, TypeError."""
+        """Take in what a predecessor wrote by :meth:`as_text`. Raises ValueError, TypeError."""
         for host, value in json.loads(text or b"{}").items():
             self.put(host, Answer.from_json(value))
 

@@ -1,6 +1,6 @@
-"""Looking names up, and telling what came of it. Each look-up blocks a thread of its own.
+"""Looking names up. Each look-up blocks a thread of its own.
 
-A look-up may take a minute and cannot be given up; so nobody waits for a thread, and all of them
+A look-up may take a minute and cannot be cancelled; so no code waits for a thread, and all of them
 end with the process.
 """
 
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# The name means nothing, or has no address; all other errors may be over the next time.
+# The name does not exist, or has no address; all other errors may be over the next time.
 _FINAL: Final = frozenset({socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)})
-# The deepest that glibc goes is some 70 KiB; musl gives a thread 128 KiB.
+# glibc uses about 70 KiB at most; musl gives a thread 128 KiB.
 STACK_BYTES: Final = 256 * 1024
 
 
@@ -45,7 +45,7 @@ def look_up(host: str) -> Answer:
 
 
 def look_up_all(hosts: Iterable[str], limit_s: float) -> dict[str, Answer]:
-    """Ask for names side by side. Blocks ``limit_s`` at most; who has no answer then has failed."""
+    """Look names up side by side. Blocks ``limit_s`` at most; a missing answer is a failure."""
     now = time.monotonic()
     until = now + limit_s
     answers = {host: Answer((), f"no answer within {limit_s:.0f} s", since=now) for host in hosts}
@@ -82,7 +82,7 @@ class Lookups:
         return self._read_fd
 
     def close(self) -> None:
-        """Give up what is under way; nobody hears of it. The threads end as soon as they can."""
+        """Give up what is under way, without an answer. The threads end as soon as they can."""
         for _ in range(self._threads):
             self._jobs.put(None)
         with self._lock:
@@ -91,7 +91,7 @@ class Lookups:
             self._read_fd = self._write_fd = -1
 
     def have(self, count: int) -> bool:
-        """Have at least ``count`` threads, MAX_AT_ONCE at most. False if there can be none more."""
+        """Start threads up to ``count``, MAX_AT_ONCE at most. False if no more can be started."""
         while self._threads < min(count, MAX_AT_ONCE):
             try:
                 threading.Thread(target=self._run, daemon=True).start()
@@ -119,7 +119,7 @@ class Lookups:
         while (host := self._jobs.get()) is not None:
             try:
                 answer = self._look(host)
-            except Exception as err:  # a thread that is lost would be missing for ever
+            except Exception as err:  # a lost thread would be missing forever
                 log.exception("names: bug while looking up %s", host)
                 answer = Answer((), f"internal error: {err!r}")
             self._found.put((host, answer))

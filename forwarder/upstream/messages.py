@@ -1,4 +1,4 @@
-"""What processes say to each other about names, in pieces that fit into a channel."""
+"""Messages between processes about names, in pieces that fit into a channel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The names of one worker: their addresses, as others have found them, and who waits for some.
+"""The names of one worker: their addresses, found by another process, and who is waiting.
 
 Asks no name server. An answer stays in use until there is another one with addresses, so a name
 server that is down changes nothing for names that had an address once.
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# How often a worker asks for a name to be looked up before its time. Arbitrary; sessions that fail
-# for want of an upstream may come by the thousand.
+# How often a worker asks for a name to be looked up before its time. Arbitrary; sessions that find
+# no upstream may fail by the thousand.
 REFRESH_S: Final = 1.0
 
 
@@ -49,7 +49,7 @@ class Names:
     """
 
     def __init__(self, ask: Callable[[str], None], clock: Callable[[], float]) -> None:
-        """``ask`` is called with a name that is to be looked up soon; ``clock`` tells seconds."""
+        """``ask`` is called with a name that is to be looked up soon; ``clock`` gives seconds."""
         self.revision = 0
         self._ask = ask
         self._clock = clock
@@ -58,17 +58,17 @@ class Names:
         self._waiting: dict[str, list[_Waiter]] = {}
 
     def at(self, host: str, port: int) -> tuple[Target, ...] | None:
-        """The last known addresses; empty if there are none, None if nobody has answered yet."""
+        """The last known addresses; empty if there are none, None if there was no answer yet."""
         name = self._names.get(host)
         return None if name is None else name.at(port)
 
     def why(self, host: str) -> str:
-        """Why the last look-up of a name has found nothing; "" if it did, or there was none."""
+        """Why the last look-up of a name found nothing; "" if it found some, or there was none."""
         name = self._names.get(host)
         return "" if name is None else name.answer.why
 
     def refresh(self, host: str) -> None:
-        """Have a name looked up before its time, now and then."""
+        """Ask for a look-up of a name before its time, every REFRESH_S at most."""
         now = self._clock()
         if now >= self._asked_at.get(host, -REFRESH_S) + REFRESH_S:
             self._asked_at[host] = now
@@ -81,7 +81,7 @@ class Names:
             self._waiting.setdefault(host, []).append(waiter)
 
     def update(self, answers: Mapping[str, Answer]) -> None:
-        """Take in what has been found, and wake who waits for it."""
+        """Take in answers, and wake the sessions that wait for them."""
         for host, answer in answers.items():
             known = self._names.get(host)
             if known is None or known.answer.addresses != answer.addresses:
@@ -93,7 +93,7 @@ class Names:
             self._wake(host)
 
     def keep(self, hosts: Collection[str]) -> None:
-        """Forget all names but these; who waits for another one shall not do so for ever."""
+        """Forget all names but these; sessions do not go on waiting for another one."""
         gone = self._waiting.keys() - hosts
         self.update({host: Answer((), "no rule leads there any more") for host in gone})
         for table in (self._names, self._asked_at, self._waiting):
@@ -108,7 +108,7 @@ class Names:
 
 
 class _Waiter:
-    """Somebody who waits for names, at each of them; done when one of them was enough."""
+    """An attempt that waits for names, listed at each; done when one of them was enough."""
 
     __slots__ = ("attempt", "is_done")
 

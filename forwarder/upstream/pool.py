@@ -1,6 +1,6 @@
 """The upstreams of one rule as socket addresses, and which is tried first.
 
-Reads the table of names; asks and connects nobody.
+Reads the table of names; looks nothing up and connects to nothing.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class Pool:
     ``origin`` is the pool of the whole rule, which this one is itself unless :meth:`at` has made
     it. ``has_unix``: one end of the sessions is a unix socket, or may be. ``listen_host`` and
     ``upstream_text`` (host and port of the first) are as written. ``local`` is the address that all
-    clients connect to, or None if only their sockets tell it. ``how`` says how upstream sockets are
-    made, by family; ``opens_fast``: with data in the first segment, where there is some.
-    ``failures``: which addresses have failed just now, of all ports of the rule. ``takes_ports``:
-    each upstream socket has a local port that others want, too: of UDP, unless it is a client's.
-    ``has_unanswered``: some name had never been answered when :meth:`targets` was last asked.
+    clients connect to, or None if only their sockets know it. ``how`` says how upstream sockets are
+    made, by family; ``opens_fast``: connect with data in the first segment, where there is some.
+    ``failures``: the addresses that failed just now, of all ports of the rule. ``takes_ports``:
+    each upstream socket takes a local port that others need, too: for UDP, unless it is a client's.
+    ``has_unanswered``: some name had no answer yet when :meth:`targets` was last asked.
     """
 
     __slots__ = (
@@ -104,8 +104,8 @@ class Pool:
         upstreams = self._upstreams = tuple(_moved(end, offset) for end in ends)
         self._hosts = tuple(dict.fromkeys(up[0] for up in upstreams if isinstance(up, tuple)))
         self._zoned = tuple(up for up in upstreams if isinstance(up, Zoned))
-        self._zones: tuple[Target | None, ...] = ()  # what they were when they were used last
-        # For each turn what to try in which order; None while a name has to be waited for.
+        self._zones: tuple[Target | None, ...] = ()  # as they were last used
+        # For each turn what to try in which order; None while sessions have to wait for a name.
         self._rounds: tuple[tuple[Target, ...], ...] | None = None
         if not self._hosts:
             self._look_up()
@@ -118,8 +118,8 @@ class Pool:
     def at(self, offset: int) -> Pool:
         """The pool for sessions of the port that is ``offset`` behind the first one of the rule.
 
-        Upstreams that are ranges are moved by as much; self when that changes nothing. Made anew
-        each time; it has a turn of its own and the counts of the rule.
+        Upstreams that are ranges move by as much; self when that changes nothing. Made each time;
+        it has a turn of its own and the counts of the rule.
         """
         if not offset or all(
             isinstance(end, UnixAddress) or end.ports == 1 for end in self.rule.upstream_ends
@@ -130,8 +130,8 @@ class Pool:
     def targets(self) -> tuple[Target, ...] | None:
         """Addresses to try, in order; those of names as far as they are known. Never blocks.
 
-        None while there is no address at all and some name has never been answered; empty if there
-        is none though all of them have, see :meth:`why_no_target`.
+        None while there is no address at all and some name has no answer yet; empty if there is
+        none though all names have one, see :meth:`why_no_target`.
         """
         if self._zoned and self._zones != tuple(one.target() for one in self._zoned):
             self._look_up()
@@ -159,7 +159,7 @@ class Pool:
         self._names.wait(self._hosts, attempt)
 
     def leads_to(self, target: Target) -> bool:
-        """Whether ``target`` is one of the upstreams still; also where nothing is known now."""
+        """Whether ``target`` is still one of the upstreams; True also if nothing is known now."""
         targets = self.targets()
         return not targets or target in targets
 
@@ -170,11 +170,11 @@ class Pool:
 
     @property
     def needs_interfaces(self) -> bool:
-        """Whether interfaces are named that must be there to reach the upstreams."""
+        """Whether the rule names interfaces that it needs to reach the upstreams."""
         return bool(self._zoned or self._zoned_source or self.rule.options.upstream_device)
 
     def interfaces(self) -> Iterator[tuple[Zoned | str, str]]:
-        """What names an interface towards the upstreams, and why it cannot be used now or ""."""
+        """What names an interface towards the upstreams, and why that cannot be used now, or ""."""
         for zoned in self._zoned:
             yield zoned, _why_absent(zoned.zone)
         if self._zoned_source is not None:
@@ -185,11 +185,11 @@ class Pool:
             yield f"upstream_device {device}", _why_absent(device)
 
     def _look_up(self) -> None:
-        """Put together what can be tried at each turn, from what the names mean now."""
+        """Work out what to try at each turn, from the addresses that the names have now."""
         before, self._zones = self._zones, tuple(one.target() for one in self._zoned)
         for target in before:
             if target is not None and target not in self._zones:
-                self.failures.forget(target)  # nobody will ever try it again
+                self.failures.forget(target)  # no session will try it again
         zones = dict(zip(self._zoned, self._zones, strict=True))
         found: list[tuple[Target, ...] | None] = []
         for upstream in self._upstreams:
@@ -215,8 +215,8 @@ class Pool:
     def source(self, family: int, client: SockAddr) -> SockAddr | None:
         """The local address for connections to ``family``, or None to leave it to the kernel.
 
-        Raises OSError when it is to be that of the client, which is of another family, and while
-        the interface that it names is not there.
+        Raises OSError if it has to be the client's, which is of another family, and while the
+        interface that it names is missing.
         """
         if self.rule.options.transparent and family != socket.AF_UNIX:
             return _own_address(client, family)
@@ -234,9 +234,9 @@ class Pool:
 
 
 def _own_address(client: SockAddr, family: int) -> SockAddr:
-    """The address of a client, of whatever port, to connect from."""
+    """The address of a client, with any port, to connect from."""
     if isinstance(client, tuple):
-        # Clients of IPv4 that came by an IPv6 listener (RFC 4291 2.5.5.2).
+        # IPv4 clients of an IPv6 listener (RFC 4291 2.5.5.2).
         host = client[0].removeprefix("::ffff:") if "." in client[0] else client[0]
         if ":" not in host and family == socket.AF_INET:
             return host, 0
@@ -260,7 +260,7 @@ def _why_absent(interface: str) -> str:
 
 
 def _as_written(end: Endpoint, offset: int) -> tuple[str, int]:
-    """Host and port as in the configuration, the port being the one that is meant."""
+    """Host and port as in the configuration, the port being the one at ``offset``."""
     if isinstance(end, UnixAddress):
         return str(end), 0
     return end.host, end.port + (offset if end.ports > 1 else 0)

@@ -1,7 +1,7 @@
 """The process that looks names up for all workers, side by side. Keeps nothing and decides nothing.
 
-Threads wait for the name servers; a system call that may take a minute cannot be given up, so the
-process never waits for them and ends without them. When the master has gone it ends.
+Threads wait for the name servers; a system call that may take a minute cannot be cancelled, so the
+process never waits for them and ends without them. It ends when the master has gone.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
 
     from forwarder.ipc.channel import Channel
 
-# What the master says, each with names: look them up from now on, do not any more, do it soon.
+# Messages of the master, each with names: look them up from now on, no longer, soon.
 WANT, FORGET, HURRY = "want", "forget", "hurry"
-# What we say.
+# Our own message.
 FOUND: Final = "found"
-# How often we say that we live.
+# Interval between our signs of life.
 BEAT_S: Final = 1.0
-# When no thread can be started: when that is tried again.
+# When no thread can be started: the pause before the next attempt.
 NO_THREAD_S: Final = 1.0
 
 
 class NamesProcess:
-    """The main thread: hears the master, hands out work, tells what was found."""
+    """The main thread: hears the master, hands out work, sends the answers."""
 
     def __init__(
         self,
@@ -42,12 +42,12 @@ class NamesProcess:
         beat: Callable[[float], None],
         look: Callable[[str], Answer] = look_up,
     ) -> None:
-        """``channel`` leads to the master; ``beat`` tells it that we live."""
+        """``channel`` leads to the master; ``beat`` gives it a sign of life."""
         self._channel = channel
         self._beat = beat
         self._schedule = Schedule()
         self._lookups = Lookups(look)
-        self._answers: dict[str, Answer] = {}  # that were not sent yet
+        self._answers: dict[str, Answer] = {}  # not sent yet
         self._no_thread_until = 0.0
 
     def run(self) -> None:

@@ -1,9 +1,9 @@
-"""Whose turn it is to be looked up: when each name is due, and how many are asked at once. Pure.
+"""Which name to look up next: when each is due, and how many look-ups run at once. Pure.
 
 A look-up that is not answered holds its thread for as long as the system tries, up to a minute. So
-names are of three kinds, and none of them waits for another: those that were answered quickly the
-last time, those that nobody has asked for yet, and those that are slow or dead. A look-up that
-takes long is of the last kind from then on.
+names are of three kinds, and no kind waits for another: those that were answered quickly the last
+time, new ones, and those that are slow or dead. A look-up that takes long is of the last kind from
+then on.
 """
 
 from __future__ import annotations
@@ -16,31 +16,31 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
-# How old an answer may be before it is refreshed (getaddrinfo tells no TTL). Arbitrary; dynamic DNS
+# How old an answer may be before it is refreshed (getaddrinfo gives no TTL). Arbitrary; dynamic DNS
 # names use 30 to 300 s.
 NAME_TTL_S: Final = 30.0
 # After a failure: each further one doubles the wait, up to the longest. Arbitrary.
 FIRST_RETRY_S: Final = 1.0
 LONGEST_RETRY_S: Final = NAME_TTL_S
-# At the earliest so long after its last look-up is a name looked up again, whoever asks for it.
+# A name is not looked up again for this long after a look-up, however many ask for it.
 REST_S: Final = 1.0
-# Who has no answer by then counts as failed; a later answer is taken all the same. More than the
-# 5 s after which the second name server is asked (resolv.conf(5)), less than the default
-# connect_timeout, so that clients hear why.
+# A name without an answer by then counts as failed; a later answer is still taken. More than the 5
+# s after which the second name server is asked (resolv.conf(5)), less than the default
+# connect_timeout, so that sessions end with this reason.
 LIMIT_S: Final = 8.0
 # A name server answers within milliseconds, or after having asked others.
 SLOW_S: Final = 2.0
 # Look-ups of one kind at once. Two questions each, and dnsmasq refuses more than 150 at once.
 MAX_OF_A_KIND: Final = 32
-# Look-ups in all: new ones that turn out to be dead pile up, though not without end. Arbitrary; a
-# thread takes some 20 KiB.
+# Look-ups in all: new ones that turn out to be dead pile up, but not without end. Arbitrary; a
+# thread takes about 20 KiB.
 MAX_AT_ONCE: Final = 256
-# Of these for names that were answered quickly, whatever piles up.
+# Of these, kept for names that were answered quickly, whatever piles up.
 RESERVED: Final = MAX_OF_A_KIND
 
 
 class Kind(Enum):
-    """What is to be expected of a name."""
+    """What to expect of a name."""
 
     QUICK = "quick"
     NEW = "new"
@@ -55,13 +55,13 @@ class _Name:
     failures: int = 0
     rests_until: float = -math.inf
     started_at: float | None = None
-    is_overdue: bool = False  # and that was told
+    is_overdue: bool = False  # and was reported as such
     is_wanted: bool = True
     ticket: int = 0  # of its valid place in the queue
 
 
 class Schedule:
-    """All names that somebody wants, and the look-ups under way."""
+    """All wanted names, and the look-ups under way."""
 
     def __init__(self) -> None:
         self._names: dict[str, _Name] = {}
@@ -71,7 +71,7 @@ class Schedule:
         self._tickets = itertools.count(1)
 
     def want(self, host: str, now: float) -> None:
-        """Have a name looked up, now and again and again."""
+        """Look a name up, now and again and again."""
         name = self._names.get(host)
         if name is None:
             self._names[host] = name = _Name(host, now)
@@ -79,7 +79,7 @@ class Schedule:
         name.is_wanted = True
 
     def forget(self, host: str) -> None:
-        """Nobody wants that name any more."""
+        """Look that name up no longer."""
         name = self._names.get(host)
         if name is not None:
             name.is_wanted = False
@@ -88,7 +88,7 @@ class Schedule:
                 name.ticket = 0
 
     def hurry(self, host: str, now: float) -> None:
-        """Have a name looked up before its time, unless that has been done just now."""
+        """Look a name up before its time, unless that was done just now."""
         name = self._names.get(host)
         if name is not None and name.started_at is None:
             due_at = max(now, name.rests_until)
@@ -96,7 +96,7 @@ class Schedule:
                 self._enqueue(name, due_at)
 
     def take(self, now: float) -> str | None:
-        """The next name to look up; that has begun then. None: nobody is due, or not yet."""
+        """The next name to look up, which counts as begun; None if none is due or may begin."""
         for kind in Kind:
             queue = self._queues[kind]
             while queue and queue[0][1] != queue[0][2].ticket:
@@ -110,9 +110,9 @@ class Schedule:
         return None
 
     def overdue(self, now: float) -> list[str]:
-        """Names that have had their time, each told once for a look-up.
+        """Names whose time is up, each reported once for a look-up.
 
-        Look-ups that take long make place for others of their kind.
+        Look-ups that take long make room for others of their kind.
         """
         for name in self._running.values():
             if name.kind is not Kind.SLOW and now >= (name.started_at or 0.0) + SLOW_S:
@@ -129,7 +129,7 @@ class Schedule:
         return [name.host for name in found if name.is_wanted]
 
     def done(self, host: str, now: float, *, has_failed: bool) -> bool:
-        """A look-up has ended. Returns whether anybody wants to know."""
+        """A look-up has ended. Returns whether the name is still wanted."""
         name = self._running.pop(host)
         self._counts[name.kind] -= 1
         took_s = now - (name.started_at or 0.0)

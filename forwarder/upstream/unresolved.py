@@ -1,4 +1,4 @@
-"""Which names of a configuration mean something here and now: for people who ask; blocks."""
+"""Which names of a configuration have no address here and now. For commands; blocks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from forwarder.upstream.wanted import all_names
 if TYPE_CHECKING:
     from forwarder.config.model import Config
 
-# For all names together, since they are asked for side by side. More than the 5 s after which the
+# For all names together, since they are looked up side by side. More than the 5 s after which the
 # second name server is asked, resolv.conf(5).
 PATIENCE_S: Final = 6.0
 _HINT: Final = "check the name and the name servers (`getent ahosts NAME`)"
