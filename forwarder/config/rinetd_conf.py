@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from difflib import get_close_matches
+from typing import ClassVar
 
 from forwarder.config.address import MAX_PORT, Address, AddressError, is_ip, parse_host
 from forwarder.config.durations import MAX_DURATION_S
@@ -66,7 +67,9 @@ def parse(text: str, source: str, issues: Issues, service_port: ServicePort) -> 
 
 
 class Reader:
-    """Reads line by line. Owns the configuration that grows."""
+    """Reads line by line. Owns the configuration that grows. ``rule_form`` is a rule's line."""
+
+    rule_form: ClassVar[re.Pattern[str]] = _RULE
 
     def __init__(self, source: str, issues: Issues, service_port: ServicePort) -> None:
         self.raw = RawConfig()
@@ -152,10 +155,14 @@ class Reader:
         # What follows belongs to this rule, also when the rule itself turns out to be broken.
         self.raw.rules_seen += 1
         self._access = self.raw.dropped_access
-        match = _RULE.fullmatch(line, start)
+        match = self.rule_form.fullmatch(line, start)
         if match is None:
             self._explain(line, start)
-            return
+        else:
+            self._take_rule(match, start)
+
+    def _take_rule(self, match: re.Match[str], start: int) -> None:
+        """Add the rule that a line has, or report what is wrong with it."""
         listen_host = self._host(match[1], match.start(1))
         listen_port = self._port(match[2], match.start(2))
         upstream_host = self._host(match[3], match.start(3))

@@ -47,6 +47,8 @@ def read(text: str, source: str, service_port: Callable[[str, str], int], find: 
 class _UvReader(rinetd_conf.Reader):
     """Reads line by line, file by file."""
 
+    rule_form = _RULE
+
     def __init__(self, source: str, service_port: Callable[[str, str], int], find: Find) -> None:
         self.draft = Draft()
         super().__init__(source, self.draft.issues, service_port)
@@ -112,13 +114,7 @@ class _UvReader(rinetd_conf.Reader):
 
     # -- rules
 
-    def _read_rule(self, line: str, start: int) -> None:
-        self.raw.rules_seen += 1
-        self._access = self.raw.dropped_access
-        match = _RULE.fullmatch(line, start)
-        if match is None:
-            self._explain(line, start)
-            return
+    def _take_rule(self, match: re.Match[str], start: int) -> None:
         listen = self._endpoint(match, 1)
         upstream = self._endpoint(match, 4)
         options = self._options(match[7], match.start(7)) if match[7] else {}
