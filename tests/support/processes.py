@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from support.waiting import PATIENCE_S
+from support import procfs, sockdiag
+from support.waiting import PATIENCE_S, eventually
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Sequence
 
 COMMAND: Final = (sys.executable, "-m", "forwarder")
 NOBODY: Final = 65534
-_LISTEN: Final = "0A"
-_ESTABLISHED: Final = "01"
 
 
 def run_command(*arguments: str, prefix: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
@@ -62,41 +60,26 @@ def title(pid: int) -> str:
     return Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0 ").decode()
 
 
-def _rows() -> list[list[str]]:
-    return [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-
-
-def _hexadecimal(address: tuple[str, int]) -> str:
-    # The kernel prints the address as a number of this machine's byte order.
-    number = int.from_bytes(socket.inet_aton(address[0]), sys.byteorder)
-    return f"{number:08X}:{address[1]:04X}"
-
-
 def listeners(address: tuple[str, int]) -> int:
     """How many sockets listen on an IPv4 address."""
-    local = _hexadecimal(address)
-    return sum(row[1] == local and row[3] == _LISTEN for row in _rows())
+    return sum(sock.local == address for sock in sockdiag.listening())
 
 
 def queued(address: tuple[str, int]) -> int:
     """How many connections wait to be accepted at an IPv4 address."""
-    local = _hexadecimal(address)
-    waiting = [row[4] for row in _rows() if row[1] == local and row[3] == _LISTEN]
-    return sum(int(column.partition(":")[2], 16) for column in waiting)
+    return sum(sock.waiting for sock in sockdiag.listening() if sock.local == address)
 
 
 def owner(pids: Sequence[int], client: socket.socket) -> int:
     """Which process has accepted the connection of our client socket."""
-    local, remote = _hexadecimal(client.getpeername()), _hexadecimal(client.getsockname())
-    # The kernel tells its table in pieces: rows are missed while others come and go. Hence again.
-    for _ in range(20):
-        for row in _rows():
-            if row[1:3] == [local, remote] and row[3] == _ESTABLISHED:
-                wanted = f"socket:[{row[9]}]"
-                for pid in pids:
-                    for entry in Path(f"/proc/{pid}/fd").iterdir():
-                        with suppress(OSError):
-                            if str(entry.readlink()) == wanted:
-                                return pid
-        time.sleep(0.05)
-    raise LookupError(local)
+    found: list[int] = []
+
+    def is_accepted() -> bool:
+        accepted = sockdiag.connected(client.getpeername(), client.getsockname())
+        if accepted is not None:
+            target = f"socket:[{accepted.inode}]"
+            found[:] = [pid for pid in pids if target in procfs.descriptors(pid).values()]
+        return bool(found)
+
+    eventually(is_accepted, lambda: f"nobody has accepted {client}")
+    return found[0]

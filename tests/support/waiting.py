@@ -10,6 +10,9 @@ if TYPE_CHECKING:
 
 # Far above what anything here takes, so that a loaded machine does not fail a test.
 PATIENCE_S: Final = 30.0
+# Between two looks.
+_SHORTEST_S: Final = 0.005
+_LONGEST_S: Final = 0.05
 
 
 def eventually(
@@ -19,9 +22,11 @@ def eventually(
 
     ``what`` may be a callable that describes the state at the time of the failure.
     """
-    deadline = time.monotonic() + within_s
+    began = time.monotonic()
     while not predicate():
-        if time.monotonic() > deadline:
+        waited_s = time.monotonic() - began
+        if waited_s > within_s:
             text = what() if callable(what) else what
             raise AssertionError(f"did not come true within {within_s:.0f} s: {text or predicate}")
-        time.sleep(0.005)
+        # Who waits long looks more rarely: others need the processors for what is waited for.
+        time.sleep(min(max(_SHORTEST_S, waited_s / 20), _LONGEST_S))

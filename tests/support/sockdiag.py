@@ -1,0 +1,74 @@
+"""TCP sockets of this network namespace, of IPv4: sock_diag(7).
+
+``/proc/net/tcp`` says the same, but the kernel walks through its whole table of connections for
+that, and tells it in pieces: 7 ms if there are none, and rows are missed while others come and go.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+LISTEN: Final = 10  # include/net/tcp_states.h
+ESTABLISHED: Final = 1
+_SOCK_DIAG: Final = 4  # NETLINK_SOCK_DIAG, linux/netlink.h
+_BY_FAMILY: Final = 20  # linux/sock_diag.h
+_ONE, _ALL = 0x1, 0x301  # NLM_F_REQUEST, and with it NLM_F_DUMP
+_HEADER: Final = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence, port
+# struct inet_diag_req_v2, linux/inet_diag.h: family, protocol, extensions, states, which socket.
+_REQUEST: Final = struct.Struct("=BBBxI48s")
+# Its struct inet_diag_sockid: both ports and addresses; any interface, any cookie.
+_WHICH: Final = struct.Struct("!HH4s12x4s12xIII")
+# struct inet_diag_msg: family, state; which; expiry, queues to read and write, user, inode.
+_ANSWER: Final = struct.Struct("=BBxx48sIIIII")
+
+
+@dataclass(frozen=True)
+class Tcp:
+    """A socket. ``waiting`` is what is in its queue to read: of a listener, who can be accepted."""
+
+    state: int
+    local: tuple[str, int]
+    waiting: int
+    inode: int
+
+
+def listening() -> list[Tcp]:
+    """All listening sockets."""
+    return list(_ask(_ALL, 1 << LISTEN, bytes(48)))
+
+
+def connected(local: tuple[str, int], peer: tuple[str, int]) -> Tcp | None:
+    """The socket of a connection, accepted or not."""
+    hosts = [socket.inet_aton(host) for host, _ in (local, peer)]
+    which = _WHICH.pack(local[1], peer[1], *hosts, 0, 0xFFFFFFFF, 0xFFFFFFFF)
+    found = [sock for sock in _ask(_ONE, 0xFFFFFFFF, which) if sock.state == ESTABLISHED]
+    return found[0] if found else None
+
+
+def _ask(flags: int, states: int, which: bytes) -> Iterator[Tcp]:
+    body = _REQUEST.pack(socket.AF_INET, socket.IPPROTO_TCP, 0, states, which)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _SOCK_DIAG) as sock:
+        sock.send(_HEADER.pack(_HEADER.size + len(body), _BY_FAMILY, flags, 1, 0) + body)
+        while True:
+            answer = sock.recv(1 << 16)
+            at = 0
+            while at < len(answer):
+                length, kind, _, _, _ = _HEADER.unpack_from(answer, at)
+                if kind != _BY_FAMILY:  # the end, or an error: there is none
+                    return
+                yield _read(answer, at + _HEADER.size)
+                at += length + 3 & ~3  # NLMSG_ALIGN
+            if flags == _ONE:
+                return
+
+
+def _read(answer: bytes, at: int) -> Tcp:
+    _, state, which, _, waiting, _, _, inode = _ANSWER.unpack_from(answer, at)
+    port, _, host, *_ = _WHICH.unpack(which)
+    return Tcp(state, (socket.inet_ntoa(host), port), waiting, inode)
