@@ -34,7 +34,7 @@ from bench.rounds import Part, run_rounds
 from forwarder import worker
 from forwarder.cli.main import main as forwarder
 from forwarder.net import pipes, sockets
-from forwarder.relay import poller, relay, tcp_listener
+from forwarder.relay import poller, tcp_listener, workbench
 from forwarder.relay.tcp import direction, splice
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def _small(size: int) -> Callable[[], None]:
     """What a quiet direction reads at once, which is also when bulk begins."""
 
     def patch() -> None:
-        for module in (direction, relay, splice):
+        for module in (direction, workbench, splice):
             module.SMALL_BYTES = size  # type: ignore[attr-defined]
 
     return patch
@@ -102,8 +102,8 @@ def _accepts(count: int) -> Callable[[], None]:
 
 def _new_buffers() -> None:
     """A buffer for each read, as most programs do it."""
-    relay.Relay.small_view = property(  # type: ignore[assignment]
-        lambda _: memoryview(bytearray(direction.SMALL_BYTES)), lambda *_: None
+    workbench.Workbench.small_view = property(  # type: ignore[assignment, misc]
+        lambda _: memoryview(bytearray(workbench.SMALL_BYTES)), lambda *_: None
     )
 
 

@@ -31,7 +31,6 @@ from forwarder.limits.gate import Holder
 from forwarder.relay import listing
 from forwarder.relay.access import AccessList
 from forwarder.relay.conversation import State
-from forwarder.relay.interfaces import look_at_interfaces
 from forwarder.relay.listing import denied_by, denied_sessions
 from forwarder.relay.relay import Relay
 from forwarder.relay.tcp_listener import listener_class
@@ -224,15 +223,15 @@ class Worker:
             received.close()
             self._say(Op.LOGS)  # again, when there may be some
             return
-        self._relay.connlog.set_places(read_logs(received))
+        self._relay.books.connlog.set_places(read_logs(received))
         if not self._is_flushing:
             self._flush_logs()
 
     def _flush_logs(self) -> None:
-        self._is_flushing = self._relay.connlog.is_on
+        self._is_flushing = self._relay.books.connlog.is_on
         if self._is_flushing:
             self._loop.call_later(FLUSH_S, self._flush_logs)
-        self._relay.connlog.flush()
+        self._relay.books.connlog.flush()
 
     def _answer(self, question: Message) -> None:
         """List or end some sessions. A bug in that costs the answer, not the worker."""
@@ -300,16 +299,17 @@ class Worker:
         relay = self._relay
         if self._needing:
             relay.poller.read_clock()
-            look_at_interfaces(relay, self._needing)
-        failing = [*relay.failing]
+            relay.outages.look_at_interfaces(self._needing)
+        outages = relay.outages.pools
+        failing = [*outages]
         if not failing and not self._has_said_failing:
             return
         for pool in failing:
             if not pool.failures or self._pools.get(pool.rule.name) is not pool:
-                del relay.failing[pool]
+                del outages[pool]
         if not self._channel.has_outbox:
-            self._say(Op.FAILING, failing=of_pools(relay.failing, self._loop.time()))
-            self._has_said_failing = bool(relay.failing)
+            self._say(Op.FAILING, failing=of_pools(outages, self._loop.time()))
+            self._has_said_failing = bool(outages)
 
     # -- acting
 
@@ -346,7 +346,7 @@ class Worker:
             rule.name: self._pool(rule, row)
             for rule, row in zip(rules, assignment.rows, strict=True)
         }
-        self._relay.pipes.budget_pages = assignment.pipe_budget_pages
+        self._relay.bench.pipes.budget_pages = assignment.pipe_budget_pages
         self._relay.flows.workers = assignment.workers
         self._needing = [pool for pool in self._pools.values() if pool.needs_interfaces]
         self._names.keep(all_names(rules).keys())  # as the master, which tells news only
@@ -405,7 +405,7 @@ class Worker:
                 "open files (LimitNOFILE=, ulimit -n)"
             )
             warn_rarely(log, what, what, logging.ERROR)
-            self._relay.pipes.close()  # the idle ones; they make room for the next try
+            self._relay.bench.pipes.close()  # the idle ones; they make room for the next try
         self._say(Op.APPLIED, serial=serial, missing=missing, refusal=refusal)
 
     def _end_sessions_after(self, limit_s: object, sessions: Iterable[Conversation]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from forwarder.relay.dialer import Dialer
 from forwarder.relay.wheel import TICK_S
@@ -16,10 +16,12 @@ from forwarder.stats.reasons import CloseReason, Phase, Who
 if TYPE_CHECKING:
     import socket
 
+    from forwarder.limits.meter import Meter
     from forwarder.net.sockets import SockAddr, Target
-    from forwarder.relay.relay import Relay
-    from forwarder.relay.tcp.direction import Direction
-    from forwarder.relay.udp.directions import Way
+    from forwarder.relay.outages import Outages
+    from forwarder.relay.poller import Poller
+    from forwarder.relay.restrictions import Restrictions
+    from forwarder.relay.workbench import Workbench
     from forwarder.upstream.pool import Pool
 
 
@@ -38,6 +40,58 @@ class State(Enum):
 
 # Looking a member up in the class costs 100 ns in Python 3.11, several times per session.
 _RESOLVING, _CONNECTING = State.RESOLVING, State.CONNECTING
+
+
+class Movement(Protocol):
+    """One way of a session, as far as it is counted.
+
+    ``moved`` counts bytes read from its source, ``counted`` those that are in the books,
+    ``spliced`` those that never entered the process and are not in the books yet.
+    """
+
+    moved: int
+    counted: int
+    spliced: int
+
+
+class Journal(Protocol):
+    """Who counts sessions and logs them; ``total`` is how many have begun."""
+
+    @property
+    def total(self) -> int:
+        """How many sessions have begun."""
+
+    def on_open(self, session: Conversation) -> None:
+        """A session has reached its upstream."""
+
+    def on_no_upstream(self, session: Conversation, why: str) -> None:
+        """A session has found no upstream; its end follows."""
+
+    def on_end(self, session: Conversation, reason: CloseReason) -> None:
+        """A session has ended: once for each."""
+
+    def drop_datagrams(self, pool: Pool, count: int) -> None:
+        """Datagrams are not passed on."""
+
+
+class Home(Protocol):
+    """What a session lives in: the relay of its worker, as far as sessions know it.
+
+    ``pid`` and ``slot`` are the worker's, ``sessions`` those that are open. ``poller`` is that of
+    ``bench``: it is looked at for every event, hence not one step further away.
+    """
+
+    pid: int
+    slot: int
+    poller: Poller
+    bench: Workbench
+    outages: Outages
+    restrictions: Restrictions
+    sessions: dict[Conversation, None]
+
+    @property
+    def books(self) -> Journal:
+        """Where sessions are counted."""
 
 
 class Conversation:
@@ -66,14 +120,14 @@ class Conversation:
         "upstream",
     )
 
-    c2u: Direction | Way
-    u2c: Direction | Way
+    c2u: Movement
+    u2c: Movement
     takes_resets = False
     is_answered = True
 
-    def __init__(self, relay: Relay, pool: Pool, client_address: SockAddr) -> None:
+    def __init__(self, relay: Home, pool: Pool, client_address: SockAddr) -> None:
         self.relay = relay
-        self.id = relay.total
+        self.id = relay.books.total
         self.pool = pool
         self.client_address = client_address
         self.upstream: socket.SocketType | None = None
@@ -117,7 +171,7 @@ class Conversation:
         if self.pool.failures:
             targets = self.pool.failures.order(targets, self.relay.poller.now)
         self.state = _CONNECTING
-        self.dialer = Dialer(self, targets)
+        self.dialer = Dialer(self, targets, self.relay.poller, self.relay.outages)
         self.dialer.start()
 
     def make_socket(
@@ -152,8 +206,14 @@ class Conversation:
 
     def fail(self, why: str, who: Who = Who.UPSTREAM) -> None:
         """No upstream: a TCP client is reset, as it would be by the closed port itself."""
-        self.relay.note_connect_failed(self, why)
+        self.relay.books.on_no_upstream(self, why)
         self.abort(CloseReason(who, Phase.CONNECT, why))
+
+    # -- limits
+
+    def put_under(self, meters: tuple[Meter, Meter]) -> None:
+        """Have both ways, in turn, ask a meter before they move. Not amid an event."""
+        raise NotImplementedError
 
     # -- timers
 
@@ -167,8 +227,7 @@ class Conversation:
         An earlier call that is due stays due.
         """
         if limit_s > 0:
-            self.relay.wheel.add(self, self.relay.poller.now + limit_s)
-            self.relay.tick_soon()
+            self.relay.bench.arm(self, limit_s)
 
     # -- ending
 

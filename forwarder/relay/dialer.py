@@ -38,7 +38,8 @@ from forwarder.stats.reasons import Who
 
 if TYPE_CHECKING:
     from forwarder.net.sockets import SockAddr, Target
-    from forwarder.relay.relay import Relay
+    from forwarder.relay.outages import Outages
+    from forwarder.relay.poller import Poller
     from forwarder.upstream.pool import Pool
 
 # RFC 8305, section 8: the Connection Attempt Delay; 0.25 s is what it recommends.
@@ -57,7 +58,6 @@ class Caller(Protocol):
     reset at once is as good as any. ``is_answered``: there is a handshake to wait for.
     """
 
-    relay: Relay
     pool: Pool
     client_address: SockAddr
     target: Target | None
@@ -142,15 +142,21 @@ class Dialer:
         "_is_over",
         "_more_until",
         "_next",
+        "_outages",
+        "_poller",
         "_race_at",
         "_targets",
         "caller",
         "early",
     )
 
-    def __init__(self, caller: Caller, targets: tuple[Target, ...]) -> None:
+    def __init__(
+        self, caller: Caller, targets: tuple[Target, ...], poller: Poller, outages: Outages
+    ) -> None:
         self.caller = caller
         self.early = 0
+        self._poller = poller
+        self._outages = outages
         self._targets = targets
         self._next = 0  # index of the target that is tried next
         self._attempts: list[Attempt] = []
@@ -160,7 +166,7 @@ class Dialer:
         self._more_until = 0.0  # when to wait no longer for names; 0: all have been answered
         if caller.pool.has_unanswered:
             limit_s = caller.pool.rule.connect_timeout_s
-            self._more_until = caller.relay.poller.now + (limit_s or math.inf)
+            self._more_until = self._poller.now + (limit_s or math.inf)
 
     @property
     def has_others(self) -> bool:
@@ -189,7 +195,7 @@ class Dialer:
         """Try the next target; if it fails at once, the one after it, and so on."""
         while self._next < len(self._targets) or self._has_found_more():
             caller = self.caller
-            now = caller.relay.poller.now
+            now = self._poller.now
             limit_s = caller.pool.rule.connect_timeout_s
             attempt = Attempt(self, self._targets[self._next], now + (limit_s or math.inf))
             self._next += 1
@@ -244,7 +250,7 @@ class Dialer:
             if attempt.sock is not None:
                 if is_abort:
                     sockets.set_abort_on_close(attempt.sock)
-                self.caller.relay.poller.release(attempt.sock)
+                self._poller.release(attempt.sock)
 
     # -- one attempt
 
@@ -293,7 +299,7 @@ class Dialer:
                 if not self._has_begun:
                     caller.on_dialing()
                     self._has_begun = True
-                caller.relay.poller.register(sock.fileno(), attempt)
+                self._poller.register(sock.fileno(), attempt)
         except OSError as err:
             return err.errno or errno.ENOMEM
         attempt.sock = sock
@@ -328,7 +334,7 @@ class Dialer:
         self._attempts.remove(attempt)
         self.early = 0  # still in the queue of the client, for the next one
         if attempt.sock is not None:
-            self.caller.relay.poller.release(attempt.sock)
+            self._poller.release(attempt.sock)
         elif error in sockets.OUT_OF_RESOURCES:
             self._next = len(self._targets)  # there is none for the others, either
         self._note_failed(attempt, error)
@@ -338,23 +344,22 @@ class Dialer:
         self._error = error
         if error not in sockets.OUT_OF_RESOURCES and error != sockets.NO_PORT:
             caller, has_others = self.caller, self.has_others
-            caller.relay.on_attempt_failed(
+            self._outages.on_attempt_failed(
                 caller.pool, attempt.target, os.strerror(error), has_others=has_others
             )
 
     def win(self, attempt: Attempt, sock: socket.SocketType, mask: int) -> None:
         """The first that is connected; the others are closed."""
         caller = self.caller
-        relay = caller.relay
         self._is_over = True
         others, self._attempts = self._attempts, []
         if len(others) > 1:
             for other in others:
                 if other is not attempt and other.sock is not None:
-                    relay.poller.release(other.sock)
+                    self._poller.release(other.sock)
         caller.target = attempt.target
         if caller.pool.failures and caller.is_answered:
-            relay.on_attempt_worked(caller.pool, attempt.target)
+            self._outages.on_attempt_worked(caller.pool, attempt.target)
         caller.on_connected(sock, mask)
 
     # -- all of them
@@ -368,7 +373,7 @@ class Dialer:
                 is_starved = True
             elif not attempt.is_noted:
                 attempt.is_noted = True
-                self.caller.relay.on_unanswered(self.caller.pool, attempt.target)
+                self._outages.on_unanswered(self.caller.pool, attempt.target)
         if not (self.early or is_starved or len(self._attempts) >= MAX_ATTEMPTS):
             self.start()
 
@@ -384,7 +389,7 @@ class Dialer:
 
     def _wait_for_more(self) -> None:
         """Nothing is under way: look again a moment later if a name may still be answered."""
-        now = self.caller.relay.poller.now
+        now = self._poller.now
         if now < self._more_until:
             self._race_at = now + TICK_S
             self.caller.arm(TICK_S)

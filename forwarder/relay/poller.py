@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
     from collections.abc import Callable
 
-    from forwarder.relay.tcp.direction import Direction
-
 log = logging.getLogger(__name__)
 
 EDGE_ALL: Final = (
@@ -66,6 +64,12 @@ class Resumable(Protocol):
 
     def on_bug(self) -> None:
         """As in :class:`Handler`."""
+
+
+class Movable(Handler, Resumable, Protocol):
+    """A handler that another one can take the place of, though it waits for its turn."""
+
+    is_queued: bool
 
 
 class Poller:
@@ -111,7 +115,7 @@ class Poller:
         """Report further events of a registered ``fd`` to another handler."""
         self._handlers[fd] = handler
 
-    def replace(self, sock: socket.SocketType, old: Direction, new: Direction) -> None:
+    def replace(self, sock: socket.SocketType, old: Movable, new: Movable) -> None:
         """Have ``new`` in place of ``old``, which handles the events of ``sock``."""
         fd = sock.fileno()
         if 0 <= fd < len(self._handlers) and self._handlers[fd] is old:

@@ -15,8 +15,7 @@ from forwarder.connlog.record import Event, Record, rinetd_result
 if TYPE_CHECKING:
     from forwarder.connlog.log import Later
     from forwarder.net.sockets import SockAddr, Target
-    from forwarder.relay.conversation import Conversation
-    from forwarder.relay.relay import Relay
+    from forwarder.relay.conversation import Conversation, Home
     from forwarder.stats.reasons import CloseReason
     from forwarder.upstream.pool import Pool
 
@@ -52,7 +51,7 @@ def ended(session: Conversation, reason: CloseReason | None, now: float) -> Late
 
 
 def refused(
-    relay: Relay,
+    slot: int,
     pool: Pool,
     client: SockAddr | None,
     local: Target,
@@ -76,14 +75,14 @@ def refused(
         result=result,
         end=reason.code,
         detail=reason.detail or result,
-        worker=relay.slot,
+        worker=slot,
     )
 
 
 def _record(  # noqa: PLR0913 - what is told of a session, by position: it is done for every one
     pool: Pool,
     at: float,
-    relay: Relay,
+    relay: Home,
     number: int,
     client: SockAddr,
     local: Target,

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from forwarder.config.model import Limits
 from forwarder.limits.admission import Admission, client_host
 from forwarder.limits.gate import STUCK_S
 from forwarder.limits.meter import Meter
-from forwarder.relay.tcp.metered import put_under_meters
-from forwarder.relay.tcp.session import Session
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
@@ -18,12 +16,32 @@ if TYPE_CHECKING:
 
     from forwarder.config.model import Rule
     from forwarder.limits.gate import Holder
-    from forwarder.relay.conversation import Conversation
-    from forwarder.upstream.pool import Pool
+    from forwarder.net.sockets import SockAddr
 
 log = logging.getLogger(__name__)
 
 _NONE: Final = Limits()
+
+
+class Ruled(Protocol):
+    """The upstreams of a rule, whose ``row`` is the place of its numbers."""
+
+    rule: Rule
+    row: int
+
+
+class Held(Protocol):
+    """A session. ``held_as``: the key that the gate holds it by; None: not at all."""
+
+    held_as: int | None
+    client_address: SockAddr
+
+    @property
+    def pool(self) -> Ruled:
+        """Which rule it is of."""
+
+    def put_under(self, meters: tuple[Meter, Meter]) -> None:
+        """Have both its ways, in turn, ask a meter before they move. Not amid an event."""
 
 
 class Restrictions:
@@ -32,10 +50,17 @@ class Restrictions:
     ``meters`` are those of ``c2u`` and of ``u2c``.
     """
 
-    def __init__(self, loop: AbstractEventLoop, holder: Holder | None) -> None:
+    def __init__(
+        self,
+        loop: AbstractEventLoop,
+        holder: Holder | None,
+        defer: Callable[[Callable[[], None]], None],
+    ) -> None:
+        """``holder`` is needed as soon as a rule has limits; ``defer``: see ``Poller.defer``."""
         self.admissions: dict[int, Admission] = {}
         self.meters: dict[int, tuple[Meter, Meter]] = {}
         self._loop = loop
+        self._defer = defer
         self._holder = holder
         self._known: dict[int, Rule] = {}
         self._max_total = 0
@@ -58,9 +83,7 @@ class Restrictions:
 
     # -- limits that change
 
-    def apply(
-        self, pools: Iterable[Pool], max_total: int, sessions: Iterable[Conversation]
-    ) -> None:
+    def apply(self, pools: Iterable[Ruled], max_total: int, sessions: Iterable[Held]) -> None:
         """Have the limits of these rules from now on; ``max_total`` is of all rules together.
 
         Sessions that have begun are counted as the limits want it, and none is ended. Those of
@@ -78,8 +101,8 @@ class Restrictions:
         for session in sessions:
             self._hold_as_wanted(session)
             meters = self.meters.get(session.pool.row)
-            if meters is not None and isinstance(session, Session):
-                put_under_meters(session, meters)
+            if meters is not None:
+                session.put_under(meters)
         if self._holder is not None:
             self._settle()
 
@@ -108,7 +131,7 @@ class Restrictions:
         else:
             self.meters.pop(row, None)
 
-    def _hold_as_wanted(self, session: Conversation) -> None:
+    def _hold_as_wanted(self, session: Held) -> None:
         row = session.pool.row
         admission = self.admissions.get(row)
         if admission is not None:
@@ -125,7 +148,7 @@ class Restrictions:
 
     # -- sessions that end, clients that have to wait
 
-    def let_go(self, session: Conversation) -> None:
+    def let_go(self, session: Held) -> None:
         """A session that was held has ended. All of a batch are counted at once, at its end."""
         row, key = session.pool.row, session.held_as
         if key is not None:
@@ -133,7 +156,7 @@ class Restrictions:
             self.holder.let_go(row, key)
             if not self._is_settling:
                 self._is_settling = True
-                session.relay.poller.defer(self._settle)
+                self._defer(self._settle)
             admission = self.admissions.get(row)
             if admission is not None:
                 admission.wake_one()

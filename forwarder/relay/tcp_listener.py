@@ -80,9 +80,9 @@ class Listener:
         self._is_stopped = True  # from here on it rests no more, it is over
         relay = self._relay
         for _ in range(self.pool.rule.options.backlog // ACCEPT_BATCH + 1):
-            before = relay.total + relay.refused
+            before = relay.books.total + relay.books.refused
             self.on_events(select.EPOLLIN)
-            if relay.total + relay.refused == before:
+            if relay.books.total + relay.books.refused == before:
                 break
         if is_registered:
             relay.poller.unregister(self.sock.fileno())
@@ -125,7 +125,7 @@ class Listener:
         if self._is_paused or self._is_stopped:
             return
         if admission.met:
-            self._relay.on_limit(self.pool, f"{admission.met}; clients wait in the queue")
+            self._relay.books.on_limit(self.pool, f"{admission.met}; clients wait in the queue")
         self._rest(wait_s)
         admission.wait(self._wake)
         self._waits_for = admission
@@ -133,8 +133,9 @@ class Listener:
     def _accept(self, nth: int) -> int:
         """Accept a client, the ``nth`` of this event."""
         relay = self._relay
-        if not relay.has_spare_fd and not relay.recover_spare_fd():
-            self._pause(relay.shortage)
+        descriptors = relay.descriptors
+        if not descriptors.has_spare and not descriptors.recover_spare():
+            self._pause(descriptors.shortage)
             return _STOP
         try:
             # The public accept() wraps this one in 3 us of Python.
@@ -148,19 +149,19 @@ class Listener:
         if decision is _ALLOWED:
             relay.open_session(self.pool, client, address)
             return _TAKEN
-        relay.on_refused(self.pool, address, partial(sockets.bound_to, client), decision)
+        relay.books.on_refused(self.pool, address, partial(sockets.bound_to, client), decision)
         client.close()
         return _PASSED_OVER
 
     def _can_go_on(self, err: OSError, *, is_announced: bool) -> bool:
         """Whether to accept on after an error."""
         if err.errno in sockets.ACCEPT_IGNORE:
-            self._relay.on_accept_failed(self.pool, self.sock, err)
+            self._relay.books.on_accept_failed(self.pool, self.sock, err)
             return True
         if err.errno in sockets.OUT_OF_RESOURCES:
-            if self._relay.close_idle_pipes():
+            if self._relay.bench.close_idle_pipes():
                 return True
-            if self._relay.make_room():
+            if self._relay.descriptors.make_room():
                 return False  # a flow is closed after this batch; the next event comes then
         # accept(2) wants a descriptor before it looks whether there is a client. Only the first one
         # was announced by an event; if there are more, the next event says so.
@@ -202,7 +203,8 @@ class Listener:
         """The rest is over."""
         self._timer = None
         self._wait_no_more()
-        number = 0 if self._relay.recover_spare_fd() else self._relay.shortage
+        descriptors = self._relay.descriptors
+        number = 0 if descriptors.recover_spare() else descriptors.shortage
         try:
             if not number:
                 self._relay.poller.register(self.sock.fileno(), self, select.EPOLLIN)

@@ -179,7 +179,7 @@ class UdpListener:
 
     def _read(self, fd: int, batches: int) -> None:
         """Receive and hand out, up to so many times or until there is nothing more."""
-        batch = self._relay.batch
+        batch = self._relay.bench.batch
         for _ in range(batches):
             count = batch.receive_from(fd)
             self._hand_out(count)
@@ -188,7 +188,7 @@ class UdpListener:
 
     def _hand_out(self, count: int) -> None:
         """Give each run of datagrams of one client to its flow."""
-        batch = self._relay.batch
+        batch = self._relay.bench.batch
         local = self._strays_to or b""
         first = 0
         peer = batch.peer(0) if count else b""
@@ -219,7 +219,7 @@ class UdpListener:
                 return  # another listener of the group has it, too, and forwards it
             flow = self._open(peer)
             if flow is None:
-                self._relay.drop_datagrams(self.pool, last - first)
+                self._relay.books.drop_datagrams(self.pool, last - first)
                 return
             # What comes next from a stray goes to whom the kernel gives it, perhaps another worker.
             is_ripe = last - first > 1 or self._strays_to is not None
@@ -268,7 +268,7 @@ class UdpListener:
             return None
         decision = Decision.ALLOWED if self.access.is_empty else self.access.decide(address[0])
         if decision is not Decision.ALLOWED:
-            self._relay.on_refused(self.pool, address, lambda: self.local(peer), decision)
+            self._relay.books.on_refused(self.pool, address, lambda: self.local(peer), decision)
             return None
         if self.pool is not self._own:
             offset = self._bound.port - self.pool.rule.first_port
@@ -282,7 +282,7 @@ class UdpListener:
             except Busy:
                 return None
             if held_as is None:
-                relay.on_limited(self.pool, address, lambda: self.local(peer), admission)
+                relay.books.on_limited(self.pool, address, lambda: self.local(peer), admission)
                 return None
         relay.flows.make_room_in(self.pool)
         flow = flow_class(self.pool.rule)(relay, self, peer, address)
@@ -325,7 +325,7 @@ class UdpListener:
             return None
         if self.is_for_many(flow.peer):
             return None
-        if self._settled >= self._relay.settled_limit(is_flat=self._is_flat):
+        if self._settled >= self._relay.flows.settled_limit(is_flat=self._is_flat):
             return None
         try:
             how = self.pool.client_how(self.sock.family)
@@ -345,7 +345,7 @@ class UdpListener:
         if self._settles and err.errno in (errno.EACCES, errno.EPERM, errno.EADDRINUSE):
             self._settles = False
             name = self.pool.rule.name
-            self._relay.warn_rarely(
+            self._relay.bench.warn_rarely(
                 f"unsettled {name}",
                 f"udp.unsettled rule={name}: flows cannot have sockets of their own: "
                 f"{os.strerror(err.errno)}; they are served, but begin anew when the number of "

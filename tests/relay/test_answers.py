@@ -270,13 +270,13 @@ def test_strangers_hold_up_no_other_flow_and_what_they_say_stays_out(
     for _ in range(after):
         stranger.sendto(b"evil", flow)
     receives: list[int] = []
-    receive_from = bench.relay.batch.receive_from
+    receive_from = bench.relay.bench.batch.receive_from
 
     def counted(fd: int) -> int:
         receives.append(fd)
         return receive_from(fd)
 
-    monkeypatch.setattr(bench.relay.batch, "receive_from", counted)
+    monkeypatch.setattr(bench.relay.bench.batch, "receive_from", counted)
     bench.relay.poller._turn()
     assert len(receives) <= BATCHES_PER_TURN
     bench.turn()

@@ -19,7 +19,6 @@ from forwarder.config.model import Protocol
 from forwarder.relay.dialer import Attempt, Dialer
 from forwarder.relay.poller import Poller
 from forwarder.relay.tcp.direction import Direction
-from forwarder.relay.tcp.metered import put_under_meters
 from forwarder.relay.tcp.session import Session
 from forwarder.relay.udp.directions import Way
 from forwarder.relay.udp.flow import Flow
@@ -120,11 +119,11 @@ def served(bench: Watched, stack: ExitStack) -> tuple[socket.socket, socket.sock
 @pytest.mark.parametrize("end", ["fin", "reset", "kill"])
 def test_a_session_that_has_ended(bench: Watched, stack: ExitStack, metered: str, end: str) -> None:
     if metered == "from the beginning":
-        bench.relay.meters[1] = METERS
+        bench.relay.restrictions.meters[1] = METERS
     client, far = served(bench, stack)
     if metered == "later":
         for session in bench.relay.sessions:
-            put_under_meters(cast("Session", session), METERS)
+            session.put_under(METERS)
         del session
     if end == "fin":
         client.close()

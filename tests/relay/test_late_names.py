@@ -41,7 +41,7 @@ def bench() -> Iterator[Bench]:
     yield bench
     bench.relay.abort_sessions(Phase.SHUTDOWN, "the test is over")
     bench.loop.pass_time(0)
-    assert not bench.relay.wheel
+    assert not bench.relay.bench.wheel
     bench.relay.close()
 
 
@@ -251,7 +251,7 @@ def test_who_is_ended_while_it_waits_leaves_nothing(
         bench.relay.abort_sessions(phase, "ended")
         bench.loop.pass_time(0)
         assert receive_to_reset(client) == b""
-    assert not bench.relay.wheel
+    assert not bench.relay.bench.wheel
     answer(pool, other)
     bench.loop.pass_time(CONNECT_S)
     assert set(procfs.descriptors(os.getpid())) == before

@@ -163,7 +163,7 @@ def test_a_listener_that_stops_takes_those_that_are_queued_behind_who_may_not_in
             denied.connect(sock.getsockname())
         stack.enter_context(connect(sock.getsockname()))
         listener.stop()
-        assert bench.relay.refused == ACCEPT_BATCH
+        assert bench.relay.books.refused == ACCEPT_BATCH
         assert len(bench.relay.sessions) == 1
 
 

@@ -215,7 +215,7 @@ def test_who_ends_while_there_is_a_race_leaves_nothing(
         assert receive_to_reset(client) == b""
     assert asking() == 0
     assert len(before - set(procfs.descriptors(os.getpid()))) >= 3, "client and both upstreams"
-    assert not bench.relay.wheel
+    assert not bench.relay.bench.wheel
 
 
 def test_not_more_than_a_few_are_tried_at_once(bench: Bench, stack: ExitStack) -> None:
@@ -240,7 +240,7 @@ def test_a_race_takes_no_descriptor_that_others_need(
         patched.setattr(sockets, "upstream_socket", none_left)
         bench.loop.pass_time(2.0)
     assert asking() == 1
-    assert bench.relay.has_spare_fd
+    assert bench.relay.descriptors.has_spare
     bench.loop.pass_time(RACE_S)
     works(bench, client, stack.enter_context(accept(other)))
 
@@ -381,7 +381,7 @@ def test_who_asks_all_ports_of_a_dead_range_does_not_fill_the_log(
     for offset in range(1, 1000):
         pool = whole.at(offset)
         for target in pool.targets() or ():
-            bench.relay.on_attempt_failed(pool, target, "refused", has_others=True)
+            bench.relay.outages.on_attempt_failed(pool, target, "refused", has_others=True)
     assert whole.counts[ATTEMPTS_FAILED] == 2 * 999
     assert len(caplog.messages) == 1
 
@@ -394,7 +394,7 @@ def test_carry_is_unchanged_after_a_race(bench: Bench, stack: ExitStack) -> None
     bench.relay.poller._turn()
     (session,) = bench.relay.sessions
     assert session.dialer is None
-    assert len(bench.relay.wheel) == 1
+    assert len(bench.relay.bench.wheel) == 1
 
 
 def test_a_udp_client_of_a_tcp_upstream_has_the_same_race(stack: ExitStack) -> None:

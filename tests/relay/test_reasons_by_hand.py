@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 def bench(tmp_path: Path) -> Iterator[Bench]:
     """Its log goes to ``json`` and ``rinetd``."""
     bench = Bench()
-    bench.relay.connlog.set_places(
+    bench.relay.books.connlog.set_places(
         [
             (how, how.value, os.open(tmp_path / how.value, os.O_RDWR | os.O_APPEND | os.O_CREAT))
             for how in (LogFormat.JSON, LogFormat.RINETD)
@@ -47,7 +47,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 
 def written(bench: Bench, pool: StubPool, path: Path) -> tuple[Counter[str], list[str]]:
     """Reasons in the JSON log, which must be those that were counted; and rinetd's results."""
-    bench.relay.connlog.close()
+    bench.relay.books.connlog.close()
     counts = pool.counts
     reasons = Counter(str(entry["end"]) for entry in read_json(path / "json"))
     assert reasons == Counter(

@@ -285,7 +285,7 @@ def test_a_socket_that_is_bound_and_not_yet_connected_is_no_listener(
     monkeypatch.setattr(net_udp, "_new_flow_socket", half)
     clients[0].send(b"x")
     listener.sock.settimeout(10)
-    peer = bench.relay.batch
+    peer = bench.relay.bench.batch
     assert peer.receive_from(listener.sock.fileno()) == 1
     net_udp.flow_socket(listener.sock, peer.peer(0), listener.pool.client_how(listener.sock.family))
     for client in clients:
@@ -577,7 +577,7 @@ def test_the_limit_of_flows_follows_the_number_of_workers(bench: UdpBench) -> No
 def test_flows_that_may_not_settle_are_served_all_the_same(
     bench: UdpBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("forwarder.relay.relay.MAX_SETTLED", 2)
+    monkeypatch.setattr("forwarder.relay.udp.flow_tables.MAX_SETTLED", 2)
     upstream = bench.upstream()
     listener = bench.listen(bench.pool(upstream), "0.0.0.0")
     clients = [bench.client(listener) for _ in range(5)]
@@ -643,7 +643,7 @@ def test_the_one_that_needs_a_descriptor_may_be_the_longest_silent_itself(bench:
     for _ in range(3):
         ask(bench, bench.client(listener), upstream, b"x")
     first, second, third = cast("list[Flow]", list(bench.relay.sessions))
-    assert bench.relay.make_room(keep=first)
+    assert bench.relay.descriptors.make_room(keep=first)
     assert list(bench.relay.sessions) == [first, third]
     assert second.state is State.CLOSED
 
@@ -789,7 +789,7 @@ class Clogged:
 
     def __init__(self, bench: UdpBench, monkeypatch: pytest.MonkeyPatch) -> None:
         self.room = 0
-        batch = bench.relay.batch
+        batch = bench.relay.bench.batch
         send, send_copy = batch.send, batch.send_copy
 
         def limited(to: object, first: int, last: int) -> int:

@@ -275,7 +275,9 @@ def test_an_upstream_that_is_gone_already_does_not_lend_its_refusal_to_the_next(
     (flow,) = bench.relay.sessions
     assert isinstance(flow, Flow)
     with monkeypatch.context() as patch:
-        patch.setattr(bench.relay.batch, "send", lambda _to, first, _last: first)  # it is full
+        patch.setattr(
+            bench.relay.bench.batch, "send", lambda _to, first, _last: first
+        )  # it is full
         client.send(b"next")
         bench.relay.poller._turn()
     flow.on_report(errno.ECONNREFUSED)
@@ -298,7 +300,7 @@ def test_answers_that_wait_for_the_listener_come_though_there_is_another_upstrea
     (flow,) = bench.relay.sessions
     assert isinstance(flow, Flow)
     with monkeypatch.context() as patch:
-        patch.setattr(bench.relay.batch, "send", lambda _to, first, _last: first)
+        patch.setattr(bench.relay.bench.batch, "send", lambda _to, first, _last: first)
         old.sendto(b"answer", old.recvfrom(100)[1])
         bench.relay.poller._turn()
         patch.setattr(udp_module, "upstream_socket", starved)

@@ -273,10 +273,10 @@ class UdpBench:
             assert not listener._flows
             assert listener._settled == 0
         assert not self.relay.sessions
-        assert not self.relay.wheel
+        assert not self.relay.bench.wheel
         assert not self.relay.flows
         dropped = sum(pool.counts[DATAGRAMS_DROPPED] for pool in self.pools)
-        assert self.relay.datagrams_dropped == dropped
+        assert self.relay.books.datagrams_dropped == dropped
         self.relay.close()
         for sock in self.sockets:
             sock.close()

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from support.ends import seeded
 
 from forwarder.relay.poller import READABLE, WRITABLE
-from forwarder.relay.tcp.direction import BULK_BYTES, SMALL_BYTES, Direction
+from forwarder.relay.tcp.direction import Direction
+from forwarder.relay.workbench import BULK_BYTES, SMALL_BYTES
 
 if TYPE_CHECKING:
     import socket
 
-    from forwarder.relay.relay import Relay
-    from forwarder.relay.tcp.session import Session
+    from forwarder.relay.workbench import Workbench
 
 EPOLLIN, EPOLLERR, EPOLLHUP, EPOLLRDHUP = 0x1, 0x8, 0x10, 0x2000
 
@@ -91,6 +91,9 @@ class FakeSession:
     def on_broken_while_blocked(self, direction: Direction) -> None:
         assert direction.is_blocked
 
+    def on_bug(self) -> None:
+        raise AssertionError
+
 
 class Stage:
     """A direction between a source and a sink, and the events an edge-triggered poll would give."""
@@ -101,20 +104,20 @@ class Stage:
         self.session = FakeSession()
         self.again: list[Direction] = []
         buffer = memoryview(bytearray(BULK_BYTES))
-        relay = SimpleNamespace(
+        bench = SimpleNamespace(
             poller=SimpleNamespace(now=0.0, call_again=self.again.append),
             bulk_view=buffer,
             small_view=buffer[:SMALL_BYTES],
         )
-        self.direction = self._direction(relay)
-        self.direction.reverse = reverse = self._direction(relay)
+        self.direction = self._direction(bench)
+        self.direction.reverse = reverse = self._direction(bench)
         reverse.reverse = self.direction
         reverse.is_done = True
         self.direction.src = cast("socket.SocketType", self.source)
         self.direction.dst = cast("socket.SocketType", self.sink)
 
-    def _direction(self, relay: SimpleNamespace) -> Direction:
-        return Direction(cast("Relay", relay), cast("Session", self.session))
+    def _direction(self, bench: SimpleNamespace) -> Direction:
+        return Direction(cast("Workbench", bench), self.session)
 
     def arrive(self, data: bytes) -> None:
         """Bytes arrive: an edge."""

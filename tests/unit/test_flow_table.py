@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from forwarder.relay.udp.flow_table import FlowTable, share
 
 if TYPE_CHECKING:
-    from forwarder.relay.udp.flow import Flow
+    from forwarder.relay.udp.flow_table import Evictable
 
 
 class Fake:
@@ -23,9 +23,9 @@ steps = st.lists(st.tuples(st.sampled_from(["add", "touch", "discard"]), st.inte
 @given(steps)
 def test_the_longest_silent_comes_first(taken: list[tuple[str, int]]) -> None:
     """Against a plain list."""
-    flows = [cast("Flow", Fake()) for _ in range(6)]
+    flows = [cast("Evictable", Fake()) for _ in range(6)]
     table = FlowTable(3)
-    model: list[Flow] = []
+    model: list[Evictable] = []
     for what, number in taken:
         flow = flows[number]
         if what == "discard":

@@ -1,4 +1,4 @@
-"""Imports only point down, and what is called pure imports nothing that acts on the world."""
+"""Imports only point down and never in a circle; what is called pure imports nothing that acts."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import ast
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 import forwarder
+
+if TYPE_CHECKING:
+    from collections.abc import Container
 
 PACKAGE = Path(forwarder.__file__).parent
 
@@ -125,6 +129,58 @@ def test_imports_only_point_down() -> None:
 )
 def test_an_import_that_points_up_is_found(module: str, line: str) -> None:
     assert len(violations({module: line})) == 1
+
+
+def imported(name: str, known: Container[str]) -> str | None:
+    """The module below ``forwarder`` that a dotted name is, or is in."""
+    module = name.removeprefix("forwarder.")
+    while module != name and module:
+        if module in known:
+            return module
+        module = module.rpartition(".")[0]
+    return None
+
+
+def circles(sources: dict[str, str]) -> list[list[str]]:
+    """Modules that import each other, for types too, directly or through others."""
+    above = {
+        module: {other for name in imports(source) if (other := imported(name, sources))}
+        for module, source in sources.items()
+    }
+    reached = {module: reach(module, above) for module in above}
+    of_each = {
+        tuple(sorted(other for other in reached[module] if module in reached[other]))
+        for module in above
+    }
+    return sorted([*circle] for circle in of_each if circle)
+
+
+def reach(module: str, above: dict[str, set[str]]) -> set[str]:
+    """What a module imports, directly or through others."""
+    found: set[str] = set()
+    left = {module}
+    while left:
+        new = above[left.pop()] - found
+        found |= new
+        left |= new
+    return found
+
+
+def test_no_modules_import_each_other() -> None:
+    assert circles(modules()) == []
+
+
+def test_a_circle_is_found() -> None:
+    sources = {
+        "relay.a": "from forwarder.relay.b import B\nfrom forwarder.errors import Issue",
+        "relay.b": "if TYPE_CHECKING:\n    from forwarder.relay import c",
+        "relay.c": "def f():\n    import forwarder.relay.a",
+        "relay.d": "from forwarder.relay.a import A",
+        "net": "",
+        "net.pipes": "from forwarder import net",
+        "errors": "",
+    }
+    assert circles(sources) == [["relay.a", "relay.b", "relay.c"]]
 
 
 def test_pure_modules_import_nothing_that_acts() -> None:

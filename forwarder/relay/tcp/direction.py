@@ -25,34 +25,53 @@ events that arrive meanwhile are kept in ``missed``, for an edge is reported onl
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from forwarder.relay.poller import BROKEN, READ_ON, READABLE, URGENT, WRITABLE
+from forwarder.relay.workbench import BULK_BYTES, SMALL_BYTES
 
 if TYPE_CHECKING:
     import socket
 
-    from forwarder.relay.relay import Relay
-    from forwarder.relay.tcp.session import Session
+    from forwarder.relay.workbench import Workbench
 
-# What one read of a quiet direction takes. Whatever fills it is bulk. Small enough to stay in the
-# CPU's cache, and more than the largest record of TLS (16 KiB and 22 bytes, RFC 8446 5.1) or a
-# message of 16 KiB: with 16 KiB each of these began bulk anew, for 30% more CPU.
-SMALL_BYTES: Final = 20 * 1024
-# The copying way reads this much of bulk at once.
-BULK_BYTES: Final = 256 * 1024
 # What a direction may move before the others of this worker get their turn.
 BUDGET_BYTES: Final = 1024 * 1024
 
 
+class Owner(Protocol):
+    """The session of two directions. ``active_at``: when something was last heard."""
+
+    active_at: float
+
+    def on_eof(self, direction: Direction) -> None:
+        """``direction`` has delivered everything up to the FIN of its source."""
+
+    def on_reset(self, direction: Direction, err: OSError) -> None:
+        """The source of ``direction`` fails; everything it had sent before is read."""
+
+    def on_undeliverable(self, direction: Direction, err: OSError) -> None:
+        """The destination of ``direction`` fails, with something that it has not taken."""
+
+    def can_rest(self, err: OSError) -> bool:
+        """Whether an error passes by itself; then both directions are resumed a moment later."""
+
+    def on_broken_while_blocked(self, direction: Direction) -> None:
+        """The source of ``direction`` is gone while nothing may be read from it."""
+
+    def on_bug(self) -> None:
+        """An event handler failed: end, the worker goes on."""
+
+
 class Direction:
-    """One way of a session. ``moved`` counts bytes read from ``src``; ``counted`` is the relay's.
+    """One way of a session. ``moved`` counts bytes read from ``src``; ``counted`` is the books'.
 
     The session owns both sockets and sets ``src``, ``dst`` and ``reverse``, the last two before the
     direction is first unblocked.
     """
 
     __slots__ = (
+        "bench",
         "can_splice",
         "counted",
         "dst",
@@ -63,7 +82,6 @@ class Direction:
         "missed",
         "moved",
         "pending",
-        "relay",
         "reverse",
         "session",
         "src",
@@ -76,14 +94,14 @@ class Direction:
     """What it may move before it yields, and at once: the limits of a meter are smaller."""
     chunk_bytes: int = BULK_BYTES
     spliced: int = 0
-    """How many of the bytes moved never entered the process, since the relay has counted them."""
+    """How many of the bytes moved never entered the process, that are not in the books yet."""
     is_held_up: bool = False
     """Whether it waits for a meter."""
     is_sink: bool = False
     """Whether it drops what it reads: see ``sink``."""
 
-    def __init__(self, relay: Relay, session: Session) -> None:
-        self.relay = relay
+    def __init__(self, bench: Workbench, session: Owner) -> None:
+        self.bench = bench
         self.session = session
         self.can_splice = True
         self.is_blocked = True
@@ -96,7 +114,7 @@ class Direction:
 
     def on_events(self, mask: int) -> None:
         """Handle events of ``src``: it feeds this direction and is fed by the reverse one."""
-        self.session.active_at = self.relay.poller.now
+        self.session.active_at = self.bench.poller.now
         reverse = self.reverse
         if mask & WRITABLE and reverse.is_blocked:
             reverse.resume()
@@ -124,7 +142,7 @@ class Direction:
         if self.is_bulk:
             self.pump_bulk(mask)
             return
-        view = self.relay.small_view
+        view = self.bench.small_view
         while True:
             try:
                 count = self.src.recv_into(view)
@@ -147,7 +165,7 @@ class Direction:
 
     def pump_bulk(self, mask: int) -> None:
         """Move bulk until ``src`` runs dry, ``dst`` is full or the budget is used up."""
-        view = self.relay.bulk_view[: self.chunk_bytes]
+        view = self.bench.bulk_view[: self.chunk_bytes]
         budget = whole = self.budget_bytes
         while budget > 0:
             try:
@@ -222,7 +240,7 @@ class Direction:
         self.missed |= mask | READABLE
         if not self.is_queued:  # an event may have resumed it since it was queued
             self.is_queued = True
-            self.relay.poller.call_again(self)
+            self.bench.poller.call_again(self)
 
     def on_turn(self) -> None:
         """Go on after :meth:`yield_turn`."""

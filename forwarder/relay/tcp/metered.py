@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from forwarder.relay.poller import READABLE
-from forwarder.relay.tcp.direction import SMALL_BYTES, Direction
+from forwarder.relay.tcp.direction import Direction
 from forwarder.relay.tcp.splice import SpliceDirection
 from forwarder.relay.tcp.unix import UnixDirection, UnixSpliceDirection
+from forwarder.relay.workbench import SMALL_BYTES
 
 if TYPE_CHECKING:
     from forwarder.limits.meter import Meter
-    from forwarder.relay.tcp.session import Session
 
 
 class Metered(Direction):
@@ -46,7 +46,7 @@ class Metered(Direction):
         """The meter lets it move again."""
         self.is_held_up = False
         # It was we who kept it waiting: that is no silence of its ends.
-        self.session.active_at = self.relay.poller.now = now
+        self.session.active_at = self.bench.poller.now = now
         self.resume()
 
     def stop(self) -> None:
@@ -102,18 +102,3 @@ def metered(direction: Direction, meter: Meter) -> Direction:
     new.meter = meter
     new.paid = direction.moved
     return new
-
-
-def put_under_meters(session: Session, meters: tuple[Meter, Meter]) -> None:
-    """Have a session, which may be at anything but amid an event, ask the meters of its rule."""
-    before = session.c2u, session.u2c
-    c2u = session.c2u = metered(before[0], meters[0])
-    u2c = session.u2c = metered(before[1], meters[1])
-    c2u.reverse, u2c.reverse = u2c, c2u
-    for old, new in ((before[0], c2u), (before[1], u2c)):
-        if old is not new:
-            del old.reverse, old.session  # else the two would keep each other, and the session
-    poller = session.relay.poller
-    poller.replace(session.client, before[0], c2u)
-    if session.upstream is not None:
-        poller.replace(session.upstream, before[1], u2c)

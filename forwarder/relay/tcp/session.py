@@ -36,20 +36,23 @@ import logging
 import math
 import socket
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from forwarder.net import sockets
-from forwarder.relay.conversation import Conversation, State
+from forwarder.relay.conversation import Conversation, Home, State
 from forwarder.relay.poller import BROKEN, READABLE
 from forwarder.relay.tcp import fast_open, sink
-from forwarder.relay.tcp.metered import put_under_meters
+from forwarder.relay.tcp.direction import Direction
+from forwarder.relay.tcp.metered import metered
+from forwarder.relay.tcp.splice import SpliceDirection
+from forwarder.relay.tcp.unix import UnixDirection, UnixSpliceDirection
 from forwarder.relay.wheel import TICK_S
 from forwarder.stats.reasons import CLIENT_HAD_ENDED, UPSTREAM_HAD_ENDED, CloseReason, Phase, Who
 
 if TYPE_CHECKING:
+    from forwarder.limits.meter import Meter
     from forwarder.net.sockets import SockAddr, Target
-    from forwarder.relay.relay import Relay
-    from forwarder.relay.tcp.direction import Direction
+    from forwarder.relay.descriptors import Descriptors
     from forwarder.upstream.pool import Pool
 
 log = logging.getLogger(__name__)
@@ -71,6 +74,12 @@ _HALF_CLOSED, _CLOSED = State.HALF_CLOSED, State.CLOSED
 _LINGERING, _ABORTING = State.LINGERING, State.ABORTING
 
 
+class TcpHome(Home, Protocol):
+    """The same for sessions with TCP on both sides."""
+
+    descriptors: Descriptors
+
+
 class Session(Conversation):
     """A client and its upstream. Owns both sockets from the constructor on.
 
@@ -79,26 +88,32 @@ class Session(Conversation):
 
     __slots__ = ("client", "ending", "is_short", "unsent")
 
+    relay: TcpHome
     c2u: Direction
     u2c: Direction
     takes_resets = True
 
     def __init__(
-        self, relay: Relay, pool: Pool, client: socket.SocketType, client_address: sockets.SockAddr
+        self, relay: TcpHome, pool: Pool, client: socket.SocketType, client_address: SockAddr
     ) -> None:
         super().__init__(relay, pool, client_address)
         self.client = client
         self.ending: CloseReason | None = None
         self.is_short = False  # a way waits for memory of the kernel
         self.unsent = 0  # in our send queues when a timeout was last looked at
-        make = relay.make_unix_direction if pool.has_unix else relay.make_direction
-        c2u = self.c2u = make(relay, self)
-        u2c = self.u2c = make(relay, self)
+        bench = relay.bench
+        if bench.splices:
+            make: type[Direction] = UnixSpliceDirection if pool.has_unix else SpliceDirection
+        else:
+            make = UnixDirection if pool.has_unix else Direction
+        c2u = self.c2u = make(bench, self)
+        u2c = self.u2c = make(bench, self)
         c2u.reverse = u2c
         u2c.reverse = c2u
         c2u.src = u2c.dst = client
-        if relay.meters and pool.row in relay.meters:
-            put_under_meters(self, relay.meters[pool.row])
+        meters = relay.restrictions.meters
+        if meters and pool.row in meters:
+            self.put_under(meters[pool.row])
         relay.sessions[self] = None
 
     def local(self) -> Target:
@@ -111,7 +126,7 @@ class Session(Conversation):
         self, target: Target, source: SockAddr | None, *, is_rival: bool
     ) -> socket.SocketType:
         """Make a socket for ``target``, if need be of the spare descriptor."""
-        make = sockets.upstream_socket if is_rival else self.relay.upstream_socket
+        make = sockets.upstream_socket if is_rival else self.relay.descriptors.upstream_socket
         return make(target, source, self.pool.how[target.family])
 
     def connect(self, upstream: socket.SocketType, target: Target) -> int:
@@ -120,7 +135,7 @@ class Session(Conversation):
         is_fast = self.pool.opens_fast and not target.is_unix
         if not is_fast or dialer is None or not dialer.may_send_early:
             return upstream.connect_ex(target.sockaddr)
-        view = self.relay.bulk_view
+        view = self.relay.bench.bulk_view
         error, dialer.early = fast_open.connect(self.client, upstream, target.sockaddr, view)
         return error
 
@@ -137,13 +152,13 @@ class Session(Conversation):
             self._lose(self.c2u, "reset")
         if early:
             self.c2u.moved += early
-            if not fast_open.take_out(self.client, early, self.relay.bulk_view):
+            if not fast_open.take_out(self.client, early, self.relay.bench.bulk_view):
                 self.abort(CloseReason(Who.CLIENT, Phase.CONNECT, is_reset=True))
                 return
         self.state = _RELAYING
         self.active_at = self.connected_at = self.relay.poller.now
         self.deadline = 0.0  # of no use from here on, and a number of its own where it was used
-        self.relay.on_open(self)
+        self.relay.books.on_open(self)
         self.relay.poller.hand_over(upstream.fileno(), self.u2c)
         self.arm(self.pool.rule.idle_timeout_s)
         self.u2c.is_blocked = False
@@ -157,6 +172,22 @@ class Session(Conversation):
         is_half = self.state in (_HALF_CLOSED, _LINGERING)
         phase = Phase.HALF_CLOSE if is_half else Phase.DATA
         return CloseReason(who, phase, detail, is_reset=True)
+
+    # -- limits
+
+    def put_under(self, meters: tuple[Meter, Meter]) -> None:
+        """Have both directions ask the meters of its rule. Not amid an event."""
+        before = self.c2u, self.u2c
+        c2u = self.c2u = metered(before[0], meters[0])
+        u2c = self.u2c = metered(before[1], meters[1])
+        c2u.reverse, u2c.reverse = u2c, c2u
+        for old, new in ((before[0], c2u), (before[1], u2c)):
+            if old is not new:
+                del old.reverse, old.session  # else the two would keep each other, and the session
+        poller = self.relay.poller
+        poller.replace(self.client, before[0], c2u)
+        if self.upstream is not None:
+            poller.replace(self.upstream, before[1], u2c)
 
     # -- what the directions report
 
@@ -398,7 +429,7 @@ class Session(Conversation):
         """Stop both directions and report the end."""
         self.c2u.stop()
         self.u2c.stop()
-        self.relay.on_end(self, reason)
+        self.relay.books.on_end(self, reason)
 
     def _finish(self) -> None:
         """Give everything back. After this batch nothing refers to the session any more."""
@@ -407,7 +438,7 @@ class Session(Conversation):
             self.dialer.close(is_abort=True)
             self.dialer = None
         relay = self.relay
-        relay.wheel.discard(self)
+        relay.bench.wheel.discard(self)
         relay.sessions.pop(self, None)
         relay.poller.release(self.client)
         if self.upstream is not None:
@@ -420,6 +451,6 @@ class Session(Conversation):
         The place among the sessions is free only now: before, its sockets were open.
         """
         if self.held_as is not None:
-            self.relay.let_go(self)
+            self.relay.restrictions.let_go(self)
         del self.c2u.reverse, self.c2u.session
         del self.u2c.reverse, self.u2c.session

@@ -15,8 +15,8 @@ from forwarder.relay.poller import READABLE, WRITABLE
 from forwarder.relay.tcp.direction import Direction
 
 if TYPE_CHECKING:
-    from forwarder.relay.relay import Relay
-    from forwarder.relay.tcp.session import Session
+    from forwarder.relay.tcp.direction import Owner
+    from forwarder.relay.workbench import Workbench
 
 # One of poller.READ_ON. Reading on until the source is dry is right for every kind of socket
 # (``unix`` says why it must be); here one more call does not matter.
@@ -30,8 +30,8 @@ class Sink(Direction):
 
     is_sink = True
 
-    def __init__(self, relay: Relay, session: Session) -> None:
-        super().__init__(relay, session)
+    def __init__(self, bench: Workbench, session: Owner) -> None:
+        super().__init__(bench, session)
         self.spliced = 0
 
     def on_events(self, mask: int) -> None:
@@ -67,12 +67,12 @@ def in_place_of(direction: Direction) -> Direction:
     """
     was_done = direction.is_done
     direction.stop()
-    sink = Sink(direction.relay, direction.session)
+    sink = Sink(direction.bench, direction.session)
     sink.src, sink.dst = direction.src, direction.dst
     sink.moved, sink.counted, sink.spliced = direction.moved, direction.counted, direction.spliced
     sink.reverse = direction.reverse
     sink.reverse.reverse = sink
-    sink.relay.poller.hand_over(sink.src.fileno(), sink)
+    sink.bench.poller.hand_over(sink.src.fileno(), sink)
     if was_done:
         sink.is_blocked = sink.is_done = True
         return sink

@@ -23,12 +23,13 @@ import os
 from typing import TYPE_CHECKING, Final
 
 from forwarder.relay.poller import READ_ON
-from forwarder.relay.tcp.direction import SMALL_BYTES, Direction
+from forwarder.relay.tcp.direction import Direction
+from forwarder.relay.workbench import SMALL_BYTES
 
 if TYPE_CHECKING:
     from forwarder.net.pipes import Pipe
-    from forwarder.relay.relay import Relay
-    from forwarder.relay.tcp.session import Session
+    from forwarder.relay.tcp.direction import Owner
+    from forwarder.relay.workbench import Workbench
 
 _FLAGS: Final = 0x01 | 0x02  # SPLICE_F_MOVE | SPLICE_F_NONBLOCK, linux/splice.h
 # More than a pipe's nominal size on purpose: its slots hold whole fragments of up to 32 KiB.
@@ -47,14 +48,14 @@ class SpliceDirection(Direction):
 
     chunk_bytes = CHUNK_BYTES
 
-    def __init__(self, relay: Relay, session: Session) -> None:
-        super().__init__(relay, session)
+    def __init__(self, bench: Workbench, session: Owner) -> None:
+        super().__init__(bench, session)
         self.pipe: Pipe | None = None
         self.spliced = 0
 
     def pump_bulk(self, mask: int) -> None:
         """Move bulk from socket to socket until dry, full, or the budget is used up."""
-        pipe = self.relay.pipes.take() if self.can_splice else None
+        pipe = self.bench.pipes.take() if self.can_splice else None
         if pipe is None:
             super().pump_bulk(mask)
         else:
@@ -62,7 +63,7 @@ class SpliceDirection(Direction):
 
     def _splice(self, pipe: Pipe, mask: int) -> None:
         """Move bulk through ``pipe``, which is given back or kept."""
-        pool = self.relay.pipes
+        pool = self.bench.pipes
         src_fd = self.src.fileno()
         moved = 0
         budget, chunk = self.budget_bytes, self.chunk_bytes
@@ -99,7 +100,7 @@ class SpliceDirection(Direction):
         self.pipe = None
         if not self._drain(pipe, pipe.filled):
             return False
-        self.relay.pipes.give(pipe)
+        self.bench.pipes.give(pipe)
         return True
 
     @property
@@ -120,7 +121,7 @@ class SpliceDirection(Direction):
                     pipe.filled = left
                     self.block()
                     return False
-                self.relay.pipes.discard(pipe)
+                self.bench.pipes.discard(pipe)
                 self.session.on_undeliverable(self, err)
                 return False
         return True
@@ -138,4 +139,4 @@ class SpliceDirection(Direction):
         pipe = self.pipe
         if pipe is not None:
             self.pipe = None
-            self.relay.pipes.discard(pipe)
+            self.bench.pipes.discard(pipe)

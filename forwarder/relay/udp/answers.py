@@ -35,8 +35,9 @@ if TYPE_CHECKING:
 
     from forwarder.config.model import Rule
     from forwarder.net.sockets import SockAddr, Target
-    from forwarder.relay.relay import Relay
-    from forwarder.relay.udp_listener import UdpListener
+    from forwarder.relay.udp.client_flow import Receiver
+    from forwarder.relay.udp.flow import UdpHome
+    from forwarder.relay.workbench import Workbench
 
 _ANSWERED: Final = CloseReason(Who.UPSTREAM, Phase.DATA, "answered")
 _GONE: Final = CloseReason(Who.UPSTREAM, Phase.DATA, "its port is closed")
@@ -68,7 +69,7 @@ class _OneAnswer(UdpFlow):
     lasts = False
 
     def __init__(
-        self, relay: Relay, listener: UdpListener, peer: bytes, client_address: SockAddr
+        self, relay: UdpHome, listener: Receiver, peer: bytes, client_address: SockAddr
     ) -> None:
         self.unanswered = 0
         super().__init__(relay, listener, peer, client_address)
@@ -85,7 +86,7 @@ class _OneAnswerFlow(_OneAnswer):
     __slots__ = ()
 
     def make_ways(self) -> tuple[DatagramWay, DatagramWay]:
-        return _Questions(self.relay, self), _Answers(self.relay, self)
+        return _Questions(self.relay.bench, self), _Answers(self.relay.bench, self)
 
 
 class _OneAnswerToTcpFlow(_OneAnswer, UdpToTcpFlow):
@@ -97,8 +98,8 @@ class _OneAnswerToTcpFlow(_OneAnswer, UdpToTcpFlow):
     u2c: StreamToDatagram
 
     def make_ways(self) -> tuple[DatagramToStream, StreamToDatagram]:
-        framing = self.pool.rule.framing
-        return _QuestionStream(self.relay, self, framing), _AnswerStream(self.relay, self, framing)
+        bench, framing = self.relay.bench, self.pool.rule.framing
+        return _QuestionStream(bench, self, framing), _AnswerStream(bench, self, framing)
 
 
 class _Asking(FromDatagrams):
@@ -164,14 +165,14 @@ class _AnyPortFlow(UdpFlow):
     u2c: _FirstAnswer
 
     def __init__(
-        self, relay: Relay, listener: UdpListener, peer: bytes, client_address: SockAddr
+        self, relay: UdpHome, listener: Receiver, peer: bytes, client_address: SockAddr
     ) -> None:
         self.is_found = False
         super().__init__(relay, listener, peer, client_address)
 
     def make_ways(self) -> tuple[DatagramWay, DatagramWay]:
         """Make the two ways."""
-        return DatagramWay(self.relay, self), _FirstAnswer(self.relay, self)
+        return DatagramWay(self.relay.bench, self), _FirstAnswer(self.relay.bench, self)
 
     def make_socket(
         self, target: Target, source: SockAddr | None, *, is_rival: bool
@@ -230,8 +231,8 @@ class _FirstAnswer(DatagramWay):
 
     flow: _AnyPortFlow
 
-    def __init__(self, relay: Relay, flow: _AnyPortFlow) -> None:
-        super().__init__(relay, flow)
+    def __init__(self, bench: Workbench, flow: _AnyPortFlow) -> None:
+        super().__init__(bench, flow)
         self.forget()
 
     def forget(self) -> None:
@@ -255,7 +256,7 @@ class _FirstAnswer(DatagramWay):
             if self.src is None or self.holds_data:
                 return
             was_found = self.flow.is_found
-            count = self.relay.batch.receive_from(self.src.fileno())
+            count = self.bench.batch.receive_from(self.src.fileno())
             for slot in range(count):
                 self._take(slot)
             if count < SLOTS and self.flow.is_found is was_found:
@@ -266,13 +267,13 @@ class _FirstAnswer(DatagramWay):
         self.yield_turn()
 
     def _take(self, slot: int) -> None:
-        flow, peer = self.flow, self.relay.batch.peer(slot)
+        flow, peer = self.flow, self.bench.batch.peer(slot)
         if not flow.is_found and self._is_upstream(peer) and flow.find(peer):
             self.answerer = peer
         if peer == self.answerer:
             self.deliver(slot, slot + 1)
         else:
-            self.relay.drop_datagrams(flow.pool, 1)
+            flow.drop(1)
 
     def _is_upstream(self, peer: bytes) -> bool:
         target = self.flow.target

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import socket
 
     from forwarder.net.sockets import SockAddr, Target
-    from forwarder.relay.relay import Relay
+    from forwarder.relay.udp.flow import UdpHome
     from forwarder.upstream.pool import Pool
 
 
@@ -32,15 +32,12 @@ class Bridge(Flow):
     u2c: DatagramToStream
 
     def __init__(
-        self, relay: Relay, pool: Pool, client: socket.SocketType, client_address: SockAddr
+        self, relay: UdpHome, pool: Pool, client: socket.SocketType, client_address: SockAddr
     ) -> None:
         super().__init__(relay, pool, client_address)
         self.client = client
-        framing = pool.rule.framing
-        self.join(
-            StreamToDatagram(relay, self, framing),
-            DatagramToStream(relay, self, framing),
-        )
+        bench, framing = relay.bench, pool.rule.framing
+        self.join(StreamToDatagram(bench, self, framing), DatagramToStream(bench, self, framing))
 
     def local(self) -> Target:
         """The address of ours that the client is connected to. Raises OSError if it is closed."""

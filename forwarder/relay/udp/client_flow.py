@@ -17,7 +17,7 @@ through the listener; they lose nothing by that until their worker is resized aw
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from forwarder.net import sockets
 from forwarder.net.datagrams import Destination
@@ -31,9 +31,28 @@ if TYPE_CHECKING:
     import socket
 
     from forwarder.net.sockets import SockAddr, Target
-    from forwarder.relay.relay import Relay
     from forwarder.relay.udp.directions import Way
-    from forwarder.relay.udp_listener import UdpListener
+    from forwarder.relay.udp.flow import UdpHome
+    from forwarder.upstream.pool import Pool
+
+
+class Receiver(Protocol):
+    """The listener of a flow, which outlives no flow that is not settled."""
+
+    pool: Pool
+    sock: socket.socket
+
+    def local(self, peer: bytes) -> Target:
+        """The address of ours that a client speaks to."""
+
+    def answer_to(self, peer: bytes) -> bytes:
+        """Whom to send answers to, from where."""
+
+    def resume_when_writable(self, way: Way) -> None:
+        """Call ``way.resume`` when the listener's socket takes more."""
+
+    def forget(self, flow: UdpFlow) -> None:
+        """A flow of its has ended."""
 
 
 class UdpFlow(Flow):
@@ -52,7 +71,7 @@ class UdpFlow(Flow):
     u2c: DatagramWay | StreamToDatagram
 
     def __init__(
-        self, relay: Relay, listener: UdpListener, peer: bytes, client_address: SockAddr
+        self, relay: UdpHome, listener: Receiver, peer: bytes, client_address: SockAddr
     ) -> None:
         super().__init__(relay, listener.pool, client_address)
         self.listener = listener
@@ -64,7 +83,7 @@ class UdpFlow(Flow):
 
     def make_ways(self) -> tuple[DatagramWay | DatagramToStream, DatagramWay | StreamToDatagram]:
         """Make the two ways."""
-        return DatagramWay(self.relay, self), DatagramWay(self.relay, self)
+        return DatagramWay(self.relay.bench, self), DatagramWay(self.relay.bench, self)
 
     def local(self) -> Target:
         """The address of ours that the client speaks to."""
@@ -88,7 +107,7 @@ class UdpFlow(Flow):
             return False
         self.client = sock
         if self.gathers:
-            self.relay.batch.prepare(sock)
+            self.relay.bench.batch.prepare(sock)
         self.u2c.to = Destination(sock.fileno())
         self.c2u.src = sock
         return True
@@ -139,11 +158,8 @@ class UdpToTcpFlow(UdpFlow):
 
     def make_ways(self) -> tuple[DatagramToStream, StreamToDatagram]:
         """Make the two ways."""
-        framing = self.pool.rule.framing
-        return (
-            DatagramToStream(self.relay, self, framing),
-            StreamToDatagram(self.relay, self, framing),
-        )
+        bench, framing = self.relay.bench, self.pool.rule.framing
+        return DatagramToStream(bench, self, framing), StreamToDatagram(bench, self, framing)
 
     def make_socket(
         self, target: Target, source: SockAddr | None, *, is_rival: bool

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import select
 from collections import deque
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from forwarder.net.datagrams import MAX_DATAGRAM, SLOTS, Destination
 from forwarder.net.sockets import OUT_OF_RESOURCES
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     import socket
 
     from forwarder.config.model import Framing
-    from forwarder.relay.relay import Relay
-    from forwarder.relay.udp.flow import Flow
+    from forwarder.limits.meter import Meter
+    from forwarder.relay.workbench import Workbench
 
 # Receives in a row before others get their turn: 256 datagrams, some 300 KB.
 BATCHES_PER_TURN: Final = 4
@@ -44,21 +44,51 @@ UNLIMITED: Final = 1 << 62
 _MORE: Final = select.EPOLLIN
 
 
+class Owner(Protocol):
+    """The flow of two ways, which opens and closes what they move between."""
+
+    @property
+    def u2c(self) -> Way:
+        """The way from the upstream."""
+
+    def touch(self) -> None:
+        """Something was heard just now."""
+
+    def drop(self, count: int) -> None:
+        """So many datagrams are not passed on."""
+
+    def on_blocked(self, way: Way) -> None:
+        """``way``, to a UDP socket, waits: resume it when that takes more."""
+
+    def on_report(self, number: int) -> None:
+        """Nobody is where the upstream's socket is connected to: this errno says so."""
+
+    def on_stream_ended(self) -> None:
+        """The stream on one side has ended, and everything from it is delivered."""
+
+    def on_stream_broken(self, why: str) -> None:
+        """The stream on one side was reset."""
+
+    def on_bug(self) -> None:
+        """An event handler failed: end, the worker goes on."""
+
+
 class Way:
     """One way of a flow. ``moved`` counts bytes of payload, ``src`` is None while there is none.
 
     ``reverse`` is set by the flow before anything is registered. ``held_up``: the events that came
-    while it waits for a meter, 0 if it does not. ``trial`` is told of what is sent to an upstream
+    while it waits for ``meter``, 0 if it does not. ``trial`` is told of what is sent to an upstream
     that has not answered yet; there is none of one that has.
     """
 
     __slots__ = (
+        "bench",
         "counted",
         "flow",
         "held_up",
         "is_queued",
+        "meter",
         "moved",
-        "relay",
         "reverse",
         "src",
         "trial",
@@ -67,9 +97,10 @@ class Way:
     reverse: Way
     spliced = 0  # datagrams pass through the process
 
-    def __init__(self, relay: Relay, flow: Flow) -> None:
-        self.relay = relay
+    def __init__(self, bench: Workbench, flow: Owner) -> None:
+        self.bench = bench
         self.flow = flow
+        self.meter: Meter | None = None
         self.src: socket.SocketType | None = None
         self.moved = self.counted = 0
         self.held_up = 0
@@ -90,7 +121,7 @@ class Way:
 
     def pump(self, mask: int) -> None:
         """Move what ``src`` has, if the meter of the rule lets it. ``mask``: the events seen."""
-        meter = self.relay.meter(self.flow.pool.row, is_u2c=self is self.flow.u2c)
+        meter = self.meter
         if meter is None:
             self.move(mask)
         elif room := meter.room(self):
@@ -104,7 +135,7 @@ class Way:
         """The meter lets it move again."""
         mask, self.held_up = self.held_up, 0
         if self.src is not None:
-            self.relay.poller.now = now
+            self.bench.poller.now = now
             self.flow.touch()
             self.pump(mask)
 
@@ -130,7 +161,7 @@ class Way:
         """Let the others go on, then continue here."""
         if not self.is_queued:
             self.is_queued = True
-            self.relay.poller.call_again(self)
+            self.bench.poller.call_again(self)
 
     def on_turn(self) -> None:
         """Go on after :meth:`yield_turn`."""
@@ -157,12 +188,11 @@ class FromDatagrams(Way):
         """The same; then hear no more of what leaves ``src``, see ``poller.EDGE_IN``."""
         self.reverse.resume()
         if self.src is not None and not self.reverse.holds_data:
-            self.relay.poller.modify(self.src.fileno(), EDGE_IN)
+            self.bench.poller.modify(self.src.fileno(), EDGE_IN)
 
     def take(self, first: int, last: int) -> None:
         """Send on what the listener has received for us; dropped where a meter has no room."""
-        pool = self.flow.pool
-        meter = self.relay.meter(pool.row, is_u2c=False)
+        meter = self.meter
         if meter is None:
             self.deliver(first, last)
         elif meter.room_now():
@@ -170,14 +200,14 @@ class FromDatagrams(Way):
             self.deliver(first, last)
             meter.spend_now(self.moved - before)
         else:
-            self.relay.drop_datagrams(pool, last - first)
+            self.flow.drop(last - first)
 
     def move(self, mask: int, room: int = UNLIMITED) -> None:  # noqa: ARG002 - see below
         """Move what ``src`` has: a batch at a time. Errors are told by the receive itself."""
         src = self.src
         if src is None or self.holds_data:
             return
-        batch = self.relay.batch
+        batch = self.bench.batch
         fd = src.fileno()
         enough = self.moved + room
         for _ in range(BATCHES_PER_TURN):
@@ -200,14 +230,14 @@ class DatagramWay(FromDatagrams):
 
     __slots__ = ("pending", "to")
 
-    def __init__(self, relay: Relay, flow: Flow) -> None:
-        super().__init__(relay, flow)
+    def __init__(self, bench: Workbench, flow: Owner) -> None:
+        super().__init__(bench, flow)
         self.to = Destination()
         self.pending: deque[bytes] | None = None
 
     def deliver(self, first: int, last: int) -> bool:
         """Send slots on, or keep copies while the way is blocked."""
-        batch = self.relay.batch
+        batch = self.bench.batch
         self.moved += batch.total(first, last)
         if self.pending is None and self.to.fd >= 0:
             taken = batch.send(self.to, first, last)
@@ -222,7 +252,7 @@ class DatagramWay(FromDatagrams):
         found = batch.datagrams(first, last)
         if self.src is None:  # from the listener, which reads on for the sake of others
             room = max(0, MAX_PENDING - len(self.pending))
-            self.relay.drop_datagrams(self.flow.pool, len(found[room:]))
+            self.flow.drop(len(found[room:]))
             del found[room:]
         self.pending += found
         return False
@@ -260,8 +290,8 @@ class DatagramToStream(FromDatagrams):
 
     __slots__ = ("_dst", "_framing", "_pending", "_unsent")
 
-    def __init__(self, relay: Relay, flow: Flow, how: Framing) -> None:
-        super().__init__(relay, flow)
+    def __init__(self, bench: Workbench, flow: Owner, how: Framing) -> None:
+        super().__init__(bench, flow)
         self._framing = how
         self._dst: socket.SocketType | None = None
         self._pending = bytearray()
@@ -275,7 +305,7 @@ class DatagramToStream(FromDatagrams):
 
     def deliver(self, first: int, last: int) -> bool:
         """Send slots on, or keep them while the way is blocked; what is too much is dropped."""
-        found = self.relay.batch.datagrams(first, last)
+        found = self.bench.batch.datagrams(first, last)
         dropped = 0
         for content in found:
             self.moved += len(content)
@@ -286,7 +316,7 @@ class DatagramToStream(FromDatagrams):
             else:
                 self._pending += framing.encode(self._framing, content)
         if dropped:
-            self.relay.drop_datagrams(self.flow.pool, dropped)
+            self.flow.drop(dropped)
         if self._dst is None:
             self._unsent += len(found) - dropped
         return self._send()
@@ -332,8 +362,8 @@ class StreamToDatagram(Way):
 
     __slots__ = ("_decoder", "_pending", "is_ended", "to")
 
-    def __init__(self, relay: Relay, flow: Flow, how: Framing) -> None:
-        super().__init__(relay, flow)
+    def __init__(self, bench: Workbench, flow: Owner, how: Framing) -> None:
+        super().__init__(bench, flow)
         self.to = Destination()
         self.is_ended = False
         self._decoder = framing.decoder(how)
@@ -346,7 +376,7 @@ class StreamToDatagram(Way):
             self.flow.on_stream_broken("reset")
         if src is None or self._pending or self.is_ended:
             return
-        view = self.relay.bulk_view[:MAX_DATAGRAM]
+        view = self.bench.bulk_view[:MAX_DATAGRAM]
         for _ in range(_READS_PER_TURN):
             try:
                 count = src.recv_into(view)
@@ -380,7 +410,7 @@ class StreamToDatagram(Way):
         """The stream has ended; a frame that was cut off goes with it."""
         self.is_ended = True
         if self._decoder.is_inside_frame:
-            self.relay.drop_datagrams(self.flow.pool, 1)
+            self.flow.drop(1)
         if not self._pending:
             self.flow.on_stream_ended()
 
@@ -410,7 +440,7 @@ class StreamToDatagram(Way):
 
 def _send_all(way: DatagramWay | StreamToDatagram, pending: deque[bytes]) -> bool:
     """Send what waits, in order. False if the socket of the other side is full: it is watched."""
-    batch = way.relay.batch
+    batch = way.bench.batch
     while pending:
         if not batch.send_copy(way.to, pending[0]):
             way.flow.on_blocked(way)

@@ -20,10 +20,10 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from forwarder.net import sockets, udp
-from forwarder.relay.conversation import Conversation, State
+from forwarder.relay.conversation import Conversation, Home, State
 from forwarder.relay.poller import EDGE_IN, WRITABLE
 from forwarder.relay.udp.directions import DatagramWay, StreamToDatagram
 from forwarder.relay.udp.trial import Trial
@@ -33,10 +33,12 @@ from forwarder.stats.reasons import CloseReason, Phase, Who
 if TYPE_CHECKING:
     import socket
 
+    from forwarder.limits.meter import Meter
     from forwarder.net.datagrams import Destination
     from forwarder.net.sockets import SockAddr, Target
-    from forwarder.relay.relay import Relay
+    from forwarder.relay.descriptors import Descriptors
     from forwarder.relay.udp.directions import Way
+    from forwarder.relay.udp.flow_tables import FlowTables
     from forwarder.upstream.pool import Pool
 
 
@@ -44,6 +46,13 @@ if TYPE_CHECKING:
 _RESOLVING, _OPEN, _CLOSED = State.RESOLVING, State.OPEN, State.CLOSED
 # Not joined by |, which would make a type each time.
 _BY_UDP: Final = (DatagramWay, StreamToDatagram)
+
+
+class UdpHome(Home, Protocol):
+    """The same for flows."""
+
+    descriptors: Descriptors
+    flows: FlowTables
 
 
 class Flow(Conversation):
@@ -55,10 +64,11 @@ class Flow(Conversation):
     __slots__ = ("client", "has_waited", "refusal")
 
     is_answered = False
+    relay: UdpHome
     c2u: Way
     u2c: Way
 
-    def __init__(self, relay: Relay, pool: Pool, client_address: SockAddr) -> None:
+    def __init__(self, relay: UdpHome, pool: Pool, client_address: SockAddr) -> None:
         super().__init__(relay, pool, client_address)
         self.client: socket.SocketType | None = None
         self.has_waited = False  # for a descriptor or a port, since it began to connect
@@ -69,12 +79,19 @@ class Flow(Conversation):
         """Set the two ways."""
         self.c2u, self.u2c = c2u, u2c
         c2u.reverse, u2c.reverse = u2c, c2u
+        meters = self.relay.restrictions.meters
+        if meters and self.pool.row in meters:
+            self.put_under(meters[self.pool.row])
+
+    def put_under(self, meters: tuple[Meter, Meter]) -> None:
+        """Have both ways ask the meters of its rule."""
+        self.c2u.meter, self.u2c.meter = meters
 
     # -- opening
 
     def on_starved(self) -> None:
         """Descriptors come back: after this batch, if a flow has made room, else some time."""
-        if self.relay.make_room(keep=self) and not self.has_waited:
+        if self.relay.descriptors.make_room(keep=self) and not self.has_waited:
             self.has_waited = True
             self.relay.poller.call_again(self)
         else:
@@ -106,7 +123,7 @@ class Flow(Conversation):
         self.arm(self.silence_limit_s)
         if not self.connected_at:
             self.connected_at = self.active_at
-            self.relay.on_open(self)
+            self.relay.books.on_open(self)
 
     # -- an upstream that is spoken to by UDP, as all are unless a subclass says otherwise
 
@@ -138,7 +155,7 @@ class Flow(Conversation):
         self.dialer = None
         self.upstream = self.u2c.src = upstream
         if gathers:
-            self.relay.batch.prepare(upstream)
+            self.relay.bench.batch.prepare(upstream)
         c2u.to = to
         c2u.trial = Trial(self) if has_others or self.pool.failures else None
         if c2u.trial is not None:
@@ -150,7 +167,7 @@ class Flow(Conversation):
         self.c2u.trial = None
         if upstream is not None and self.target is not None:
             self.relay.poller.hand_over(upstream.fileno(), self.u2c)
-            self.relay.on_attempt_worked(self.pool, self.target)
+            self.relay.outages.on_attempt_worked(self.pool, self.target)
 
     def on_report(self, number: int) -> None:
         """The upstream refuses; it is amid a send or a receive that this is told."""
@@ -168,7 +185,7 @@ class Flow(Conversation):
         target, upstream, relay = self.target, self.upstream, self.relay
         if target is None or upstream is None:
             return
-        relay.on_attempt_failed(self.pool, target, os.strerror(number), has_others=True)
+        relay.outages.on_attempt_failed(self.pool, target, os.strerror(number), has_others=True)
         again = self.c2u.trial.take() if self.c2u.trial is not None else deque()
         if self._has_other_than(target):
             self.move_on(again)
@@ -244,6 +261,10 @@ class Flow(Conversation):
         """Something was heard just now."""
         self.active_at = self.relay.poller.now
 
+    def drop(self, count: int) -> None:
+        """Count datagrams that are not passed on."""
+        self.relay.books.drop_datagrams(self.pool, count)
+
     def on_blocked(self, way: Way) -> None:
         """``way``, to a UDP socket, waits until that takes more, or until there is another one."""
         if way is self.c2u and self._is_detached:
@@ -318,10 +339,10 @@ class Flow(Conversation):
             self.dialer.close(is_abort=False)
             self.dialer = None
         relay = self.relay
-        relay.on_end(self, reason)
-        relay.wheel.discard(self)
+        relay.books.on_end(self, reason)
+        relay.bench.wheel.discard(self)
         relay.sessions.pop(self, None)
-        relay.drop_datagrams(self.pool, self.c2u.waiting + self.u2c.waiting)
+        self.drop(self.c2u.waiting + self.u2c.waiting)
         self.c2u.src = self.u2c.src = None
         for sock in (self.client, self.upstream):
             if sock is not None:
@@ -349,7 +370,7 @@ class Flow(Conversation):
         The place among the sessions is free only now: before, its sockets were open.
         """
         if self.held_as is not None:
-            self.relay.let_go(self)
+            self.relay.restrictions.let_go(self)
         self.c2u.trial = None
         del self.c2u.reverse, self.c2u.flow
         del self.u2c.reverse, self.u2c.flow

@@ -1,14 +1,33 @@
-"""The flows of one rule in one worker, in the order in which they were last heard. Pure."""
+"""The flows of one rule in one worker, in the order in which they were last heard. Pure.
+
+Knows of a flow no more than :class:`Evictable` says.
+"""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from forwarder.relay.udp.flow import Flow
+    from forwarder.net.sockets import Target
+    from forwarder.stats.reasons import CloseReason
+    from forwarder.upstream.pool import Pool
+
+
+class Evictable(Protocol):
+    """A flow, as far as it has to be known to choose one and to end it."""
+
+    pool: Pool
+    target: Target | None
+    active_at: float
+
+    def close(self, reason: CloseReason) -> None:
+        """End; what the kernel has taken it will deliver."""
+
+    def abort(self, reason: CloseReason) -> None:
+        """End; a stream on one side is reset."""
 
 
 class FlowTable:
@@ -18,27 +37,27 @@ class FlowTable:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._flows: OrderedDict[Flow, None] = OrderedDict()
+        self._flows: OrderedDict[Evictable, None] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._flows)
 
-    def add(self, flow: Flow) -> None:
+    def add(self, flow: Evictable) -> None:
         """Take in a flow that was heard just now."""
         self._flows[flow] = None
 
-    def touch(self, flow: Flow) -> None:
+    def touch(self, flow: Evictable) -> None:
         """A flow that is here was heard just now."""
         self._flows.move_to_end(flow)
 
-    def __iter__(self) -> Iterator[Flow]:
+    def __iter__(self) -> Iterator[Evictable]:
         return iter(self._flows)
 
-    def discard(self, flow: Flow) -> None:
+    def discard(self, flow: Evictable) -> None:
         """Forget a flow, if it is here."""
         self._flows.pop(flow, None)
 
-    def oldest(self, keep: Flow | None = None) -> Flow | None:
+    def oldest(self, keep: Evictable | None = None) -> Evictable | None:
         """The flow that has been silent longest, of all but ``keep``."""
         return next((flow for flow in self._flows if flow is not keep), None)
 

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from itertools import islice
 from typing import TYPE_CHECKING, Final
 
+from forwarder.net import udp
 from forwarder.relay.ports import SETTING, Ports
 from forwarder.relay.udp.flow_table import FlowTable, share
 from forwarder.stats.reasons import CloseReason, Phase, Who
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from forwarder.net.sockets import Target
-    from forwarder.relay.udp.flow import Flow
+    from forwarder.relay.udp.flow_table import Evictable
     from forwarder.upstream.pool import Pool
 
 NO_PORT: Final = f"local ports are used up ({SETTING})"
+# Flows with sockets of their own per UDP listening address, in all workers together, where each
+# costs the datagrams of others something: see ``client_flow``. Before Linux 6.13 every datagram
+# pays.
+MAX_SETTLED: Final = 1024 if udp.FINDS_FLOWS_BY_HASH else 256
 
 
 class FlowTables:
@@ -23,9 +31,13 @@ class FlowTables:
     ``ports``: local ports towards UDP upstreams.
     """
 
-    __slots__ = ("_tables", "evicted", "ports", "workers")
+    __slots__ = ("_fd_limit", "_on_limit", "_tables", "evicted", "ports", "workers")
 
-    def __init__(self) -> None:
+    def __init__(self, on_limit: Callable[[Pool, str], None]) -> None:
+        """``on_limit`` is told the pool of a flow that ends for want of a port, and why."""
+        self._on_limit = on_limit
+        limit = os.sysconf("SC_OPEN_MAX")
+        self._fd_limit = limit if limit > 0 else 1 << 20  # -1: unlimited
         self.workers = 1
         self.evicted = 0
         self.ports = Ports()
@@ -44,6 +56,14 @@ class FlowTables:
             table = FlowTable(share(pool.rule.max_flows, self.workers))
             self._tables[origin] = table
         return table
+
+    def settled_limit(self, *, is_flat: bool) -> int:
+        """How many flows of a listener may have sockets of their own in this worker.
+
+        ``is_flat``: they cost others nothing but descriptors, of which a part is left for flows
+        that do without.
+        """
+        return self._fd_limit // 4 if is_flat else share(MAX_SETTLED, self.workers)
 
     def make_room_in(self, pool: Pool) -> None:
         """End the longest silent flow of a rule that has as many as it, or its ports, may have."""
@@ -76,14 +96,14 @@ class FlowTables:
                 return
 
     def make_room_for_port(
-        self, pool: Pool, target: Target | None, keep: Flow | None = None
+        self, pool: Pool, target: Target | None, keep: Evictable | None = None
     ) -> bool:
         """End the longest silent flow but ``keep`` that has a port such as ``pool`` wants.
 
         ``target``: where a TCP connection is to lead; a port is taken towards that alone. False if
         there is none. The port is free when the batch of events at hand is over.
         """
-        found: list[Flow] = []
+        found: list[Evictable] = []
         for other, table in self._tables.items():
             if pool.rule.protocol.connects_by_udp:
                 if other.takes_ports and other.rule.source == pool.rule.source:
@@ -96,7 +116,7 @@ class FlowTables:
         self._evict(min(found, key=lambda flow: flow.active_at), NO_PORT)
         return True
 
-    def make_room(self, keep: Flow | None = None) -> bool:
+    def make_room(self, keep: Evictable | None = None) -> bool:
         """End the longest silent flow of all but ``keep``, for its descriptors; False: none."""
         tables = self._tables.values()
         oldest = [flow for table in tables if (flow := table.oldest(keep))]
@@ -105,11 +125,11 @@ class FlowTables:
         self._evict(min(oldest, key=lambda flow: flow.active_at), "a descriptor was needed")
         return True
 
-    def _evict(self, flow: Flow, why: str) -> None:
+    def _evict(self, flow: Evictable, why: str) -> None:
         self.evicted += 1
         reason = CloseReason(Who.US, Phase.LIMIT, why)
         if why is NO_PORT:
-            flow.relay.on_limit(flow.pool, f"{why}: the longest silent flows make room")
+            self._on_limit(flow.pool, f"{why}: the longest silent flows make room")
             flow.abort(reason)  # after a FIN a TCP port would be in use for a minute, tcp(7)
         else:
             flow.close(reason)

@@ -10,16 +10,33 @@ from __future__ import annotations
 
 import select
 from collections import deque
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from forwarder.relay.udp.flow import Flow
+    from forwarder.relay.poller import Handler
 
 # What is kept for one flow: the first flight of QUIC has three datagrams of some 1,200 bytes.
 KEPT: Final = 8
 KEPT_BYTES: Final = 4096
+
+
+class Tried(Protocol):
+    """The flow whose upstream is on trial; ``u2c`` handles what comes from that."""
+
+    @property
+    def u2c(self) -> Handler:
+        """The way from the upstream."""
+
+    def on_answer(self) -> None:
+        """The upstream has answered."""
+
+    def on_report(self, number: int) -> None:
+        """The upstream refuses, with this errno."""
+
+    def on_bug(self) -> None:
+        """An event handler failed: end, the worker goes on."""
 
 
 class Trial:
@@ -27,7 +44,7 @@ class Trial:
 
     __slots__ = ("_bytes", "_flow", "_kept")
 
-    def __init__(self, flow: Flow) -> None:
+    def __init__(self, flow: Tried) -> None:
         self._flow = flow
         self._kept: deque[bytes] = deque()
         self._bytes = 0

@@ -1,0 +1,70 @@
+"""Addresses of upstreams that do not answer, as one worker has found: remembered, counted, logged.
+
+Tries nothing itself but whether an interface is there; the dialer and the flows do.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from forwarder.stats.rows import ATTEMPTS_FAILED
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from forwarder.net.sockets import Target
+    from forwarder.net.zones import Zoned
+    from forwarder.relay.workbench import Workbench
+    from forwarder.upstream.pool import Pool
+
+log = logging.getLogger(__name__)
+
+
+class Outages:
+    """``pools``: rules some of whose addresses fail, or did; the worker takes out which do not."""
+
+    __slots__ = ("_bench", "pools")
+
+    def __init__(self, bench: Workbench) -> None:
+        self._bench = bench
+        self.pools: dict[Pool, None] = {}
+
+    def on_attempt_failed(self, pool: Pool, target: Target, why: str, *, has_others: bool) -> None:
+        """An address of an upstream has refused, or has not answered in time.
+
+        ``has_others``: where there are none, the failure of the session says it all.
+        """
+        pool.counts[ATTEMPTS_FAILED] += 1
+        self.on_unanswered(pool, target, why, has_others=has_others)
+
+    def on_unanswered(
+        self,
+        pool: Pool,
+        target: Target | Zoned | str,
+        why: str = "does not answer",
+        *,
+        has_others: bool = True,
+    ) -> None:
+        """Others are tried before an address of an upstream, for a while."""
+        is_news = pool.failures.note(target, why, self._bench.poller.now)
+        self.pools[pool.origin] = None
+        if is_news and has_others:
+            rule = pool.rule.name
+            # A client that asks all ports of a range shall not fill the log.
+            about = f"upstream {rule} {target if pool.origin is pool else 'of a range'}"
+            self._bench.warn_rarely(about, f"upstream.failed rule={rule} upstream={target}: {why}")
+
+    def on_attempt_worked(self, pool: Pool, target: Target | Zoned | str) -> None:
+        """An address of an upstream has answered; called while some fail, or it was on trial."""
+        if pool.failures.forget(target):
+            log.info("upstream.recovered rule=%s upstream=%s", pool.rule.name, target)
+
+    def look_at_interfaces(self, pools: Iterable[Pool]) -> None:
+        """See which interfaces are there that ``pools`` name; some microseconds for each."""
+        for pool in pools:
+            for what, why in pool.interfaces():
+                if why:
+                    self.on_unanswered(pool, what, why)
+                else:
+                    self.on_attempt_worked(pool, what)
