@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     import socket
 
     from forwarder.limits.meter import Meter
+    from forwarder.limits.restrictions import Restrictions
     from forwarder.net.sockets import SockAddr, Target
     from forwarder.relay.outages import Outages
     from forwarder.relay.poller import Poller
-    from forwarder.relay.restrictions import Restrictions
     from forwarder.relay.workbench import Workbench
     from forwarder.upstream.pool import Pool
 

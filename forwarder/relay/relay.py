@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Final
 from forwarder.config.model import Protocol, RelayMode
 from forwarder.limits.admission import client_host
 from forwarder.limits.gate import Busy
+from forwarder.limits.restrictions import Restrictions
 from forwarder.net import sockets
 from forwarder.relay.books import Books
 from forwarder.relay.conversation import State
 from forwarder.relay.descriptors import Descriptors
 from forwarder.relay.outages import Outages
 from forwarder.relay.pauses import Pauses
-from forwarder.relay.restrictions import Restrictions
 from forwarder.relay.tcp.session import Session
 from forwarder.relay.udp.bridge import Bridge
 from forwarder.relay.udp.directions import Way
