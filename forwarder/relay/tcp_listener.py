@@ -9,7 +9,6 @@ import select
 from functools import partial
 from typing import TYPE_CHECKING, Final, TypeAlias
 
-from forwarder.config.address import Address
 from forwarder.limits.gate import STUCK_S
 from forwarder.net import sockets
 from forwarder.relay import pauses
@@ -34,13 +33,18 @@ _TAKEN, _PASSED_OVER, _STOP = range(3)
 
 
 class Listener:
-    """Hands the clients of one listening socket to the relay."""
+    """Hands the clients of one listening socket to the relay.
+
+    ``pool`` is that of the whole rule until the first client comes: most ports of a long range may
+    never see one, and a pool for each would cost more than the sockets.
+    """
 
     __slots__ = (
         "_family",
         "_is_paused",
         "_is_stopped",
         "_loop",
+        "_own",
         "_relay",
         "_timer",
         "_waits_for",
@@ -62,6 +66,7 @@ class Listener:
         self.access = access
         self.sock = sock
         self._loop = loop
+        self._own: Pool | None = None  # of this port, once it was needed
         self._relay = relay
         self._family = sock.family
         self._is_paused = False
@@ -78,14 +83,11 @@ class Listener:
         """Accept what is queued, then no more. The socket stays open."""
         is_registered = not (self._is_stopped or self._is_paused)
         self._is_stopped = True  # from here on it rests no more, it is over
-        relay = self._relay
         for _ in range(self.pool.rule.options.backlog // ACCEPT_BATCH + 1):
-            before = relay.books.total + relay.books.refused
-            self.on_events(select.EPOLLIN)
-            if relay.books.total + relay.books.refused == before:
+            if not self._accept_some():
                 break
         if is_registered:
-            relay.poller.unregister(self.sock.fileno())
+            self._relay.poller.unregister(self.sock.fileno())
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -93,32 +95,40 @@ class Listener:
 
     def on_events(self, mask: int) -> None:  # noqa: ARG002 - only one kind of event is asked for
         """Accept what is queued, at most ACCEPT_BATCH."""
+        self._accept_some()
+
+    def _accept_some(self) -> int:
+        """Accept what is queued; returns how many clients that were, ACCEPT_BATCH at most."""
+        if self.pool is not self._own:
+            offset = sockets.bound_to(self.sock).port - self.pool.rule.first_port
+            self.pool = self._own = self.pool.at(offset)
         admissions = self._relay.admissions
         admission = admissions.get(self.pool.row) if admissions else None
         if admission is not None:
             if not admission.is_settled:
                 self._rest(STUCK_S)
-                return
+                return 0
             if admission.queues:
-                self._accept_reserved(admission)
-                return
+                return self._accept_reserved(admission)
         for nth in range(ACCEPT_BATCH):
             if self._accept(nth) is _STOP:
-                return
+                return nth
+        return ACCEPT_BATCH
 
-    def _accept_reserved(self, admission: Admission) -> None:
+    def _accept_reserved(self, admission: Admission) -> int:
         """The same, for clients that wait in the queue at a limit: a place first, then a client."""
         for nth in range(ACCEPT_BATCH):
             wait_s = admission.reserve()
             if wait_s:
                 if nth == 0:  # only the first one was announced by an event: somebody waits
                     self._wait_for_room(admission, wait_s)
-                return
+                return nth
             outcome = self._accept(nth)
             if outcome is not _TAKEN:
                 admission.give_back()
             if outcome is _STOP:
-                return
+                return nth
+        return ACCEPT_BATCH
 
     def _wait_for_room(self, admission: Admission, wait_s: float) -> None:
         """Rest until it is time to look again, or until a session of this worker has ended."""
@@ -217,40 +227,9 @@ class Listener:
             self._is_paused = False
 
 
-class RangeListener(Listener):
-    """A listener on one port of a range, whose upstreams may be ranges, too.
-
-    ``pool`` is that of the whole rule until the first client comes: most ports of a long range may
-    never see one, and a pool for each would cost more than the sockets.
-    """
-
-    __slots__ = ("_own",)
-
-    def __init__(
-        self,
-        loop: AbstractEventLoop,
-        relay: Relay,
-        sock: socket.socket,
-        pool: Pool,
-        access: AccessList,
-    ) -> None:
-        super().__init__(loop, relay, sock, pool, access)
-        self._own: Pool | None = None
-
-    def on_events(self, mask: int) -> None:
-        """Accept what is queued, at most ACCEPT_BATCH."""
-        if self.pool is not self._own:
-            offset = sockets.bound_to(self.sock).port - self.pool.rule.first_port
-            self.pool = self._own = self.pool.at(offset)
-        super().on_events(mask)
-
-
 def listener_class(rule: Rule) -> type[Listener] | type[UdpListener]:
     """What takes the clients of a rule."""
-    if rule.protocol.listens_on_udp:
-        return UdpListener
-    is_range = isinstance(rule.listen, Address) and rule.listen.ports > 1
-    return RangeListener if is_range else Listener
+    return UdpListener if rule.protocol.listens_on_udp else Listener
 
 
 AnyListener: TypeAlias = Listener | UdpListener

@@ -15,6 +15,7 @@ from support.ends import accept, connect, listen, listen_unix, receive_exactly, 
 
 from forwarder.config.model import AccessRule, Verdict
 from forwarder.errors import Place
+from forwarder.limits.gate import Busy
 from forwarder.net.sockets import Target
 from forwarder.relay.access import AccessList
 from forwarder.relay.pauses import PAUSE_S
@@ -26,9 +27,10 @@ from forwarder.stats.reasons import Phase
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from forwarder.limits.admission import Admission
     from forwarder.net.sockets import SockAddr
     from forwarder.upstream.pool import Pool
 
@@ -165,6 +167,48 @@ def test_a_listener_that_stops_takes_those_that_are_queued_behind_who_may_not_in
         listener.stop()
         assert bench.relay.books.refused == ACCEPT_BATCH
         assert len(bench.relay.sessions) == 1
+
+
+class Undecided:
+    """Limits of a rule about which nothing can be decided while ``is_busy``; then all are refused.
+
+    Others hold the lock, but not for so long that it counts as stuck.
+    """
+
+    is_settled, queues = True, False
+    met = "max_sessions"
+
+    def __init__(self) -> None:
+        self.is_busy = True
+
+    def admit(self, client: str) -> int | None:
+        assert client
+        if self.is_busy:
+            raise Busy
+        return None
+
+
+def test_a_listener_that_stops_takes_those_that_are_queued_behind_who_is_decided_later(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More clients than are accepted at once come, and about none of them is decided yet.
+
+    *Result*: none stays in the queue.
+    """
+    undecided = Undecided()
+    waiting: list[Callable[[], None]] = []
+    bench.relay.admissions[1] = cast("Admission", undecided)
+    monkeypatch.setattr(bench.relay.restrictions, "decide_later", waiting.append)
+    with ExitStack() as stack:
+        listener = listening(bench, stack)
+        for _ in range(ACCEPT_BATCH + 1):
+            stack.enter_context(connect(listener.sock.getsockname()))
+        listener.stop()
+        assert len(waiting) == ACCEPT_BATCH + 1
+        undecided.is_busy = False
+        for decide in waiting:
+            decide()
+        assert bench.relay.books.refused == ACCEPT_BATCH + 1
 
 
 def test_a_listener_that_cannot_be_watched_again_tries_until_it_can(
