@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from forwarder.migrate.uv_conf import Find
 
 
-# Whose mistakes to look for besides.
+# Whose likely mistakes to look for as well.
 _DIALECTS: Final = {Kind.RINETD: Dialect.RINETD}
 
 
@@ -46,7 +46,7 @@ class Converted:
 
 
 class NoYamlError(ForwarderError):
-    """PyYAML is not there."""
+    """PyYAML is not installed."""
 
 
 def convert(text: str, source: str, kind: Kind, outside: Outside) -> Converted:
@@ -55,10 +55,10 @@ def convert(text: str, source: str, kind: Kind, outside: Outside) -> Converted:
         result, draft = oxidinetd.read(text, source)
     else:
         result, draft = "", _read(text, source, kind, outside)
-    draft.raw.may_lack_rules = False  # our format does not know that
+    draft.raw.may_lack_rules = False  # our format does not allow that
     config = resolve(draft.raw, source, draft.issues)
     advice = advise(config, _DIALECTS.get(kind, Dialect.TOML))
-    # A rule that has become several is told of once.
+    # A rule that has become several is reported once.
     report = tuple(dict.fromkeys((*draft.issues.finish(), *advice)))
     if not result:
         result = write(draft)

@@ -1,4 +1,4 @@
-"""What has been read of another program's configuration, on its way to our format. Pure."""
+"""What was read of another program's configuration, on its way to our format. Pure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LEFT_OUT: Final = "# left out: "
 
 @dataclass(frozen=True, slots=True)
 class Remark:
-    """A line of comment, from the ``#`` on, and where it stood."""
+    """A comment, from the ``#`` on, and where it stood."""
 
     place: Place
     text: str
@@ -24,12 +24,12 @@ class Remark:
 
 @dataclass(slots=True)
 class Draft:
-    """A configuration as the program means it, in terms of our own, and what is beside it.
+    """A configuration as the other program means it, in our terms, and what comes with it.
 
     ``remarks`` are comments; ``gaps`` stand for statements outside of rules that have no equivalent
-    there. ``settings`` says where settings stand, by the key they have here. ``ends`` has the last
-    position of what takes several lines, by its first. ``order`` counts the lines of several files
-    in the order they are read; without it the number of the line is the position.
+    here. ``settings`` says where settings stand, by their key here. ``ends`` has the last position
+    of what takes several lines, by its first. ``order`` counts the lines of several files in the
+    order they are read; without it the number of the line is the position.
     """
 
     issues: Issues = field(default_factory=Issues)
@@ -45,20 +45,20 @@ class Draft:
         return self.order.get((place.source, place.line), place.line)
 
     def set_pid_file(self, name: str, place: Place) -> None:
-        """Say where the pid file is."""
+        """Set the pid file."""
         self.raw.settings = replace(self.raw.settings, pid_file=name)
         self.settings["pid_file"] = place
 
     def set_log(self, log: LogPlace) -> None:
-        """Say where the connection log goes."""
+        """Set the place of the connection log."""
         self.raw.settings = replace(self.raw.settings, logs=(log,))
 
     def leave_out(self, place: Place, written: str, why: str, *, in_rule: bool = False) -> None:
-        """Note that something cannot be said, in the report and in the text."""
+        """Note that something has no equivalent here, in the report and in the text."""
         self.issues.warn(place, f"{written} is left out: {why}")
         gap = Remark(place, LEFT_OUT + written)
         (self.remarks if in_rule else self.gaps).append(gap)
 
     def differ(self, place: Place, what: str, *, hint: str = "") -> None:
-        """Note that something is said and means something else."""
+        """Note that something means something else here."""
         self.issues.warn(place, what, hint=hint)

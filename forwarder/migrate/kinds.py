@@ -1,4 +1,4 @@
-"""Whose configuration is it? By the name of the file and, of two that share it, by the words."""
+"""Whose configuration a file is: by its name and, where two share that, by its words."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _UV_RULE: Final = re.compile(
 
 
 def guess(name: PurePath, text: str) -> Kind:
-    """The kind of a file; rinetd's own if nothing tells otherwise."""
+    """The kind of a file; rinetd's own if nothing indicates another."""
     if name.suffix in {".yaml", ".yml"}:
         return Kind.UV_YAML
     if name.suffix == ".toml":

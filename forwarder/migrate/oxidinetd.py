@@ -1,4 +1,4 @@
-"""oxidinetd's TOML, which is ours already but for keys that oxidinetd ignores and we do not.
+"""oxidinetd's TOML, which is already ours except for keys that oxidinetd ignores and we do not.
 
 So the text stays as it is, comments and all, with those keys made comments.
 """
@@ -32,7 +32,7 @@ _RULE: Final = frozenset(
         "timeout",
     }
 )
-# Without which no rule in our own words is complete.
+# No rule in our own format is complete without one of these.
 _OURS: Final = frozenset({"listen", "upstream"})
 _ACCESS: Final = frozenset({"pattern", "type"})
 _HEADER: Final = re.compile(r"[ \t]*\[")
@@ -47,12 +47,12 @@ _UNUSED: Final = {
 
 
 def read(text: str, source: str) -> tuple[str, Draft]:
-    """Return the text as we want it, and what it means. Problems are in the draft."""
+    """Return the text in our format, and what it means. Problems are in the draft."""
     draft = Draft()
     try:
         data = tomllib.loads(text)
     except (ValueError, RecursionError):
-        draft.raw = toml_conf.parse(text, source, draft.issues)  # which tells what is wrong
+        draft.raw = toml_conf.parse(text, source, draft.issues)  # which reports what is wrong
         return text, draft
     places = Places(text, source)
     for index, rule in _tables(data, "forwarding_rules"):
@@ -91,7 +91,7 @@ def read(text: str, source: str) -> tuple[str, Draft]:
 
 
 def _is_same(result: str, data: dict[str, object]) -> bool:
-    """Whether the text has all that is in ``data``, which is cut down to that, and no more."""
+    """Whether the text has exactly the known keys of ``data``, which is cut down to them."""
     for *way, key in list(_unknown(data)):
         table: object = data
         for step in way:
@@ -126,7 +126,7 @@ def _unknown_access(data: dict[str, object], key: str, path: Path) -> Iterator[P
 
 
 def _used(data: dict[str, object]) -> Iterator[Path]:
-    """Paths of what has an effect here and none there."""
+    """Paths of keys that have an effect here and none in oxidinetd."""
     yield from ((key,) for key in data if key in _UNUSED and data[key])
     for index, rule in _tables(data, "forwarding_rules"):
         path = ("forwarding_rules", index)
@@ -134,7 +134,7 @@ def _used(data: dict[str, object]) -> Iterator[Path]:
 
 
 def _comment_out(lines: list[str], line: int, path: Path) -> bool:
-    """Make the lines of a key comments. False where it shares its first line with another."""
+    """Comment out the lines of a key. False if it shares its first line with another."""
     first = line - 1
     if first < 0 or lines[first].startswith("#"):
         return lines[first].startswith("#") if first >= 0 else False
@@ -153,7 +153,7 @@ def _comment_out(lines: list[str], line: int, path: Path) -> bool:
 
 
 def _comment_out_table(lines: list[str], name: str) -> bool:
-    """Make all tables of a name comments, with the tables in them."""
+    """Comment out all tables of a name, with the tables in them."""
     header = re.compile(rf"[ \t]*\[\[?[ \t]*[\"']?{re.escape(name)}[\"']?[ \t]*[].]")
     is_inside = False
     for number, line in enumerate(lines):

@@ -1,4 +1,4 @@
-"""rinetd.conf to a draft: our own reader reads it, so here are the comments, and what differs."""
+"""rinetd.conf to a draft: our own reader reads it; here are the comments, and what differs."""
 
 from __future__ import annotations
 

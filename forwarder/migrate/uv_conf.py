@@ -1,6 +1,6 @@
 """rinetd-uv's .conf to a draft: rinetd.conf with more words, unix sockets and ``include``.
 
-Differs from rinetd-uv in that ``pidlogfile`` is taken for ``pidfile``, which it refuses.
+Differs from rinetd-uv in that ``pidlogfile`` is read as ``pidfile``; rinetd-uv refuses it.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ class _UvReader(rinetd_conf.Reader):
         uv_words.finish_rule(self.draft, rule, upstream[1], rule.upstreams[0].place)
 
     def _endpoint(self, match: re.Match[str], group: int) -> tuple[Endpoint, str] | None:
-        """An address and its transport, which a unix socket has not."""
+        """An address and its transport; a unix socket has none."""
         if match[group]:
             try:
                 return parse_unix(match[group].removeprefix("unix:")), ""
@@ -162,7 +162,7 @@ class _UvReader(rinetd_conf.Reader):
                 draft.leave_out(place, f"{key}={value}", why, in_rule=True)
 
     def _option(self, key: str, value: str | None, place: Place) -> str | None:
-        """Check one option and return its value; what numbers may be is checked later."""
+        """Check one option and return its value; numbers are checked later."""
         if key not in _OPTIONS or not value:
             known = ", ".join(_OPTIONS)
             self._issues.error(place, f"{key[:40]!r} is not an option with a value", allowed=known)

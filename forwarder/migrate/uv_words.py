@@ -25,7 +25,7 @@ _NAMES: Final = "names are looked up again every 30 s"
 _STATUS: Final = "`forwarder status --json` tells it at any time"
 _BALANCE: Final = "new sessions go to the upstreams in turn"
 
-# Of the .conf; those with a value in the next table are left out.
+# Of the .conf.
 CONF_WORDS: Final = {
     "buffersize": _BUFFERS,
     "connect-timeout": "",
@@ -43,7 +43,7 @@ CONF_WORDS: Final = {
     "statusformat": _STATUS,
     "statusinterval": _STATUS,
 }
-"""Words that rinetd 0.73 has not, and why they are left out; those that are not have no reason."""
+"""Words unknown to rinetd 0.73, and why they are left out; "" for those that are not."""
 
 YAML_GLOBAL_GAPS: Final = {
     "buffer_size": _BUFFERS,
@@ -105,7 +105,7 @@ def mode(draft: Draft, value: str, place: Place, listen: Endpoint) -> Placed[int
 
 
 def flows(draft: Draft, name: str, value: str, place: Place) -> Placed[int] | None:
-    """The limit of flows, which is said in each rule here."""
+    """The limit of flows, which every rule has for itself here."""
     found = whole(draft, name, value, place, 1, MOST_FLOWS)
     if found is None:
         return None

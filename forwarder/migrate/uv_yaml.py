@@ -176,7 +176,7 @@ class _UvReader(NodeReader):
     def _upstreams(
         self, keys: dict[str, tuple[Place, yaml.Node]], start: Place
     ) -> tuple[tuple[Placed[Endpoint], ...], Placed[str] | None, str]:
-        """Upstreams, the source address that they share, and what the first one speaks."""
+        """Upstreams, the source address that they share, and the transport of the first one."""
         if "connect" not in keys:
             self.draft.issues.error(start, "the rule has no connect", allowed="an upstream")
             return (), None, ""
@@ -212,7 +212,7 @@ class _UvReader(NodeReader):
         return address, source
 
     def _source_of(self, sources: list[Placed[str] | None]) -> Placed[str] | None:
-        """The one source address of all upstreams; several cannot be said."""
+        """The one source address of all upstreams; several are an error."""
         given = [source for source in sources if source]
         if len({source.value if source else "" for source in sources}) <= 1:
             return given[0] if given else None
@@ -226,7 +226,7 @@ class _UvReader(NodeReader):
         return None
 
     def _address(self, node: yaml.Node) -> tuple[Placed[Endpoint], str] | None:
-        """Read ``HOST:PORT/PROTOCOL`` or a unix socket; with what is spoken there."""
+        """Read ``HOST:PORT/PROTOCOL`` or a unix socket; with its transport."""
         text = self.text(node, "an address")
         if text is None:
             return None
@@ -253,7 +253,7 @@ class _UvReader(NodeReader):
         return None
 
     def _note_gaps(self, keys: dict[str, tuple[Place, yaml.Node]]) -> None:
-        """What a rule has that cannot be said."""
+        """Note what a rule has without an equivalent here."""
         for key, (place, node) in keys.items():
             if key == "load_balancing":
                 for word, word_place, value in self.pairs(node, key):

@@ -39,7 +39,7 @@ class _Piece:
 
 
 def write(draft: Draft) -> str:
-    """Write a draft. Its values may be such that no file can hold them; loading it tells."""
+    """Write a draft. Values that no file can hold are found when it is loaded."""
     pieces = [*_settings(draft), *_access(draft, draft.raw.access, "global_rules")]
     before_rules = len(pieces)
     for rule in draft.raw.rules:
@@ -86,7 +86,7 @@ def _access(draft: Draft, rules: Sequence[AccessRule], key: str) -> list[_Piece]
         f"  {{ type = {text(rule.verdict.value)}, pattern = {text(rule.pattern)} }},"
         for rule in rules
     ]
-    # What is said before the first one is about all of them.
+    # A comment before the first one is about all of them.
     pieces = [_piece(draft, [f"{key} = [", lines[0]], rules[0].place)]
     for rule, line in zip(rules[1:], lines[1:], strict=True):
         pieces.append(_piece(draft, [line], rule.place, "  "))
@@ -113,7 +113,7 @@ def _keys(rule: RawRule) -> Iterator[tuple[str, str]]:
 
 
 def text(value: str) -> str:
-    """A TOML string; what JSON escapes TOML does, and DEL besides."""
+    """A TOML string: escaped as in JSON, and DEL as well."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
@@ -132,7 +132,7 @@ def _assign(draft: Draft, pieces: list[_Piece]) -> list[Remark]:
     """Give each comment to a piece. Returns those behind the last one."""
     placed = sorted((piece for piece in pieces if piece.start), key=lambda piece: piece.start)
     starts = [piece.start for piece in placed]
-    # Of each piece the latest before it that takes several lines, which may go on behind it.
+    # For each piece the latest so far that takes several lines and may go on behind it.
     outer, outers = None, []
     for piece in placed:
         outer = piece if piece.end > piece.start else outer
@@ -159,7 +159,7 @@ def _lines_of(piece: _Piece) -> list[str]:
 
 
 def _comments(remarks: Sequence[Remark]) -> list[str]:
-    """Comments as TOML may have them; with a blank line where there was something between them."""
+    """Comments as TOML allows them; with a blank line where there was something between them."""
     lines: list[str] = []
     last: Remark | None = None
     for remark in remarks:
@@ -171,6 +171,6 @@ def _comments(remarks: Sequence[Remark]) -> list[str]:
 
 
 def _is_apart(last: Remark, remark: Remark) -> bool:
-    """Whether something stood between two comments, of which what was left out is none."""
+    """Whether something stood between two comments, neither of them a left-out statement."""
     is_gap = LEFT_OUT in (last.text[: len(LEFT_OUT)], remark.text[: len(LEFT_OUT)])
     return not is_gap and remark.place.line > last.place.line + 1
