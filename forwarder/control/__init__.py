@@ -1,1 +1,1 @@
-"""The control socket of the master: where it is, who may ask what, and when it is answered."""
+"""The control socket of the master: its place, its requests, and when they are answered."""

@@ -23,32 +23,33 @@ _SYSTEM_DIRECTORY: Final = Path("/run/forwarder")
 _SESSIONS: Final = Path("/run/user")  # what XDG_RUNTIME_DIR is under systemd: pam_systemd(8)
 _SHARED_DIRECTORY: Final = Path("/tmp")  # noqa: S108 - as it must be the same in every session
 _NOT_PRIVATE: Final = "not a directory of this user alone, of mode 0700"
-_BACKLOG: Final = 1024  # so that a crowd is told that it is one
+_BACKLOG: Final = 1024  # so that a crowd gets an answer, if a refusal
 
 
 def default_path() -> Path:
-    """Where an instance makes its control socket when nobody says where."""
+    """Where an instance makes its control socket if no option says where."""
     if runtime := os.environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]:  # systemd.exec(5)
         return Path(runtime, NAME)
     if os.geteuid() == 0:
         return _SYSTEM_DIRECTORY / NAME
     session = os.environ.get("XDG_RUNTIME_DIR", "")
-    if session and _is_ours(Path(session)):  # su(1) may leave that of somebody else
+    if session and _is_ours(Path(session)):  # su(1) may leave that of another user
         return Path(session, "forwarder", NAME)
     return _private_directory() / NAME
 
 
 def _private_directory() -> Path:
-    """For who has no runtime directory: cron jobs, or a login without pam_systemd(8)."""
+    """For users without a runtime directory: cron jobs, or a login without pam_systemd(8)."""
     return _SHARED_DIRECTORY / f"forwarder-{os.geteuid()}"
 
 
 def find() -> Path:
-    """Where a client finds the control socket when nobody says where.
+    """Where a client finds the control socket if no option says where.
 
-    It may have been made in another session of the same user, with other variables. Where nobody
-    answers at the default places, a second instance that could not have the name, if there is one
-    only. Raises StartupError if there is none and in the place of ours somebody else may listen.
+    It may have been made in another session of the same user, with other variables. If no instance
+    answers at the default places, it is that of a second instance, which found the name taken, if
+    there is only one. Raises StartupError if there is none and another user may listen in the place
+    of ours.
     """
     own = _private_directory()
     candidates = [default_path()]
@@ -79,7 +80,7 @@ def _may_exist(path: Path) -> bool:
 
 
 def _is_ours(directory: Path) -> bool:
-    """Whether it is there and belongs to us."""
+    """Whether it exists and belongs to this user."""
     try:
         return directory.stat().st_uid == os.geteuid()
     except OSError:
@@ -87,7 +88,7 @@ def _is_ours(directory: Path) -> bool:
 
 
 def _is_private(directory: Path) -> bool:
-    """Whether it is a directory, no link to one, where nobody but us may do anything."""
+    """Whether it is a directory, no link to one, that only this user may use."""
     try:
         status = directory.lstat()
     except OSError:
@@ -102,7 +103,7 @@ def take_default(now_at: str) -> ControlListener | None:
     is_beside = Path(now_at) == path.with_name(f"control-{os.getpid()}.sock")
     if not is_beside or (path.exists() and is_served(path)):
         return None
-    with suppress(OSError):  # another one was quicker
+    with suppress(OSError):  # another instance was quicker
         return ControlListener(path)
     return None
 
@@ -111,7 +112,7 @@ class ControlListener:
     """A listening control socket. Owns the socket, and the file as long as it is ours."""
 
     def __init__(self, path: Path, *, replaces_live: bool = False) -> None:
-        """Listen at ``path``, whose directory exists. A file that nobody serves is replaced.
+        """Listen at ``path``, whose directory exists. A file that no process serves is replaced.
 
         ``replaces_live``: take the place of an instance that listens there, too.
         Raises OSError; EADDRINUSE when another instance listens there.
@@ -127,20 +128,20 @@ class ControlListener:
         return self._file.is_there
 
     def renewed(self) -> ControlListener | None:
-        """Another one at our path, which does not lead to us any more; None if it is taken."""
+        """A new listener at our path, which no longer leads to us; None if the path is taken."""
         with suppress(OSError):
             return ControlListener(Path(self.path))
         return None
 
     def remove_file(self) -> None:
-        """Remove the file, unless somebody has put another one in its place."""
+        """Remove the file, unless another one is in its place."""
         self._file.remove()
 
 
 def listen(explicit: str | None, *, replaces: str | None = None) -> ControlListener | None:
     """Make the control socket at ``explicit``, else at the default place, else nowhere.
 
-    At ``replaces``, the path of our predecessor, the place of an instance that listens is taken.
+    At ``replaces``, the path of our predecessor, it takes the place of an instance that listens.
     Raises StartupError, for an explicit path only.
     """
     if explicit is not None:
@@ -175,9 +176,9 @@ def _listen_at_default(path: Path, *, replaces_live: bool) -> ControlListener:
 
 
 def _make_private(directory: Path) -> None:
-    """Make a directory where everybody may; one that is there must be ours alone. Raises OSError.
+    """Make a directory where any user may; an existing one must be ours alone. Raises OSError.
 
-    Nobody else can put another one in its place afterwards: the one above it is sticky.
+    No other user can replace it afterwards: the directory above it is sticky.
     """
     with suppress(FileExistsError):
         directory.mkdir(mode=0o700)

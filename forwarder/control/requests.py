@@ -1,4 +1,4 @@
-"""What clients of the control socket may ask for, and who still waits for an answer.
+"""What clients of the control socket may ask for, and which of them wait for an answer.
 
 A reload and a change of the number of workers are answered when they are over: every worker has
 acknowledged, or nothing was changed. An upgrade is answered when the successor serves or has
@@ -44,7 +44,7 @@ MAX_COUNT: Final = 1 << 32  # no worker has that many sessions
 STOPPING: Final = "the forwarder is stopping"
 UNDER_WAY: Final = "an upgrade is under way; ask the new one when it serves"
 REJECTED: Final = "the configuration was rejected"
-# What the workers are asked has to fit into a message to each of them.
+# A question to the workers has to fit into a message to each of them.
 MAX_CHOICE_BYTES: Final = 24 * 1024
 _COUNT: Final = re.compile(r"[+-]?[0-9]{1,4}")
 
@@ -59,13 +59,13 @@ class Instance(Protocol):
         """Ask the workers for some of their sessions; called back with a list of each."""
 
     def kill_sessions(self, choice: Message, callback: Answered) -> None:
-        """Have the workers end some of their sessions; called back with a count of each."""
+        """Let the workers end some of their sessions; called back with a count of each."""
 
     def reload(self) -> str:
         """Begin a reload. Returns why not, or ""."""
 
     def resize(self, size: int) -> str:
-        """Begin to have ``size`` workers. Returns why not, or ""."""
+        """Begin to change to ``size`` workers. Returns why not, or ""."""
 
     def upgrade(self) -> str:
         """Begin an upgrade, unless one is under way. Returns why not, or ""."""
@@ -75,7 +75,7 @@ class Instance(Protocol):
 
     @property
     def size(self) -> int:
-        """How many workers there shall be."""
+        """How many workers are wanted."""
 
 
 def new_size(text: str, size: int) -> int | None:
@@ -106,7 +106,7 @@ def read_choice(message: Message) -> tuple[Message, int]:
 
 
 def _listing(found: list[object], silent: list[int], limit: int) -> Message:
-    """What the workers have answered, of whom one may be hung or worse."""
+    """The answers of the workers, none of which is trusted."""
     parts = [part for part in found if isinstance(part, list)]
     sessions = [one for part in parts for one in part if isinstance(one, dict)]
     is_cut = len(sessions) > limit
@@ -119,7 +119,7 @@ def _killed(found: list[object], silent: list[int]) -> Message:
 
 
 class Requests:
-    """Requests at work. The master says what has become of them by the ``on_`` methods.
+    """Requests under way. The master reports their outcome by the ``on_`` methods.
 
     ::
 
@@ -136,12 +136,12 @@ class Requests:
         self._stopping: list[Reply] = []
         self._preview: Handler = lambda _, reply: reply(refusal("nothing can be reloaded"))
         self._server: ControlServer | None = None
-        self._is_beside = False  # somebody else has the default place
-        self._is_displaced = False  # a successor that has failed may have our place
-        self._look_at = math.inf  # when to see whether one of these is free
+        self._is_beside = False  # another instance has the default place
+        self._is_displaced = False  # a failed successor may have our place
+        self._look_at = math.inf  # when to check whether one of these is free
 
     def preview_by(self, handler: Handler) -> None:
-        """Have somebody else say what a reload would change."""
+        """Let ``handler`` answer what a reload would change."""
         self._preview = handler
 
     # -- the socket
@@ -182,7 +182,7 @@ class Requests:
                 self._look(self._server)
 
     def _look(self, server: ControlServer) -> None:
-        """Have our own place again, or the name that another instance had, once that is free."""
+        """Take our own place again, or the name that another instance had, once it is free."""
         if self._is_displaced:
             self._is_displaced = not server.renew()
         elif self._is_beside:
@@ -197,7 +197,7 @@ class Requests:
     def take_back(self) -> None:
         """Listen at our path again if a successor, which has failed, has taken it.
 
-        The kernel may not have closed its socket yet: then a while later.
+        If the kernel has not closed the successor's socket yet, a while later.
         """
         if self._server is not None:
             self._is_displaced = True
@@ -209,7 +209,7 @@ class Requests:
             self._server.close()
             self._server.remove_file()
 
-    # -- what is asked
+    # -- requests
 
     def handle(self, message: Message, reply: Reply) -> None:
         """Begin what ``message`` asks for; ``reply`` is called once, now or later."""
@@ -244,7 +244,7 @@ class Requests:
             reply(refusal(str(err)))
             return
         if message["op"] == "sessions":
-            # One more than wanted tells whether that was all.
+            # One more than wanted shows whether that was all.
             self._instance.list_sessions(
                 {**choice, "limit": limit + 1},
                 lambda found, silent: reply(_listing(found, silent, limit)),
@@ -274,7 +274,7 @@ class Requests:
         else:
             self._settling.append((reply, {"ok": True, "workers": size}))
 
-    # -- what has become of them
+    # -- outcomes
 
     def on_loading(self) -> None:
         """The configuration is being read, for all that have asked so far."""
@@ -282,20 +282,20 @@ class Requests:
         self._asked.clear()
 
     def on_rejected(self, problems: Iterable[str]) -> None:
-        """What was read is not applied."""
+        """The configuration that was read is not applied."""
         answer = refusal(REJECTED, problems=list(problems))
         replies, self._loading = self._loading, []
         for reply in replies:
             reply(answer)
 
     def on_accepted(self, report: str, generation: int) -> None:
-        """What was read is in force; workers have still to acknowledge it."""
+        """The configuration is in force; workers have still to acknowledge it."""
         answer: Message = {"ok": True, "report": report, "generation": generation}
         self._settling += [(reply, answer) for reply in self._loading]
         self._loading.clear()
 
     def on_refused(self, problems: Iterable[str]) -> None:
-        """The workers cannot serve what was accepted; what was in force before is so again."""
+        """The workers cannot serve the new configuration; the previous one is in force again."""
         answer = refusal(REJECTED, problems=list(problems))
         settling, self._settling = self._settling, []
         for reply, accepted in settling:
@@ -305,13 +305,13 @@ class Requests:
                 self._settling.append((reply, accepted))
 
     def on_unserved(self, problem: str) -> None:
-        """The workers cannot serve what they were told last, which no reload has brought."""
+        """The workers cannot serve their last assignment, which no reload has brought."""
         settling, self._settling = self._settling, []
         for reply, _ in settling:
             reply(refusal(problem))
 
     def on_settled(self) -> None:
-        """Every worker has acknowledged all that it was told."""
+        """Every worker has acknowledged its last assignment."""
         settled, self._settling = self._settling, []
         for reply, answer in settled:
             reply(answer)
@@ -334,7 +334,7 @@ class Requests:
             reply(refusal(STOPPING))
 
     def on_stopped(self, report: Message) -> None:
-        """All workers have gone, and old masters; ``report`` says what has become of sessions."""
+        """All workers have gone, and old masters; ``report`` says what became of the sessions."""
         for reply in self._stopping:
             reply({"ok": True, **report})
         self._stopping.clear()

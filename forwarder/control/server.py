@@ -4,11 +4,11 @@ Knows no request's meaning; the handler it is given does.
 
 Theory of operation
 -------------------
-Of each client at most one request is at work, and at most one answer is waiting to be sent; only
-then is it read from again. So what a client can make us keep is a line and an answer, whatever it
-sends and whether or not it reads. One request is handled per turn of the master, of the client that
-has waited longest: a flood delays other clients a little and the master hardly. When there are too
-many clients, those that ask for nothing have to go.
+Each client has at most one request at work or one answer waiting to be sent; it is read from again
+only afterwards. So a client can make us keep a line and an answer at most, whatever it sends and
+whether or not it reads. One request is handled per turn of the master, of the client that has
+waited longest: a flood delays other clients a little and the master hardly. When there are too many
+clients, those that ask for nothing are dropped.
 
 A client that goes away while its request is at work is noticed when the answer is sent.
 """
@@ -92,7 +92,7 @@ class _Client:
 
 
 class ControlServer:
-    """All clients of one control socket. Owns them; the listener is given to it, too."""
+    """All clients of one control socket. Owns them and the listener."""
 
     def __init__(
         self,
@@ -126,7 +126,7 @@ class ControlServer:
         return min(deadlines, default=None)
 
     def turn(self) -> None:
-        """Handle one request, if there is one, and let idle clients go."""
+        """Handle one request, if there is one, and drop idle clients."""
         now = self._clock()
         if self._paused_until is not None and now >= self._paused_until:
             try:
@@ -145,7 +145,7 @@ class ControlServer:
                 return
 
     def move(self, listener: ControlListener) -> None:
-        """Listen there from now on, and no longer where it was; clients stay."""
+        """Listen there from now on, and no longer at the old place; clients stay."""
         if self._paused_until is None:
             self._selector.unregister(self._listener.sock)
         self._listener.remove_file()
@@ -154,7 +154,7 @@ class ControlServer:
         self._selector.register(listener.sock, selectors.EVENT_READ, self._on_connect)
 
     def renew(self) -> bool:
-        """Listen at our path anew if it does not lead to us. Returns whether it does now."""
+        """Listen at our path again if it no longer leads to us. Returns whether it does now."""
         if not self._listener.is_there:
             listener = self._listener.renewed()
             if listener is None:
@@ -163,7 +163,7 @@ class ControlServer:
         return True
 
     def close(self) -> None:
-        """Close all sockets; the file stays, and so does what the selector has of them."""
+        """Close all sockets; the file stays, and so do the selector's entries."""
         for client in self._clients:
             client.sock.close()
         self._listener.sock.close()
@@ -195,7 +195,7 @@ class ControlServer:
             self._watch(client)
 
     def _make_room(self) -> bool:
-        """Let the client go that has asked for nothing for longest; it may be gone already."""
+        """Drop the client that has asked for nothing for longest; it may be gone already."""
         silent = [client for client in self._clients if client.events == selectors.EVENT_READ]
         if not silent:
             return False
@@ -283,7 +283,7 @@ class ControlServer:
             self._watch(client)
 
     def _refuse(self, client: _Client, why: str) -> None:
-        """Answer something that is no request, and hear no more of this client."""
+        """Answer something that is no request, and read no more from this client."""
         client.is_last = True
         client.received.clear()
         client.is_busy = True
