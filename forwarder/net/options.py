@@ -199,9 +199,7 @@ class Template:
     """A socket with the options of a rule and no address, that others are made equal to."""
 
     def __init__(self, sock: socket.socket, options: SocketOptions, *, buffer_bytes: int) -> None:
-        """Of the kind of ``sock``. UDP has ``buffer_bytes`` unless the rule differs. Raises
-        OSError.
-        """
+        """Of the kind of ``sock``; for UDP with ``buffer_bytes`` by default. Raises OSError."""
         is_udp = sock.type == socket.SOCK_DGRAM
         self._has_tcp = not is_udp
         self._like = socket.socket(sock.family, sock.type, sock.proto)
