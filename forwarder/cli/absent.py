@@ -1,4 +1,4 @@
-"""What a configuration names and this host does not have just now: what ``check`` says of that."""
+"""What a configuration names and this host lacks at the moment: warnings of ``check``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from forwarder.errors import Place
     from forwarder.net.sockets import IpSockAddr, Target
 
-# Who checks a configuration waits; a name that is not answered by then is not judged.
+# The user of ``check`` waits; a name that is not answered by then is not judged.
 _LOOK_UP_S: Final = 2.0
 
 
@@ -40,19 +40,19 @@ def absent_addresses(rules: Iterable[Rule]) -> list[Issue]:
         addresses = answers[listen.host].addresses
         absent = [text for target in addresses if (text := _why_absent(target))]
         if absent and len(absent) < len(addresses):
-            what = f"{listen} is on this host not all addresses of the name: {'; '.join(absent)}"
-            hint = "the rule listens on the others, and on these when they can be had"
+            what = f"this host lacks some addresses of {listen}: {'; '.join(absent)}"
+            hint = "the rule listens on the others, and on these when they can be bound"
             found.append(Issue(rule.place, what, hint=hint, is_warning=True))
     return found
 
 
 def absent_interfaces(rules: Iterable[Rule]) -> list[Issue]:
-    """A warning for each interface that the upstreams of a rule need and that is not there."""
+    """A warning for each interface that the upstreams of a rule need and that is missing."""
     return [
         Issue(
             place,
             f"{what}: there is no interface {interface} now",
-            hint="it is waited for; until it is there no session gets that way",
+            hint="it is waited for; until it exists no session can go that way",
             is_warning=True,
         )
         for rule in rules

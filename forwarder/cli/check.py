@@ -49,7 +49,7 @@ def check_command(  # noqa: PLR0913 - one parameter per option is click's way
 ) -> None:
     """Validate a configuration and print what it means. Opens no port; needs no privilege.
 
-    FILE may stand without -c, and - is standard input.
+    FILE may be given without -c; - is standard input.
     """
     if file is not None and config_file is not None:
         raise click.UsageError("FILE and -c FILE are one too many")
@@ -79,9 +79,9 @@ def check_command(  # noqa: PLR0913 - one parameter per option is click's way
 
 
 def unreadable(name: str) -> list[Issue]:
-    """A warning if only root can read a file: the shipped unit runs as somebody else."""
+    """A warning if only root can read a file: the shipped unit runs as another user."""
     path = Path(name).resolve()
-    # Elsewhere it is a draft, in a directory of who writes it.
+    # Elsewhere it is a draft, in its author's directory.
     above = [part for part in path.parents if part.is_relative_to(SERVICES)]
     for part, needed in ((path, stat.S_IROTH), *((part, stat.S_IXOTH) for part in above)):
         mode = part.stat().st_mode

@@ -1,4 +1,4 @@
-"""The command that prints what makes a shell complete options, choices and names of files."""
+"""The command that prints the completion script of a shell."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ PROGRAM = "forwarder"
 VARIABLE = "_FORWARDER_COMPLETE"
 
 
-@click.command("completion", short_help="Print what makes a shell complete commands and options.")
+@click.command("completion", short_help="Print the completion script of a shell.")
 @click.argument("shell", type=click.Choice(SHELLS))
 @click.pass_context
 def completion_command(ctx: click.Context, shell: str) -> None:
     """Print the completion script of a shell: source <(forwarder completion bash)."""
     made_by = get_completion_class(shell) or ShellComplete
     complete = made_by(ctx.find_root().command, {}, PROGRAM, VARIABLE)
-    # The class of bash would look for a bash to ask for its version; 4.4 is of 2016.
+    # click's class for bash would run bash to check its version; 4.4 is of 2016.
     click.echo(ShellComplete.source(complete))

@@ -31,7 +31,7 @@ _RELOAD_TIMEOUT_S: Final = 120.0
 
 
 class ControlError(ForwarderError):
-    """No instance can be asked, or it says no."""
+    """No instance answers, or it refuses."""
 
     def __init__(self, message: str, exit_code: ExitCode = ExitCode.FAILED) -> None:
         super().__init__(message)
@@ -39,9 +39,9 @@ class ControlError(ForwarderError):
 
 
 def request(path: Path, message: dict[str, object], timeout_s: float | None) -> dict[str, object]:
-    """Ask and wait for the answer, for ever if ``timeout_s`` is None.
+    """Ask and wait for the answer, forever if ``timeout_s`` is None.
 
-    Raises ControlError when there is none or it says no.
+    Raises ControlError if there is none, or if it is a refusal.
     """
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
@@ -60,14 +60,14 @@ def request(path: Path, message: dict[str, object], timeout_s: float | None) -> 
     try:
         answer = _cleaned(json.loads(line))
     except (ValueError, RecursionError) as err:
-        raise ControlError(f"who listens at {path} is no forwarder") from err
+        raise ControlError(f"what listens at {path} is no forwarder") from err
     if not isinstance(answer, dict) or answer.get("ok") is not True:
         raise _refused(answer if isinstance(answer, dict) else {})
     return answer
 
 
 def _cleaned(value: object) -> object:
-    """A part of an answer without what a terminal obeys: anybody may listen at a path."""
+    """A part of an answer without what a terminal obeys: any process may listen at a path."""
     if isinstance(value, str):
         return visible(value, kept="\n")
     if isinstance(value, list):
@@ -98,7 +98,7 @@ def _refused(answer: dict[str, object]) -> ControlError:
 
 
 def ask(path: str | None, message: dict[str, object], timeout_s: float | None) -> dict[str, object]:
-    """Ask the instance at ``path``, else the one that is found. As ``request``."""
+    """Ask the instance at ``path``, else the one that is found. See ``request``."""
     return request(Path(path) if path else find_socket(), message, timeout_s)
 
 
@@ -113,29 +113,29 @@ def control_option(command: Callable[..., None]) -> Callable[..., None]:
 def preview(control: str | None, *, shows_all: bool) -> dict[str, object]:
     """What a reload would change now.
 
-    Raises ControlError: CONFIG if the file cannot be used, UNAVAILABLE if there is none.
+    Raises ControlError: CONFIG if the file cannot be used, UNAVAILABLE if no answer comes.
     """
     asked: dict[str, object] = {"op": "preview", "all": shows_all}
     try:
         return ask(control, asked, _RELOAD_TIMEOUT_S)
     except ControlError as err:
-        if err.exit_code is ExitCode.FAILED:  # which of diff means that something would change
+        if err.exit_code is ExitCode.FAILED:  # which for diff means that something would change
             is_bad = str(err).startswith(REJECTED)
             err.exit_code = ExitCode.CONFIG if is_bad else ExitCode.UNAVAILABLE
         raise
 
 
 def preview_lines(answer: dict[str, object]) -> list[str]:
-    """The same for people."""
+    """An answer of ``preview`` as lines for people."""
     lines = answer.get("lines")
     return list(map(str, lines)) if isinstance(lines, list) else []
 
 
-@click.command("reload", short_help="Read the configuration anew, and wait for that.")
+@click.command("reload", short_help="Reload the configuration, and wait for that.")
 @control_option
-@click.option("--dry-run", is_flag=True, help="Say what would change, and change nothing.")
+@click.option("--dry-run", is_flag=True, help="Show what would change, and change nothing.")
 def reload_command(control: str | None, *, dry_run: bool) -> None:
-    """Read the configuration anew; wait until it is in force, or say why it is not."""
+    """Reload the configuration; wait until it is in force, or report why it is not."""
     if dry_run:
         for line in preview_lines(preview(control, shows_all=False)):
             click.echo(line)
@@ -157,10 +157,10 @@ def status_command(control: str | None, *, as_json: bool) -> None:
         click.echo(line)
 
 
-@click.command("upgrade", short_help="Start the installed code in place of the running.")
+@click.command("upgrade", short_help="Replace the running code by the installed one.")
 @control_option
 def upgrade_command(control: str | None) -> None:
-    """Start the installed code in place of the running; wait until it serves, or say why not."""
+    """Replace the running code by the installed one; wait until it serves, or report why not."""
     answer = ask(control, {"op": "upgrade"}, _RELOAD_TIMEOUT_S)
     click.echo(answer.get("report"))
 
@@ -168,7 +168,7 @@ def upgrade_command(control: str | None) -> None:
 @click.command("stop", short_help="Let sessions end, and stop.")
 @control_option
 def stop_command(control: str | None) -> None:
-    """Let sessions end, for drain_timeout or 30 s, and stop; wait for it. Once more: at once."""
+    """Let sessions end, for drain_timeout or 30 s, and stop; wait for that. Again: at once."""
     click.echo(status.stop_as_text(ask(control, {"op": "stop"}, None)))
 
 

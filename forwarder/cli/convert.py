@@ -23,9 +23,9 @@ from forwarder.errors import ForwarderError
     help="Whose format FILE has.  [default: by its name and words]",
 )
 @click.option("-o", "--output", metavar="FILE", type=FILE, help="Write to FILE, not to stdout.")
-@click.option("--force", is_flag=True, help="Write over a file that is there.")
+@click.option("--force", is_flag=True, help="Overwrite an existing file.")
 def convert_command(file: str, kind: str | None, output: str | None, *, force: bool) -> None:
-    """Turn a configuration of rinetd, rinetd-uv or oxidinetd into TOML; tell what differs."""
+    """Turn a configuration of rinetd, rinetd-uv or oxidinetd into TOML; report what differs."""
     path = Path(file)
     text, notes = text_with_comments(file, read_bytes(path))
     outside = migrate.Outside(service_port=socket.getservbyname, find=find_files)
@@ -48,7 +48,7 @@ def _write(path: Path, text: str, *, force: bool) -> None:
         with path.open("w" if force else "x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
-        raise ForwarderError(f"{path} exists already; hint: --force writes over it") from None
+        raise ForwarderError(f"{path} exists already; hint: --force overwrites it") from None
 
 
 def find_files(pattern: str, including: str) -> list[tuple[str, str]]:

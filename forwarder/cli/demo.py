@@ -49,7 +49,7 @@ HOST: Final = "127.0.0.1"
 
 _CLIENT_SESSIONS: Final = 8  # enough to reach most workers of a small machine; arbitrary
 _BLOCK_BYTES: Final = 1024 * 1024  # per read and write of the two ends; 256 KiB gave less
-_RETRY_S: Final = 0.1  # the client's rest before it replaces a session that was lost
+_RETRY_S: Final = 0.1  # the client's rest before it replaces a lost session
 _READY_TIMEOUT_S: Final = 30.0
 _STOP_TIMEOUT_S: Final = 10.0  # the master itself kills a worker that does not stop after 2 s
 _MAX_REQUEST_BYTES: Final = 16 * 1024
@@ -58,7 +58,7 @@ _STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class _Interrupted(Exception):  # noqa: N818 - an event, not a fault
-    """Somebody asked the demo to stop."""
+    """A signal asked the demo to stop."""
 
 
 class _ChildError(ForwarderError):
@@ -170,7 +170,7 @@ class _Family:
         return False
 
     def close(self) -> None:
-        """End all children and wait until they are gone; kill what does not leave in time."""
+        """End all children and wait until they are gone; kill those that do not leave in time."""
         os.close(self._hold)
         deadline = time.monotonic() + _STOP_TIMEOUT_S
         self._collect()
@@ -242,7 +242,7 @@ def _start_master(family: _Family, listen: Address, upstream: Address, workers: 
 def _run_master(
     spec: MasterSpec, lifeline: int, told: socket.socket, notify_socket: str
 ) -> ExitCode:
-    """In the master's process: guard it, run it, and tell the demo why it could not start."""
+    """In the master's process: guard it, run it, and report to the demo why it could not start."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the master handles it
     told.close()
     os.environ["NOTIFY_SOCKET"] = notify_socket

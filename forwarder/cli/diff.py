@@ -1,4 +1,4 @@
-"""The command that says what a reload would change."""
+"""The command that shows what a reload would change."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @control_option
 @format_option
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON with everything.")
-@click.option("--all", "shows_all", is_flag=True, help="Show the rules that stay as they are, too.")
+@click.option("--all", "shows_all", is_flag=True, help="Show unchanged rules, too.")
 @click.pass_context
 def diff_command(
     ctx: click.Context,
@@ -51,7 +51,7 @@ def diff_command(
         compared = compare(before, after)
         found, lines = as_object(compared), as_lines(compared, after, shows_all=shows_all)
     else:
-        raise click.UsageError("give OLD and NEW, or neither: then a running instance is asked")
+        raise click.UsageError("give OLD and NEW, or neither to ask a running instance")
     for line in [json.dumps(found)] if as_json else lines:
         click.echo(line)
     ctx.exit(ExitCode.OK if found["same"] is True else ExitCode.FAILED)

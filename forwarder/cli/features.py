@@ -1,7 +1,7 @@
-"""What this system has of what the forwarder makes use of, for ``forwarder --version``.
+"""Which features that the forwarder uses this system has, for ``forwarder --version``.
 
-Each feature is tried, on sockets and pipes that nobody else sees, and given up at once. Only what
-shows by its speed alone goes by the version of the kernel.
+Each feature is tried on sockets and pipes of our own, which are closed at once. Only a feature that
+shows by its speed alone is judged by the version of the kernel.
 """
 
 from __future__ import annotations

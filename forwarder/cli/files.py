@@ -26,7 +26,7 @@ format_option = click.option(
     "--format",
     "dialect",
     type=click.Choice([dialect.value for dialect in Dialect]),
-    help="Read files as this, whatever their names.",
+    help="Read files in this format, whatever their names.",
 )
 
 
@@ -57,13 +57,13 @@ def config_options(command: Callable[..., None]) -> Callable[..., None]:
             "remotes",
             metavar="ADDR",
             multiple=True,
-            help="Where that rule leads, the first with the first.",
+            help="Where that rule leads; the first -r is for the first -l.",
         ),
         click.option(
             "--udp",
             "is_udp",
             is_flag=True,
-            help="These rules are UDP; udp: before an address says it of one alone.",
+            help="These rules are UDP; for one alone put udp: before its address.",
         ),
     )[::-1]:
         command = option(command)
@@ -99,13 +99,13 @@ def load(
 
 
 def dialect_of(config_file: str | None, dialect: str | None) -> Dialect:
-    """The language of a file: what was said, else what its name tells."""
+    """The format of a file: as given, else by its name."""
     if dialect:
         return Dialect(dialect)
     return Dialect.of(Path(config_file)) if config_file else Dialect.TOML
 
 
 def warn(loaded: Loaded) -> None:
-    """Print what the author of a configuration should know."""
+    """Print the warnings about a configuration."""
     for issue in loaded.warnings:
         click.echo(str(issue), err=True)

@@ -1,4 +1,4 @@
-"""The command line as a whole: a word that may be left out, and what to say of a wrong one."""
+"""The command line as a whole: ``run`` may be left out, and a wrong word gets a hint."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import click
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
-# Words of other programs, and what does that here. Likeness would lead from "top" to "stop".
+# Words of other programs, and the command for that here. Likeness would lead from "top" to "stop".
 _MEANT: Final = {
     "configtest": "check",
     "connections": "sessions",
@@ -29,7 +29,7 @@ _MEANT: Final = {
     "top": "status",
     "validate": "check",
 }
-# Commands that no likeness leads to: who types them by a slip loses sessions.
+# Commands that are suggested for the slip of a letter only: by mistake they cost sessions.
 _NEVER_GUESSED: Final = frozenset({"kill", "stop"})
 
 
@@ -50,7 +50,7 @@ class RunByDefault(click.Group):
         return super().parse_args(ctx, args)
 
     def _refuse_unknown(self, ctx: click.Context, word: str, own: set[str]) -> None:
-        """An option of nobody that looks like one of the group: ``run`` would not know that."""
+        """Refuse an unknown option that looks like one of the group, unknown to ``run``."""
         name = word.partition("=")[0]
         of_run = {opt for parameter in self.commands["run"].params for opt in parameter.opts}
         if not name.startswith("--") or any(option.startswith(name) for option in of_run):
@@ -62,7 +62,7 @@ class RunByDefault(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find the command; of a word that is none say what may be meant."""
+        """Find the command; for an unknown word suggest one."""
         word = args[0]
         if word in self.commands or ctx.resilient_parsing:
             return super().resolve_command(ctx, args)

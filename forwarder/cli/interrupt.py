@@ -14,16 +14,16 @@ def end(*_: object) -> None:
     """End this process as SIGINT does; a shell that runs a script then knows that it is over."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.kill(os.getpid(), signal.SIGINT)
-    os._exit(128 + signal.SIGINT)  # process 1 of a container is spared what nobody handles
+    os._exit(128 + signal.SIGINT)  # process 1 of a container is spared unhandled signals
 
 
 def be_silent() -> None:
-    """From now on SIGINT ends the process at once, unless whoever started it had it ignored."""
+    """From now on SIGINT ends the process at once, unless its parent had it ignored."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, end)
 
 
 def be_raised() -> None:
-    """From now on SIGINT is KeyboardInterrupt: there is something to clean up."""
+    """From now on SIGINT raises KeyboardInterrupt: there is something to clean up."""
     if signal.getsignal(signal.SIGINT) is end:
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,8 +1,8 @@
 """The command line: flags to settings, errors to messages and exit codes.
 
-The only module that ends the process. Reads the configuration, then hands over to the master.
-The service is imported by what runs it: other commands are asked often, by probes and scripts, and
-would spend half of their time on that.
+The only module that ends the process. Reads the configuration, then hands over to the master. Only
+the commands that run the service import it: probes and scripts call the others often, which would
+spend half of their time on that.
 """
 
 from __future__ import annotations
@@ -99,26 +99,26 @@ def _show_version() -> None:
     is_eager=True,
     expose_value=False,
     callback=_print_version,
-    help="Show versions, and what this system has to offer.",
+    help="Show versions and the features of this system.",
 )
 @click.pass_context
 def cli(ctx: click.Context, control: str | None) -> None:
     """Forward TCP and UDP ports: the kernel moves the bytes, one worker per CPU.
 
-    Without the name of a command it is run.
+    If no command is named, it is run.
     """
     if control is None:
         return
     name = str(ctx.invoked_subcommand)
     if all(parameter.name != "control" for parameter in cli.commands[name].params):
         raise click.UsageError(f"{name} asks no instance: leave out --control", ctx)
-    # What a command is given itself wins over this.
+    # The command's own option wins over this.
     ctx.default_map = {name: {"control": control}}
 
 
-@cli.command("version", short_help="As --version.")
+@cli.command("version", short_help="Same as --version.")
 def version_command() -> None:
-    """Show versions, and what this system has to offer, as --version does."""
+    """Show versions and the features of this system, as --version does."""
     _show_version()
 
 
@@ -166,7 +166,7 @@ def run(  # noqa: PLR0913 - one parameter per option is click's way
     daemonlog.start(verbose=verbose)
 
     def load() -> Config:
-        """Read the configuration; the command line wins over what it says."""
+        """Read the configuration; the command line overrides it."""
         if config_file == files.STDIN:
             raise click.UsageError("a service reads its file again; `check -` reads standard input")
         loaded = files.load(config_file, dialect, listens, remotes, is_udp=is_udp)

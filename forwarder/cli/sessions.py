@@ -41,7 +41,7 @@ class _Found:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Choice:
-    """Sessions that somebody has chosen: those of which each condition holds that is given."""
+    """The chosen sessions: those that meet every condition given."""
 
     control: str | None
     rule: str | None = None
@@ -50,11 +50,11 @@ class _Choice:
 
     @property
     def is_narrow(self) -> bool:
-        """Whether it names what it is about: sessions, or one client."""
+        """Whether it names its sessions, or a single client."""
         return bool(self.ids) or (self.client is not None and is_ip(self.client))
 
     def asked(self, op: str, ids: tuple[str, ...]) -> dict[str, object]:
-        """What is asked of the instance about them."""
+        """The request to the instance about them."""
         return {"op": op, "rule": self.rule, "client": self.client, "ids": list(ids) or None}
 
     def parts(self) -> list[tuple[str, ...]]:
@@ -99,12 +99,14 @@ def _complete_rule(ctx: click.Context, _parameter: click.Parameter, incomplete: 
 
 
 def _choice_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that say which sessions are meant."""
+    """The options that choose sessions."""
     for option in (
         click.option(
-            "--rule", metavar="NAME", shell_complete=_complete_rule, help="Those of one rule."
+            "--rule", metavar="NAME", shell_complete=_complete_rule, help="Sessions of one rule."
         ),
-        click.option("--client", metavar="PATTERN", help="An address, a network, or with * and ?."),
+        click.option(
+            "--client", metavar="PATTERN", help="An address, a network, or one with * and ?."
+        ),
     )[::-1]:
         command = option(command)
     return command
@@ -118,13 +120,13 @@ def _choice_options(command: Callable[..., None]) -> Callable[..., None]:
     type=click.IntRange(1, MAX_LISTED),
     default=1000,
     show_default=True,
-    help="Show at most so many.",
+    help="Show at most this many.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON for each session.")
 def sessions_command(
     control: str | None, rule: str | None, client: str | None, limit: int, *, as_json: bool
 ) -> None:
-    """List open sessions, with what they have moved and how long they have been silent."""
+    """List open sessions, with the bytes they moved and how long they have been silent."""
     found = _Choice(control=control, rule=rule, client=client).find(limit)
     sessions = found.sessions
     if not sessions:
@@ -152,8 +154,8 @@ def kill_command(
 ) -> None:
     """End open sessions by a reset: by ID, of a rule, of a client. Filters combine with AND.
 
-    Unless IDs or the address of one client are given it asks first, or wants --yes where there is
-    no terminal.
+    Unless IDs or the address of one client are given, it asks first at a terminal, and needs --yes
+    elsewhere.
     """
     if not ids and rule is None and client is None:
         raise click.UsageError("give IDs (see `forwarder sessions`), --rule or --client")
@@ -179,7 +181,7 @@ def kill_command(
 
 
 def _confirm(choice: _Choice) -> None:
-    """Have somebody agree, if there is something to end. Raises ControlError, click.Abort."""
+    """Ask the user, if there is something to end. Raises ControlError, click.Abort."""
     found = choice.find()
     if not found.sessions:
         return
@@ -190,11 +192,11 @@ def _confirm(choice: _Choice) -> None:
         raise ControlError("nothing was ended")
 
 
-# -- what is not there
+# -- unknown ids and rules
 
 
 def _unknown_ids(control: str | None, ids: tuple[str, ...]) -> str:
-    """Which ids name no open session, and what is like them; "" if there are none such."""
+    """The error for ids without an open session, with similar ones; "" if all are open."""
     if not ids:
         return ""
     found = _Choice(control=control, ids=ids).find()
@@ -211,9 +213,9 @@ def _unknown_ids(control: str | None, ids: tuple[str, ...]) -> str:
 
 
 def _check_rule(control: str | None, rule: str | None) -> None:
-    """Raise ControlError if no rule is called so.
+    """Raise ControlError if no rule has this name.
 
-    To be asked when no session was found: those of a rule that has gone are found by its name.
+    Call it only if no session was found: sessions of a removed rule are found by its name.
     """
     if rule is None:
         return
@@ -235,7 +237,7 @@ def _rule_names(control: str | None) -> list[str]:
 
 
 def _tell_silent(answer: dict[str, object]) -> set[str]:
-    """Say which workers have not answered, so that theirs are missing, and return their pids."""
+    """Print which workers have not answered, whose sessions are missing. Returns their pids."""
     silent = answer.get("silent")
     if not isinstance(silent, list) or not silent:
         return set()

@@ -42,9 +42,9 @@ def as_text(status: Mapping[str, object]) -> list[str]:
 
 
 def _unserved_as_text(status: Mapping[str, object]) -> list[str]:
-    """What workers do not serve though they shall, after an empty line, if there is some."""
+    """What workers should serve and do not, after an empty line, if there is any."""
     lines = [
-        f"worker {worker.get('slot')} cannot serve what it was told, and goes on as before: "
+        f"worker {worker.get('slot')} cannot serve its assignment, and goes on as before: "
         f"{worker.get('refusal')}"
         for worker in map(_table, _list(status.get("workers")))
         if worker.get("refusal")
@@ -85,7 +85,7 @@ def _failing_as_text(rules: Iterable[Mapping[str, object]]) -> list[str]:
 
 
 def stop_as_text(answer: Mapping[str, object]) -> str:
-    """What has become of sessions at a stop, for people."""
+    """What became of sessions at a stop, for people."""
     ended, cut = _count(answer, "ended"), _count(answer, "cut")
     if not ended and not cut:
         return "stopped"
@@ -176,7 +176,7 @@ def _table(value: object) -> Mapping[str, object]:
 
 
 def _number(value: object) -> float:
-    """A number; 0 for whatever is none, for workers have a say in it."""
+    """A number; 0 for anything else, since workers, which are not trusted, supply it."""
     return value if isinstance(value, int | float) and -_MOST < value < _MOST else 0.0
 
 

@@ -185,7 +185,7 @@ def test_an_address_that_comes_later_and_that_workers_refuse_is_seen_and_tried_a
     assert site.rule("late")["unserved"] == 2
     assert site.rule("good")["unserved"] == 0
     shown = run_command("status", "--control", str(site.control)).stdout
-    assert f"worker 1 cannot serve what it was told, and goes on as before: {why}" in shown
+    assert f"worker 1 cannot serve its assignment, and goes on as before: {why}" in shown
     assert "rule late: no worker accepts on 2 of its sockets" in shown
     site.assert_serves(site.address)
     site.refuse(does=False)
