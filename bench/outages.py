@@ -171,11 +171,11 @@ def _address(rule: str) -> tuple[str, int]:
     return (f"{LINK_LOCAL}%{DEVICE}" if rule == "link-local" else HOST), port
 
 
-def figures_of(pids: Sequence[int]) -> tuple[int, int]:
-    """Descriptors and resident KiB of some processes together."""
+def figures_of(pids: Sequence[int]) -> tuple[int, int, int]:
+    """How many processes there are, and their descriptors and resident KiB together."""
     descriptors = sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in pids)
     pages = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids)
-    return descriptors, pages * os.sysconf("SC_PAGE_SIZE") // 1024
+    return len(pids), descriptors, pages * os.sysconf("SC_PAGE_SIZE") // 1024
 
 
 async def run(forwarder: list[str], seconds: float, seed: int, directory: Path) -> int:
@@ -218,7 +218,11 @@ async def run(forwarder: list[str], seconds: float, seed: int, directory: Path) 
 
 
 def report(
-    load: Load, world: World, log: str, before: tuple[int, int], after: tuple[int, int]
+    load: Load,
+    world: World,
+    log: str,
+    before: tuple[int, int, int],
+    after: tuple[int, int, int],
 ) -> None:
     """Print what was found."""
     print(f"events: {', '.join(f'{name} {count}' for name, count in world.events.items())}")
@@ -228,7 +232,9 @@ def report(
             f"| {rule} | {load.served[rule]} | {load.failed[rule]} | {load.excused[rule]} | "
             f"{load.slowest_s.get(rule, 0.0):.1f} |"
         )
-    print(f"\ndescriptors {before[0]} -> {after[0]}, resident {before[1]} -> {after[1]} KiB")
+    # Workers that a resize retired are among them for as long as their streams last.
+    changes = zip(("processes", "descriptors", "resident KiB"), before, after, strict=True)
+    print("\n" + ", ".join(f"{what} {was} -> {now}" for what, was, now in changes))
     said = Counter(_event(line) for line in log.splitlines())
     print(f"log: {', '.join(f'{event} {count}' for event, count in said.most_common())}")
 
