@@ -1,7 +1,7 @@
 """From one master to the next: starting a successor, leaving the place to it, and taking it.
 
-The pid file and the control socket's path are the place; they stay with the old one until the new
-one serves. Serves nobody itself and stops nothing; the master does.
+The place is the pid file and the control socket's path; the old master keeps it until the new one
+serves. Serves no client and stops nothing itself; the master does.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Handover:
     ) -> None:
         """``questions``: where answers of a predecessor go."""
         self._has_heir = False
-        self._heir: Heir | None = None  # who serves after an upgrade
+        self._heir: Heir | None = None  # the master that serves after an upgrade
         self._master = master
         self._selector = selector
         self._requests = requests
@@ -88,7 +88,7 @@ class Handover:
     # -- our own place
 
     def lock(self, settings: Settings) -> None:
-        """Lock the pid file, if there shall be one. Raises StartupError."""
+        """Lock the pid file, if one is configured. Raises StartupError."""
         if settings.pid_file is None:
             return
         try:
@@ -99,7 +99,7 @@ class Handover:
             log.warning("pidfile.failed %s; going on without", err)
 
     def take_place(self, open_control: Callable[[], None]) -> None:
-        """All our workers serve: say so, and take the place of a predecessor. Raises StartupError.
+        """All our workers serve: report it, and take a predecessor's place. Raises StartupError.
 
         ``open_control`` listens on the control socket, which is a predecessor's until now.
         """
@@ -114,7 +114,7 @@ class Handover:
         if line is not None:
             self.predecessor = Predecessor(line, self._selector, self._questions)
             self.on_configuration(config)
-        # What the predecessor would need, should we end before it has heard that, comes last.
+        # What the predecessor would need if we ended before it has heard of us comes last.
         self._service.own(has_predecessor=has_predecessor)
 
     def _claim(self) -> None:
@@ -123,14 +123,14 @@ class Handover:
             self._pid_file.claim()
 
     def on_configuration(self, config: Config) -> None:
-        """End sessions of the predecessor that this does not allow, if that is wanted."""
+        """End sessions of the predecessor that this denies, if ``cut_denied`` is set."""
         before = self.predecessor
         if before is None or not before.is_open or not config.settings.cut_denied:
             return
         try:
             fd = access_file(config)
         except OSError as err:
-            log.error("upgrade: cannot tell the old one who is denied: %s", err)
+            log.error("upgrade: cannot send the access rules to the old one: %s", err)
             return
         try:
             before.cut_denied(fd)
@@ -142,7 +142,7 @@ class Handover:
         return [] if self.predecessor is None else self.predecessor.left.describe()
 
     def close(self) -> None:
-        """Hear no more of other masters; remove the pid file if it is ours, and nobody else's."""
+        """Close the lines to other masters; remove the pid file if it is ours alone."""
         for one in (self._successor, self._heir, self.predecessor):
             if one is not None:
                 one.close()
@@ -192,7 +192,7 @@ class Handover:
         return problem
 
     def turn(self, now: float) -> None:
-        """Give up a successor that has had its time; leave when we have had ours."""
+        """Give up a successor whose time is up; leave when ours is."""
         if self._heir is not None:  # before we leave: it counts what ends from then on
             self._heir.turn(now)
         if self._leave_at is not None and now >= self._leave_at:
@@ -202,19 +202,19 @@ class Handover:
             self._successor.give_up(now)
 
     def cancel(self) -> None:
-        """The master is stopping: tell the successor to end, if there is one."""
+        """The master is stopping: make the successor end, if there is one."""
         self._leave_at = None
         if self._successor is not None:
             self._successor.give_up(time.monotonic())
 
     def note_reload(self) -> None:
-        """A reload is asked for: one that comes during an upgrade is for the one that stays."""
+        """A reload is requested: during an upgrade it is for the master that stays."""
         self._is_reload_wanted = self._successor is not None
         if self._heir is not None:
             self._heir.reload()
 
     def say_last_words(self) -> None:
-        """Tell the heir how many sessions had to be cut."""
+        """Report to the heir how many sessions had to be cut."""
         if self._heir is not None:
             self._heir.tell()
 
@@ -235,14 +235,14 @@ class Handover:
             self._on_failed(successor, successor.end)
         elif successor.is_ready and self._master.is_running:
             self._on_ready(successor)
-        elif successor.is_ready:  # it was told to end
+        elif successor.is_ready:  # it was asked to end
             lineage.decline(successor.line)
 
     def _on_ready(self, successor: Successor) -> None:
         self._selector.unregister(successor)
         self._successor = None
         log.info("upgrade: pid=%d serves; letting our sessions end", successor.pid)
-        # It has said so itself, but a service manager may believe the process it knows only.
+        # It has sent that itself, but a service manager may believe only the process it knows.
         notify.notify(f"MAINPID={successor.pid}")
         self._requests.on_upgraded(f"pid {successor.pid} serves, the old one drains", is_done=True)
         if self._pid_file is not None:
@@ -254,7 +254,7 @@ class Handover:
             self._heir.reload()
         self._leave_at = time.monotonic()
         if successor.has_dropped_some:
-            # Handshakes under way at sockets that it does not serve are still ours to serve.
+            # Handshakes under way at sockets that the successor does not serve are still ours.
             log.info("upgrade: a rule has gone; serving it for %.1f s more", CLOSE_GRACE_S)
             self._leave_at += CLOSE_GRACE_S
 
@@ -280,7 +280,7 @@ class Handover:
 def inherited_sockets(
     identity: Identity | None, is_wanted: Callable[[socket.socket], bool]
 ) -> list[socket.socket]:
-    """Listening sockets that somebody hands to us: see ``inherit``. Workers run as ``identity``."""
+    """Listening sockets of other processes: see ``inherit``. Workers run as ``identity``."""
     given = inherit.from_environment()
     if not upgrade.has_predecessor():
         uid = os.geteuid() if identity is None else identity.uid

@@ -1,4 +1,4 @@
-"""Listening sockets that exist before this master does: whoever has them hands them over.
+"""Listening sockets that exist before this master does: their owners hand them over.
 
 Three givers, one result, a list of sockets that the listener table matches to rules by address:
 
@@ -41,7 +41,7 @@ _KINDS: Final = frozenset(
 def from_environment() -> list[socket.socket]:
     """Take over the sockets that the environment names; it names none afterwards.
 
-    A number that is no open descriptor is reported and passed over.
+    A number that is no open descriptor is reported and skipped.
     """
     numbers = _numbers_of(FDS_VARIABLE)
     lent = set(_numbers_of(LENT_VARIABLE))
@@ -56,10 +56,10 @@ def from_environment() -> list[socket.socket]:
 
 
 def foreign_descriptors() -> list[int]:
-    """Descriptors that whoever started us has left open, and no variable says that they are for us.
+    """Descriptors that our parent has left open, and that no variable says are for us.
 
-    A file of root, perhaps, that a worker without rights is not to have. To be asked before
-    anything else is opened.
+    Perhaps a file of root, which a worker without rights must not get. Call it before anything else
+    is opened.
     """
     meant = {0, 1, 2}
     for name, text in os.environ.items():
@@ -77,7 +77,7 @@ def foreign_descriptors() -> list[int]:
 
 
 def _is_open(fd: int) -> bool:
-    """Not so the one by which they were listed."""
+    """False for the descriptor by which they were listed."""
     try:
         os.fstat(fd)
     except OSError:
@@ -121,7 +121,7 @@ def numbers_in(text: str) -> list[int]:
 def listening_sockets(
     numbers: Iterable[int], lent: Container[int] = frozenset()
 ) -> Iterable[socket.socket]:
-    """Descriptors as sockets, the caller's; what no client can come to is reported and closed.
+    """Descriptors as sockets, the caller's; one that no client can reach is reported and closed.
 
     Those in ``lent`` are a service manager's.
     """
@@ -141,7 +141,7 @@ def listening_sockets(
 
 
 def _is_listening(sock: socket.socket) -> bool:
-    """Whether clients can come to it: a TCP listener, or a UDP socket that is not connected."""
+    """Whether clients can reach it: a TCP listener, or a UDP socket that is not connected."""
     if sock.type != socket.SOCK_DGRAM:
         return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
     try:

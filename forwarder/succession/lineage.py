@@ -1,15 +1,15 @@
-"""What a master and the one that has taken its place say to each other, while the old one drains.
+"""The messages between a master that drains and the one that has taken its place.
 
-The line is a pair of sockets that the old one has made for its successor (see ``upgrade``); the
-kernel closes it when either of them ends. By it the heir sees, ends and waits for sessions that it
-does not have itself. Each knows the one before and the one behind it only and passes on what is for
-others, so an old master stays for as long as one before it drains.
+The line is a pair of sockets that the old master has made for its successor (see ``upgrade``); the
+kernel closes it when either of them ends. Through it the heir lists, ends and waits for sessions
+that it does not have itself. Each master knows only the one before and the one after it and passes
+on what is for others, so an old master stays as long as one before it drains.
 
 ::
 
-    heir to old:  LIST, KILL (answered by ANSWER), ACCESS (end whose client is denied now), LOGS
-                  (open them anew), DRAIN (nobody serves after us), STOP (reset what is left)
-    old to heir:  DRAINS (who is left, with how many sessions; nobody: it is not draining for us),
+    heir to old:  LIST, KILL (answered by ANSWER), ACCESS (end those of denied clients), LOGS
+                  (reopen them), DRAIN (no master serves after us), STOP (reset all)
+    old to heir:  DRAINS (masters that are left, with their sessions; none: it drains for another),
                   ANSWER
 
 Decides nothing: the master does. Never blocks.
@@ -42,10 +42,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# How often an old master says how many sessions it has left, if that has changed. As old as counts
+# How often an old master reports the number of its sessions, if that has changed. As old as counts
 # in the status are.
 TELL_S: Final = 1.0
-# Of the time that a question has, what is given to the one before: its own workers may be silent.
+# The part of a question's time that the master before gets: its own workers may be silent.
 _SHARE: Final = 2 / 3
 
 
@@ -76,13 +76,13 @@ class Remains(Protocol):
         """List (LIST) or end (KILL) some of the sessions that are left."""
 
     def cut_denied(self, rules_fd: int) -> None:
-        """End those whose client may not use its rule any more; the descriptor stays the caller's.
+        """End those whose client may no longer use its rule; the descriptor stays the caller's.
 
-        What is in it: see ``messages.access_file``.
+        Its content: see ``messages.access_file``.
         """
 
     def reopen_logs(self) -> None:
-        """Open the files of the connection log anew."""
+        """Reopen the files of the connection log."""
 
     def left(self) -> Left:
         """What this one and those before it have left."""
@@ -96,14 +96,14 @@ class Elder(Protocol):
         """Its sessions."""
 
     def drain_as_last(self) -> None:
-        """The heir is stopping: nobody serves after us."""
+        """The heir is stopping: no master serves after us."""
 
     def end_sessions(self, phase: Phase) -> None:
-        """Reset what is left."""
+        """Reset the sessions that are left."""
 
 
 def decline(line: socket.socket) -> None:
-    """Say over a line that there is nothing to wait for: we end as well, and not for that one."""
+    """Answer over a line that we end for another reason: there is nothing to wait for."""
     with suppress(OSError):  # it has gone
         line.send(json.dumps({"op": Op.DRAINS, "masters": [], "cut": 0}).encode())
 
@@ -118,7 +118,7 @@ class _Line:
 
     @property
     def is_open(self) -> bool:
-        """Whether there is somebody at the other end."""
+        """Whether the other end is open."""
         return self._channel.fileno() >= 0
 
     def close(self) -> None:
@@ -170,7 +170,7 @@ class _Line:
 
 
 class Heir(_Line):
-    """The old one's end: the master that serves now."""
+    """The old master's end: the line to the master that serves now."""
 
     def __init__(
         self, pid: int, sock: socket.socket, selector: selectors.BaseSelector, master: Elder
@@ -183,7 +183,7 @@ class Heir(_Line):
         self._told: Left | None = None
 
     def turn(self, now: float) -> None:
-        """Say what is left, now and then, if it has changed."""
+        """Report what is left, now and then, if it has changed."""
         if self._tell_at is not None and now >= self._tell_at:
             self._tell_at = now + TELL_S
             self.tell()
@@ -193,14 +193,14 @@ class Heir(_Line):
         return min((at for at in (self._tell_at, other) if at is not None), default=None)
 
     def tell(self) -> None:
-        """Say what is left, if it has changed."""
+        """Report what is left, if it has changed."""
         left = self._master.sessions.left()
         if left != self._told:
             self._told = left
             self._say(Op.DRAINS, masters=left.masters, cut=left.cut)
 
     def reload(self) -> None:
-        """Have it read the configuration anew, if it lives; else its number may be another's."""
+        """Make the heir reload, if it lives; else its pid may be another process's."""
         if self.is_open:
             with suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGHUP)
@@ -244,7 +244,7 @@ class Heir(_Line):
 
 
 class Predecessor(_Line):
-    """The heir's end: the master that it has taken over from, and through that those before."""
+    """The heir's end: the line to the master before, and through that to those before it."""
 
     def __init__(
         self, sock: socket.socket, selector: selectors.BaseSelector, questions: Questions
@@ -252,14 +252,14 @@ class Predecessor(_Line):
         """``sock`` becomes ours. Answers go to ``questions``, as a worker's do."""
         super().__init__(sock, selector)
         self.pid, _ = peer_credentials(sock)
-        self.first: Left | None = None  # what it said first
+        self.first: Left | None = None  # its first report
         self.left = Left()
         self._questions = questions
         self._is_killed = False
 
     @property
     def drains(self) -> bool:
-        """Whether it is there and lets its sessions end, or has not said anything yet."""
+        """Whether it is there and lets its sessions end, or has not reported yet."""
         return self.is_open and (self.first is None or bool(self.left.masters))
 
     def ask(self, op: Op, number: int, choice: Message, within_s: float) -> None:
@@ -274,19 +274,19 @@ class Predecessor(_Line):
                 self._watch()
 
     def reopen_logs(self) -> None:
-        """Have the files of the connection log opened anew."""
+        """Make it reopen the files of the connection log."""
         self._say(Op.LOGS)
 
     def drain_as_last(self) -> None:
-        """Say that we are stopping, so that nobody serves after it."""
+        """Report that we are stopping, so that no master serves after it."""
         self._say(Op.DRAIN)
 
     def end_sessions(self, phase: Phase) -> None:
-        """Have what is left reset."""
+        """Make it reset the sessions that are left."""
         self._say(Op.STOP, phase=phase.value)
 
     def kill(self) -> None:
-        """End it and its workers, which would go on by themselves, without mercy."""
+        """Kill it and its workers, which would go on by themselves."""
         if self.is_open:
             log.error("master: the old one, pid=%d, does not stop, killing it", self.pid)
             self._is_killed = True
@@ -295,7 +295,7 @@ class Predecessor(_Line):
                     os.kill(pid, signal.SIGKILL)
 
     def _on_end(self) -> None:
-        # It has said how many it has cut; with sessions it was killed.
+        # It has reported how many it has cut; if it had sessions, it was killed.
         sessions = self.left.sessions
         if sessions and not self._is_killed:
             log.warning(

@@ -1,7 +1,7 @@
 """Workers whose master was killed: they keep serving, and give their sockets to the next master.
 
-An orphan waits for that at an abstract unix socket, :class:`OrphanDoor`; the master that comes
-knocks at the doors of its user, :func:`from_orphans`.
+An orphan waits for that one at an abstract unix socket, :class:`OrphanDoor`; a new master knocks at
+the doors of its user, :func:`from_orphans`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _UNIX_SOCKETS: Final = Path("/proc/net/unix")
 
 
 def from_orphans(uid: int, is_wanted: Callable[[socket.socket], bool]) -> list[socket.socket]:
-    """Take over the listening sockets of orphans that run as ``uid``; blocks a moment if any do.
+    """Take over the listening sockets of orphans that run as ``uid``; blocks a moment for any.
 
     An orphan none of whose sockets ``is_wanted`` belongs to another instance and keeps them. The
     others stop accepting at once and leave when their sessions have ended.
@@ -98,7 +98,7 @@ class OrphanDoor:
         loop.add_reader(self._sock.fileno(), self._on_master)
 
     def _bind(self) -> None:
-        """Take the name that says who we are, or if another user has taken that, one like it."""
+        """Take the name of our user and pid, or one like it if another user has taken that."""
         name = f"\0{_DOOR_PREFIX}/{os.geteuid()}/{os.getpid()}"
         try:
             self._sock.bind(name)
@@ -151,10 +151,10 @@ class OrphanDoor:
 
 
 def _knock(uid: int) -> Iterator[tuple[str, socket.socket]]:
-    """Connect to the doors of orphans of ``uid``; the caller owns the sockets, which have a limit.
+    """Connect to the doors of orphans of ``uid``; the caller owns the sockets, which time out.
 
-    Anybody may give a socket such a name. So nobody is waited for who is not an orphan of ``uid``,
-    and all that let nobody in, together, not longer than for one of those.
+    Any process may give a socket such a name. So only orphans of ``uid`` are waited for, and all
+    doors that let no master in, together, not longer than one of those.
     """
     names = _doors(uid)
     until = time.monotonic() + _DOOR_TIMEOUT_S
@@ -180,7 +180,7 @@ def _knock(uid: int) -> Iterator[tuple[str, socket.socket]]:
 
 
 def _connected(name: str) -> socket.socket | None:
-    """A door that is open; a closed socket if nobody is there; None if its queue is full."""
+    """An open door; a closed socket if no process is behind it; None if its queue is full."""
     door = socket.socket(socket.AF_UNIX, channel_kind())
     door.setblocking(False)
     try:
@@ -204,7 +204,7 @@ def _receive_all(door: socket.socket) -> list[int]:
             if not data or not fds:
                 return numbers
     except OSError:
-        for number in numbers:  # nobody would accept on them, and clients would wait
+        for number in numbers:  # no worker would accept on them, and clients would wait
             os.close(number)
         raise
 

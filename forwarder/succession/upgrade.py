@@ -1,13 +1,13 @@
 """Starting the newly installed code beside the running one. Decides nothing about the old one.
 
-The successor inherits the listening sockets by number, binds nothing twice, and says over a line, a
-pair of sockets, when all its workers serve. If it ends without that, it has failed and the old one
-goes on.
+The successor inherits the listening sockets by number, binds nothing twice, and reports over a
+line, a pair of sockets, when all its workers serve. If it ends without that, it has failed and the
+old one goes on.
 
-It is no child of ours but of process 1, or of what stands for that (a subreaper, prctl(2)): a
-service manager that is told of a main process which it has not inherited yet never waits for it,
-and takes a stop for done at once. So nobody tells us how it has ended but itself, and that it has,
-the end of the line: the kernel closes that however a process ends, and no worker keeps it open.
+It is not our child but that of process 1, or of a subreaper (prctl(2)): a service manager that is
+notified of a main process which it has not inherited yet never waits for it, and takes a stop for
+done at once. So only the successor itself reports how it ends, and only the end of the line shows
+that it has: the kernel closes the line however a process ends, and no worker keeps it open.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ _CONTROL_VARIABLE: Final = "FORWARDER_CONTROL"
 _NAMES_VARIABLE: Final = "FORWARDER_NAMES_FD"
 # A successor that is not ready by then has failed: it is ended, and the old one goes on.
 UPGRADE_TIMEOUT_S: Final = 60.0
-# The first lets its workers' sessions end, the second does not, the third leaves it no choice.
+# The first lets its workers' sessions end, the second does not, the third kills it.
 _GIVING_UP: Final = (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL)
 _GIVING_UP_S: Final = 3.0  # between two of them; a master kills its own workers after 2 s
-# What is said over the line until the new one serves. One byte: once the line was a pipe, of which
-# older code reads no more, and what begins so is what a successor of older code says.
+# Messages over the line until the new one serves. One byte: in older code the line was a pipe, from
+# which a master reads no more, and a successor of older code sends these.
 _READY: Final = b"R"
-_READY_WITHOUT_SOME: Final = b"r"  # for some of the sockets it has no rule
+_READY_WITHOUT_SOME: Final = b"r"  # it has no rule for some of the sockets
 _ENDING: Final = b"E"  # an exit status follows
-_MOST_BYTES: Final = 16  # of one word
+_MOST_BYTES: Final = 16  # of one message
 
 
 class Successor:
@@ -59,7 +59,7 @@ class Successor:
         names: bytes,
         now: float,
     ) -> None:
-        """Execute the same command line anew. What it inherits stays ours, too.
+        """Execute the same command line again. What it inherits stays ours, too.
 
         ``control`` is the path of our control socket, which it may replace; ``names`` is what is
         known of names, as text.
@@ -103,11 +103,11 @@ class Successor:
             os.close(names_fd)
 
     def fileno(self) -> int:
-        """Readable when it has something to say or has ended."""
+        """Readable when it has sent something or has ended."""
         return self.line.fileno()
 
     def hear(self) -> None:
-        """Take in what it says, up to that it serves: what follows may be for somebody else."""
+        """Read its messages, up to the one that it serves: what follows is for another reader."""
         while self.end is None:
             try:
                 said = self.line.recv(_MOST_BYTES)
@@ -125,11 +125,11 @@ class Successor:
                 return
 
     def give_up(self, now: float) -> None:
-        """Tell it to end, with more emphasis each time; at ``deadline`` is the next time."""
+        """Signal it to end, more firmly each time; the next time is at ``deadline``."""
         self.deadline = now + _GIVING_UP_S
         self.hear()
         if self.end is not None:
-            return  # the number may be another's by now
+            return  # the pid may be another process's by now
         number = self._signals.pop(0) if len(self._signals) > 1 else self._signals[0]
         with suppress(OSError):
             os.kill(self.pid, number)
@@ -144,8 +144,8 @@ def _execute_apart(
 ) -> int:
     """Execute a program as a process that is not our child; it inherits the descriptors ``kept``.
 
-    A child of ours does that and leaves; when this returns somebody else has inherited the program.
-    Returns its pid. Raises OSError. Blocks until it is being executed.
+    A child of ours does that and leaves; when this returns another process has inherited the
+    program. Returns its pid. Raises OSError. Blocks until it is being executed.
     """
     read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
     try:
@@ -181,7 +181,7 @@ def _execute_and_leave(
 
 
 def tell_predecessor(*, has_dropped_some: bool) -> socket.socket | None:
-    """Say that we serve, all that we have inherited or not, if an upgrade has started us; once.
+    """Report that we serve, all that we have inherited or not, if an upgrade started us; once.
 
     Returns our end of the line, which becomes the caller's; None if there is none.
     """
@@ -200,7 +200,7 @@ def tell_predecessor(*, has_dropped_some: bool) -> socket.socket | None:
 
 
 def tell_end(status: int) -> None:
-    """Say how we end to a predecessor that waits to hear that we serve; a parent would see it."""
+    """Report how we end to a predecessor that waits for us to serve; it is not our parent."""
     fd = _take_line()
     if fd is not None:
         with suppress(OSError):
@@ -230,7 +230,7 @@ def names_of_predecessor() -> bytes:
         return b""
     try:
         return from_memory_file(int(text))
-    except OSError:  # no such descriptor: somebody else has set the variable
+    except OSError:  # no such descriptor: another program has set the variable
         return b""
 
 
