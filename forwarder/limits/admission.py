@@ -1,6 +1,6 @@
 """May this client have a session now? The limits of one rule, in one worker.
 
-Decides together with all other workers, through the gate. Refuses nobody itself; the relay does.
+Decides together with all other workers, through the gate. Refuses no client itself; the relay does.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from forwarder.limits.gate import Gate, Holder
     from forwarder.net.sockets import SockAddr
 
-# While clients wait in the queue: when to look whether another worker has room again. A session of
-# this worker that ends is noticed at once. Arbitrary.
+# While clients wait in the queue: how often to check whether other workers have made room. A
+# session of this worker that ends is noticed at once. Arbitrary.
 LOOK_AGAIN_S: Final = 0.05
 _NO_ROOM: Final = "max_sessions_per_client, which cannot be kept for so many clients"
 
 
 def client_host(address: SockAddr) -> str:
-    """As whom the limits of single clients know a client: all of a unix socket are one."""
+    """The name of a client in limits per client: all clients of a unix socket are one."""
     return address[0] if isinstance(address, tuple) else "unix"
 
 
@@ -34,7 +34,7 @@ class Admission:
     """The limits of a rule, whose row is ``row``, and those of the whole process.
 
     ``queues``: whether clients wait in the queue at a limit of the rule; see :meth:`reserve`.
-    ``met``: which limit the last one that was refused, or has to wait, has met.
+    ``met``: the limit that the last client met that was refused or has to wait.
     """
 
     __slots__ = (
@@ -56,7 +56,7 @@ class Admission:
     ) -> None:
         """``max_total`` is of all rules together; 0 is no limit, as everywhere here.
 
-        ``settle`` has the gate count what the holder owes, now or as soon as that is possible.
+        ``settle`` makes the gate count what the holder owes, now or as soon as possible.
         """
         self._holder = holder
         self._settle = settle
@@ -68,7 +68,7 @@ class Admission:
         self._max_total = max_total
         self.queues = limits.on_limit is OnLimit.QUEUE
         self.met = ""
-        # Whom to call, once each, when there may be room; in the order in which they came.
+        # What to call, once each, when there may be room; in the order of arrival.
         self._waiting: dict[Callable[[], None], None] = {}
 
     @property
@@ -77,11 +77,11 @@ class Admission:
         return self._holder.gate.is_settled
 
     def key(self, client: str) -> int:
-        """As what a session of this client is held."""
+        """The key that a session of this client is held by."""
         return key_of(self._name, client) if self._limits.max_sessions_per_client else 0
 
     def admit(self, client: str) -> int | None:
-        """Take a client in, if no limit is met. Returns the key that it is held by, or None.
+        """Admit a client, if no limit is met. Returns the key that it is held by, or None.
 
         Raises Busy: ask again later.
         """
@@ -124,7 +124,7 @@ class Admission:
         return 0.0
 
     def admit_reserved(self, client: str) -> int | None:
-        """As :meth:`admit`, for a client for whom there is a reservation, which is used up."""
+        """As :meth:`admit`, for a client with a reservation, which is used up."""
         limits = self._limits
         if not self._limits_clients:
             return 0
@@ -146,11 +146,11 @@ class Admission:
         self._settle()
 
     def wait(self, callback: Callable[[], None]) -> None:
-        """Have ``callback`` called when a session of the rule has ended in this worker."""
+        """Call ``callback`` when a session of the rule has ended in this worker."""
         self._waiting[callback] = None
 
     def stop_waiting(self, callback: Callable[[], None]) -> None:
-        """It has found out by itself."""
+        """Forget a callback that found room by itself."""
         self._waiting.pop(callback, None)
 
     def wake_one(self) -> None:

@@ -2,19 +2,19 @@
 
 Theory of operation
 -------------------
-Sessions are counted twice: in memory that all workers share, where a decision looks, and in memory
-of the worker's own. When a worker dies the shared counts are made anew from those of the workers
-that live, so nothing that a dead one held, or was about to write, stays behind.
+Sessions are counted twice: in memory that all workers share, on which decisions rest, and in memory
+of the worker's own. When a worker dies the master rebuilds the shared counts from those of the
+living workers, so nothing that the dead one held, or was about to write, stays behind.
 
 Dividing a limit by the number of workers would need no lock, but would be wrong: the kernel spreads
 clients by a hash, and a client with five sessions may have all of them in one worker.
 
 The lock is a record lock on a file that has no name (fcntl(2)): the kernel lets go of it when its
-holder dies, whatever it was doing. It costs two system calls, for rules that have a limit only. It
-is held for microseconds, or for a time slice by who loses its processor; but a worker that hangs or
-is stopped may have it until the master kills it. So nobody waits for longer than PATIENCE_S, and
-who has waited in vain only tries, now and then, until the lock is free. What cannot be decided then
-is decided later, what cannot be given back is owed (:class:`Holder`).
+holder dies, whatever it was doing. It costs two system calls, only for rules that have a limit. A
+worker holds it for microseconds, or for a time slice if it loses its processor; but one that hangs
+or is stopped may hold it until the master kills it. So no worker waits for longer than PATIENCE_S,
+and one that has waited in vain only tries, now and then, until the lock is free. What cannot be
+decided then is decided later, what cannot be given back is owed (:class:`Holder`).
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ if TYPE_CHECKING:
 CLIENTS: Final = 65536
 # Clients of rules with a rate per client whose last session is remembered.
 RATED_CLIENTS: Final = 65536
-# How long a loop may stand still for the lock, once: some time slices, for who has it may have lost
+# How long a loop may stand still for the lock, once: some time slices, as its holder may have lost
 # its processor to others.
 PATIENCE_S: Final = 0.02
 # How often a stuck lock is tried.
 STUCK_S: Final = 0.02
-# How long it then takes until all workers have counted what they owe, each of which tries every
-# STUCK_S: until then a limit may only seem to be met.
+# How long it then takes until all workers, which try every STUCK_S, have counted what they owe:
+# until then a limit may only seem to be met.
 RECOVERY_S: Final = 3 * STUCK_S
 # Tries before the processor is given away for longer; the lock is mostly free at the first. A nap
 # is as long as the wait was before it.
@@ -57,7 +57,7 @@ _TRY: Final = LOCK_EX | LOCK_NB
 
 
 def _words(count: int) -> memoryview[int]:
-    """Shared memory for so many numbers, all 0; its pages exist once they are touched."""
+    """Shared memory for ``count`` numbers, all 0; its pages exist once they are touched."""
     return memoryview(mmap.mmap(-1, count * 8)).cast("Q")
 
 
@@ -74,7 +74,7 @@ class Holdings:
 
 
 class Busy(Exception):  # noqa: N818 - an event, not a fault
-    """Somebody else holds the lock for longer than anybody should."""
+    """Another process holds the lock for longer than any should."""
 
 
 class Gate:
@@ -102,7 +102,7 @@ class Gate:
 
     @property
     def is_stuck(self) -> bool:
-        """Whether the lock could not be had a moment ago."""
+        """Whether the lock could not be taken a moment ago."""
         return self._stuck_until > 0 and time.monotonic() < self._stuck_until
 
     @property
@@ -116,7 +116,7 @@ class Gate:
         """Begin to decide alone. Raises Busy. Blocks for PATIENCE_S at most."""
         try:
             _lockf(self._lock_fd, _TRY)
-        except OSError:  # EACCES or EAGAIN: somebody has it
+        except OSError:  # EACCES or EAGAIN: another process has it
             self._wait()
         if self._stuck_until:
             self._stuck_until = 0.0
@@ -155,10 +155,10 @@ class Gate:
     # -- bandwidth
 
     def draw(self, line: int, now: float, seconds: float) -> float:
-        """Take a line for so long, if it is free. Returns 0, or in how many seconds it will be.
+        """Take a line for ``seconds``, if it is free. Returns 0, or the seconds until it will be.
 
         Goes on without the lock if that is stuck: a quantum too much now and then is better than
-        all sessions that stand still for the sake of one worker.
+        all sessions standing still because of one worker.
         """
         try:
             with self:
@@ -174,7 +174,7 @@ class Gate:
         return 0.0
 
     def free_line(self, line: int, at: float) -> None:
-        """Have a line free at some time at the latest: it has become faster."""
+        """Make a line free by a time at the latest: it has become faster."""
         self._lines[line] = min(self._lines[line], at)
 
     # -- all of these under the lock
@@ -253,7 +253,7 @@ class Gate:
                     self._clients.add(key, count)
 
     def forget(self, row: int) -> None:
-        """A row begins anew for another rule: nobody has to wait for what the former one did."""
+        """A row starts over for another rule: no client waits for what the former one did."""
         self._dues[row] = 0.0
         self._lines[2 * row] = self._lines[2 * row + 1] = 0.0
 
@@ -261,8 +261,8 @@ class Gate:
 class Holder:
     """The gate as one worker uses it: what it holds is in ``mine``.
 
-    As a context manager it is the lock of the gate; entering it works off what is owed. What shall
-    be counted while somebody else has the lock is owed, so that no loop stands still for it.
+    As a context manager it is the lock of the gate; entering it works off what is owed. What is to
+    be counted while another process has the lock is owed, so that no loop stands still for it.
     """
 
     __slots__ = ("_owed", "gate", "mine")

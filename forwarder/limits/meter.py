@@ -3,10 +3,10 @@
 Theory of operation
 -------------------
 All workers together keep one number per rule and way in shared memory: until when the line is
-taken. Who wants to move draws a quantum if that time has passed, and so takes the line for as long
-as the quantum lasts at the rate. What is moved beyond a quantum (a read is not cut into pieces) is
-owed, and drawn for before more is moved. So the sum over all workers is the rate, and nobody has to
-know how many they are.
+taken. A worker that wants to move bytes draws a quantum if that time has passed, and so takes the
+line for as long as the quantum lasts at the rate. What is moved beyond a quantum (a read is not cut
+into pieces) is owed, and drawn for before more is moved. So the sum over all workers is the rate,
+and no worker has to know how many there are.
 
 A way that has to wait stops reading, so the window of its sender closes, as with a slow receiver;
 one timer per rule and way lets those that wait go on, in turn. Nothing polls.
@@ -27,10 +27,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# A quantum lasts so long at the rate, within the bounds below: short enough to be smooth, long
+# A quantum lasts this long at the rate, within the bounds below: short enough to be smooth, long
 # enough that drawing it costs nothing beside moving it. Arbitrary.
 QUANTUM_S: Final = 0.01
-# At the lowest rate a second of it: so long a first byte may wait for a worker that has drawn one.
+# At the lowest rate one second of it: a first byte may wait this long for a worker that has drawn
+# one.
 SMALLEST_BYTES: Final = 1024
 # What a direction moves before the others of its worker get their turn.
 LARGEST_BYTES: Final = 1024 * 1024
@@ -42,10 +43,10 @@ class Waiting(Protocol):
     """A way of a session that waits for its turn."""
 
     def go_on(self, now: float) -> None:
-        """Move more; called once for each time that it was told to wait. ``now``: the loop's."""
+        """Move more; called once for each time that it had to wait. ``now``: the loop's."""
 
     def on_bug(self) -> None:
-        """:meth:`go_on` raised what it never should: end what it stands for."""
+        """:meth:`go_on` raised, which is a bug: end the session."""
 
 
 class Meter:
@@ -87,7 +88,7 @@ class Meter:
         self._timer: TimerHandle | None = None
 
     def set_rate(self, rate: float) -> None:
-        """Have another rate from now on, for those that wait, too; 0 is no limit."""
+        """Use another rate from now on, for those that wait, too; 0 is no limit."""
         if rate == self._rate:
             return
         self._rate = rate
@@ -111,20 +112,20 @@ class Meter:
     def room_now(self) -> int:
         """How many bytes may be moved now, for something that cannot wait.
 
-        Beside those that do it gets its share by taking a quantum in advance for each of them that
-        has its turn.
+        Beside ways that wait it gets its share by taking a quantum in advance for each of their
+        turns.
         """
         if self._waiting:
             return max(self._quantum - self._in_advance, 0)
         return 0 if self._draw() else self._left
 
     def spend(self, moved: int) -> None:
-        """So many bytes were moved."""
+        """Note that ``moved`` bytes were moved."""
         if self._rate:
             self._left -= moved
 
     def spend_now(self, moved: int) -> None:
-        """So many bytes were moved that could not wait."""
+        """Note that ``moved`` bytes were moved that could not wait."""
         self._in_advance += moved
         self.spend(moved)
 
@@ -133,7 +134,7 @@ class Meter:
         self._waiting.pop(way, None)
 
     def _draw(self) -> float:
-        """Have something left. Returns 0, or in how many seconds there may be."""
+        """Get something to spend. Returns 0, or the seconds until there may be some."""
         if not self._rate:
             self._left = self._quantum
         while self._left <= 0:

@@ -1,7 +1,7 @@
 """Counting and timing what is limited, in tables of fixed size. Pure: arrays in, numbers out.
 
-The arrays are shared by all workers (see ``gate``), so nothing here is kept in Python objects. Who
-calls holds the lock.
+The arrays are shared by all workers (see ``gate``), so nothing here is kept in Python objects. The
+caller holds the lock.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def key_of(rule: str, client: str) -> int:
 
 
 def table_words(keys: int) -> int:
-    """How many words a :class:`CountTable` for so many keys, a power of two, needs."""
+    """How many words a :class:`CountTable` for ``keys`` keys, a power of two, needs."""
     return 4 * keys + 1
 
 
@@ -32,8 +32,8 @@ class CountTable:
     holds a key and a count for each place, and then the number of keys. Half of the places stay
     free, so that looking for a key is short, however many there are.
 
-    Whoever writes may be killed at any point. What is read then is wrong by a little until it is
-    made anew, hence no count is taken below 0 here.
+    A writer may be killed at any point. Counts are then slightly wrong until they are rebuilt, so
+    no count is taken below 0 here.
     """
 
     __slots__ = ("_mask", "_places", "_words")
@@ -137,8 +137,8 @@ def pass_at(due: float, now: float, rate: float, burst: float) -> float | None:
 class RateTable:
     """When the next one of each key is due; room for a fixed number of keys.
 
-    Each key has one of _WAYS places. When all are taken the one that has waited longest goes: if it
-    is overdue nothing is forgotten by that, else that client is forgiven a part of what it had.
+    Each key has one of _WAYS places. When all are taken the earliest due is replaced: if it is
+    overdue nothing is lost, else its client is forgiven a part of what it had.
     """
 
     __slots__ = ("_dues", "_keys", "_sets")
