@@ -1,6 +1,6 @@
 """Where rules listen, as the kernel wants it: names resolved, ranges of ports spelled out.
 
-Also what it means when such an address cannot be had. Binds nothing.
+Also what it means when such an address cannot be bound. Binds nothing.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 class BindAddress:
     """Where a listener is bound. ``v6only`` matters for the IPv6 wildcard.
 
-    ``is_mptcp`` cannot be changed of a socket, so a rule that changes it needs others.
-    ``aside``: not 0 for listeners that have been set aside, each with a number of its own; they get
-    no new clients, and others may be bound to their address.
+    ``is_mptcp`` of a socket cannot be changed, so a rule that changes it needs other sockets.
+    ``aside``: not 0 for listeners that were set aside, each with a number of its own; they get no
+    new clients, and others may be bound to their address.
     """
 
     target: Target
@@ -52,7 +52,7 @@ class BindAddress:
 
     @property
     def has_handshakes(self) -> bool:
-        """Whether clients wait a while before they can be accepted."""
+        """Whether clients need a handshake before they can be accepted."""
         return not (self.is_udp or self.target.is_unix)
 
 
@@ -67,10 +67,10 @@ def address_of(sock: socket.socket) -> BindAddress:
 
 
 class BindError(StartupError):
-    """An address cannot be had. ``why`` says it without the rule and its place.
+    """An address cannot be bound. ``why`` is the message without the rule and its place.
 
     ``is_final``: waiting does not help, unlike with a name that cannot be looked up just now.
-    ``is_shortage``: for want of descriptors or memory, which is no matter of this address.
+    ``is_shortage``: descriptors or memory ran out, whatever the address.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Answered(Protocol):
 
     @property
     def is_final(self) -> bool:
-        """Whether the name means nothing."""
+        """Whether the name does not exist."""
 
 
 def bind_addresses(
@@ -117,12 +117,11 @@ def bind_addresses(
 ) -> dict[str, tuple[BindAddress, ...]]:
     """The addresses each rule listens on, by rule name. A host name may stand for several.
 
-    ``answers`` is what is known of names; nobody is asked. ``beside`` is the whole configuration,
-    where ``config`` has some of its rules only.
-    A rule whose name has no address now has none, and ``unresolved`` is told why, by rule. But if
-    its name means nothing that is an error, unless it may wait for its address or is ``patient``.
-    Raises StartupError naming the rule and its place, and ConfigError when two rules turn out to
-    listen on one address.
+    ``answers`` is what is known of names; none is looked up. ``beside`` is the whole configuration,
+    where ``config`` has some of its rules only. A rule whose name has no address now gets none, and
+    ``unresolved`` gets the reason, by rule. But a name that does not exist is an error, unless the
+    rule may wait for its address or is ``patient``. Raises StartupError naming the rule and its
+    place, and ConfigError when two rules turn out to listen on one address.
     """
     issues: list[Issue] = []
     first: dict[BindAddress, Rule] = {}
@@ -220,7 +219,7 @@ def _known(rule: Rule, listen: Address, answer: Answered | None) -> list[Target]
 
 
 def _plain(target: Target) -> Target:
-    """IPv4 in IPv6 clothes, as a name may have it, is IPv4: see ``addr.parse_host``."""
+    """An IPv4 address mapped to IPv6, as a name may have it, is IPv4: see ``parse_host``."""
     host = target.sockaddr[0]
     mapped = IPv6Address(host).ipv4_mapped if target.family == socket.AF_INET6 else None
     return target if mapped is None else Target(socket.AF_INET, (str(mapped), target.port))
@@ -248,7 +247,7 @@ _GROUP_HINTS = dict.fromkeys((errno.ENODEV, errno.EADDRNOTAVAIL, errno.EINVAL), 
 
 
 def option_error(address: BindAddress, rule: Rule, err: OSError) -> BindError:
-    """The options of a rule cannot be had for the sockets that it has already."""
+    """The options of a rule cannot be set on the sockets that it has already."""
     number = err.errno or 0
     return BindError(
         rule,

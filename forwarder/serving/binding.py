@@ -1,8 +1,8 @@
-"""Where rules listen: what they have of the addresses they want, and what they wait for.
+"""Where rules listen: which of their addresses are bound, and which they wait for.
 
-A host name may stand for several addresses: a rule listens on those that can be had, and waits for
-the others. One that has none at all keeps everything from starting, or waits if it may. Addresses
-at which no client can reach us any more, since their interface or their file has gone, are given up
+A host name may stand for several addresses: a rule listens on those that can be bound, and waits
+for the others. A rule without any keeps everything from starting, or waits if it may. Addresses at
+which no client can reach us any more, because their interface or their file has gone, are given up
 and waited for, too.
 """
 
@@ -39,7 +39,7 @@ RESERVED_DESCRIPTORS: Final = 24
 
 @dataclass(frozen=True, slots=True)
 class Had:
-    """What a rule has of the addresses it wants; of the others, the error of the first one."""
+    """The addresses of a rule that are bound; of the others, the error of the first one."""
 
     addresses: tuple[BindAddress, ...]
     why: str = ""
@@ -47,7 +47,7 @@ class Had:
 
 
 class Binding:
-    """Which addresses the rules have. Those that wait for some are in ``retries``."""
+    """Which addresses of the rules are bound. Rules that wait for some are in ``retries``."""
 
     def __init__(self, table: ListenerTable, start: FirstAnswers) -> None:
         """``start`` are rules that a start waits for."""
@@ -73,7 +73,7 @@ class Binding:
     def require(
         self, candidate: Candidate, slots: int, may_wait: Callable[[Rule], bool]
     ) -> dict[str, Had]:
-        """Bind the rules of a candidate, all of them, or nothing; not those that may come later.
+        """Bind all rules of a candidate, except those that may come later, or none.
 
         Returns what each rule has, for :meth:`put_in_force`. Raises StartupError.
         """
@@ -94,7 +94,7 @@ class Binding:
         return found
 
     def put_in_force(self, candidate: Candidate, found: Mapping[str, Had], slots: int) -> None:
-        """Have what :meth:`require` has bound, and of the other rules what is possible."""
+        """Use what :meth:`require` has bound, and bind of the other rules what is possible."""
         self._had = {name: had.addresses for name, had in found.items()}
         self._fragile = [r for r in candidate.config.rules if interface_of(r) or _has_file(r)]
         taken = {a: rule for rule in candidate.config.rules for a in self.of(rule.name)}
@@ -110,10 +110,10 @@ class Binding:
     def bind_late(
         self, found: Candidate | Rejected, tried: Config, in_force: Config, slots: int
     ) -> bool:
-        """Bind what could not be had before, as far as that is possible now. True if something was.
+        """Bind what could not be bound before, as far as possible now. True if something was.
 
-        ``found`` is where the rules of ``tried``, of those in force, listen. Raises StartupError
-        for a rule without which the start has failed.
+        ``found`` is where the rules of ``tried``, some of those in force, listen. Raises
+        StartupError for a rule without which the start has failed.
         """
         if isinstance(found, Rejected):
             why = "; ".join(found.problems)
@@ -133,9 +133,9 @@ class Binding:
         return self._had != before
 
     def _may_probe(self, now: float, *, is_alone: bool) -> bool:
-        """Whether to go on; who holds the start lock for longer than a start waits is ignored.
+        """Whether to go on; a process that holds the start lock for too long is ignored.
 
-        Anybody on this host can hold it.
+        Any process of this host can hold it: START_LOCK_S is how long a start waits.
         """
         if is_alone:
             self._locked_since = None
@@ -150,9 +150,9 @@ class Binding:
         return bool(self._fragile)
 
     def give_up_deaf(self, now: float) -> list[BindAddress]:
-        """Give up addresses at which no client can reach us, and have them tried anew at once.
+        """Give up addresses at which no client can reach us, and let them be tried again at once.
 
-        Returns under which addresses the sockets are found that the workers have yet.
+        Returns the addresses under which the sockets are found that the workers still have.
         """
         gone: list[BindAddress] = []
         for rule in self._fragile:
@@ -172,7 +172,7 @@ class Binding:
     def _bind_if_possible(
         self, rule: Rule, candidate: Candidate, slots: int, taken: Mapping[BindAddress, Rule]
     ) -> Had:
-        """The same; if not possible, why. Raises StartupError if the start has failed by that."""
+        """As :meth:`_bind`; if impossible, why. Raises StartupError if the start fails by that."""
         wanted = candidate.binds.get(rule.name, ())
         added = [address for address in wanted if address not in self._table]
         is_required = rule.name in self._start.rules and not rule.retries_bind
@@ -190,7 +190,7 @@ class Binding:
     def _bind(
         self, rule: Rule, candidate: Candidate, slots: int, taken: Mapping[BindAddress, Rule]
     ) -> Had:
-        """Bind the hosts of a rule, with all of its ports each, that can be had.
+        """Bind the hosts of a rule that can be bound, each with all ports of the rule.
 
         Raises StartupError where the system is short of something.
         """
@@ -214,7 +214,7 @@ class Binding:
         return Had(tuple(had), "; ".join(problems), first)
 
     def _note(self, rule: Rule, had: Had) -> None:
-        """Remember what a rule has, and say what is new of that."""
+        """Remember what a rule has bound, and log what is new."""
         self._had[rule.name] = had.addresses
         is_first = rule.name in self._start.rules
         if is_first and had.why and not had.addresses and self._start.is_unanswered(rule):
@@ -256,7 +256,7 @@ def _has_file(rule: Rule) -> bool:
 
 
 def check_descriptors(listening: int, what: str) -> None:
-    """Refuse what could never serve, before anything is bound. Raises StartupError."""
+    """Refuse more sockets than there are descriptors, before any is bound. Raises StartupError."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     # The master has all sockets. A worker that adopts those of all others has them all, too.
     needed = listening + RESERVED_DESCRIPTORS
@@ -264,12 +264,12 @@ def check_descriptors(listening: int, what: str) -> None:
         raise StartupError(
             f"{what} need at least {needed} file descriptors "
             f"and 2 for each session, the limit is {limit}; "
-            "hint: raise the limit of open files (LimitNOFILE=, ulimit -n), or have fewer workers"
+            "hint: raise the limit of open files (LimitNOFILE=, ulimit -n), or use fewer workers"
         )
 
 
 def _by_host(addresses: Iterable[BindAddress]) -> list[list[BindAddress]]:
-    """The addresses of a rule, those of one host together: all its ports are had, or none."""
+    """The addresses of a rule, those of one host together: all its ports are bound, or none."""
     hosts: dict[object, list[BindAddress]] = {}
     for address in addresses:
         target = address.target

@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
     from forwarder.config.model import Rule
 
-# So long is a start not complete for want of the answer to a name; the rest is served meanwhile.
+# How long a start is incomplete while a name has no answer; the rest is served meanwhile.
 FIRST_ANSWER_S: Final = 5.0
 
 
 class FirstAnswers:
-    """``rules`` are those that have such names, until they listen or have to wait for longer.
+    """``rules`` have such names, until they listen or have to wait for longer.
 
     ``deadline`` is when they have to.
     """
@@ -42,11 +42,11 @@ class FirstAnswers:
         self._unanswered.difference_update(hosts)
 
     def is_unanswered(self, rule: Rule) -> bool:
-        """Whether nobody has said yet what the name means that a rule listens on."""
+        """Whether the name that a rule listens on has had no answer yet."""
         return isinstance(rule.listen, Address) and rule.listen.host in self._unanswered
 
     def expire(self, now: float) -> None:
-        """Wait no more when it is time."""
+        """Stop waiting when it is time."""
         if not self.rules or now >= self.deadline:
             self.rules.clear()
             self.deadline = math.inf

@@ -1,4 +1,4 @@
-"""What all workers together shall serve, as a value: from the service to the fleet."""
+"""What all workers together have to serve, as a value: from the service to the fleet."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Serving:
-    """What all workers together shall serve. ``binds``: where each rule listens, by its name.
+    """What all workers together have to serve. ``binds``: where each rule listens, by its name.
 
     ``counted_as`` names the rule as which each one is counted, where that is not its own name.
     ``revision`` grows with every change, ``generation`` with every accepted reload.

@@ -1,7 +1,7 @@
 """Trying again to listen where it was not possible, while everything else is served.
 
-Names are those that are known by now; who is asked for them is not waited for. When it is time is
-decided by ``retries``, what is bound by the service.
+Names have the addresses known by now; no look-up is waited for. ``retries`` decides when to try,
+and the service binds.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Waits(Protocol):
 
     @property
     def awaited(self) -> Collection[str]:
-        """Rules without whose address the start has failed, as far as that is open yet."""
+        """Rules without whose address the start fails, as long as that is open."""
 
     def due(self, now: float) -> Config:
         """The configuration in force, with no other rules than those to try now."""
@@ -47,7 +47,7 @@ class LateBinds:
         may_bind: Callable[[], bool],
         on_bound: Callable[[], None],
     ) -> None:
-        """``known`` tells what names mean, ``slots`` for how many workers to bind.
+        """``known`` gives the answers for names, ``slots`` the number of workers to bind for.
 
         ``may_bind``: whether nothing else is changing what is served, nor ending it.
         ``on_bound`` is called when something new is listened on.

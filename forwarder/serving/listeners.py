@@ -1,6 +1,6 @@
 """The master's listening sockets: one per address and slot, open for as long as the rule lives.
 
-The accept queue belongs to the socket, and closing a SO_REUSEPORT listener resets whatever is
+The accept queue belongs to the socket, and closing a SO_REUSEPORT listener resets the clients
 queued on it. So sockets are made here, before any worker exists, lent to workers, and outlive them.
 Accepts nothing.
 """
@@ -57,8 +57,9 @@ class Slotted:
 class ListenerTable:
     """All listening sockets of this instance, by address and slot. Owns them.
 
-    Of a unix socket it owns the address, too: a file that nobody serves any more is removed, and
-    who connects to a name is refused. What was inherited stays the giver's until :meth:`own`.
+    Of a unix socket it owns the address, too: a file that is no longer served is removed, and a
+    client that connects to a name is refused. An inherited address stays the giver's until
+    :meth:`own`.
     """
 
     def __init__(self) -> None:
@@ -81,7 +82,7 @@ class ListenerTable:
         return address if slotted is None else slotted.address
 
     def inherit(self, given: Iterable[socket.socket]) -> None:
-        """Own listening sockets that somebody else has bound; :meth:`add` uses those that fit."""
+        """Own listening sockets that another process has bound; :meth:`add` uses those that fit."""
         aside = next(self._asides)
         for sock in given:
             address = address_of(sock)
@@ -96,7 +97,7 @@ class ListenerTable:
     def refuse_unclaimed(self) -> None:
         """Turn new clients away from the sockets of :meth:`unclaimed`, which their giver serves.
 
-        It will close them, too. Until :meth:`close_unclaimed` a rule can have them all the same.
+        It will close them, too. Until :meth:`close_unclaimed` a rule can still get them.
         """
         for address in self.unclaimed():
             inherited = self._inherited[address]
@@ -169,12 +170,12 @@ class ListenerTable:
                     if self._open_one(address, rule, slotted):
                         grown.append(slotted)
         except BaseException:
-            for slotted in reversed(grown):  # nobody would serve these
+            for slotted in reversed(grown):  # no worker would serve these
                 slotted.ids.pop()
                 slotted.sockets.pop().close()
                 self._total -= 1
             for slotted, options in adapted:
-                with suppress(OSError):  # they had them; if that is impossible now, nothing helps
+                with suppress(OSError):  # they had these; if that is impossible now, nothing helps
                     change_options(slotted.sockets, options, slotted.options)
             raise
         for slotted, options in adapted:
@@ -195,7 +196,7 @@ class ListenerTable:
         return [number for slotted in found if slotted for number in slotted.ids]
 
     def queue(self, addresses: Iterable[BindAddress]) -> dict[str, int]:
-        """What waits in the queues of some addresses: the fields of ``sockets.Queue``, in sums."""
+        """The sums of the queues of some addresses, by the fields of ``sockets.Queue``."""
         waiting = limit = dropped = 0
         for address in addresses:
             slotted = self._by_address.get(address)
@@ -209,10 +210,10 @@ class ListenerTable:
     def turn_away(self, address: BindAddress, *, is_served: bool) -> BindAddress:
         """Let no new handshake begin on an address; what is queued or under way can be accepted.
 
-        ``is_served``: other sockets have its port and get who comes. Returns under which address
-        these are found from now on: they may have been set aside.
-        A unix socket has no handshakes: who connects is queued at once, and served until it is
-        closed. Nor has UDP.
+        ``is_served``: other sockets have its port and get new clients. Returns the address under
+        which these are found from now on: they may have been set aside. A unix socket has no
+        handshakes: a client that connects is queued at once, and served until the socket is closed.
+        Nor has UDP.
         """
         listeners = self._by_address[address].sockets
         is_aside = _turn_away(listeners, address, is_served=is_served)
@@ -229,7 +230,7 @@ class ListenerTable:
     def set_aside(self, address: BindAddress) -> BindAddress:
         """Make room for other sockets at an address whose sockets get no new clients.
 
-        Returns under which address these are found from now on.
+        Returns the address under which these are found from now on.
         """
         slotted = self._by_address[address]
         slotted.address = replace(address, aside=next(self._asides))
@@ -238,7 +239,7 @@ class ListenerTable:
         return slotted.address
 
     def why_deaf(self, address: BindAddress, interface: str) -> str:
-        """Why no client can reach an address any more; "" if they can, or nobody knows.
+        """Why no client can reach an address any more; "" if they can, or it is unknown.
 
         ``interface`` is what it is bound to, by name, or "".
         """
@@ -253,14 +254,14 @@ class ListenerTable:
         return what and f"cannot be reached at {target}: {what}"
 
     def accept_handshakes(self, address: BindAddress) -> None:
-        """Undo :meth:`turn_away`, of what was not set aside; harmless where that was not done."""
+        """Undo :meth:`turn_away`, of sockets that were not set aside; harmless otherwise."""
         for sock in self._by_address[address].sockets if address.has_handshakes else ():
             sockets.pass_syn(sock)
 
     def own(self, rules: Mapping[BindAddress, Rule]) -> None:
-        """Nobody else serves our unix sockets, or will go on to: their addresses are ours alone.
+        """No other process will go on serving our unix sockets: their addresses are ours alone.
 
-        The file of one that no rule has any more is removed.
+        Removes the file of one that no rule has any more.
         """
         for address, file in self._borrowed.items():
             if address in self._by_address:
@@ -277,7 +278,7 @@ class ListenerTable:
                 file.set_mode(rules[address].unix_mode)
 
     def disown(self) -> None:
-        """Somebody else serves our unix sockets from now on: leave their addresses alone."""
+        """Another master serves our unix sockets from now on: leave their addresses alone."""
         self._owned.clear()
 
     def close(self, addresses: Iterable[BindAddress] | None = None) -> None:
@@ -291,7 +292,8 @@ class ListenerTable:
                 if file is not None:
                     file.remove()
                 if slotted and slotted.sockets:
-                    # Who is queued can be accepted, by the workers; who comes now is refused.
+                    # Workers can accept the clients that are queued; a client that comes now is
+                    # refused.
                     with suppress(OSError):
                         slotted.sockets[0].shutdown(socket.SHUT_RD)
             if slotted and slotted.sockets:
@@ -342,7 +344,7 @@ class ListenerTable:
         return self._ports[port] > 0 or any(other.port == port for other in self._inherited)
 
     def _prepare(self, sock: socket.socket, address: BindAddress, options: SocketOptions) -> None:
-        """Set up a socket that somebody else has bound. Raises OSError."""
+        """Set up a socket that another process has bound. Raises OSError."""
         if address.is_udp and self.owner is not None:
             os.fchown(sock.fileno(), *self.owner)
         prepare_inherited(sock, str(address.target.sockaddr[0]), options)
@@ -350,7 +352,7 @@ class ListenerTable:
     def _adapt(self, slotted: Slotted, rule: Rule) -> None:
         try:
             change_options(slotted.sockets, slotted.options, rule.options)
-            if slotted.address.is_udp:  # on another device there is the group to join again
+            if slotted.address.is_udp:  # on another device the group is joined again
                 many.join(slotted.sockets[0], slotted.address.target, rule.options.device)
         except OSError as err:
             raise option_error(slotted.address, rule, err) from err
@@ -379,8 +381,8 @@ class ListenerTable:
             sock = self._bind(address, rule, first)
         except OSError as err:
             # Beside the socket of a service manager only its user may bind (socket(7), the rule
-            # about user ids), and at a low port only who has the capability. Then its queue is
-            # shared; datagrams of a flow must not go to several workers.
+            # about user ids), and at a low port only a process with the capability. Then its queue
+            # is shared; datagrams of a flow must not go to several workers.
             if not isinstance(first, LentSocket):
                 raise bind_error(address, rule, err) from err
             if address.is_udp:
@@ -441,12 +443,12 @@ class ListenerTable:
 def _turn_away(
     listeners: Sequence[socket.socket], address: BindAddress, *, is_served: bool
 ) -> bool:
-    """See :meth:`ListenerTable.turn_away`. Returns whether they cannot be had again."""
+    """See :meth:`ListenerTable.turn_away`. Returns whether they are lost for good."""
     if not address.has_handshakes:
         return False
     is_lent = any(isinstance(sock, LentSocket) for sock in listeners)
-    # Filters do nothing for MPTCP. Who may not have one does without it: then a few are reset that
-    # come between the last accept and the close of what is lent.
+    # Filters do nothing for MPTCP. A process without the right to one does without: then a few
+    # clients are reset that come between the last accept and the close of a lent socket.
     if not (is_served or address.is_mptcp) and all(map(sockets.drop_syn, listeners)):
         return False
     return not is_lent and all(map(diverting.divert, listeners))

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 # A configuration that takes longer (a dead name server, a dead network file system) is given up.
 LOAD_TIMEOUT_S: Final = 60.0
-# New names to listen on have so long to be answered; after that their rules wait for them.
+# New names to listen on have this long to be answered; after that their rules wait.
 LOOK_UP_S: Final = 5.0
 
 
@@ -38,7 +38,7 @@ LOOK_UP_S: Final = 5.0
 class Candidate:
     """A configuration that can be applied, with the addresses its rules listen on.
 
-    ``unresolved``: why rules have no address now, by name. ``answers``: what was found of names to
+    ``unresolved``: why rules have no address now, by name. ``answers``: the answers for names to
     listen on that were not known before.
     """
 
@@ -88,7 +88,7 @@ class Loading:
         os.set_blocking(self._read_fd, False)
 
     def fileno(self) -> int:
-        """Readable when the child has something to say or has ended."""
+        """Readable when the child has sent something or has ended."""
         return self._read_fd
 
     def result(self) -> Candidate | Rejected | None:
@@ -104,7 +104,7 @@ class Loading:
         died = Rejected(("the process that reads the configuration died",))
         try:
             found = pickle.loads(self._received)  # noqa: S301 - from our own forked child
-        except (EOFError, pickle.UnpicklingError, ValueError):  # it died amid its answer
+        except (EOFError, pickle.UnpicklingError, ValueError):  # it died while it answered
             return died
         return found if isinstance(found, Candidate | Rejected) else died
 
@@ -119,7 +119,7 @@ class Loading:
 
 
 class Loader:
-    """At most one :class:`Loading` at a time. Owns it, and has the selector report its answer."""
+    """At most one :class:`Loading` at a time. Owns it; the selector reports its answer."""
 
     def __init__(
         self,
@@ -128,7 +128,7 @@ class Loader:
         on_found: Callable[[Candidate | Rejected], None],
         too_long: str,
     ) -> None:
-        """``kept`` as for Loading. ``on_found`` hears what was found, or that it took too long.
+        """``kept`` as for Loading. ``on_found`` gets what was found, or that it took too long.
 
         The selector's data is a function to call when there is something to read.
         """
@@ -166,7 +166,7 @@ class Loader:
             self._on_found(Rejected((self._too_long,)))
 
     def cancel(self) -> None:
-        """Give up what is under way; nobody hears of it."""
+        """Give up what is under way, without a report."""
         if self._loading is not None:
             self._loading.cancel()
             self._end()
@@ -199,10 +199,10 @@ def _load(load: Callable[[], Candidate]) -> Candidate | Rejected:
 
 
 def look_up(config: Config, known: Mapping[str, Answer], patient: Container[str] = ()) -> Candidate:
-    """Find where the rules of a configuration listen, asking for names that are not ``known``.
+    """Find where the rules of a configuration listen, looking up names that are not ``known``.
 
     ``patient`` as for ``bind_addresses``. Blocks LOOK_UP_S at most. Raises ForwarderError, as for a
-    name that means nothing.
+    name that does not exist.
     """
     asked = listening_names(config.rules).keys() - known.keys()
     answers = look_up_all(asked, LOOK_UP_S) if asked else {}
@@ -218,7 +218,7 @@ def as_known(
     *,
     patient: Container[str],
 ) -> Candidate:
-    """Find where the rules listen, asking nobody; the rest is as for ``bind_addresses``."""
+    """Find where the rules listen, without look-ups; the rest is as for ``bind_addresses``."""
     unresolved: dict[str, str] = {}
     binds = bind_addresses(config, known, unresolved, beside, patient)
     return Candidate(config, binds, unresolved)

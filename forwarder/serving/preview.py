@@ -1,4 +1,4 @@
-"""A reload that is only asked about: the configuration is read and compared, and nothing changes.
+"""A reload that is only previewed: the configuration is read and compared, and nothing changes.
 
 It is read as a reload would read it, in a process of its own; see ``loader``.
 """
@@ -28,7 +28,7 @@ _MOST_WAITING: Final = 64
 
 
 class Preview:
-    """Who has asked what a reload would change. Each is told of a file read after it asked."""
+    """The clients that ask what a reload would change. Each gets the result of a later reading."""
 
     def __init__(
         self,

@@ -1,9 +1,10 @@
 """Trying the socket options of a configuration on sockets that nobody will ever connect to.
 
-So what this system cannot do, or this process may not, is told when the configuration is read, with
-its place, and not by the first client. Binds and connects nothing.
+So what this system cannot do, or this process may not, is reported when the configuration is read,
+with its place, and not found by the first client. Binds and connects nothing.
 
-What workers set themselves is tried with their rights, in a forked process that drops the others.
+Options that workers set themselves are tried with their rights, in a forked process that drops the
+others.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _LIMITS: Final = {socket.SO_RCVBUF: "core/rmem_max", socket.SO_SNDBUF: "core/wme
 _CLIENT_BIT, _SERVER_BIT = 1, 2  # of net.ipv4.tcp_fastopen, ip-sysctl
 _RIGHTS_HINT: Final = (
     "start as root, or with AmbientCapabilities=CAP_NET_RAW in the unit (before Linux 5.17 "
-    "CAP_NET_ADMIN); who runs workers as somebody else restarts when the first rule needs it"
+    "CAP_NET_ADMIN); workers that run as another user need a restart when the first rule needs it"
 )
 
 
@@ -190,11 +191,11 @@ def _socket(case: _Case) -> socket.socket:
 
 
 def _set(sock: socket.socket, setting: Setting) -> Iterator[_Problem]:
-    """Set one option, and look whether it is what was wanted."""
+    """Set one option, and check whether it has the value wanted."""
     try:
         sock.setsockopt(setting.level, setting.name, setting.value)
     except OSError as err:
-        # What upstreams need of it is a state of theirs, which may change: see ``Pool.interfaces``.
+        # A missing device of upstreams is a state, which may change: see ``Pool.interfaces``.
         is_state = setting.key == "upstream_device" and err.errno == errno.ENODEV
         if setting.key and not is_state:
             yield _explain(setting, err)
@@ -221,7 +222,7 @@ def _try_fast_open(sock: socket.socket, case: _Case) -> Iterator[_Problem]:
         yield from _too_many("fast_open_queue", case.options.fast_open_queue)
     if not case.listens and sides.on_connect:
         bit = _CLIENT_BIT
-        with suppress(OSError):  # what is refused then is told by the bit
+        with suppress(OSError):  # the bit then shows what is refused
             sock.setsockopt(socket.IPPROTO_TCP, socket_options.FAST_OPEN_CONNECT, 1)
     value = kernel.setting("net/ipv4/tcp_fastopen")
     if bit and value.isdigit() and not int(value) & bit:

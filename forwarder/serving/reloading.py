@@ -1,6 +1,6 @@
-"""One reload at a time: having the configuration read, and what becomes of what was found.
+"""One reload at a time: it lets the configuration be read, and handles the result.
 
-Reads nothing itself, see ``loader``, and applies nothing; the master does.
+Reads nothing itself, see ``loader``; the master applies the result.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Reloadable(Protocol):
 
     @property
     def is_upgrading(self) -> bool:
-        """Whether a successor has been started and may take the place; then nothing may change."""
+        """Whether a successor was started and may take the place; then nothing may change."""
 
     def change_to(self, candidate: Candidate) -> None:
         """Put it in force. Raises StartupError if that is not possible; then nothing changes."""
@@ -85,7 +85,7 @@ class Reloading:
         return min((deadline for deadline in found if deadline is not None), default=None)
 
     def request(self) -> str:
-        """Begin to read the configuration anew; if that is under way, do it again afterwards.
+        """Begin to read the configuration again; if that is under way, once more afterwards.
 
         Returns why not, or "".
         """
@@ -147,20 +147,20 @@ class Reloading:
     def _end(self, found: Candidate | Rejected) -> None:
         if isinstance(found, Rejected):
             self._reject(found.problems)
-        elif self._master.is_running:  # told to stop meanwhile: nothing to begin
+        elif self._master.is_running:  # stopping meanwhile: nothing to begin
             self._apply(found)
         if self._is_wanted_again:
             self._is_wanted_again = False
             self.request()
 
     def on_settled(self) -> None:
-        """All workers serve what was put in force last."""
+        """All workers serve the last generation."""
         self._before = None
 
     def on_refused(self, why: str) -> None:
-        """The workers cannot serve what they were told last: have again what was before a reload.
+        """The workers cannot serve their last assignment: return to the state before the reload.
 
-        What came of something else is told again, see ``WorkerProcess``.
+        An assignment that no reload caused is sent again, see ``WorkerProcess``.
         """
         before, self._before = self._before, None
         problem = f"the workers cannot serve it: {why}; please report it"
@@ -183,12 +183,12 @@ class Reloading:
             self._before = before
         except StartupError as err:
             self._reject((str(err),))
-        except Exception:  # whoever asked, and the service manager, must still hear of an end
+        except Exception:  # the client that asked, and the service manager, must hear of an end
             log.exception("master.bug while a configuration is put in force")
             self._reject(("internal error, see the log",))
 
     def _reject(self, problems: Iterable[str]) -> None:
-        """Keep everything as it is, and say why."""
+        """Keep everything as it is, and report why."""
         for problem in problems:
             log.error("reload.rejected %s", problem)
         log.error("master: generation %d stays in force", self._service.generation)
@@ -197,9 +197,9 @@ class Reloading:
 
 
 def _tell_reloading(now: float) -> None:
-    """Tell a service manager that a reload begins; ``READY=1`` ends it, whatever came of it.
+    """Notify a service manager that a reload begins; ``READY=1`` ends it, whatever came of it.
 
-    systemd waits for ever for a reload that names no time (sd_notify(3), MONOTONIC_USEC), and with
+    systemd waits forever for a reload that names no time (sd_notify(3), MONOTONIC_USEC), and with
     Type=notify-reload for one that it has asked for and that never begins.
     """
     notify.notify("RELOADING=1", f"MONOTONIC_USEC={int(now * 1e6)}")

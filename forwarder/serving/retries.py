@@ -1,4 +1,4 @@
-"""Rules with an address that cannot be had yet: when to try again. Pure; ``now`` is passed in."""
+"""Rules with an address that cannot be bound yet: when to try again. Pure; ``now`` is passed in."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Retries:
         return {name for name, one in self._waiting.items() if one.not_before <= soon}
 
     def expect(self, name: str, why: str, now: float) -> None:
-        """Note that a rule will be tried when something is known, which is no failure yet."""
+        """Note that a rule waits for an answer about its name, which is no failure yet."""
         self._waiting[name] = Waiting(why, 0, now + LONGEST_DELAY_S)
 
     def hasten(self, names: Collection[str], now: float) -> None:

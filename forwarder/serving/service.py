@@ -2,9 +2,9 @@
 
 A new generation is all or nothing. Sockets of addresses that no rule has any more are closed in two
 steps: *closing*, no new handshakes but everything under way is still served, until a time; then
-*dropped*, which the workers are told, and closed when all of them have let go.
+*dropped*, which the workers learn, and closed when all of them have let go.
 
-Starts no process and speaks to no worker; the master does.
+Starts no process and sends nothing to workers; the master does.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# The same for sockets that were set aside, in whose way nobody is: the answer to a SYN may get lost
-# twice, and is sent again after 1 and 3 s (tcp(7)).
+# The same for sockets that were set aside and take no SYNs from others: the answer to a SYN may get
+# lost twice, and is sent again after 1 and 3 s (tcp(7)).
 ASIDE_GRACE_S: Final = 3.5
-# The same if SYNs are lost at them: handshakes end that have begun, and who is sent away now finds
-# them closed when its SYN is sent again, after 1 s.
+# The same if SYNs are lost at them: handshakes that have begun end, and a client that loses its SYN
+# now finds them closed when it sends the SYN again, after 1 s.
 GROUPED_GRACE_S: Final = 0.5
-# How long a rule that an upgrade has dropped can have its sockets again: until the predecessor,
-# which serves them, has closed them for certain.
+# How long a rule that an upgrade has dropped can get its sockets back: until the predecessor, which
+# serves them, has closed them for certain.
 UNCLAIMED_S: Final = 2 * CLOSE_GRACE_S
 
 
@@ -55,7 +55,7 @@ class Service:
     """The generation in force. Owns the listening sockets, through ``table``."""
 
     def __init__(self, config: Config, on_changed: Callable[[], None]) -> None:
-        """``on_changed`` is called when :meth:`turn` has come to what the workers must be told."""
+        """``on_changed`` is called when :meth:`turn` has changed what the workers serve."""
         self.config = config
         self.generation = 1
         self.table = ListenerTable()
@@ -76,7 +76,7 @@ class Service:
         """Make or take over the sockets of the first configuration: all, or none.
 
         Rules that may wait for their address do, and those on names that are not ``known``.
-        ``inherited`` gives sockets that exist already; it is told which are wanted. Raises
+        ``inherited`` gives sockets that exist already, by a test for wanted ones. Raises
         StartupError.
         """
         names = [rule.name for rule in self.config.rules if not rule.listen.is_literal]
@@ -93,12 +93,12 @@ class Service:
         for line in listening(at_once, self._binding.state_of):
             log.info("%s", line)
         for address in self.table.unclaimed():
-            if address.aside:  # the giver knows
+            if address.aside:  # its giver knows
                 continue
             log.warning("master: no rule listens on %s, inherited; closed", address.target)
 
     def grow(self, slots: int) -> None:
-        """Have sockets for ``slots`` workers. Raises StartupError; what was made is kept unused."""
+        """Make sockets for ``slots`` workers. Raises StartupError; made ones are kept unused."""
         wanted = self._rules_by_address()
         check_descriptors(
             self.table.count(wanted, slots), f"{len(wanted)} addresses for {slots} workers"
@@ -106,7 +106,7 @@ class Service:
         self.table.grow(wanted, slots)
 
     def candidate(self) -> Candidate:
-        """What is in force, to be put in force again should the next generation fail."""
+        """What is in force, to be put in force again if the next generation fails."""
         binds = {rule.name: self._binding.of(rule.name) for rule in self.config.rules}
         waiting = {name: self.retries.get(name) for name in binds if not binds[name]}
         why = {name: how.why for name, how in waiting.items() if how is not None}
@@ -128,7 +128,7 @@ class Service:
         kept_names = {r.name for r in new.rules if listens.get(r.name) == r.listen}
 
         def may_wait(rule: Rule) -> bool:
-            """One that waits already is no reason to refuse what is new."""
+            """A rule that waits already is no reason to refuse a new configuration."""
             return rule.name in kept_names and self.retries.get(rule.name) is not None
 
         try:
@@ -150,7 +150,7 @@ class Service:
         return f"{diff(old, new)}, generation {self.generation}{waiting_text(self.waiting)}"
 
     def _with_what_is_bound(self, candidate: Candidate) -> Candidate:
-        """The candidate, whose unchanged rules listen on where they do if their name is silent."""
+        """The candidate, whose unchanged rules keep their addresses if their name has none."""
         before = {rule.name: rule for rule in self.config.rules}
         kept = {
             rule.name: self._binding.of(rule.name)
@@ -184,7 +184,7 @@ class Service:
             # A port that is still served, by a wildcard or a single address, must not lose SYNs.
             closing = self.table.turn_away(address, is_served=address.port in ports)
             until = now + self._grace_s(closing)
-            # UDP has no handshakes: who comes now has not begun before.
+            # UDP has no handshakes: a client that comes now has not begun before.
             self._closing[closing] = (before[address], 0.0 if address.is_udp else until)
 
     def _grace_s(self, closing: BindAddress) -> float:
@@ -198,10 +198,10 @@ class Service:
         return bool(self.table.unclaimed())
 
     def own(self, *, has_predecessor: bool) -> None:
-        """Nobody else serves what we have inherited, or will go on to, but a while longer.
+        """No other process serves our inherited sockets, or only for a while.
 
-        ``has_predecessor``: what no rule has is served by the one that gave it, for as long as
-        handshakes may be under way; a rule that comes back within that time gets it again.
+        ``has_predecessor``: it serves the sockets that no rule has, for as long as handshakes may
+        be under way; a rule that comes back within that time gets them back.
         """
         if has_predecessor:
             self.table.refuse_unclaimed()
@@ -214,7 +214,7 @@ class Service:
 
     @property
     def awaited(self) -> set[str]:
-        """Rules without whose address the start has failed, as far as that is open yet."""
+        """Rules without whose address the start fails, as long as that is open."""
         return {
             rule.name
             for rule in self.config.rules
@@ -242,7 +242,7 @@ class Service:
         return dataclasses.replace(self.config, rules=rules)
 
     def bind_late(self, found: Candidate | Rejected, tried: Config, slots: int) -> bool:
-        """Bind what could not be had before, as far as that is possible now. True if something was.
+        """Bind what could not be bound before, as far as possible now. True if something was.
 
         ``found`` is where the rules of ``tried`` listen. Raises StartupError, as ``Binding`` does.
         """
@@ -263,15 +263,15 @@ class Service:
         return self._binding.can_go_deaf
 
     def look_around(self, now: float) -> bool:
-        """Give up what no client can reach any more. Returns whether the workers must be told."""
+        """Give up what no client can reach any more. Returns whether the workers have to know."""
         gone = self._binding.give_up_deaf(now)
         self._dropped.update(gone)
         return bool(gone)
 
-    # -- what the workers are told
+    # -- what the workers serve
 
     def serving(self) -> Serving:
-        """What the workers shall serve now: the configuration, and what is being closed."""
+        """What the workers have to serve now: the configuration, and what is being closed."""
         binds = {rule.name: self._binding.of(rule.name) for rule in self.config.rules}
         counted_as: dict[str, str] = {}
         rules = list(self.config.rules)
@@ -302,7 +302,7 @@ class Service:
         return min(self._unclaimed_until, self._start.deadline, *closing)
 
     def turn(self, now: float) -> None:
-        """Drop what has been closing long enough, and wait no more for names that say nothing."""
+        """Drop what has been closing long enough, and stop waiting for names without an answer."""
         self._start.expire(now)
         if now >= self._unclaimed_until:
             self.table.close_unclaimed()
@@ -310,15 +310,15 @@ class Service:
         over = [address for address, (_, until) in self._closing.items() if now >= until]
         for address in over:
             del self._closing[address]
-        # All slots share a unix socket. Ours is not needed for what is queued: that is accepted by
-        # the first worker that hears of it, and who comes from now on is refused.
+        # All slots share a unix socket. Ours is not needed for queued clients: the first worker
+        # that hears of the change accepts them, and clients that come from now on are refused.
         self.table.close(address for address in over if address.target.is_unix)
         self._dropped.update(address for address in over if not address.target.is_unix)
         if over:
             self._on_changed()
 
     def cancel(self) -> None:
-        """The workers are told nothing more: wait for nothing. The sockets stay."""
+        """The workers get nothing more: wait for nothing. The sockets stay."""
         self._closing.clear()
         self._unclaimed_until = math.inf
         self._start.expire(math.inf)

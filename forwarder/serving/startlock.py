@@ -22,8 +22,8 @@ def start_lock(patience_s: float = START_LOCK_S) -> Generator[bool]:
     """Let one instance at a time probe and bind, so that two that start together see each other.
 
     The lock is an abstract unix socket of this network namespace (unix(7)): the kernel frees it
-    with the process. Blocks up to ``patience_s``; gives whether it is ours. Who holds it longer is
-    ignored at a start, with a warning.
+    with the process. Blocks up to ``patience_s``; gives whether it is ours. A process that holds it
+    longer is ignored at a start, with a warning.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as lock:
         until = time.monotonic() + patience_s

@@ -1,8 +1,8 @@
 """Noticing that the world around has changed: interfaces and addresses, files of unix sockets.
 
-The kernel tells of interfaces and addresses; where it does not (no netlink), and for files, we
-look every now and then. Decides nothing: what waits is tried by ``latebind``, what has gone is
-given up by the service.
+The kernel reports interfaces and addresses; where it does not (no netlink), and for files, we look
+every LOOK_S. Decides nothing: what waits is tried by ``latebind``, what has gone is given up by the
+service.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class Affected(Protocol):
         """Whether there are addresses that can go without our doing."""
 
     def look_around(self, now: float) -> bool:
-        """Give up what no client can reach any more. Returns whether the workers must be told."""
+        """Give up what no client can reach any more. Returns whether the workers have to know."""
 
 
 class Surroundings:
-    """What is around a service. Owns a netlink socket, of which the selector tells."""
+    """What is around a service. Owns a netlink socket, which the selector watches."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class Surroundings:
             self._changes = Changes()
             selector.register(self._changes, selectors.EVENT_READ, self._hear)
         except (OSError, AttributeError) as err:
-            log.info("surroundings: the kernel does not tell of interfaces: %s", err)
+            log.info("surroundings: the kernel does not report interfaces: %s", err)
 
     @property
     def deadline(self) -> float | None:
@@ -70,7 +70,7 @@ class Surroundings:
         return self._look_at if self._service.can_go_deaf and self._may_change() else None
 
     def turn(self, now: float) -> None:
-        """See to what has changed."""
+        """Act on what has changed."""
         if not (self._has_changed or now >= self._look_at) or not self._may_change():
             return
         if self._has_changed:
@@ -84,7 +84,7 @@ class Surroundings:
         """Nothing is under way between two turns; ``may_change`` ends it."""
 
     def close(self) -> None:
-        """Hear no more."""
+        """Close the socket."""
         if self._changes is not None:
             self._changes.close()
             self._changes = None
