@@ -174,7 +174,7 @@ class Books:
         self.refused += 1
         pool.counts[REFUSED] += 1
         pool.counts[ENDS + reason.index] += 1
-        if self.connlog.is_on:
+        if self.connlog.tells_refused:
             with suppress(OSError):  # as in on_end
                 slot = self._slot
                 self.connlog.write(reporting.refused(slot, pool, client, local(), result, reason))
