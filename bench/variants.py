@@ -190,20 +190,20 @@ def _stays() -> None:
             wait_s = _STAY_S
         self._in_turn = False
         if self._again:
-            self._loop.call_soon(self._turn)
+            self._loop.call_soon(self.turn)
 
-    poller.Poller._turn = turn  # type: ignore[method-assign]
+    poller.Poller.turn = turn  # type: ignore[method-assign]
 
 
 def _yields() -> None:
     """Let others run before looking for events, for larger batches."""
-    original = poller.Poller._turn
+    original = poller.Poller.turn
 
     def turn(self: poller.Poller) -> None:
         os.sched_yield()
         original(self)
 
-    poller.Poller._turn = turn  # type: ignore[method-assign]
+    poller.Poller.turn = turn  # type: ignore[method-assign]
 
 
 def _level_triggered() -> None:

@@ -86,7 +86,7 @@ class Poller:
         self._deferred: list[Callable[[], None]] = []
         self._in_turn = False
         self.now = loop.time()
-        loop.add_reader(self._epoll.fileno(), self._turn)
+        loop.add_reader(self._epoll.fileno(), self.turn)
 
     def read_clock(self) -> None:
         """Bring ``now`` up to date, outside of a batch of events."""
@@ -145,7 +145,7 @@ class Poller:
     def call_again(self, direction: Resumable) -> None:
         """Resume ``direction`` after the others had their turn: its budget was used up."""
         if not (self._in_turn or self._again):
-            self._loop.call_soon(self._turn)
+            self._loop.call_soon(self.turn)
         self._again.append(direction)
 
     def close(self) -> None:
@@ -154,7 +154,8 @@ class Poller:
         self._loop.remove_reader(self._epoll.fileno())
         self._epoll.close()
 
-    def _turn(self) -> None:
+    def turn(self) -> None:
+        """Handle what is ready, without waiting. The loop calls it; a test does in its place."""
         if self._epoll.closed:
             return  # asked for by call_soon just before close()
         self.now = self._loop.time()
@@ -166,7 +167,7 @@ class Poller:
             self._do_deferred()
         self._in_turn = False
         if self._again:
-            self._loop.call_soon(self._turn)
+            self._loop.call_soon(self.turn)
 
     def _dispatch(self, events: list[tuple[int, int]]) -> None:
         handlers = self._handlers

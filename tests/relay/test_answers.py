@@ -277,7 +277,7 @@ def test_strangers_hold_up_no_other_flow_and_what_they_say_stays_out(
         return receive_from(fd)
 
     monkeypatch.setattr(bench.relay.bench.batch, "receive_from", counted)
-    bench.relay.poller._turn()
+    bench.relay.poller.turn()
     assert len(receives) <= BATCHES_PER_TURN
     bench.turn()
     assert drain(client) == [b"answer"]

@@ -90,7 +90,7 @@ def stack() -> Iterator[ExitStack]:
 
 def turn_until(bench: Watched, condition: Callable[[], bool]) -> None:
     def is_so() -> bool:
-        bench.relay.poller._turn()
+        bench.relay.poller.turn()
         bench.loop.pass_time(0)
         return condition()
 

@@ -86,7 +86,7 @@ def answer(pool: StubPool, *found: socket.socket) -> None:
 
 def wait_refused(bench: Bench | UdpBench, pool: StubPool) -> None:
     def is_refused() -> bool:
-        bench.relay.poller._turn()
+        bench.relay.poller.turn()
         return pool.counts[ATTEMPTS_FAILED] > 0
 
     eventually(is_refused)
@@ -96,7 +96,7 @@ def turning(bench: Bench, condition: Callable[[], bool]) -> None:
     """Turn the relay until something has come of that."""
 
     def is_so() -> bool:
-        bench.relay.poller._turn()
+        bench.relay.poller.turn()
         bench.loop.pass_time(0)
         return condition()
 
@@ -160,12 +160,12 @@ def test_what_the_client_says_meanwhile_arrives(
     if has_ended:
         client.shutdown(socket.SHUT_WR)
     bench.loop.pass_time(1.0)
-    bench.relay.poller._turn()
+    bench.relay.poller.turn()
     other = stack.enter_context(listen())
     answer(pool, other)
     bench.loop.pass_time(SOON_S)
     far = stack.enter_context(accept(other))
-    bench.relay.poller._turn()
+    bench.relay.poller.turn()
     if has_ended:
         assert receive_to_end(far) == b"request"
         far.sendall(b"response")
@@ -202,10 +202,10 @@ def test_a_client_that_has_asked_and_is_reset_meanwhile_is_heard(
     client = bench.open(pool)
     wait_refused(bench, pool)
     client.sendall(b"request")
-    bench.relay.poller._turn()
+    bench.relay.poller.turn()
     reset(client)
     bench.loop.pass_time(1.0)
-    bench.relay.poller._turn()
+    bench.relay.poller.turn()
     other = stack.enter_context(listen())
     answer(pool, other)
     bench.loop.pass_time(SOON_S)

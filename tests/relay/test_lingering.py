@@ -59,7 +59,7 @@ class Lost:
     def turn(self) -> None:
         """Let the relay handle what has happened, and what follows from that."""
         for _ in range(5):
-            self.bench.relay.poller._turn()
+            self.bench.relay.poller.turn()
             self.bench.loop.pass_time(0)
 
     def read(self, count: int = 1 << 20) -> None:

@@ -126,10 +126,10 @@ def test_what_went_with_the_syn_to_one_upstream_is_not_missing_at_the_next(
         pool.opens_fast = pool.has_unix = True
         with bench.open(pool) as client:
             client.sendall(b"request")
-            bench.relay.poller._turn()
+            bench.relay.poller.turn()
             bench.loop.pass_time(1.5)
             with accept(there) as far:
-                bench.relay.poller._turn()
+                bench.relay.poller.turn()
                 assert receive_exactly(far, 7) == b"request"
 
 
@@ -226,9 +226,9 @@ def test_a_listener_that_cannot_be_watched_again_tries_until_it_can(
         with monkeypatch.context() as patched:
             patched.setattr(Poller, "register", register)
             bench.loop.pass_time(3 * PAUSE_S)
-        bench.relay.poller._turn()
+        bench.relay.poller.turn()
         assert not bench.relay.sessions
         bench.loop.pass_time(2 * PAUSE_S)
-        bench.relay.poller._turn()
+        bench.relay.poller.turn()
         assert len(bench.relay.sessions) == 1
         listener.stop()

@@ -66,7 +66,7 @@ def test_who_fails_twice_costs_the_others_of_a_batch_nothing(bench: Bench) -> No
             near.send(b"x")
         poller.call_again(broken)
         poller.call_again(sound)
-        poller._turn()
+        poller.turn()
     assert (sound.events, sound.turns) == (1, 1)
     assert poller._in_turn is False
 

@@ -83,7 +83,7 @@ def works(bench: Bench, near: socket.socket, far: socket.socket) -> None:
         found = bytearray()
 
         def arrives(other: socket.socket = other, found: bytearray = found) -> bool:
-            bench.relay.poller._turn()
+            bench.relay.poller.turn()
             try:
                 found.extend(other.recv(100))
             except BlockingIOError:
@@ -121,7 +121,7 @@ def test_the_first_may_still_win_and_each_of_them_has_all_its_time(
     first.open()
 
     def answered() -> bool:
-        bench.relay.poller._turn()
+        bench.relay.poller.turn()
         return asking() == 0
 
     eventually(answered)
@@ -170,7 +170,7 @@ def test_what_refuses_is_not_asked_again_at_once(bench: Bench, stack: ExitStack)
     pool = pool_of(at(dead, other), 10.0)
     for _ in range(5):
         client = stack.enter_context(bench.open(pool))
-        bench.relay.poller._turn()
+        bench.relay.poller.turn()
         works(bench, client, stack.enter_context(accept(other)))
     assert pool.counts[ATTEMPTS_FAILED] == 1
     assert pool.counts[CONNECTS_FAILED] == 0
@@ -182,11 +182,11 @@ def test_what_is_remembered_makes_no_rule_unusable(bench: Bench, stack: ExitStac
     back.bind(("127.0.0.1", 0))
     pool = pool_of(at(back), 10.0)
     with bench.open(pool) as client:
-        bench.relay.poller._turn()
+        bench.relay.poller.turn()
         assert receive_to_reset(client) == b""
     back.listen()
     client = stack.enter_context(bench.open(pool))
-    bench.relay.poller._turn()
+    bench.relay.poller.turn()
     works(bench, client, stack.enter_context(accept(back)))
     assert not pool.failures
 
@@ -204,7 +204,7 @@ def test_who_ends_while_there_is_a_race_leaves_nothing(
         reset(client)
 
         def is_over() -> bool:
-            bench.relay.poller._turn()
+            bench.relay.poller.turn()
             return not bench.relay.sessions
 
         eventually(is_over)
@@ -303,7 +303,7 @@ def test_a_rival_of_a_unix_socket_that_waits_gets_nothing_with_its_syn(
     assert asking() == 1
     accept(full).close()
     bench.loop.pass_time(2 * TICK_S)
-    bench.relay.poller._turn()
+    bench.relay.poller.turn()
     far = stack.enter_context(accept(full))
     assert far.recv(100) == b"request"
     assert not asked
@@ -335,7 +335,7 @@ def test_a_unix_socket_whose_queue_is_full_is_raced_too(
     assert asking() == 1
     accept(full).close()
     bench.loop.pass_time(2 * TICK_S)
-    bench.relay.poller._turn()
+    bench.relay.poller.turn()
     works(bench, client, stack.enter_context(accept(full)))
     assert asking() == 0
 
@@ -391,7 +391,7 @@ def test_carry_is_unchanged_after_a_race(bench: Bench, stack: ExitStack) -> None
     other = stack.enter_context(listen())
     stack.enter_context(bench.open(pool_of(at(silent(stack), other), 10.0)))
     bench.loop.pass_time(RACE_S)
-    bench.relay.poller._turn()
+    bench.relay.poller.turn()
     (session,) = bench.relay.sessions
     assert session.dialer is None
     assert len(bench.relay.bench.wheel) == 1

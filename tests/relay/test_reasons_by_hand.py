@@ -110,7 +110,7 @@ def test_a_stop_ends_what_is_open_whatever_it_was_doing(bench: Bench, tmp_path: 
         resolving = pool_of(None, 10.0)
         resolving.counts = pool.counts
         with bench.open(pool), bench.open(resolving), accept(upstream):
-            bench.relay.poller._turn()
+            bench.relay.poller.turn()
             bench.relay.abort_sessions(Phase.SHUTDOWN, "worker stopped")
             bench.loop.pass_time(0)
             assert not bench.relay.sessions
@@ -170,7 +170,7 @@ def test_a_session_that_is_being_aborted_is_counted_once(bench: Bench, tmp_path:
     with listen() as upstream:
         pool = pool_of((Target(socket.AF_INET, upstream.getsockname()),), 10.0)
         with bench.open(pool), accept(upstream):
-            bench.relay.poller._turn()
+            bench.relay.poller.turn()
             (session,) = cast("set[Session]", bench.relay.sessions)
             session.abort(CloseReason(Who.UPSTREAM, Phase.DATA, is_reset=True))
             session.abort(CloseReason(Who.US, Phase.KILL))

@@ -558,11 +558,11 @@ def test_a_fin_that_comes_while_there_is_more_to_read_is_no_reset(
     upstream = bench.upstream()
     client = bench.bridge(to_datagrams(bench, upstream))
     client.sendall(b"early")
-    bench.relay.poller._turn()
+    bench.relay.poller.turn()
     client.sendall(b"last")
     client.shutdown(socket.SHUT_WR)
     for _ in range(3):
-        bench.relay.poller._turn()
+        bench.relay.poller.turn()
     bench.turn()
     text, source = upstream.recvfrom(100)
     assert (text, drain(upstream)) == (b"early", [b"last"])

@@ -884,7 +884,7 @@ def test_a_socket_that_is_not_full_any_more_says_nothing_of_what_leaves_it(
         Clogged(bench, patch)
         client.send(b"waits")
         upstream.sendto(b"waits", source)
-        bench.relay.poller._turn()
+        bench.relay.poller.turn()
     bench.turn()
     assert (drain(upstream), drain(client)) == ([b"waits"], [b"waits"])
     masks: list[int] = []
@@ -933,7 +933,7 @@ def test_a_bug_in_a_flow_that_waits_for_the_listener_costs_the_others_nothing(
         Clogged(bench, patch)
         for source in sources:
             upstream.sendto(b"waits", source)
-        bench.relay.poller._turn()
+        bench.relay.poller.turn()
     unlucky = next(iter(listener._flows.values()))
     with monkeypatch.context() as patch:
         raise_for(patch, "resume", unlucky.u2c)

@@ -279,7 +279,7 @@ def test_an_upstream_that_is_gone_already_does_not_lend_its_refusal_to_the_next(
             bench.relay.bench.batch, "send", lambda _to, first, _last: first
         )  # it is full
         client.send(b"next")
-        bench.relay.poller._turn()
+        bench.relay.poller.turn()
     flow.on_report(errno.ECONNREFUSED)
     pool.resolved = (target_of(new),)
     bench.relay.follow_names()
@@ -302,7 +302,7 @@ def test_answers_that_wait_for_the_listener_come_though_there_is_another_upstrea
     with monkeypatch.context() as patch:
         patch.setattr(bench.relay.bench.batch, "send", lambda _to, first, _last: first)
         old.sendto(b"answer", old.recvfrom(100)[1])
-        bench.relay.poller._turn()
+        bench.relay.poller.turn()
         patch.setattr(udp_module, "upstream_socket", starved)
         pool.resolved = (target_of(new),)
         flow.move_on(deque([b"again"]))

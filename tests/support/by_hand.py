@@ -172,7 +172,7 @@ class Bench:
     def open(self, pool: StubPool) -> socket.socket:
         """Give the relay a new client; returns the client's end."""
         client, sock, address = accepted()
-        self.relay.poller._turn()
+        self.relay.poller.turn()
         self.relay.open_session(cast("Pool", pool), sock, address)
         return client
 
@@ -252,7 +252,7 @@ class UdpBench:
     def turn(self, times: int = 3) -> None:
         """Let the relay handle what has happened, and what follows from that."""
         for _ in range(times):
-            self.relay.poller._turn()
+            self.relay.poller.turn()
             self.loop.pass_time(0)
 
     def flows(self) -> int:
