@@ -25,7 +25,7 @@ _IPV4 = re.compile(rf"{_OCTET}\.{_OCTET}\.{_OCTET}\.{_OCTET}")
 # that would make an address ambiguous in a log line or a configuration.
 _SCOPE = re.compile(r"[A-Za-z0-9_.@+=~-]{1,15}")
 
-# A transport where an address belongs, as other programs have it: udp://HOST:PORT, HOST:PORT/udp.
+# A transport where an address belongs, as other programs write it: udp://HOST:PORT, HOST:PORT/udp.
 _BEFORE = re.compile(r"(tcp|udp):(?://)?", re.IGNORECASE)
 _BEHIND = re.compile(r"(?:/(tcp|udp)|/)$", re.IGNORECASE)
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://([^/]*).*", re.DOTALL)
@@ -120,8 +120,8 @@ def _ipv6(text: str) -> ipaddress.IPv6Address | None:
 def _spell(ip: ipaddress.IPv6Address) -> str:
     """The one spelling of an address, however it was written. Raises AddressError.
 
-    An IPv4 address in IPv6 clothes (RFC 4291 section 2.5.5.2) is that IPv4 address: sockets of
-    IPv6 only cannot be bound to it.
+    An IPv4 address mapped to IPv6 (RFC 4291 section 2.5.5.2) is that IPv4 address: sockets of IPv6
+    only cannot be bound to it.
     """
     scope = ip.scope_id
     if scope is None:
@@ -215,7 +215,7 @@ def _colons(text: str, host: str, ports: str) -> AddressError:
 
 
 def _refuse_url(text: str) -> None:
-    """Raise AddressError for what is of another layer."""
+    """Raise AddressError for a URL, which is of another layer."""
     url = _URL.fullmatch(text)
     if url is not None:
         address = url[1] if ":" in url[1] else f"{url[1]}:PORT"
@@ -225,7 +225,7 @@ def _refuse_url(text: str) -> None:
 def split_transport(text: str) -> tuple[str, str]:
     """Take ``tcp`` or ``udp`` off an address: ``udp:A``, ``udp://A`` or ``A/udp``.
 
-    Returns it, or "", and the address. Raises AddressError where both are said.
+    Returns the transport, or "", and the address. Raises AddressError if it has both.
     """
     found = _BEFORE.match(text)
     first = found[1].lower() if found else ""
@@ -241,7 +241,7 @@ def split_transport(text: str) -> tuple[str, str]:
 
 def parse_unix(path: str) -> UnixAddress:
     """Check the path of a unix socket, or its ``@NAME``. Raises AddressError."""
-    if not path.isprintable():  # which the bytes of a command line that are not UTF-8 are not
+    if not path.isprintable():  # such as bytes of a command line that are not UTF-8
         raise AddressError(f"{path!r} has characters that no path should have")
     if len(path.encode()) - path.startswith("@") > MAX_UNIX_BYTES:
         raise AddressError(
@@ -283,7 +283,7 @@ def parse_upstream(text: str) -> Endpoint:
 
 
 def _refuse_transport(text: str) -> None:
-    """Raise AddressError if one stands with the address, where nothing else may stand."""
+    """Raise AddressError if a transport stands where only an address may stand."""
     kind, address = split_transport(text)
     # A host may be called udp, too: then only a port follows.
     if kind and not _PORTS.fullmatch(text[len(kind) + 1 :]):

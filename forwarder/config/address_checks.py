@@ -23,7 +23,7 @@ WILDCARDS = ("0.0.0.0", "::")
 
 
 def transport(protocol: Protocol) -> str:
-    """What clients speak, as in the name of a rule."""
+    """The transport of the clients, as in the name of a rule."""
     return "udp" if protocol.listens_on_udp else "tcp"
 
 
@@ -104,7 +104,7 @@ def check_endpoints(rule: RawRule, issues: Issues) -> None:
 
 
 def _check_length(rule: RawRule, upstream: Placed[Endpoint], issues: Issues) -> None:
-    """An upstream that is a range is as long as the one that is listened on."""
+    """An upstream that is a range is as long as the range listened on."""
     listen, there = rule.listen.value, upstream.value
     if isinstance(there, UnixAddress) or there.ports == 1:
         return
@@ -167,7 +167,7 @@ def _check_loop(rule: RawRule, upstream: Placed[Endpoint], issues: Issues) -> No
 
 
 def listens_for(listen: Endpoint, there: Endpoint) -> bool:
-    """Whether connections to ``there``, or to some port of it, arrive where is listened."""
+    """Whether connections to ``there``, or to some port of it, arrive at ``listen``."""
     if isinstance(there, UnixAddress) or isinstance(listen, UnixAddress):
         return type(there) is type(listen) and spelling(there) == spelling(listen)
     if there.port > listen.last_port or there.last_port < listen.port:

@@ -1,7 +1,7 @@
-"""Likely mistakes: what is valid but probably unintended. For people who ask; ``run`` does not.
+"""Likely mistakes: what is valid but probably unintended. For other commands than ``run``.
 
 Pure. Everything here is a warning with a place and a hint. It names what is certain from the text
-alone: a rule that may make sense is left in peace.
+alone: a rule that may make sense is left alone.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def advise(config: Config, dialect: Dialect) -> tuple[Issue, ...]:
 
 
 class _Listeners:
-    """Where the rules listen, to be asked by address."""
+    """Where the rules listen, to be looked up by address."""
 
     def __init__(self, config: Config) -> None:
         self.by_port: dict[tuple[str, int], list[Rule]] = {}

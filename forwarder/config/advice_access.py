@@ -1,10 +1,10 @@
-"""Access rules that match nobody or never matter: part of ``advice``. Pure.
+"""Access rules that match no client or never matter: part of ``advice``. Pure.
 
 Theory of operation. A pattern stands for a set of addresses: a network, all of one family, or
-everything. What cannot be told so (most wildcards) is a set of its own, of which nothing is known.
-A client has to pass the global rules and then those of the rule; of both, first the allow rules, if
-there are any, then the deny rules. So an allow rule does nothing if all that it matches is refused
-elsewhere, and a deny rule if none that it matches would come so far.
+everything. A pattern that cannot be described so (most wildcards) is a set of its own, of which
+nothing is known. A client has to pass the global rules and then those of the rule; of both, first
+the allow rules, if there are any, then the deny rules. So an allow rule does nothing if all that it
+matches is refused elsewhere, and a deny rule if none that it matches would come so far.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _MAPPED = ipaddress.IPv6Network("::ffff:0:0/96")
 
 @lru_cache(maxsize=4096)
 def addresses(pattern: str) -> _Nets | None:
-    """Which addresses a pattern matches, exactly; None if that cannot be told."""
+    """Which addresses a pattern matches, exactly; None if that is unknown."""
     try:
         parsed = parse_pattern(pattern)
     except PatternError:
@@ -141,7 +141,7 @@ def advise(config: Config) -> Iterator[Issue]:
 def _check(
     rules: Sequence[AccessRule], passed: _Stage, listening: set[int], where: str
 ) -> Iterator[Issue]:
-    """One list of rules; each is told of once. ``passed`` are the global ones before it."""
+    """One list of rules; each is reported once. ``passed`` are the global ones before it."""
     unmatched = list(_unmatched(rules, listening, where))
     places = {issue.place for issue in unmatched}
     yield from unmatched
@@ -190,7 +190,7 @@ def _without_effect(rules: Sequence[AccessRule], passed: _Stage) -> Iterator[Iss
 
 
 class _Stage:
-    """The allow and the deny rules that are asked together."""
+    """The allow and the deny rules that are checked together."""
 
     def __init__(self, rules: Sequence[AccessRule]) -> None:
         self.allow = _Patterns(rule for rule in rules if rule.is_allow)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from forwarder.config.toml_table import Table
     from forwarder.config.toml_values import Reader
 
-# Each flow has one or two descriptors, of which Linux gives a process at most 2^20 unless told to.
+# Each flow has one or two descriptors, of which a process has at most 2^20 on Linux by default.
 _MOST_FLOWS: Final = 1 << 20
 # More than a machine has ports and memory for; catches a number in the wrong place.
 _MOST_SESSIONS: Final = 100_000_000
@@ -57,12 +57,12 @@ class Sockets(Enum):
 
     @property
     def kind(self) -> str:
-        """What they are called."""
+        """Their name."""
         return self.value[0]
 
     @property
     def lack(self) -> str:
-        """What is said of a rule that has none."""
+        """The message for a rule that has none."""
         return self.value[1]
 
 
@@ -73,8 +73,8 @@ class Key:
     ``read`` takes it out of a TOML table, and reports what is wrong with it. ``of`` is what has the
     value in the model, in a field that is called as the key with its unit, or ``field``.
     ``at_top``: it may stand at the top of a file, too, as the default of all rules, or of those
-    that have such ``sockets``. ``shown`` makes of the value what stands in a file. ``said`` is how
-    a rule that has not the default is described; nothing is said where it is empty.
+    that have such ``sockets``. ``shown`` makes of the value what stands in a file. ``said``
+    describes a rule that does not have the default; if empty, nothing does.
     """
 
     name: str

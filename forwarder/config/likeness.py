@@ -29,7 +29,7 @@ _LINES: Final = {
         rf"|\S+\s+{_PORT}\s+\S+\s+{_PORT}\s*(?:\[.*)?(?:#.*)?)"
     ),
 }
-# What a file given by mistake may cost; the first lines tell as much as all.
+# What a file given by mistake may cost; the first lines show as much as all.
 _MOST_LINES: Final = 1000
 
 

@@ -90,7 +90,7 @@ def read_bytes(path: Path) -> bytes:
     """Return the contents of a file. Raises ConfigError for anything that is not one."""
     source = str(path)
     try:
-        # Opening a pipe that nobody writes to would block for ever.
+        # Opening a pipe without a writer would block forever.
         if not stat.S_ISREG(path.stat().st_mode):
             kind = "a directory" if path.is_dir() else "not a regular file"
             raise _problem(source, f"is {kind}", hint="name the configuration file itself")

@@ -1,6 +1,6 @@
 """The configuration as a value: what both dialects are read into, all that the rest knows of it.
 
-Frozen, so equality tells whether a rule changed. Parses nothing, resolves nothing.
+Frozen, so equality shows whether a rule changed. Parses nothing, resolves nothing.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Dialect(Enum):
 
 
 class Protocol(Enum):
-    """What is spoken on the two sides of a rule (oxidinetd's names)."""
+    """The transports on the two sides of a rule (oxidinetd's names)."""
 
     TCP = "tcp"
     UDP = "udp"
@@ -68,7 +68,7 @@ class Protocol(Enum):
 
     @property
     def connects_by_udp(self) -> bool:
-        """Whether upstreams are spoken to by UDP."""
+        """Whether upstreams are reached by UDP."""
         return self is Protocol.UDP or self is Protocol.TCP_TO_UDP
 
 
@@ -85,9 +85,9 @@ class Framing(Enum):
 class Answers(Enum):
     """What the upstream of a UDP client answers with.
 
-    ``many``: any number of datagrams, from where it was asked. ``one``: one to each datagram, as in
-    DNS; the flow ends when nothing is left to be answered. ``any-port``: many, from whatever port
-    answers first, as in TFTP.
+    ``many``: any number of datagrams, from the port that was asked. ``one``: one to each datagram,
+    as in DNS; the flow ends when nothing is left to be answered. ``any-port``: many, from whatever
+    port answers first, as in TFTP.
     """
 
     MANY = "many"
@@ -96,7 +96,7 @@ class Answers(Enum):
 
 
 class BindPolicy(Enum):
-    """What becomes of a rule whose address cannot be had.
+    """What becomes of a rule whose address cannot be bound.
 
     ``require``: nothing starts, or a reload is refused. ``retry``: the others start without it.
     """
@@ -200,7 +200,7 @@ class LogPlace:
     to: str
     format: LogFormat
     place: Place = field(compare=False)
-    # In the words of rinetd.conf: a file that cannot be opened costs its log, and no forwarding.
+    # As in rinetd.conf: a file that cannot be opened costs its log, and no forwarding.
     is_optional: bool = field(default=False, compare=False)
 
 
@@ -266,16 +266,15 @@ class Upstream:
 class Rule:
     """One configured forwarding. All durations are seconds; 0 means no limit.
 
-    ``name`` identifies the rule in logs and messages; unique within a configuration.
-    ``upstreams`` has at least one. Each new session starts at the next one in turn and
-    tries the others when it cannot connect.
-    ``listen`` may be a range of ports; an upstream then is a range of as many, one to one, or a
-    single port. Unix sockets have no ranges and speak TCP rules only.
-    ``source`` is the local address of upstream connections, or None.
-    ``udp_timeout_s`` ends silent flows; ``max_flows`` bounds how many there are at once.
-    ``unix_mode`` are the permissions of a unix socket that is listened on.
-    ``retries_bind``: an address that cannot be had does not keep the other rules from starting.
-    ``place`` takes no part in equality: moving a line does not change a rule.
+    ``name`` identifies the rule in logs and messages; unique within a configuration. ``upstreams``
+    has at least one. Each new session starts at the next one in turn and tries the others when it
+    cannot connect. ``listen`` may be a range of ports; an upstream then is a range of as many, one
+    to one, or a single port. Unix sockets have no ranges and speak TCP rules only. ``source`` is
+    the local address of upstream connections, or None. ``udp_timeout_s`` ends silent flows;
+    ``max_flows`` bounds how many there are at once. ``unix_mode`` are the permissions of a unix
+    socket that is listened on. ``retries_bind``: an address that cannot be bound does not keep the
+    other rules from starting. ``place`` takes no part in equality: moving a line does not change a
+    rule.
     """
 
     name: str
@@ -314,8 +313,8 @@ class Settings:
 
     ``max_sessions`` is of all rules together, 0 is no limit. ``user`` and ``group`` are those of
     the workers. ``drain_timeout_s`` bounds how long sessions go on after their rule, their worker
-    or the instance was told to end; None means 30 s for a stop and no limit else, 0 none at all.
-    ``cut_denied``: access rules that change end open sessions that they do not allow, too.
+    or the instance has to end; None means 30 s for a stop and no limit else, 0 none at all.
+    ``cut_denied``: changed access rules also end open sessions that they do not allow.
     """
 
     workers: int = 0
@@ -329,7 +328,7 @@ class Settings:
     drain_timeout_s: float | None = None
     hang_timeout_s: float = HANG_TIMEOUT_S
     cut_denied: bool = False
-    # In the words of rinetd.conf: a pid file that cannot be written costs nothing else.
+    # As in rinetd.conf: a pid file that cannot be written costs nothing else.
     is_pid_file_optional: bool = field(default=False, compare=False)
 
 
@@ -348,5 +347,5 @@ class Config:
 
     @property
     def binds_to_devices(self) -> bool:
-        """Whether a listening socket is bound to a device, which takes a right to be changed."""
+        """Whether a listening socket is bound to a device, which takes a right to change."""
         return any(rule.options.device for rule in self.rules)

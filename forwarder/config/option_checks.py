@@ -20,7 +20,7 @@ _IP: Final = {"TCP", "UDP"}
 
 
 def check_options(rule: RawRule, options: SocketOptions, issues: Issues) -> None:
-    """Report what cannot be, or does nothing, of the options that stand in a rule itself.
+    """Report options written in a rule itself that are impossible or do nothing.
 
     ``options`` are those that the rule has in the end.
     """
@@ -42,7 +42,7 @@ class Kinds:
         self.either = {self.listens, *self.connects}
 
     def have(self, sockets: Sockets | None) -> bool:
-        """Whether there are such sockets; always if nothing is said of them."""
+        """Whether there are such sockets; always for None."""
         match sockets:
             case Sockets.TCP:
                 return "TCP" in self.either

@@ -34,7 +34,7 @@ _PROTOCOLS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class _Side:
-    """One address, and what is spoken there: "tcp", "udp", or "" where that is not said."""
+    """One address and its transport: "tcp", "udp", or "" if it is not given."""
 
     address: Endpoint
     transport: str
@@ -43,9 +43,9 @@ class _Side:
 def from_pairs(listens: Sequence[str], remotes: Sequence[str], *, is_udp: bool = False) -> Loaded:
     """Make rules of ``--listen`` and ``--remote`` addresses, the first with the first.
 
-    What an address says of its transport (``udp:HOST:PORT``) holds for the other one, too, unless
-    that says something else. Where neither does, it is TCP, or UDP if ``is_udp``.
-    Raises ConfigError with every problem found.
+    The transport of one address (``udp:HOST:PORT``) holds for the other one, too, unless that has
+    its own. If neither has one, it is TCP, or UDP if ``is_udp``. Raises ConfigError with every
+    problem found.
     """
     issues = Issues()
     here, there = Place("--listen"), Place("--remote")
@@ -80,7 +80,7 @@ def _protocol(listen: str, remote: str, *, is_udp: bool) -> Protocol:
 
 
 def _side(text: str, place: Place, issues: Issues, *, is_upstream: bool) -> _Side | None:
-    """Read an address; None if it is none, which is told."""
+    """Read an address; None if it is none, which is reported."""
     try:
         transport, rest = split_transport(text)
         address = parse_upstream(rest) if is_upstream else parse_listen(rest)

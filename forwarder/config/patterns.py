@@ -48,7 +48,7 @@ class Wildcard:
 
 
 def parse_pattern(text: str) -> Network | Wildcard:
-    """Read one pattern. Raises PatternError for whatever can never match a client."""
+    """Read one pattern. Raises PatternError for one that can never match a client."""
     if "[" in text or "]" in text:
         bare = text.replace("[", "").replace("]", "")
         raise PatternError(

@@ -62,7 +62,7 @@ class RawConfig:
 
     ``rules_seen`` counts the rules begun, those with errors included: a file whose only rule is
     broken does not lack one. ``dropped_access`` holds the access rules of broken rules: they are
-    checked, for all problems are told at once, and come to nothing.
+    checked, because all problems are reported at once, and dropped.
     """
 
     rules: list[RawRule] = field(default_factory=list)
@@ -75,7 +75,7 @@ class RawConfig:
 
 
 class Issues:
-    """Collects the problems of one file, so that all of them are told at once."""
+    """Collects the problems of one file, so that all of them are reported at once."""
 
     def __init__(self) -> None:
         self._issues: list[Issue] = []

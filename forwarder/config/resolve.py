@@ -183,7 +183,7 @@ def _check_datagram_keys(rule: RawRule, made: Rule, issues: Issues) -> None:
 
 
 def _check_answers(rule: Rule, place: Place, issues: Issues) -> None:
-    """Of a stream only framing tells what one answer is, and it has one port."""
+    """In a stream only framing shows where an answer ends, and a stream has one port."""
     key = f'answers = "{rule.answers.value}"'
     is_one = rule.answers is Answers.ONE
     if rule.protocol is Protocol.UDP:

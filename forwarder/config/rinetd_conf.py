@@ -50,7 +50,7 @@ _PROTOCOLS = {
 
 
 def parse(text: str, source: str, issues: Issues, service_port: ServicePort) -> RawConfig:
-    """Read a whole file. Problems go to ``issues``; what is sound is returned all the same."""
+    """Read a whole file. Problems go to ``issues``; valid parts are still returned."""
     reader = Reader(source, issues, service_port)
     lines = text.split("\n")
     for number, line in enumerate(lines, 1):
@@ -130,7 +130,7 @@ class Reader:
         self._seen.add(keyword)
 
     def _set_logs(self) -> None:
-        """logfile says where to and logcommon how, in any order."""
+        """logfile sets the place and logcommon the format, in any order."""
         file = self._log_file
         if file is not None:
             place = LogPlace(

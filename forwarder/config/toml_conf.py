@@ -62,7 +62,7 @@ _SYNTAX_HINTS = {
 
 
 def parse(text: str, source: str, issues: Issues) -> RawConfig:
-    """Read a whole file. Problems go to ``issues``; what is sound is returned all the same."""
+    """Read a whole file. Problems go to ``issues``; valid parts are still returned."""
     data: dict[str, object]
     try:
         data = tomllib.loads(text)

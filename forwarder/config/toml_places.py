@@ -1,4 +1,4 @@
-"""Where each key of a TOML document stands, which tomllib does not tell.
+"""Where each key of a TOML document stands, which tomllib does not report.
 
 Walks a text that tomllib has accepted, once, and notes the offset of every table header, key and
 array element. Checks nothing and reads no values; where it loses its way it stops, and what comes

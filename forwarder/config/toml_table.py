@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 E = TypeVar("E", bound=Enum)
 
 _FLAGS = ("true", "false")
-# Who has mistyped a key wants that key, not all of them.
+# A user who mistyped a key wants that key, not all of them.
 _MOST_NEAR = 2
 _FEW_KEYS = 6
 

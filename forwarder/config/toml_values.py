@@ -1,4 +1,4 @@
-"""Readers of single values out of a TOML table: what each may be, and what is said if it is not.
+"""Readers of single values out of a TOML table: what each may be, and the error if it is not.
 
 Which keys they are for is in ``keys``; what values mean together is checked in ``resolve``.
 """
@@ -159,7 +159,7 @@ def host(table: Table, key: str) -> Placed[str] | None:
 
 
 def permissions(table: Table, key: str) -> Placed[int] | None:
-    """Permissions, which are a text: TOML does not tell whether a number was octal."""
+    """Permissions, which are a text: TOML does not show whether a number was octal."""
     value = table.get(key)
     if isinstance(value, str) and _MODE.fullmatch(value):
         return Placed(int(value, 8), table.place(key))
