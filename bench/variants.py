@@ -241,8 +241,8 @@ def _low_water() -> None:
     """Wake up for bulk only when there is much of it."""
     original = splice.SpliceDirection.pump_bulk
 
-    def pump_bulk(self: splice.SpliceDirection, mask: int) -> None:
-        original(self, mask)
+    def pump_bulk(self: splice.SpliceDirection, mask: int, room: int) -> None:
+        original(self, mask, room)
         if not self.is_done:
             self.src.setsockopt(
                 socket.SOL_SOCKET, socket.SO_RCVLOWAT, _RCVLOWAT_BYTES if self.is_bulk else 1

@@ -129,6 +129,10 @@ class Meter:
         self._in_advance += moved
         self.spend(moved)
 
+    def holds_up(self, way: Waiting) -> bool:
+        """Whether a way waits."""
+        return way in self._waiting
+
     def forget(self, way: Waiting) -> None:
         """A way has ended, and waits no more."""
         self._waiting.pop(way, None)

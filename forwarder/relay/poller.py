@@ -42,6 +42,8 @@ URGENT: Final = select.EPOLLPRI
 # With one of these a short read does not mean "drained": an end of file or the part behind the
 # urgent mark may wait behind it, and no further edge will come.
 READ_ON: Final = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR | select.EPOLLPRI
+# In place of these: a short read never means "drained".
+ALWAYS: Final = -1
 
 _MAX_EVENTS: Final = 256  # bounds a batch; what does not fit is reported by the next poll
 
@@ -64,12 +66,6 @@ class Resumable(Protocol):
 
     def on_bug(self) -> None:
         """As in :class:`Handler`."""
-
-
-class Movable(Handler, Resumable, Protocol):
-    """A handler that another one can take the place of, though it waits for its turn."""
-
-    is_queued: bool
 
 
 class Poller:
@@ -114,14 +110,6 @@ class Poller:
     def hand_over(self, fd: int, handler: Handler) -> None:
         """Report further events of a registered ``fd`` to another handler."""
         self._handlers[fd] = handler
-
-    def replace(self, sock: socket.SocketType, old: Movable, new: Movable) -> None:
-        """Have ``new`` in place of ``old``, which handles the events of ``sock``."""
-        fd = sock.fileno()
-        if 0 <= fd < len(self._handlers) and self._handlers[fd] is old:
-            self._handlers[fd] = new
-        if old.is_queued:
-            self._again = [new if waiting is old else waiting for waiting in self._again]
 
     def unregister(self, fd: int) -> None:
         """Take out an ``fd`` that stays open."""

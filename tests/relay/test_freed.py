@@ -46,6 +46,11 @@ class Generous:
     def spend(self, count: int) -> None:
         """There is enough."""
 
+    def holds_up(self, direction: Direction) -> bool:
+        """Nobody waits."""
+        del direction
+        return False
+
     def forget(self, direction: Direction) -> None:
         """Nobody waits."""
 

@@ -18,9 +18,10 @@ A direction is *open* or *blocked*::
                 +------------------------------------------------------------------+
                                           (for good: ``is_done``)
 
-It also starts blocked, until the upstream is connected. While it is blocked nothing is read, so the
-kernel's window closes and the sender waits: that is the backpressure, and the bound on memory. The
-events that arrive meanwhile are kept in ``missed``, for an edge is reported only once.
+It also starts blocked, until the upstream is connected; and it is blocked while it waits for the
+meter of a rule with a bandwidth. Meanwhile nothing is read, so the kernel's window closes and the
+sender waits: that is the backpressure, and the bound on memory. The events that arrive are kept in
+``missed``, for an edge is reported only once.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, Protocol
 
 from forwarder.relay.poller import BROKEN, READ_ON, READABLE, URGENT, WRITABLE
-from forwarder.relay.workbench import BULK_BYTES, SMALL_BYTES
+from forwarder.relay.workbench import SMALL_BYTES
 
 if TYPE_CHECKING:
     import socket
 
+    from forwarder.limits.meter import Meter
     from forwarder.relay.workbench import Workbench
 
 # What a direction may move before the others of this worker get their turn.
@@ -67,7 +69,13 @@ class Direction:
     """One way of a session. ``moved`` counts bytes read from ``src``; ``counted`` is the books'.
 
     The session owns both sockets and sets ``src``, ``dst`` and ``reverse``, the last two before the
-    direction is first unblocked.
+    direction is first unblocked. ``meter`` is None where the rule has no bandwidth.
+
+    ``read_on`` are the events with which a short read does not mean that ``src`` is dry. A unix
+    stream keeps what was sent together with descriptors apart: a read stops behind it, short,
+    though more is there (unix(7)). No further edge would tell of the rest, so where a side is a
+    unix socket every read goes on until the socket says that it is empty: one system call more than
+    for TCP, for each message. The descriptors are dropped by the kernel, as nobody asks for them.
     """
 
     __slots__ = (
@@ -79,9 +87,11 @@ class Direction:
         "is_bulk",
         "is_done",
         "is_queued",
+        "meter",
         "missed",
         "moved",
         "pending",
+        "read_on",
         "reverse",
         "session",
         "src",
@@ -91,18 +101,17 @@ class Direction:
     dst: socket.SocketType
     reverse: Direction
     budget_bytes: int = BUDGET_BYTES
-    """What it may move before it yields, and at once: the limits of a meter are smaller."""
-    chunk_bytes: int = BULK_BYTES
+    """What it may move before it yields; a meter lets it move less."""
     spliced: int = 0
     """How many of the bytes moved never entered the process, that are not in the books yet."""
-    is_held_up: bool = False
-    """Whether it waits for a meter."""
     is_sink: bool = False
     """Whether it drops what it reads: see ``sink``."""
 
-    def __init__(self, bench: Workbench, session: Owner) -> None:
+    def __init__(self, bench: Workbench, session: Owner, read_on: int = READ_ON) -> None:
         self.bench = bench
         self.session = session
+        self.read_on = read_on
+        self.meter: Meter | None = None
         self.can_splice = True
         self.is_blocked = True
         self.is_bulk = False
@@ -129,7 +138,9 @@ class Direction:
 
     def resume(self) -> None:
         """Send what is left and go on reading, if ``dst`` takes it."""
-        if not self.is_blocked or self.is_done or not self.flush():
+        if not self.is_blocked or self.is_done:
+            return
+        if (self.meter is not None and self.is_held_up) or not self.flush():
             return
         self.is_blocked = False
         mask = self.missed
@@ -137,10 +148,16 @@ class Direction:
             self.missed = 0
             self.pump(mask)
 
-    def pump(self, mask: int) -> None:
-        """Move what ``src`` has, small or bulk, within the budget. ``mask``: the events seen."""
+    def pump(self, mask: int, room: int = 0) -> None:
+        """Move what ``src`` has, small or bulk, within the budget. ``mask``: the events seen.
+
+        ``room`` is what the meter lets it move; 0: there is none, or it is to be asked.
+        """
+        if self.meter is not None and not room:
+            self._ask(self.meter, mask)
+            return
         if self.is_bulk:
-            self.pump_bulk(mask)
+            self.pump_bulk(mask, room)
             return
         view = self.bench.small_view
         while True:
@@ -158,15 +175,18 @@ class Direction:
                 return
             if count == SMALL_BYTES:
                 self.is_bulk = True
-                self.pump_bulk(mask)
+                self.pump_bulk(mask, room)
                 return
-            if not mask & READ_ON:
+            if not mask & self.read_on:
                 return
 
-    def pump_bulk(self, mask: int) -> None:
+    def pump_bulk(self, mask: int, room: int) -> None:
         """Move bulk until ``src`` runs dry, ``dst`` is full or the budget is used up."""
-        view = self.bench.bulk_view[: self.chunk_bytes]
+        view = self.bench.bulk_view
         budget = whole = self.budget_bytes
+        if room:
+            view = view[:room]
+            budget = whole = room
         while budget > 0:
             try:
                 count = self.src.recv_into(view)
@@ -181,7 +201,7 @@ class Direction:
                 return
             if not self.deliver(view, count):
                 return
-            if count < len(view) and not mask & READ_ON:
+            if count < len(view) and not mask & self.read_on:
                 self.is_bulk = count >= SMALL_BYTES or budget < whole
                 return
             budget -= count
@@ -224,6 +244,30 @@ class Direction:
         self.pending = None
         return True
 
+    def _ask(self, meter: Meter, mask: int) -> None:
+        """Pump as far as the meter lets it, and go on when it lets it again."""
+        room = meter.room(self)
+        if not room:
+            self.is_blocked = True
+            self.missed |= mask | READABLE
+            return
+        if room < SMALL_BYTES:
+            self.is_bulk = True  # a read of what is quiet takes more than that
+        before = self.moved
+        self.pump(mask, room)
+        meter.spend(self.moved - before)
+
+    @property
+    def is_held_up(self) -> bool:
+        """Whether it waits for its meter; nobody else ends that."""
+        return self.meter is not None and self.meter.holds_up(self)
+
+    def go_on(self, now: float) -> None:
+        """The meter lets it move again."""
+        # It was we who kept it waiting: that is no silence of its ends.
+        self.session.active_at = self.bench.poller.now = now
+        self.resume()
+
     @property
     def holds_data(self) -> bool:
         """Whether something was read that ``dst`` has not taken yet."""
@@ -253,7 +297,9 @@ class Direction:
         self.session.on_eof(self)
 
     def stop(self) -> None:
-        """Never read again; drop what could not be sent."""
+        """Never read again, nor wait for the meter; drop what could not be sent."""
+        if self.meter is not None:
+            self.meter.forget(self)
         self.is_blocked = self.is_done = True
         self.pending = None
 

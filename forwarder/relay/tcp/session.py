@@ -40,12 +40,10 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from forwarder.net import sockets
 from forwarder.relay.conversation import Conversation, Home, State
-from forwarder.relay.poller import BROKEN, READABLE
+from forwarder.relay.poller import ALWAYS, BROKEN, READ_ON, READABLE
 from forwarder.relay.tcp import fast_open, sink
 from forwarder.relay.tcp.direction import Direction
-from forwarder.relay.tcp.metered import metered
 from forwarder.relay.tcp.splice import SpliceDirection
-from forwarder.relay.tcp.unix import UnixDirection, UnixSpliceDirection
 from forwarder.relay.wheel import TICK_S
 from forwarder.stats.reasons import CLIENT_HAD_ENDED, UPSTREAM_HAD_ENDED, CloseReason, Phase, Who
 
@@ -102,12 +100,10 @@ class Session(Conversation):
         self.is_short = False  # a way waits for memory of the kernel
         self.unsent = 0  # in our send queues when a timeout was last looked at
         bench = relay.bench
-        if bench.splices:
-            make: type[Direction] = UnixSpliceDirection if pool.has_unix else SpliceDirection
-        else:
-            make = UnixDirection if pool.has_unix else Direction
-        c2u = self.c2u = make(bench, self)
-        u2c = self.u2c = make(bench, self)
+        make = SpliceDirection if bench.splices else Direction
+        read_on = ALWAYS if pool.has_unix else READ_ON
+        c2u = self.c2u = make(bench, self, read_on)
+        u2c = self.u2c = make(bench, self, read_on)
         c2u.reverse = u2c
         u2c.reverse = c2u
         c2u.src = u2c.dst = client
@@ -152,6 +148,8 @@ class Session(Conversation):
             self._lose(self.c2u, "reset")
         if early:
             self.c2u.moved += early
+            if self.c2u.meter is not None:
+                self.c2u.meter.spend(early)
             if not fast_open.take_out(self.client, early, self.relay.bench.bulk_view):
                 self.abort(CloseReason(Who.CLIENT, Phase.CONNECT, is_reset=True))
                 return
@@ -177,17 +175,9 @@ class Session(Conversation):
 
     def put_under(self, meters: tuple[Meter, Meter]) -> None:
         """Have both directions ask the meters of its rule. Not amid an event."""
-        before = self.c2u, self.u2c
-        c2u = self.c2u = metered(before[0], meters[0])
-        u2c = self.u2c = metered(before[1], meters[1])
-        c2u.reverse, u2c.reverse = u2c, c2u
-        for old, new in ((before[0], c2u), (before[1], u2c)):
-            if old is not new:
-                del old.reverse, old.session  # else the two would keep each other, and the session
-        poller = self.relay.poller
-        poller.replace(self.client, before[0], c2u)
-        if self.upstream is not None:
-            poller.replace(self.upstream, before[1], u2c)
+        for direction, meter in zip((self.c2u, self.u2c), meters, strict=True):
+            if not direction.is_sink:  # what goes nowhere uses no bandwidth
+                direction.meter = meter
 
     # -- what the directions report
 

@@ -6,21 +6,16 @@ reads would wait for room in our queue, and never come to read what is still the
 
 from __future__ import annotations
 
-import select
 import socket
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
-from forwarder.relay.poller import READABLE, WRITABLE
+from forwarder.relay.poller import ALWAYS, READABLE, WRITABLE
 from forwarder.relay.tcp.direction import Direction
 
 if TYPE_CHECKING:
     from forwarder.relay.tcp.direction import Owner
     from forwarder.relay.workbench import Workbench
-
-# One of poller.READ_ON. Reading on until the source is dry is right for every kind of socket
-# (``unix`` says why it must be); here one more call does not matter.
-_MORE_MAY_WAIT: Final = select.EPOLLRDHUP
 
 
 class Sink(Direction):
@@ -31,7 +26,8 @@ class Sink(Direction):
     is_sink = True
 
     def __init__(self, bench: Workbench, session: Owner) -> None:
-        super().__init__(bench, session)
+        # Right for every kind of socket; and here one more call does not matter.
+        super().__init__(bench, session, ALWAYS)
         self.spliced = 0
 
     def on_events(self, mask: int) -> None:
@@ -40,10 +36,6 @@ class Sink(Direction):
         super().on_events(mask)
         if not mask & WRITABLE:
             self.session.active_at = active_at
-
-    def pump(self, mask: int) -> None:
-        """Read until the source is empty, within the budget."""
-        super().pump(mask | _MORE_MAY_WAIT)
 
     def resume(self) -> None:
         """Begin, or go on after a turn.

@@ -46,27 +46,27 @@ class SpliceDirection(Direction):
 
     __slots__ = ("pipe", "spliced")
 
-    chunk_bytes = CHUNK_BYTES
-
-    def __init__(self, bench: Workbench, session: Owner) -> None:
-        super().__init__(bench, session)
+    def __init__(self, bench: Workbench, session: Owner, read_on: int = READ_ON) -> None:
+        super().__init__(bench, session, read_on)
         self.pipe: Pipe | None = None
         self.spliced = 0
 
-    def pump_bulk(self, mask: int) -> None:
+    def pump_bulk(self, mask: int, room: int) -> None:
         """Move bulk from socket to socket until dry, full, or the budget is used up."""
         pipe = self.bench.pipes.take() if self.can_splice else None
         if pipe is None:
-            super().pump_bulk(mask)
+            super().pump_bulk(mask, room)
         else:
-            self._splice(pipe, mask)
+            self._splice(pipe, mask, room)
 
-    def _splice(self, pipe: Pipe, mask: int) -> None:
+    def _splice(self, pipe: Pipe, mask: int, room: int) -> None:
         """Move bulk through ``pipe``, which is given back or kept."""
         pool = self.bench.pipes
         src_fd = self.src.fileno()
         moved = 0
-        budget, chunk = self.budget_bytes, self.chunk_bytes
+        budget, chunk = self.budget_bytes, CHUNK_BYTES
+        if room:
+            budget = chunk = room
         while moved < budget:
             try:
                 count = os.splice(src_fd, pipe.write_fd, chunk, None, None, _FLAGS)
@@ -76,13 +76,13 @@ class SpliceDirection(Direction):
                 return
             except OSError as err:
                 pool.give(pipe)
-                self._on_splice_error(err, mask)
+                self._on_splice_error(err, mask, room)
                 return
             if not count:
                 # End of file, or an urgent byte that splice will not pass with a FIN behind it:
                 # only recv can tell.
                 pool.give(pipe)
-                super().pump_bulk(mask | READ_ON)
+                super().pump_bulk(mask | READ_ON, room)
                 return
             moved += count
             self.moved += count
@@ -126,10 +126,10 @@ class SpliceDirection(Direction):
                 return False
         return True
 
-    def _on_splice_error(self, err: OSError, mask: int) -> None:
+    def _on_splice_error(self, err: OSError, mask: int, room: int) -> None:
         if err.errno in _UNSUPPORTED:
             self.can_splice = False  # nothing is in the pipe, so nothing is lost
-            super().pump_bulk(mask)
+            super().pump_bulk(mask, room)
         else:
             self.session.on_reset(self, err)
 
