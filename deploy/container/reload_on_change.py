@@ -4,8 +4,8 @@
     reload-on-change FILE
 
 For a container beside the forwarder's that shares its runtime directory. Looks at the contents
-every two seconds, for a ConfigMap is changed by moving a link above the file, which inotify(7) on
-the file does not tell. Says what `forwarder reload` says. Ends by SIGTERM or SIGINT.
+every two seconds: kubelet changes a ConfigMap by moving a link above the file, which inotify(7) on
+the file does not report. Prints what `forwarder reload` prints. Ends by SIGTERM or SIGINT.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import Final
 
 EVERY_S: Final = 2.0  # kubelet itself takes a minute to bring a change; arbitrary
-_UNAVAILABLE: Final = 69  # no forwarder is there yet, or any more
+_UNAVAILABLE: Final = 69  # no forwarder runs yet, or any more
 
 
 def main() -> None:
-    """Watch for ever."""
-    # As process 1 of a container we would ignore it.
+    """Watch until a signal."""
+    # Process 1 of a container ignores signals without a handler.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
     path = Path(sys.argv[1])
-    known: bytes | None = None  # what may have changed before we began counts as a change
+    known: bytes | None = None  # the contents may have changed before the start: that counts
     while True:
         try:
             contents = path.read_bytes()
@@ -36,7 +36,7 @@ def main() -> None:
         else:
             if contents != known:
                 ended = subprocess.run(["forwarder", "reload"], check=False)
-                # A rejected one is tried again when it has changed.
+                # A rejected configuration is tried again when the file has changed.
                 known = None if ended.returncode == _UNAVAILABLE else contents
         time.sleep(EVERY_S)
 
