@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 
 from forwarder.net import diverting
 from forwarder.net import options as socket_options
+from forwarder.net.owning import ClosedOnFailure
 
 if TYPE_CHECKING:
     from forwarder.config.model import SocketOptions
@@ -174,7 +175,7 @@ def listen_tcp(
     """
     how = socket_options.to_listen(options, target.family, is_udp=False)
     sock = socket.socket(target.family, _NONBLOCKING_STREAM, how.protocol)
-    try:
+    with ClosedOnFailure(sock):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         sock.setblocking(False)
@@ -186,9 +187,6 @@ def listen_tcp(
         elif not diverting.listen_apart(sock, options.backlog):
             sock.close()
             return listen_tcp(target, v6only=v6only, options=options)
-    except BaseException:
-        sock.close()
-        raise
     return sock
 
 
@@ -204,13 +202,10 @@ def has_ipv6() -> bool:
 def listen_abstract(target: Target, backlog: int) -> socket.socket:
     """Bind and listen on a name in the abstract namespace. The caller owns it. Raises OSError."""
     sock = socket.socket(socket.AF_UNIX, _NONBLOCKING_STREAM)
-    try:
+    with ClosedOnFailure(sock):
         sock.setblocking(False)
         sock.bind(target.sockaddr)
         sock.listen(backlog)
-    except BaseException:
-        sock.close()
-        raise
     return sock
 
 
@@ -270,7 +265,7 @@ def upstream_socket(target: Target, source: SockAddr | None, how: How) -> socket
     The caller owns it. Raises OSError: EMFILE and the like, EADDRNOTAVAIL for a wrong source.
     """
     sock = socket.SocketType(target.family, _NONBLOCKING_STREAM, how.protocol)
-    try:
+    try:  # not ClosedOnFailure: one object less for each session
         if not sys.platform.startswith("linux"):
             sock.setblocking(False)
         how.apply(sock)

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Final
 
 from forwarder.net import options as socket_options
 from forwarder.net import peers
+from forwarder.net.owning import ClosedOnFailure
 from forwarder.net.proc import local_addresses
 from forwarder.net.sockets import NO_PORT, attach_filter, detach_filter, is_v6only, set_v6only
 from forwarder.system import kernel
@@ -72,7 +73,7 @@ def listen_udp(
     Raises OSError.
     """
     sock = socket.socket(target.family, _NONBLOCKING_DATAGRAM)
-    try:
+    with ClosedOnFailure(sock):
         if owner is not None:
             os.fchown(sock.fileno(), *owner)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -81,9 +82,6 @@ def listen_udp(
         _set_buffers(sock)
         socket_options.to_listen(options, target.family, is_udp=True).apply(sock)
         sock.bind(target.sockaddr)
-    except BaseException:
-        sock.close()
-        raise
     return sock
 
 
@@ -148,12 +146,9 @@ def flow_socket(
     client = peers.address_of(peer)
     local: IpSockAddr = (host, port) if len(client) == 2 else (host, port, 0, client[3])
     sock = _new_flow_socket(listener.family, how, v6only=is_v6only(listener))
-    try:
+    with ClosedOnFailure(sock):
         sock.bind(local)
         sock.connect(client)
-    except BaseException:
-        sock.close()
-        raise
     return sock, True
 
 
@@ -219,15 +214,12 @@ def is_on_wildcard(listener: socket.socket) -> bool:
 
 def _new_flow_socket(family: int, how: How, *, v6only: bool) -> socket.SocketType:
     sock = socket.SocketType(family, _NONBLOCKING_DATAGRAM)
-    try:
+    with ClosedOnFailure(sock):
         sock.setblocking(False)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         set_v6only(sock, family, v6only)
         _set_buffers(sock)
         how.apply(sock)
-    except BaseException:
-        sock.close()
-        raise
     return sock
 
 
@@ -238,7 +230,7 @@ def upstream_socket(target: Target, source: SockAddr | None, how: How) -> socket
     when all local ports are in use.
     """
     sock = socket.SocketType(target.family, _NONBLOCKING_DATAGRAM)
-    try:
+    with ClosedOnFailure(sock):
         sock.setblocking(False)
         _set_buffers(sock)
         how.apply(sock)
@@ -251,9 +243,6 @@ def upstream_socket(target: Target, source: SockAddr | None, how: How) -> socket
             sock.connect(target.sockaddr)
         except BlockingIOError as err:  # EAGAIN, connect(2)
             raise OSError(NO_PORT, "no local port is free") from err
-    except BaseException:
-        sock.close()
-        raise
     return sock
 
 
@@ -264,16 +253,13 @@ def open_socket(target: Target, source: SockAddr | None, how: How) -> socket.Soc
     error was reported. Raises OSError as :func:`upstream_socket`.
     """
     sock = socket.SocketType(target.family, _NONBLOCKING_DATAGRAM)
-    try:
+    with ClosedOnFailure(sock):
         sock.setblocking(False)
         _set_buffers(sock)
         how.apply(sock)
         # A port now: when ports run out, a send would report that it should be tried again.
         sock.bind(source or ("" if target.family == socket.AF_INET else "::", 0))
         set_error_queue(sock, is_on=True)
-    except BaseException:
-        sock.close()
-        raise
     return sock
 
 

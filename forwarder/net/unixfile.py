@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from forwarder.net.owning import ClosedOnFailure
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -86,7 +88,7 @@ def listen_at(
     listens there.
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
+    with ClosedOnFailure(sock):
         sock.setblocking(False)
         with _locked(path.parent, lock_timeout_s):
             _clear(path, replaces_live=replaces_live)
@@ -98,10 +100,7 @@ def listen_at(
             sock.listen(backlog)
             status = path.lstat()
             if not stat.S_ISSOCK(status.st_mode):
-                raise OSError(errno.EEXIST, "another process puts files there")  # noqa: TRY301 - closes it
-    except BaseException:
-        sock.close()
-        raise
+                raise OSError(errno.EEXIST, "another process puts files there")
     return sock, SocketFile(str(path), status.st_dev, status.st_ino)
 
 
