@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from forwarder.system.backoff import backoff
+
 if TYPE_CHECKING:
     from collections.abc import Collection
 
@@ -66,10 +68,8 @@ class Retries:
         if one is None:
             one = self._waiting[name] = Waiting(why, 0, now)
         one.why = why
-        # The exponent is bounded: a day of failures would overflow a float.
-        delay = min(FIRST_DELAY_S * 2 ** min(one.failures, 16), LONGEST_DELAY_S)
         one.failures += 1
-        one.not_before = now + delay
+        one.not_before = now + backoff(one.failures, FIRST_DELAY_S, LONGEST_DELAY_S)
         return is_news
 
     def hasten_all(self, now: float) -> None:

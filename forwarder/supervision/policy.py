@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+from forwarder.system.backoff import backoff
+
 if TYPE_CHECKING:
     from collections.abc import Collection
 
@@ -34,8 +36,7 @@ class Backoff:
         self.quick_deaths += 1
         delay = 0.0
         if self.quick_deaths > 1:
-            # The exponent is bounded: a day of crashes would overflow a float.
-            delay = min(FIRST_DELAY_S * 2 ** min(self.quick_deaths - 2, 16), LONGEST_DELAY_S)
+            delay = backoff(self.quick_deaths - 1, FIRST_DELAY_S, LONGEST_DELAY_S)
         self.not_before = now + delay
         return delay
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from forwarder.ipc.channel import Channel, channel_pair
 from forwarder.supervision.policy import LONGEST_DELAY_S, Backoff
+from forwarder.system.backoff import backoff
 
 if TYPE_CHECKING:
     import signal
@@ -91,9 +92,8 @@ class WorkerProcess:
             return
         self.refusal = str(refusal)
         if self.refusal:
-            delay = RETRY_S * 2 ** min(self.refusals, 16)  # bounded, as in Backoff
             self.refusals += 1
-            self.retry_at = now + min(delay, LONGEST_DELAY_S)
+            self.retry_at = now + backoff(self.refusals, RETRY_S, LONGEST_DELAY_S)
         else:
             self.refusals = 0
             self.serves = self.known_sockets

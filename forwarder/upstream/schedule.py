@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
+from forwarder.system.backoff import backoff
+
 # How old an answer may be before it is refreshed (getaddrinfo gives no TTL). Arbitrary; dynamic DNS
 # names use 30 to 300 s.
 NAME_TTL_S: Final = 30.0
@@ -140,8 +142,8 @@ class Schedule:
             del self._names[host]
             return False
         delay = NAME_TTL_S
-        if has_failed:  # the exponent is bounded: a day of failures would overflow a float
-            delay = min(FIRST_RETRY_S * 2 ** min(name.failures - 1, 16), LONGEST_RETRY_S)
+        if has_failed:
+            delay = backoff(name.failures, FIRST_RETRY_S, LONGEST_RETRY_S)
         self._enqueue(name, now + delay)
         return True
 

@@ -58,6 +58,7 @@ PURE = {
     "upstream.wanted",
     "serving.retries",
     "serving.firstanswers",
+    "system.backoff",
     "system.rarely",
     "limits.tables",
 }
