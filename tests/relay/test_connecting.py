@@ -8,7 +8,7 @@ import socket
 from typing import TYPE_CHECKING
 
 import pytest
-from support import procfs
+from support import procfs, sockdiag
 from support.clogged import CloggedUpstream
 from support.ends import (
     Link,
@@ -103,7 +103,7 @@ def test_clients_that_close_or_reset_at_once_leave_nothing(tunnel: Tunnel) -> No
 
 def syns(tunnel: Tunnel) -> int:
     (worker,) = tunnel.forwarder.workers()
-    return procfs.tcp_states(worker).count(procfs.SYN_SENT)
+    return sockdiag.states(worker).count(sockdiag.SYN_SENT)
 
 
 @RELAYS

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
-from support import procfs
+from support import procfs, sockdiag
 from support.by_hand import RULE, Bench, StubPool, UdpBench, accepted, pool_of, target_of
 from support.clogged import CloggedUpstream
 from support.ends import accept, listen, listen_unix, receive_to_reset, reset
@@ -68,7 +68,7 @@ def at(*upstreams: CloggedUpstream | socket.socket) -> tuple[Target, ...]:
 
 def asking() -> int:
     """How many connects of this process are not answered."""
-    return procfs.tcp_states(os.getpid()).count(procfs.SYN_SENT)
+    return sockdiag.states(os.getpid()).count(sockdiag.SYN_SENT)
 
 
 def ended(pool: StubPool) -> dict[str, int]:

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import pytest
-from support import procfs
+from support import procfs, sockdiag
 from support.ends import (
     Link,
     accept,
@@ -209,7 +209,9 @@ def test_a_full_queue_is_tried_again_until_it_has_room(
         client = stack.enter_context(connect(address))
         client.sendall(b"early")
         (worker,) = it.workers()
-        eventually(lambda: procfs.tcp_states(worker).count("01") == 1, "it is accepted")
+        eventually(
+            lambda: sockdiag.states(worker).count(sockdiag.ESTABLISHED) == 1, "it is accepted"
+        )
         full.open()
         far = stack.enter_context(accept(full.listener))
         assert receive_exactly(far, 5) == b"early"

@@ -11,7 +11,7 @@ import sys
 import threading
 from typing import TYPE_CHECKING
 
-from support import procfs
+from support import procfs, sockdiag
 from support.waiting import PATIENCE_S, eventually
 
 if TYPE_CHECKING:
@@ -189,5 +189,5 @@ class Leaks:
             lambda: procfs.without_pipes(pid) == before,
             lambda: f"descriptors of worker {pid}: {procfs.without_pipes(pid)}, were {before}",
         )
-        assert procfs.CLOSE_WAIT not in procfs.tcp_states(pid)
+        assert sockdiag.CLOSE_WAIT not in sockdiag.states(pid)
         assert procfs.bytes_in_pipes(pid) == self._in_pipes[pid]

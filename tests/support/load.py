@@ -23,7 +23,7 @@ from typing import Final, TypeAlias
 LIFE_S: Final = 20.0
 _TURN_S: Final = 0.005
 _PART: Final = 1 << 16
-_MOST_AT_ONCE: Final = 300  # a slow machine gets fewer connections, not a longer and longer queue
+MOST_AT_ONCE: Final = 300  # a slow machine gets fewer connections, not a longer and longer queue
 _LONGEST: Final = 20_000  # bytes that a short connection sends
 _TEXT: Final = random.Random(7).randbytes(1 << 20)
 
@@ -274,7 +274,7 @@ class Loop:
         except OSError as err:
             self.account.note("refused", f"connect: {err}")
 
-    def run(self, rate: int, streams: int) -> None:
+    def run(self, rate: int, streams: int, at_once: int) -> None:
         """Go on until the standard input ends, and then until every connection has ended."""
         for _ in range(streams):
             self.open(None)
@@ -284,7 +284,7 @@ class Loop:
             before, now = now, time.monotonic()
             if not is_ending:
                 due = min(due + (now - before) * rate, 50.0)
-                while due >= 1 and len(self._clients) < _MOST_AT_ONCE + streams:
+                while due >= 1 and len(self._clients) < at_once + streams:
                     self.open(int(_LONGEST * random.random() ** 4) + 1)
                     due -= 1
                 is_ending = self._is_told_to_end()
@@ -326,9 +326,10 @@ def main() -> None:
     parser.add_argument("--upstream-fd", type=int, required=True)
     parser.add_argument("--rate", type=int, required=True)
     parser.add_argument("--streams", type=int, required=True)
+    parser.add_argument("--at_once", type=int, required=True)
     args = parser.parse_args()
     upstream = socket.socket(fileno=args.upstream_fd)
-    Loop((args.host, args.port), upstream).run(args.rate, args.streams)
+    Loop((args.host, args.port), upstream).run(args.rate, args.streams, args.at_once)
 
 
 if __name__ == "__main__":

@@ -103,10 +103,12 @@ class Load(_Child[load.Account]):
         *,
         rate: int = 300,
         streams: int = 0,
+        at_once: int = load.MOST_AT_ONCE,
     ) -> None:
         """``upstream`` listens; its connections are served by the load, and by nobody else."""
         script = str(Path(load.__file__))
-        super().__init__(script, load.Account, address, upstream, rate=rate, streams=streams)
+        options = {"rate": rate, "streams": streams, "at_once": at_once}
+        super().__init__(script, load.Account, address, upstream, **options)
 
     @property
     def served(self) -> int:

@@ -8,10 +8,6 @@ import struct
 import termios
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
-
-CLOSE_WAIT: Final = "08"
-SYN_SENT: Final = "02"
 
 
 def descriptors(pid: int) -> dict[int, str]:
@@ -60,17 +56,6 @@ def _waiting(pid: int, fd: int) -> int:
         return int(struct.unpack("i", fcntl.ioctl(own, termios.FIONREAD, b"\0\0\0\0"))[0])
     finally:
         os.close(own)
-
-
-def tcp_states(pid: int) -> list[str]:
-    """TCP states, as two hexadecimal digits (include/net/tcp_states.h), of a process's sockets."""
-    inodes = {target[8:-1] for target in descriptors(pid).values() if target.startswith("socket:")}
-    states = []
-    for table in (Path(f"/proc/{pid}/net/tcp"), Path(f"/proc/{pid}/net/tcp6")):
-        if table.exists():
-            rows = (line.split() for line in table.read_text().splitlines()[1:])
-            states += [row[3] for row in rows if row[9] in inodes]
-    return states
 
 
 def resident_kib(pid: int) -> int:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 from support import procfs
-from support.waiting import eventually
+from support.waiting import PATIENCE_S, eventually
 
+from forwarder.supervision import helper
 from forwarder.supervision.helper import Helper
 
 if TYPE_CHECKING:
@@ -193,7 +194,10 @@ def test_where_one_cannot_be_watched_another_one_follows(
     master.turn_until(lambda: master.said({"op": "hello"}))
 
 
-def test_a_stopped_one_is_ended_all_the_same(master: Master) -> None:
+def test_a_stopped_one_is_ended_all_the_same(
+    master: Master, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(helper, "_REAP_S", PATIENCE_S)
     master.helper.want(is_wanted=True)
     master.turn()
     (pid,) = procfs.children(os.getpid())
