@@ -62,6 +62,8 @@ PURE = {
     "system.rarely",
     "limits.tables",
 }
+# Arbitrary; what grows beyond it has had two subjects each time.
+MOST_LINES = 500
 OF_THE_PACKAGE = {"forwarder.__version__", "forwarder.DISTRIBUTION"}
 IMPURE_IMPORTS = {"socket", "asyncio", "time", "logging", "os", "select", "signal", "subprocess"}
 
@@ -202,3 +204,8 @@ def test_a_command_that_serves_nobody_does_not_load_the_service() -> None:
     loaded = set(done.stdout.split())
     assert "forwarder.cli.control" in loaded
     assert not loaded & {"forwarder.master", "forwarder.relay", "forwarder.worker", "asyncio"}
+
+
+def test_no_module_is_longer_than_one_can_keep_in_mind() -> None:
+    lines = {module: len(source.splitlines()) for module, source in modules().items()}
+    assert {module: count for module, count in lines.items() if count > MOST_LINES} == {}
