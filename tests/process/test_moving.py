@@ -17,6 +17,7 @@ from support.ends import has_mptcp, listen
 from support.forwarder import reserve_port
 from support.loads import Load
 from support.processes import as_nobody, listeners, run_command
+from support.waiting import eventually
 
 from process.conftest import stop
 
@@ -183,5 +184,5 @@ def test_a_rule_that_an_upgrade_has_dropped_can_be_had_again_at_once(
         account = load.stop()
     assert account.dropped == 0, account
     assert old.forwarder.process.wait(30) == 0
-    assert listeners((host, port)) == 2
+    eventually(lambda: listeners((host, port)) == 2, "what could not be had again is not closed")
     assert run_command("stop", "--control", control).returncode == 0
