@@ -222,7 +222,9 @@ def _check_deny(rule: AccessRule, own: _Stage, passed: _Stage) -> Iterator[Issue
     for stage, name in ((passed, "global allow rules"), (own, "allow rules")):
         if stage.allow and stage.allow.is_apart(rule.pattern):
             what = f"does nothing: none that it matches passes the {name}"
-            yield _warning(rule, what, "take it out: who is not allowed is refused anyway")
+            yield _warning(
+                rule, what, "take it out: clients that are not allowed are refused anyway"
+            )
             return
 
 

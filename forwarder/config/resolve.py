@@ -192,7 +192,7 @@ def _check_answers(rule: Rule, place: Place, issues: Issues) -> None:
         if rule.framing is not Framing.LENGTH:
             issues.error(
                 place,
-                f"{key} without framing: nothing tells where an answer ends",
+                f"{key} without framing: nothing shows where an answer ends",
                 hint='add framing = "length"',
             )
         return

@@ -58,7 +58,7 @@ def parse(text: str, source: str, issues: Issues, service_port: ServicePort) -> 
     if lines[-1].partition("#")[0].strip(" \t"):
         issues.warn(
             Place(source, len(lines), 1),
-            "the last line does not end: rinetd 0.73 ignores it without a word, here it counts",
+            "the last line does not end: rinetd 0.73 ignores it silently, here it counts",
             hint="end it, or take it out if clients depend on that",
         )
     # rinetd runs without a rule, as the file that Debian installs has it.

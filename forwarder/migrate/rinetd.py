@@ -24,7 +24,7 @@ def read(text: str, source: str, service_port: Callable[[str, str], int]) -> Dra
     if "pid_file" not in draft.settings:
         draft.differ(
             Place(source),
-            "rinetd writes /var/run/rinetd.pid unless told otherwise, the forwarder no pid file",
+            "rinetd writes /var/run/rinetd.pid by default, the forwarder no pid file",
             hint="add pid_file if something reads it",
         )
     return draft

@@ -22,7 +22,7 @@ MOST_WAITING: Final = 65535
 NO_ADDRESS: Final = "clients of a unix socket have no address, and rinetd-uv does not ask either"
 _BUFFERS: Final = "buffers need no setting"
 _NAMES: Final = "names are looked up again every 30 s"
-_STATUS: Final = "`forwarder status --json` tells it at any time"
+_STATUS: Final = "`forwarder status --json` shows it at any time"
 _BALANCE: Final = "new sessions go to the upstreams in turn"
 
 # Of the .conf.
@@ -183,7 +183,6 @@ def finish(draft: Draft, place: Place, most_flows: Placed[int] | None) -> None:
     if "pid_file" not in draft.settings:
         draft.differ(
             place,
-            "rinetd-uv writes /var/run/rinetd-uv.pid unless told otherwise, the forwarder no pid"
-            " file",
+            "rinetd-uv writes /var/run/rinetd-uv.pid by default, the forwarder no pid file",
             hint="add pid_file if something reads it",
         )
