@@ -1,4 +1,6 @@
-"""The limits of all rules in this worker: who decides about clients, and who meters their bytes."""
+"""The limits of all rules in this worker: what decides about clients, and what meters their
+bytes.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,7 @@ class Held(Protocol):
         """Which rule it is of."""
 
     def put_under(self, meters: tuple[Meter, Meter]) -> None:
-        """Have both its ways, in turn, ask a meter before they move. Not amid an event."""
+        """Let each of its ways ask its meter before it moves. Not while an event is handled."""
 
 
 class Restrictions:
@@ -71,7 +73,7 @@ class Restrictions:
 
     @property
     def holder(self) -> Holder:
-        """The gate; asked for only where there are limits."""
+        """The gate; used only where there are limits."""
         if self._holder is None:
             raise RuntimeError("a relay without a gate has got a rule with limits")
         return self._holder
@@ -84,7 +86,7 @@ class Restrictions:
     # -- limits that change
 
     def apply(self, pools: Iterable[Ruled], max_total: int, sessions: Iterable[Held]) -> None:
-        """Have the limits of these rules from now on; ``max_total`` is of all rules together.
+        """Apply the limits of these rules from now on; ``max_total`` is of all rules together.
 
         Sessions that have begun are counted as the limits want it, and none is ended. Those of
         rules that are gone keep their bandwidth.
@@ -162,7 +164,8 @@ class Restrictions:
                 admission.wake_one()
 
     def decide_later(self, decide: Callable[[], None]) -> None:
-        """The lock cannot be had: call again. Listeners accept nobody meanwhile, so these are few.
+        """The lock cannot be taken: call again. Listeners accept no client meanwhile, so these are
+        few.
 
         ``decide`` may come here again.
         """
