@@ -9,7 +9,7 @@ _MOST_DOUBLINGS: Final = 64
 
 
 def backoff(failures: int, first_s: float, longest_s: float) -> float:
-    """Seconds to wait after so many failures in a row, of which there is one at least.
+    """Seconds to wait after ``failures`` in a row, one at least.
 
     ``first_s`` after the first, twice as long after each further one, never above ``longest_s``.
     """
