@@ -94,7 +94,7 @@ def _open_or_do_without(place: LogPlace) -> int:
     except StartupError as err:
         if not place.is_optional:
             raise
-        log.warning("log.failed %s; going on without, until it is opened anew", err)
+        log.warning("log.failed %s; going on without, until it is reopened", err)
         return os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
 
 

@@ -1,6 +1,4 @@
-"""The limits of all rules in this worker: what decides about clients, and what meters their
-bytes.
-"""
+"""The limits of all rules in this worker: what admits clients, and what meters their bytes."""
 
 from __future__ import annotations
 
@@ -164,8 +162,7 @@ class Restrictions:
                 admission.wake_one()
 
     def decide_later(self, decide: Callable[[], None]) -> None:
-        """The lock cannot be taken: call again. Listeners accept no client meanwhile, so these are
-        few.
+        """The lock cannot be taken: call again. Listeners rest meanwhile, so these are few.
 
         ``decide`` may come here again.
         """

@@ -81,7 +81,7 @@ def read(text: str, source: str) -> tuple[str, Draft]:
     if not _is_same(result, data):
         draft.issues.error(
             Place(source),
-            "the keys that oxidinetd ignores cannot be told from the others",
+            "the keys that oxidinetd ignores cannot be separated from the others",
             hint="take them out by hand: forwarder check --format toml names them",
         )
     draft.raw = toml_conf.parse(result, source, draft.issues)

@@ -1,4 +1,4 @@
-"""Who closes a socket while it is being set up."""
+"""Closes a socket whose setup fails."""
 
 from __future__ import annotations
 
