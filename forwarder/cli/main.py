@@ -161,8 +161,6 @@ def run(  # noqa: PLR0913 - one parameter per option is click's way
     verbose: bool,  # noqa: FBT001
 ) -> None:
     """Forward until stopped: SIGTERM lets sessions end first, SIGINT does not wait."""
-    from forwarder.master import Master  # noqa: PLC0415 - see above
-
     daemonlog.start(verbose=verbose)
 
     def load() -> Config:
@@ -196,6 +194,8 @@ def run(  # noqa: PLR0913 - one parameter per option is click's way
         load=load if config_file else None,
         has_control=True,
     )
+    from forwarder.master import Master  # noqa: PLC0415 - see above
+
     interrupt.be_raised()
     sys.exit(Master(spec).run())
 

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.process
 CODE = """\
 import os, runpy, signal, sys
 
-module, sys.argv[1:] = sys.argv[1], ["run"]
+module, sys.argv[1:] = sys.argv[1], ["run", "-l", "192.0.2.1:4000", "-r", "127.0.0.1:2"]
 
 class Interrupter:
     def find_spec(self, name, path=None, target=None):
@@ -92,4 +92,4 @@ def test_who_has_it_ignored_is_not_interrupted() -> None:
         check=False,
         timeout=PATIENCE_S,
     )
-    assert (ended.returncode, "Traceback" in ended.stderr) == (2, False)
+    assert (ended.returncode, "Traceback" in ended.stderr) == (69, False)
