@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Sessions are freed by reference counts (Session._unlink); the collector is only for what bugs and
+# Sessions are freed by reference counts (Session.unlink); the collector is only for what bugs and
 # tracebacks leave behind. With its default of 700 it ran in the middle of every burst of sessions.
 _GC_THRESHOLD: Final = 50_000
 # A flow that is silent for so long when the instance stops does not hold it up, nor does a client

@@ -239,6 +239,15 @@ class Conversation:
         """End now; where there is a stream, by RST."""
         raise NotImplementedError
 
+    def unlink(self) -> None:
+        """Break the reference cycles, so that the memory is free at once, without the collector.
+
+        Called after the batch in which this has ended. The place among the sessions is free only
+        now: before, its sockets were open.
+        """
+        if self.held_as is not None:
+            self.relay.restrictions.let_go(self)
+
     def on_bug(self) -> None:
         """An event handler failed: end this, the worker goes on."""
         self.abort(CloseReason(Who.US, Phase.ERROR, "bug"))

@@ -433,14 +433,10 @@ class Session(Conversation):
         relay.poller.release(self.client)
         if self.upstream is not None:
             relay.poller.release(self.upstream)
-        relay.poller.defer(self._unlink)
+        relay.poller.defer(self.unlink)
 
-    def _unlink(self) -> None:
-        """Break the reference cycles, so that the memory is free at once, without the collector.
-
-        The place among the sessions is free only now: before, its sockets were open.
-        """
-        if self.held_as is not None:
-            self.relay.restrictions.let_go(self)
+    def unlink(self) -> None:
+        """As there; the two directions are its cycles."""
+        super().unlink()
         del self.c2u.reverse, self.c2u.session
         del self.u2c.reverse, self.u2c.session

@@ -365,12 +365,8 @@ class Flow(Conversation):
         return self.upstream if way is self.c2u else self.client
 
     def unlink(self) -> None:
-        """Break the reference cycles, so that the memory is free at once, without the collector.
-
-        The place among the sessions is free only now: before, its sockets were open.
-        """
-        if self.held_as is not None:
-            self.relay.restrictions.let_go(self)
+        """As there; the two ways are its cycles."""
+        super().unlink()
         self.c2u.trial = None
         del self.c2u.reverse, self.c2u.flow
         del self.u2c.reverse, self.u2c.flow
