@@ -1,6 +1,6 @@
-"""How an instance ends: its sessions first, by themselves or by a reset; counted and told of.
+"""How an instance ends: its sessions first, by themselves or by a reset; counted and reported.
 
-Those of old masters that drain belong to it. Decides nothing about when: the master does.
+Sessions of old masters that drain belong to it. Decides nothing about when: the master does.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-KILL_AFTER_S: Final = 2.0  # who was told to stop and does not leave is killed
-# How long after the first line how many are left the next one comes; then twice as long each time.
+KILL_AFTER_S: Final = 2.0  # a process that was asked to stop and stays is killed
+# Time from the first line about sessions that are left to the next; it doubles each time.
 _FIRST_LINE_S: Final = 5.0
 _LONGEST_PAUSE_S: Final = 600.0
 
 
 @dataclass(frozen=True, slots=True)
 class _Account:
-    """What there was when the end began; ``is_whole``: an old master had said what it has left."""
+    """What there was when the end began; ``is_whole``: an old master had reported its own."""
 
     at: float
     open: int
@@ -51,7 +51,7 @@ class Mortal(Protocol):
         """Let our sessions end."""
 
     def end(self, phase: Phase) -> None:
-        """Reset what is left: it has had its time, or the successor wants us gone."""
+        """Reset what is left: its time is up, or the successor wants us gone."""
 
 
 class Ending:
@@ -63,7 +63,7 @@ class Ending:
     def __init__(self, fleet: Fleet, handover: Handover, master: Mortal) -> None:
         self.sessions = Sessions(fleet, lambda: handover.predecessor)
         self._master = master
-        self._due_at = math.inf  # when sessions have had their time, or a kill is due
+        self._due_at = math.inf  # when the time of sessions is up, or a kill is due
         self._fleet = fleet
         self._handover = handover
         self._begun: _Account | None = None
@@ -75,7 +75,7 @@ class Ending:
 
     @property
     def is_over(self) -> bool:
-        """Whether nobody is left: no worker, no successor that is giving up, none before us."""
+        """Whether all have gone: workers, a successor that gives up, and masters before us."""
         is_alone = self.sessions.before is None and not self._handover.is_under_way
         return is_alone and not self._fleet.processes()
 
@@ -98,7 +98,7 @@ class Ending:
             self._pass_on_drain()
 
     def drain_as_last(self) -> None:
-        """The heir is stopping: nobody serves after us, so flows that are silent are over."""
+        """The heir is stopping: no master serves after us, so silent flows are over."""
         if self._master.is_running:
             self._master.stop()
         for process in self._fleet.processes():
@@ -121,7 +121,7 @@ class Ending:
             self._end_those_before(phase)
 
     def end_sessions(self, phase: Phase) -> None:
-        """The heir has waited for long enough, or is told to stop at once."""
+        """The heir has waited long enough, or has to stop at once."""
         self._master.end(phase)
         self._end_those_before(phase)
 
@@ -132,7 +132,7 @@ class Ending:
             before.end_sessions(phase)
 
     def _kill(self) -> None:
-        """End who was told to stop and did not."""
+        """Kill the processes that were asked to stop and stay."""
         self._due_at = time.monotonic() + KILL_AFTER_S
         self._fleet.kill("does not stop, killing it")
         self._kills += 1
@@ -146,7 +146,7 @@ class Ending:
             before.kill()
 
     def turn(self, now: float) -> None:
-        """Do what is due: say how many sessions are left, reset them, kill who does not leave."""
+        """Do what is due: log how many sessions are left, reset them, kill workers that stay."""
         if self._begun is None or self.is_over:
             return
         if now >= self._due_at:
@@ -161,13 +161,13 @@ class Ending:
             log.info("master.draining %s left_s=%s", _as_text(self.sessions.left()), left_s)
 
     def cancel(self) -> None:
-        """Nothing: what a stop begins here it begins by name."""
+        """Nothing: a stop calls :meth:`drain` or :meth:`reset`."""
 
     def close(self) -> None:
         """Nothing is open."""
 
     def sum_up(self) -> dict[str, object]:
-        """Say what has become of the sessions; the same as a value. ``cut`` were reset by us."""
+        """Log what became of the sessions, and return it. ``cut`` were reset by us."""
         begun = self._begun
         if begun is None:
             return {}

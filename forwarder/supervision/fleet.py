@@ -57,14 +57,14 @@ class Fleet:
     def __init__(self, table: ListenerTable, selector: selectors.BaseSelector) -> None:
         """``serving`` must be set before the first :meth:`turn`."""
         self.serving: Serving
-        self.identity: Identity | None = None  # whom the workers run as, if not us
-        self.capabilities = 0  # that they keep all the same
+        self.identity: Identity | None = None  # the user that workers run as, if not ours
+        self.capabilities = 0  # kept by workers all the same
         self.logs = LogFiles()
         self.ledger = Ledger()
         self.questions = Questions()
         self.names = KnownNames()
         self.telling = Telling(selector, table, self.names, self.logs, self.ledger)
-        self.refusal = ""  # why a worker cannot serve what all were told last
+        self.refusal = ""  # why a worker cannot serve its last assignment
         self._table = table
         self._selector = selector
         self._slots: list[Slot] = []
@@ -76,11 +76,11 @@ class Fleet:
         self._is_ending = False
         self._vigil = Vigil(time.monotonic())
 
-    # -- what it is like
+    # -- its state
 
     @property
     def size(self) -> int:
-        """How many workers there shall be."""
+        """How many workers are wanted."""
         return len(self._slots)
 
     def processes(self) -> list[WorkerProcess]:
@@ -89,7 +89,7 @@ class Fleet:
 
     @property
     def is_settled(self) -> bool:
-        """Whether every worker that lives serves exactly what it was last told to serve."""
+        """Whether every worker that lives serves exactly its last assignment."""
         return all(
             process.state is WorkerState.READY
             and process.applied_serial == process.sent_serial
@@ -128,7 +128,7 @@ class Fleet:
         return min(waiting)
 
     def next_look(self) -> float:
-        """When to look for hung workers again, or to tell one again, at the latest."""
+        """When to look for hung workers again, or to send to one again, at the latest."""
         now = time.monotonic()
         told = [max(it.deaf_until, it.retry_at) for it in self.processes()]
         deaf = [at for at in told if at > now]
@@ -139,7 +139,7 @@ class Fleet:
     # -- what it does
 
     def resize(self, size: int) -> None:
-        """Have ``size`` workers, for which the table must have sockets.
+        """Change to ``size`` workers, for which the table must have sockets.
 
         The sockets of slots that go are adopted by those that stay, so that nothing queued is lost.
         """
@@ -152,10 +152,10 @@ class Fleet:
                 self._retiring.append(process)
 
     def turn(self, now: float) -> None:
-        """Keep the workers as they shall be; those of a master that ends are only watched."""
+        """Keep the workers as wanted; those of a master that ends are only watched."""
         if self._is_ending:
             self._end_hung(now)
-            self._tell_news()  # SIGUSR1 means those that drain, too
+            self._tell_news()  # SIGUSR1 is for those that drain, too
         else:
             self._supervise(now)
         self.questions.expire(now)
@@ -186,17 +186,17 @@ class Fleet:
         is_last: bool = False,
         phase: Phase = Phase.SHUTDOWN,
     ) -> None:
-        """Tell a worker to leave, now (STOP) or when its sessions have ended (DRAIN); once.
+        """Make a worker leave, now (STOP) or when its sessions have ended (DRAIN); once.
 
-        ``is_last``: nobody serves in its place, so that there is no point in waiting for UDP flows
-        that are silent. ``phase`` is why sessions that are left at a STOP end.
+        ``is_last``: no worker serves in its place, so waiting for silent UDP flows is pointless.
+        ``phase`` is why sessions that are left at a STOP end.
         """
         state = WorkerState.DRAINING if op is messages.Op.DRAIN else WorkerState.STOPPING
         if process.state is WorkerState.STOPPING or (process.state is state and not is_last):
             return
         process.state = state
         process.is_leaving = True
-        # The master bounds its own stop; that of one worker nobody else would.
+        # The master bounds its own stop; nothing else would bound that of one worker.
         is_alone = process in self._retiring and op is messages.Op.DRAIN
         limit_s = self.serving.config.settings.drain_timeout_s if is_alone else None
         self.telling.leave(process, op, limit_s, phase, is_last=is_last)
@@ -215,7 +215,7 @@ class Fleet:
                 self._must_recount = False
 
     def _tell_news(self) -> None:
-        """Tell each worker, those that leave too, what has become of names and log."""
+        """Send each worker, those that leave too, news of names and log."""
         for process in self.processes():
             self.telling.news(process)
 
@@ -235,19 +235,19 @@ class Fleet:
             process.signal(signal.SIGKILL)
 
     def hear(self, process: WorkerProcess) -> None:
-        """Take in what a worker says, and send what waited for it."""
+        """Read the messages of a worker, and send what waited for it."""
         try:
             process.channel.flush()
             for received in process.channel.receive():
                 try:
                     self._handle(process, received)
                 finally:
-                    received.close()  # what nobody has asked for
+                    received.close()  # what was not asked for
         except ChannelClosed:
             self._hang_up(process)  # its death is reported by SIGCHLD
             return
         except (KeyError, TypeError, ValueError, RecursionError):
-            # Nothing a worker says may end the master.
+            # No message of a worker may end the master.
             log.exception("worker.nonsense slot=%d pid=%d", process.slot, process.pid)
             process.signal(signal.SIGKILL)
             return
@@ -259,7 +259,7 @@ class Fleet:
         self._gate.close()
 
     def on_exit(self, pid: int, status: int) -> None:
-        """Note that a child has ended; one that is no worker is not ours to care for."""
+        """Note that a child has ended; one that is no worker is ignored."""
         for process in self.processes():
             if process.pid == pid:
                 self._on_death(process, status)
@@ -346,7 +346,7 @@ class Fleet:
         )
 
     def _on_leaving(self, process: WorkerProcess) -> None:
-        """A worker drains, perhaps because somebody sent it a SIGTERM: its slot is free now."""
+        """A worker drains, perhaps because it got a SIGTERM: its slot is free now."""
         if not process.is_leaving:
             process.is_leaving = True
             log.warning("worker.leaving slot=%d pid=%d: not asked to", process.slot, process.pid)
@@ -395,7 +395,7 @@ class Fleet:
     # -- sockets
 
     def _assign(self) -> None:
-        """Tell each worker whose share has changed what it serves now."""
+        """Send each worker whose share has changed its new assignment."""
         ready, starting = [], []
         for process in self._in_slots():
             if process.state is WorkerState.READY:

@@ -1,7 +1,7 @@
 """A supervised child of the master that is no worker: without it everything is forwarded as before.
 
 It runs as the workers' user, with no capability, no listening socket and no data of clients. It
-ends with its master, however that ends. What it does is said by whoever has one.
+ends with its master, however that ends. Its :class:`Job` says what it does.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG: Final = 1
-# For the end of a killed process, before it is left to who adopts it. Arbitrary.
+# For the end of a killed process, before it is left to the one that adopts it. Arbitrary.
 _REAP_S: Final = 0.2
 
 
@@ -47,7 +47,7 @@ class Job(Protocol):
         """In the master: there is a new helper, which knows nothing yet."""
 
     def on_message(self, received: Received) -> None:
-        """In the master: it has said something. KeyError, TypeError and ValueError are its end."""
+        """In the master: a message of it. KeyError, TypeError and ValueError are its end."""
 
 
 class Helper:
@@ -62,7 +62,7 @@ class Helper:
     ) -> None:
         """``drop`` gives up the master's rights, in the child.
 
-        ``hang_s``: who gives no sign of life for so long is hung, and replaced.
+        ``hang_s``: a helper without a sign of life for this long is hung, and replaced.
         """
         self.hang_s = HANG_TIMEOUT_S
         self._name = name
@@ -75,7 +75,7 @@ class Helper:
         self._channel: Channel | None = None
         self._pid: int | None = None
         self._started_at = 0.0
-        self._is_killed = False  # by us; its end is told by SIGCHLD
+        self._is_killed = False  # by us; its end is reported by SIGCHLD
         self._is_wanted = False
         self._looked_at = self._awake_since = 0.0
 
@@ -86,7 +86,7 @@ class Helper:
 
     @property
     def is_free(self) -> bool:
-        """Whether there is one that can be told something at once."""
+        """Whether there is one that takes a message at once."""
         return self._channel is not None and not self._channel.has_outbox
 
     def describe(self, now: float) -> list[dict[str, object]]:
@@ -111,13 +111,13 @@ class Helper:
         return self._backoff.not_before if self._pid is None else self._looked_at + self.hang_s / 4
 
     def want(self, *, is_wanted: bool) -> None:
-        """Have one from the next :meth:`turn` on, or end it."""
+        """Start one at the next :meth:`turn`, or end it."""
         self._is_wanted = is_wanted
         if not is_wanted:
             self._kill()
 
     def turn(self, now: float) -> None:
-        """Start it if there shall be one, or end it if it gives no sign of life."""
+        """Start it if it is wanted, or end it if it gives no sign of life."""
         if self._is_wanted and self._pid is None and now >= self._backoff.not_before:
             self._start(now)
         elif self._pid is not None:
@@ -130,14 +130,14 @@ class Helper:
                 self._kill()
 
     def send(self, message: Message) -> None:
-        """Tell it something, now or when it listens; one that has gone is told nothing."""
+        """Send it a message, now or when it reads; one that has gone gets nothing."""
         if self._channel is not None:
             with suppress(ChannelClosed):  # SIGCHLD follows
                 self._channel.send(message)
                 self._watch()
 
     def on_exit(self, pid: int, status: int) -> None:
-        """Note that a child has ended; another one is not ours to care for."""
+        """Note that a child has ended; another one is ignored."""
         if pid != self._pid:
             return
         self._hang_up()
@@ -212,7 +212,7 @@ class Helper:
         leave_to_the_master(but=(signal.SIGCHLD,))
         setproctitle.setproctitle(f"forwarder: {self._name}")
         self._drop()
-        # Also when it is stopped (SIGSTOP) and could not hear that the channel closes; prctl(2).
+        # Also when it is stopped (SIGSTOP) and cannot see that the channel closes; prctl(2).
         with suppress(AttributeError, OSError):  # not Linux
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() == master:
@@ -236,7 +236,7 @@ class Helper:
     # -- messages
 
     def _hear(self) -> None:
-        """Take in what it says, and send what waited for it."""
+        """Read its messages, and send what waited for it."""
         if self._channel is None:
             return
         try:

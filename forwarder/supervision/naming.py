@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# A name of which the helper has said nothing for so long has failed: it is dead, hung, or has too
-# many dead names to wait for.
+# A name without an answer of the helper for this long has failed: the helper is dead, hung, or has
+# too many dead names to wait for.
 SILENCE_S: Final = LIMIT_S + 4.0
-# Of names that change at the same time, as in an outage. Arbitrary.
+# Lines about names that change at the same time, as in an outage. Arbitrary.
 MOST_LINES: Final = 5
-# Rules that are named in one of these: thousands may lead to one name. Arbitrary.
+# Rules that are named in one of these lines: thousands may lead to one name. Arbitrary.
 MOST_RULES: Final = 5
 
 
 class Naming:
-    """The names that rules have, and the helper that is asked for them."""
+    """The names of the rules, and the helper that looks them up."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class Naming:
         drop: Callable[[], None],
         on_answers: Callable[[Collection[str]], None],
     ) -> None:
-        """``drop`` as for Helper. ``on_answers`` hears which names have changed."""
+        """``drop`` as for Helper. ``on_answers`` gets the names that have changed."""
         self.known = known
         self.helper = Helper("names", self, selector, drop)
         self._on_answers = on_answers
@@ -52,19 +52,19 @@ class Naming:
         self._told: set[str] = set()  # what the helper looks up
 
     def inherit(self, text: bytes) -> None:
-        """Know what a predecessor knew; what cannot be read is looked up anew."""
+        """Take in what a predecessor knew; what cannot be read is looked up again."""
         try:
             self.known.take(text)
         except (ValueError, TypeError, AttributeError, RecursionError) as err:
             log.warning("names: cannot read what the predecessor knew: %s", err)
 
     def learn(self, answers: Mapping[str, Answer]) -> None:
-        """Know what somebody else has found of names that will be used."""
+        """Take in what another process has found of names that will be used."""
         for host, answer in answers.items():
             self.known.put(host, answer)
 
     def use(self, rules: Mapping[str, list[str]], now: float) -> None:
-        """Have these names looked up from now on, and no others; with the rules that have them."""
+        """Look these names up from now on, and no others; with the rules that have them."""
         self._rules = dict(rules)
         self.known.keep(rules.keys())
         unanswered = self._unanswered
@@ -117,7 +117,7 @@ class Naming:
         NamesProcess(channel, beat).run()
 
     def on_started(self) -> None:
-        """There is a new helper: tell it all names."""
+        """There is a new helper: send it all names."""
         self._told.clear()
         self._tell()
 
@@ -150,7 +150,7 @@ class Naming:
             self._on_answers(changed)
 
     def _what(self, host: str, answer: Answer) -> str:
-        """What has become of a name, for people."""
+        """What became of a name, for people."""
         used = ", ".join(_texts(answer))
         if answer.why:
             used = f"{answer.why}; in use: {used}" if used else answer.why
@@ -159,7 +159,7 @@ class Naming:
         return f"host={host} rules={','.join(rules[:MOST_RULES])}{others}: {used}"
 
     def _log(self, news: Mapping[str, list[str]]) -> None:
-        """Say what has changed: once for a change, not for each look-up."""
+        """Log what has changed: once for a change, not for each look-up."""
         for event, lines in news.items():
             level = logging.WARNING if event == "name.failed" else logging.INFO
             for line in lines[:MOST_LINES]:
@@ -170,7 +170,7 @@ class Naming:
 
 
 def _event(before: Answer | None, now: Answer) -> str:
-    """What the log calls a change; "" for one that it does not tell."""
+    """What the log calls a change; "" for one that it leaves out."""
     was_good = before is None or not before.why
     if now.why:
         return "name.failed" if was_good else ""

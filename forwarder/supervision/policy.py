@@ -1,4 +1,4 @@
-"""What to do about workers: when to start the next one, and who accepts on which sockets. Pure.
+"""What to do about workers: when to start the next one, and which accept on which sockets. Pure.
 
 Starts nothing and reads no clock; ``now`` is passed in.
 """
@@ -49,12 +49,12 @@ class Backoff:
 def share_sockets(
     socket_slots: int, ready: Collection[int], starting: Collection[int]
 ) -> dict[int, list[int]]:
-    """Who accepts on which slot's sockets.
+    """Which worker accepts on which slot's sockets.
 
     Sockets exist for slots 0 to ``socket_slots`` - 1; ``ready`` and ``starting`` are the slots of
     the workers that serve, or are about to. Every worker has its own slot's sockets. Those of a
-    slot without a ready worker are adopted by the ready ones in turn, so that nobody waits in a
-    queue that no one serves. Returns worker slot to socket slots, each in ascending order.
+    slot without a ready worker are adopted by the ready ones in turn, so that no client waits in a
+    queue that no worker serves. Returns worker slot to socket slots, each in ascending order.
     """
     shares: dict[int, list[int]] = {slot: [] for slot in sorted({*ready, *starting})}
     adopters = sorted(ready)

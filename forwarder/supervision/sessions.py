@@ -1,6 +1,6 @@
 """All open sessions of this instance: its workers', and those of old masters that drain before it.
 
-Asks and tells workers; decides nothing.
+Sends messages to workers; decides nothing.
 """
 
 from __future__ import annotations
@@ -67,10 +67,10 @@ class Sessions:
                 self._fleet.telling.watch(process)
             except ChannelClosed:
                 continue  # it has died; SIGCHLD follows
-        questions.expire(now)  # if there was nobody to ask
+        questions.expire(now)  # if there was no process to ask
 
     def cut_denied(self, rules_fd: int) -> None:
-        """End those whose client is denied by what an heir has read, see ``messages.access_file``.
+        """End sessions whose client the access rules of an heir deny, see ``messages.access_file``.
 
         The descriptor stays the caller's.
         """
@@ -81,13 +81,13 @@ class Sessions:
             except ChannelClosed:
                 continue  # it has died; SIGCHLD follows
             except OSError as err:
-                log.error("upgrade: cannot tell worker %d who is denied: %s", process.slot, err)
+                log.error("upgrade: cannot send worker %d the access rules: %s", process.slot, err)
         before = self._predecessor()
         if before is not None:
             before.cut_denied(rules_fd)
 
     def reopen_logs(self) -> None:
-        """Open the files of the connection log anew."""
+        """Reopen the files of the connection log."""
         self._fleet.logs.reopen()
         before = self._predecessor()
         if before is not None:

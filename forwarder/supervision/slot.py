@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from forwarder.upstream.failing import Failing
 
 
-# When a worker is told again what to serve, after it or we had no descriptors left for that. A bug
-# in serving it is told twice as late each time.
+# Delay before an assignment is sent again, after the worker or we ran out of descriptors. After a
+# bug in serving it the delay doubles each time.
 RETRY_S: Final = 1.0
 
 
@@ -60,7 +60,7 @@ class WorkerProcess:
         self.channel = channel
         self.started_at = now
         self.state = WorkerState.STARTING
-        self.is_leaving = False  # it was told to, or says so: its end is no death
+        self.is_leaving = False  # it was asked to, or does so: its end is no death
         self.cell = 0  # of the heartbeats
         self.sent_serial = 0
         self.applied_serial = 0
@@ -68,17 +68,17 @@ class WorkerProcess:
         self.names_revision = 0  # Fleet's: which answers about names it knows
         self.generation = 0  # of what it has applied
         self.known_sockets: set[int] = set()  # that it owns, whether it accepts on them or not
-        self.serves: set[int] = set()  # the sockets on which it has said that it accepts
-        self.refusal = ""  # why it goes on with what it had before what it was told last
+        self.serves: set[int] = set()  # the sockets on which it reports that it accepts
+        self.refusal = ""  # why it did not put its last assignment in force
         self.refusals = 0  # how often in a row
-        self.retry_at = 0.0  # when it is told again what it has refused
-        self.cut_off_at = 0.0  # since when it has no channel; if it lives on, it serves for nobody
-        self.deaf_until = 0.0  # Fleet's: when there is a point in telling it again
-        self.told: tuple[int, int, tuple[int, ...]] | None = None  # Fleet's: what it was told last
-        self.failing: list[Failing] = []  # addresses of upstreams, by what it has said last
+        self.retry_at = 0.0  # when the assignment it refused is sent again
+        self.cut_off_at = 0.0  # since when it has no channel; if it lives, it has no master
+        self.deaf_until = 0.0  # Fleet's: when sending to it again makes sense
+        self.told: tuple[int, int, tuple[int, ...]] | None = None  # Fleet's: its last assignment
+        self.failing: list[Failing] = []  # addresses of upstreams, by its last report
 
     def on_applied(self, message: Message, now: float) -> None:
-        """Take in an acknowledgement; what did not arrive or was refused is told again later.
+        """Take in an acknowledgement; what did not arrive or was refused is sent again later.
 
         Raises KeyError for nonsense.
         """
@@ -99,12 +99,12 @@ class WorkerProcess:
             self.serves = self.known_sockets
 
     def must_be_told(self, wanted: tuple[int, int, tuple[int, ...]], now: float) -> bool:
-        """Whether it is to be told to serve ``wanted``, now or once more."""
+        """Whether ``wanted`` has to be sent to it, now or once more."""
         is_over = bool(self.refusal) and now >= self.retry_at
         return (self.told != wanted or is_over) and now >= self.deaf_until
 
     def describe(self, now: float) -> dict[str, object]:
-        """Who it is and how it fares, as in the status."""
+        """The worker, as in the status."""
         return {
             "slot": self.slot,
             "pid": self.pid,

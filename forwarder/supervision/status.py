@@ -1,4 +1,4 @@
-"""What a master says of its instance, in the JSON of ``forwarder status``."""
+"""What a master reports of its instance, in the JSON of ``forwarder status``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Status:
-    """What there is to say, from all who know some of it."""
+    """The status, put together from the parts of the master."""
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
-"""What the workers are told: what names mean, where the log goes, what to serve, to leave.
+"""The messages to the workers: answers about names, places of the log, assignments, to leave.
 
-Each is told once, and again later where it did not arrive. Decides nothing; never blocks.
+Each is sent once, and again later if it did not arrive. Decides nothing; never blocks.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 class Telling:
-    """The master's side of the channels to its workers, as far as it speaks."""
+    """The master's side of the channels to its workers, as far as it sends."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class Telling:
         logs: LogFiles,
         ledger: Ledger,
     ) -> None:
-        """The selector tells of the channels; their sockets come from ``table``."""
+        """The selector watches the channels; their sockets come from ``table``."""
         self._selector = selector
         self._table = table
         self._names = names
@@ -68,18 +68,18 @@ class Telling:
         *,
         is_last: bool,
     ) -> None:
-        """DRAIN or STOP, see ``Fleet.tell``; None as a limit is none."""
+        """Send DRAIN or STOP, see ``Fleet.tell``; None as a limit is none."""
         try:
             process.channel.send(
                 {"op": op, "limit_s": limit_s or 0, "is_last": is_last, "phase": phase.value}
             )
-        except ChannelClosed:  # it has died; or it lives, and hears of this
+        except ChannelClosed:  # it has died; or it lives, and gets this
             process.signal(signal.SIGTERM)
             return
         self.watch(process)
 
     def news(self, process: WorkerProcess) -> None:
-        """What names mean and where the log goes now, if it has not heard that."""
+        """Send the answers about names and the places of the log, if it does not know them."""
         self._names_to(process)
         if process.logs_revision == self._logs.revision or time.monotonic() < process.deaf_until:
             return
@@ -88,7 +88,7 @@ class Telling:
         except ChannelClosed:
             return  # it has died; SIGCHLD follows
         except OSError as err:
-            what = f"log: cannot tell worker {process.slot} about its files: {err}"
+            what = f"log: cannot send worker {process.slot} its files: {err}"
             warn_rarely(log, what, what, logging.ERROR)
             self.again(process)
             return
@@ -96,7 +96,7 @@ class Telling:
         self.watch(process)
 
     def again(self, process: WorkerProcess) -> None:
-        """Everything once more, when there may be descriptors for that."""
+        """Send everything once more, when there may be descriptors for that."""
         self._serial += 1
         process.sent_serial = self._serial  # nothing is settled until it has acknowledged that
         process.told = None
@@ -105,7 +105,7 @@ class Telling:
     def serve(
         self, process: WorkerProcess, serving: Serving, workers: int, slots: tuple[int, ...]
     ) -> None:
-        """What to serve from now on, at the sockets of ``slots``, as one of ``workers``."""
+        """Send what to serve from now on, at the sockets of ``slots``, as one of ``workers``."""
         wanted = (serving.revision, workers, slots)
         if not process.must_be_told(wanted, time.monotonic()):
             return
@@ -141,7 +141,7 @@ class Telling:
         self.watch(process)
 
     def _names_to(self, process: WorkerProcess) -> None:
-        """The answers that it has not heard yet, when it listens."""
+        """Send the answers that it does not know, unless others still wait."""
         if process.names_revision == self._names.revision or process.channel.has_outbox:
             return
         answers = self._names.since(process.names_revision)

@@ -1,4 +1,4 @@
-"""What a master has going beside other things: one interface for all of it."""
+"""What a master does beside other things: one interface for all of it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Undertaking(Protocol):
         """Do what is due. Called at every turn of the master, also when nothing is."""
 
     def cancel(self) -> None:
-        """The master begins to stop, or is told to hurry: give up what only one that runs needs."""
+        """The master begins to stop, or has to hurry: give up what only a running one needs."""
 
     def close(self) -> None:
         """At the end of the master: close and remove what is still its own. No turn follows."""
