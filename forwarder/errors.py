@@ -1,4 +1,4 @@
-"""What can go wrong, told apart by who has to act, and how the program says it to its caller.
+"""What can go wrong, sorted by who has to act, and how the program reports it to its caller.
 
 Why a session ends is data, not an exception: see ``stats.reasons``.
 """

@@ -1,7 +1,7 @@
 """Room 1: bind, start the workers, supervise, reload, stop. Never touches client data nor blocks.
 
 A plain ``selectors`` wait over signals and worker channels: no asyncio loop and no thread, because
-a process that forks must have neither. How workers are run is the fleet's.
+a process that forks must have neither. The fleet runs the workers.
 """
 
 from __future__ import annotations
@@ -105,8 +105,9 @@ class Master:
             self._handover,
         )
         self._report: str | None = None  # of a reload that not all workers have acknowledged yet
-        # In the order of a turn: what changes what is served comes before the fleet, which tells
-        # the workers. Also that of a stop: clients are told of it before what they wait for ends.
+        # In the order of a turn: parts that change what is served come before the fleet, which
+        # passes it to the workers. Also that of a stop: clients get an answer before what they wait
+        # for ends.
         self._undertakings: tuple[Undertaking, ...] = (
             notify.Watchdog(os.environ, os.getpid(), time.monotonic()),
             self._handover,
@@ -138,7 +139,7 @@ class Master:
             while self._state is not MasterState.STOPPED:
                 survive(self.turn)
         except StartupError:
-            # There are workers if we are a successor that cannot take over: none shall be left.
+            # There are workers if we are a successor that cannot take over: none may stay.
             self._fleet.kill("is not to serve, killing it")
             raise
         finally:
@@ -177,7 +178,7 @@ class Master:
         self._state = MasterState.RUNNING
 
     def _load(self) -> Candidate:
-        """Read the configuration anew, and try what it asks of sockets; in a forked child."""
+        """Read the configuration again, and try its socket options; in a forked child."""
         assert self._spec.load is not None  # noqa: S101 - else there is no reload
         config = self._spec.load()
         waiting = self._service.waiting
@@ -185,7 +186,7 @@ class Master:
         return look_up(config, self._fleet.names.answers, waiting)
 
     def _drop(self) -> None:
-        """Have no more rights than a worker."""
+        """Keep no more rights than a worker."""
         drop(self._fleet.identity, self._fleet.capabilities)
 
     def _open_control(self) -> None:
@@ -205,14 +206,14 @@ class Master:
     def _stop(self, *, is_fast: bool, phase: Phase = Phase.SHUTDOWN) -> None:
         """Begin to stop, or hurry a stop that has begun; ``phase`` is why sessions then end."""
         if self._state is MasterState.STOPPING:
-            return  # it cannot be hurried more, and must not be given its time anew
+            return  # it cannot be hurried more, and must not get its time again
         if is_fast or self._state is MasterState.DRAINING:
             self._state = MasterState.STOPPING
         elif self._state is MasterState.RUNNING:
             self._state = MasterState.DRAINING
         else:
             return
-        # A successor that has to give up speaks for nobody: the one that goes on does.
+        # A successor that has to give up is not the instance: the one that goes on is.
         if not (self._handover.has_heir or upgrade.has_predecessor()):
             notify.notify("STOPPING=1")
         for one in self._undertakings:
@@ -220,20 +221,21 @@ class Master:
         if self._handover.has_heir:
             self._service.table.disown()
         # Ours are the last copies once the workers, which serve what is queued first, have let go:
-        # who comes now is refused at once instead of waiting in a queue that nobody serves.
+        # a client that comes now is refused at once instead of waiting in a queue that no worker
+        # serves.
         self._service.table.close()
         if self._state is MasterState.STOPPING:
             self._ending.reset(phase, with_those_before=not self._handover.has_heir)
         else:
             limit_s = self._service.config.settings.drain_timeout_s
-            if limit_s is None:  # nobody waits for one that has an heir; a signal hurries it
+            if limit_s is None:  # nothing waits for one that has an heir; a signal hurries it
                 limit_s = 0 if self._handover.has_heir else STOP_TIMEOUT_S
             self._ending.drain(limit_s or math.inf)
 
     # -- one turn
 
     def turn(self) -> None:
-        """Act, then wait and hear."""
+        """Act, then wait for events and handle them."""
         now = time.monotonic()
         for one in self._undertakings:
             survive(partial(one.turn, now))
@@ -284,11 +286,11 @@ class Master:
                 self._naming.helper.on_exit(pid, status)
 
     def _settle(self, now: float) -> None:
-        """See whether all workers have acknowledged what they were told, and what that ends."""
+        """Check whether all workers have acknowledged their assignments, and what that ends."""
         if self._fleet.refusal:
             why, self._fleet.refusal = self._fleet.refusal, ""
             self._reloading.on_refused(why)
-            self._fleet.turn(now)  # they are told at once
+            self._fleet.turn(now)  # they get it at once
         if not self._fleet.is_settled:
             return
         self._reloading.on_settled()
@@ -298,7 +300,7 @@ class Master:
             notify.notify("READY=1", f"STATUS={self._report}")
             self._report = None
         self._requests.on_settled()
-        # Where all have died there is nobody who has not acknowledged.
+        # If all have died, there is none that has not acknowledged.
         is_served = self._fleet.is_complete and self._service.is_started
         if not self._is_announced and is_served:
             self._is_announced = True
@@ -312,7 +314,7 @@ class Master:
             self._handover.take_place(self._open_control)
 
     def _is_quiet(self) -> bool:
-        """Whether rules may come to listen, or no longer, by themselves.
+        """Whether rules may begin to listen, or stop, by themselves.
 
         A reload tries all rules itself, and a successor must not meet us where it tries.
         """
@@ -320,7 +322,7 @@ class Master:
         return self.is_running and not is_busy
 
     def _take_serving(self) -> None:
-        """Have the workers serve, and the helper look up, what the service has come to serve."""
+        """Let the workers serve, and the helper look up, what the service serves now."""
         self._fleet.serving = self._service.serving()
         serving = self._fleet.serving.config
         self._naming.helper.hang_s = serving.settings.hang_timeout_s
@@ -330,7 +332,7 @@ class Master:
 
     @property
     def size(self) -> int:
-        """How many workers there shall be."""
+        """How many workers are wanted."""
         return self._fleet.size
 
     def stop(self) -> None:
@@ -346,11 +348,11 @@ class Master:
         self._ending.sessions.ask(Op.LIST, choice, callback)
 
     def kill_sessions(self, choice: dict[str, object], callback: Answered) -> None:
-        """Have the workers, and old masters that drain, end some of their sessions."""
+        """Let the workers, and old masters that drain, end some of their sessions."""
         self._ending.sessions.ask(Op.KILL, choice, callback)
 
     def resize(self, size: int) -> str:
-        """Begin to have ``size`` workers. Returns why not, or ""."""
+        """Begin to change to ``size`` workers. Returns why not, or ""."""
         if self._state is not MasterState.RUNNING:
             log.warning("master: %s", STOPPING)
             return STOPPING
@@ -372,7 +374,7 @@ class Master:
         return ""
 
     def reload(self) -> str:
-        """Begin a reload, or have one follow that under way. Returns why not, or ""."""
+        """Begin a reload, or let one follow that under way. Returns why not, or ""."""
         return self._reloading.request()
 
     def upgrade(self) -> str:
@@ -392,7 +394,7 @@ class Master:
         return self._reloading.is_under_way
 
     def end(self, phase: Phase) -> None:
-        """Sessions have had their time, or the successor wants us gone."""
+        """The time of sessions is up, or the successor wants us gone."""
         self._stop(is_fast=True, phase=phase)
 
     @property
@@ -408,7 +410,7 @@ class Master:
         return self._handover.is_under_way
 
     def change_to(self, candidate: Candidate) -> None:
-        """Put it in force and tell the workers. Raises StartupError; then nothing has changed."""
+        """Put it in force, also in the workers. Raises StartupError; then nothing has changed."""
         # A size that was set by signal stays, unless the configuration itself asks for another.
         wanted = candidate.config.settings.workers
         is_resized = wanted != self._service.config.settings.workers
@@ -423,7 +425,7 @@ class Master:
         self._naming.learn(candidate.answers)
         self._requests.on_accepted(self._report, self._service.generation)
         self._take_serving()
-        # Those that go now are served for a moment yet; the next reload forgets them.
+        # Rules that go now are still served for a moment; the next reload forgets them.
         self._fleet.forget_rules()
         self._fleet.resize(size)
         self._handover.on_configuration(candidate.config)

@@ -60,13 +60,13 @@ log = logging.getLogger(__name__)
 # Sessions are freed by reference counts (Session.unlink); the collector is only for what bugs and
 # tracebacks leave behind. With its default of 700 it ran in the middle of every burst of sessions.
 _GC_THRESHOLD: Final = 50_000
-# A flow that is silent for so long when the instance stops does not hold it up, nor does a client
-# whose upstream has no address by then; an answer that is later is lost. Arbitrary.
+# At a stop of the instance, a flow silent for this long no longer delays it, nor does a client
+# whose upstream has no address by then; a later answer is lost. Arbitrary.
 LAST_SILENCE_S: Final = 1.0
 # Ids in one acknowledgement, so that it fits into a message; what is missing beyond stays missing
 # until the next change.
 MAX_MISSING: Final = 1000
-# Of the text of a bug, to whoever asked for a reload. Arbitrary.
+# Characters of the text of a bug, for the client that asked for a reload. Arbitrary.
 _MAX_REFUSAL: Final = 200
 # How long workers without a master go on accepting. A service manager restarts a killed master
 # within a second; a person needs longer. Arbitrary.
@@ -122,7 +122,7 @@ class Worker:
         self._unreceived: list[int] = []  # ids of sockets for which there was no descriptor
         self._in_force: Assignment | None = None
         self._has_said_failing = False
-        self._needing: list[Pool] = []  # those whose upstreams need interfaces that are named
+        self._needing: list[Pool] = []  # those that name interfaces for their upstreams
         self._board = spec.board
         self._done: asyncio.Future[WorkerExit] = loop.create_future()
         self._is_draining = False
@@ -209,7 +209,7 @@ class Worker:
                 self._sockets[socket_id] = socket.socket(fileno=fd)
 
     def _take_names(self, received: Received) -> None:
-        """Know what names mean now; flows follow those that have moved."""
+        """Take in answers about names; flows follow those that have moved."""
         before = self._names.revision
         self._names.update(read_answers(received.message))
         if self._names.revision != before:
@@ -261,14 +261,14 @@ class Worker:
             log.debug("worker: the master did not hear %s", op)
 
     def _ask_for_name(self, host: str) -> None:
-        """Have the master's helper look a name up soon; a master that is busy hears of it later."""
+        """Ask the master's helper to look a name up soon; not while the master is busy."""
         if not self._channel.has_outbox:
             self._say(Op.REFRESH, hosts=[host])
 
     def _become_orphan(self) -> None:
-        """The master was killed: keep serving until a new one takes the sockets over, or a while.
+        """The master was killed: serve on until a new one takes the sockets over, or for a while.
 
-        Closing them at once would reset what is queued and refuse everybody until then.
+        Closing them at once would reset queued clients and refuse all others until then.
         """
         if self._is_draining:
             return
@@ -295,7 +295,7 @@ class Worker:
         self._look_at_upstreams()
 
     def _look_at_upstreams(self) -> None:
-        """Notice interfaces that come and go, and say which addresses fail, if some do."""
+        """Notice interfaces that come and go, and report which addresses fail, if some do."""
         relay = self._relay
         if self._needing:
             relay.poller.read_clock()
@@ -316,7 +316,7 @@ class Worker:
     def apply(self, assignment: Assignment) -> None:
         """Accept on the assigned sockets for their rules, and on no others, from now on.
 
-        An assignment in which there is a bug is refused, and what was in force goes on.
+        An assignment that meets a bug is refused, and the one in force goes on.
         """
         if self._is_draining:
             self._stop_listening()  # what came with this assignment, too
@@ -328,7 +328,7 @@ class Worker:
             self._acknowledge(assignment.serial, f"{type(err).__name__}: {err}"[:_MAX_REFUSAL])
             if self._in_force is None:
                 raise
-            self._put_in_force(self._in_force)  # its sockets are all here yet
+            self._put_in_force(self._in_force)  # its sockets are all still here
             for socket_id in self._listeners.keys() - self._in_force.routes.keys():
                 self._listeners.pop(socket_id).stop()
             return
@@ -349,12 +349,12 @@ class Worker:
         self._relay.bench.pipes.budget_pages = assignment.pipe_budget_pages
         self._relay.flows.workers = assignment.workers
         self._needing = [pool for pool in self._pools.values() if pool.needs_interfaces]
-        self._names.keep(all_names(rules).keys())  # as the master, which tells news only
+        self._names.keep(all_names(rules).keys())  # as the master, which sends only news
         self._relay.restrictions.apply(
             self._pools.values(), assignment.config.settings.max_sessions, self._relay.sessions
         )
         for socket_id, index in assignment.routes.items():
-            if socket_id in self._sockets:  # else for want of descriptors: see _acknowledge
+            if socket_id in self._sockets:  # else descriptors ran out: see _acknowledge
                 self._route(socket_id, rules[index], accesses[index])
         gone = before.difference(self._pools.values())
         self._end_sessions_after(
@@ -368,7 +368,7 @@ class Worker:
             self._relay.abort_sessions(Phase.ACCESS, "not allowed any more", denied)
 
     def _route(self, socket_id: int, rule: Rule, access: AccessList) -> None:
-        """Have the clients of a socket served by a rule."""
+        """Serve the clients of a socket by a rule."""
         pool = self._pools[rule.name]
         listener = self._listeners.get(socket_id)
         kind = listener_class(rule)
@@ -387,16 +387,16 @@ class Worker:
     def _on_access(self, received: Received) -> None:
         """A successor of our master has read other access rules than we have."""
         if not received.fds:
-            log.error("worker: no descriptor left to hear who is denied")
+            log.error("worker: no descriptor left for the new access rules")
             return
         everywhere, rules = read_access(received.fds.pop())
         denied = denied_by(self._relay.sessions, everywhere, rules)
         self._relay.abort_sessions(Phase.ACCESS, "not allowed any more", denied)
 
     def _acknowledge(self, serial: int, refusal: str = "") -> None:
-        """Say what is in force, and which sockets did not arrive; the master sends those again.
+        """Report what is in force, and which sockets did not arrive; the master sends those again.
 
-        ``refusal``: why it is not what the master has said, but what was in force before.
+        ``refusal``: why the assignment is not in force, and the one before still is.
         """
         missing, self._unreceived = self._unreceived[:MAX_MISSING], []
         if missing or not serial:
@@ -409,7 +409,7 @@ class Worker:
         self._say(Op.APPLIED, serial=serial, missing=missing, refusal=refusal)
 
     def _end_sessions_after(self, limit_s: object, sessions: Iterable[Conversation]) -> None:
-        """Reset what is left of ``sessions`` then; 0 or None leaves them all the time they want."""
+        """Reset those of ``sessions`` that are left after ``limit_s``; 0 or None is no limit."""
         doomed = tuple(sessions)
         if isinstance(limit_s, int | float) and limit_s and doomed:
             abort = self._relay.abort_sessions
@@ -434,12 +434,12 @@ class Worker:
         self._leave_when_idle()
 
     def _end_silent_flows(self) -> None:
-        """UDP has no end: at a stop, what is silent for a moment is taken to be over."""
+        """UDP has no end: at a stop, a flow silent for LAST_SILENCE_S counts as over."""
         self._loop.call_later(LAST_SILENCE_S / 2, self._end_silent_flows)
         self._relay.end_silent_flows(LAST_SILENCE_S)
 
     def _end_unresolved(self) -> None:
-        """A stop does not wait for the answer to a name, which may take long and help nobody."""
+        """A stop does not wait for the answer to a name, which may take long and help no client."""
         waiting = [one for one in self._relay.sessions if one.state is State.RESOLVING]
         self._relay.abort_sessions(Phase.DRAIN, "no address of an upstream is known", waiting)
 
@@ -465,7 +465,7 @@ class Worker:
 
 
 def access_of(config: Config, rule: Rule) -> AccessList:
-    """Who may use a rule. Clients of a unix socket have no address to judge them by."""
+    """The clients that may use a rule. Those of a unix socket have no address to judge them by."""
     if isinstance(rule.listen, UnixAddress):
         return AccessList(())
     return AccessList.compile(config.access, rule.access)
