@@ -128,7 +128,7 @@ def _matcher(patterns: tuple[str, ...]) -> _Matcher | None:
 
 
 class AccessList:
-    """Who may use one rule: the global access rules, then those of the rule itself."""
+    """The clients that may use one rule: the global access rules, then those of the rule itself."""
 
     __slots__ = ("_known", "_stages", "is_empty")
 
@@ -136,7 +136,7 @@ class AccessList:
         self._stages = stages
         self._known: dict[str, Decision] = {}
         self.is_empty = not stages
-        """Whether everybody is allowed; then ``decide`` need not be asked."""
+        """Whether all clients are allowed; then ``decide`` need not be called."""
 
     @classmethod
     def compile(

@@ -105,13 +105,13 @@ class Books:
         if self.connlog.is_on:
             try:
                 self.connlog.write(reporting.ended(session, reason, self._bench.poller.now))
-            except OSError:  # a client whose socket is gone has nothing to be said of
+            except OSError:  # nothing is known of a client whose socket is gone
                 log.debug("session.unlogged id=%d", session.id)
         if self._logs_sessions:
             self._log_session(session, reason)
 
     def count_moved(self, session: Conversation) -> None:
-        """Count what a session has moved since this was done last."""
+        """Count what a session has moved since the last call."""
         c2u, u2c, counts = session.c2u, session.u2c, session.pool.counts
         if c2u.moved != c2u.counted:
             new = c2u.moved - c2u.counted
@@ -145,11 +145,11 @@ class Books:
     def on_refused(
         self, pool: Pool, client: SockAddr, local: Callable[[], Target], decision: Decision
     ) -> None:
-        """A client was turned away by the access rules. ``local`` tells where it came to."""
+        """A client was turned away by the access rules. ``local`` gives where it came to."""
         self._on_turned_away(pool, client, local, decision.value, NOT_ALLOWED)
 
     def on_accept_failed(self, pool: Pool, listener: socket.socket, err: OSError) -> None:
-        """There was a client, and it was gone before it could be accepted."""
+        """A client was gone before it could be accepted."""
         reason = CloseReason(Who.US, Phase.ACCEPT, err.strerror or str(err))
         local = partial(sockets.bound_to, listener)
         self._on_turned_away(pool, None, local, rinetd_result(reason), reason)
@@ -157,7 +157,7 @@ class Books:
     def on_limited(
         self, pool: Pool, client: SockAddr, local: Callable[[], Target], admission: Admission
     ) -> None:
-        """A client was turned away at a limit. ``local`` tells where it came to."""
+        """A client was turned away at a limit. ``local`` gives where it came to."""
         reason = CloseReason(Who.US, Phase.LIMIT, admission.met)
         self._on_turned_away(pool, client, local, "denied", reason)
         self.on_limit(pool, reason.detail)
@@ -187,6 +187,6 @@ class Books:
         self._bench.warn_rarely(f"limit {name}", f"limit.reached rule={name}: {met}")
 
     def drop_datagrams(self, pool: Pool, count: int) -> None:
-        """Count datagrams that are not passed on: for want of a flow, of bandwidth, or of room."""
+        """Count datagrams that are not passed on: without a flow, bandwidth or room for them."""
         self.datagrams_dropped += count
         pool.counts[DATAGRAMS_DROPPED] += count

@@ -1,6 +1,6 @@
 """What sessions and flows have in common: a client, the search for its upstream, times.
 
-Moves nothing and hears of no events. ``session`` is TCP on both sides, ``flow`` UDP on one or both.
+Moves nothing and handles no events. ``session`` is TCP on both sides, ``flow`` UDP on one or both.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class State(Enum):
-    """See the pictures in ``session`` and ``flow``. OPEN is of flows, the next four are not."""
+    """See the pictures in ``session`` and ``flow``. OPEN is for flows, the next four are not."""
 
     RESOLVING = "resolving"
     CONNECTING = "connecting"
@@ -55,7 +55,7 @@ class Movement(Protocol):
 
 
 class Journal(Protocol):
-    """Who counts sessions and logs them; ``total`` is how many have begun."""
+    """Counts sessions and logs them; ``total`` is how many have begun."""
 
     @property
     def total(self) -> int:
@@ -78,7 +78,7 @@ class Home(Protocol):
     """What a session lives in: the relay of its worker, as far as sessions know it.
 
     ``pid`` and ``slot`` are the worker's, ``sessions`` those that are open. ``poller`` is that of
-    ``bench``: it is looked at for every event, hence not one step further away.
+    ``bench``: it is used for every event, so it is not one step further away.
     """
 
     pid: int
@@ -98,7 +98,7 @@ class Conversation:
     """A client and its upstream.
 
     ``c2u`` and ``u2c`` are made by the subclass, which owns the sockets. ``active_at``: when
-    something was last heard, in the loop's time; ``tick`` is the wheel's.
+    something last arrived, in the loop's time; ``tick`` is the wheel's.
     """
 
     __slots__ = (
@@ -141,7 +141,7 @@ class Conversation:
         self.held_as: int | None = None  # by the gate; None: not at all
 
     def local(self) -> Target:
-        """The address of ours that the client speaks to. Raises OSError when it is closed."""
+        """The address of ours that the client uses. Raises OSError when it is closed."""
         raise NotImplementedError
 
     # -- connecting
@@ -177,7 +177,7 @@ class Conversation:
     def make_socket(
         self, target: Target, source: SockAddr | None, *, is_rival: bool
     ) -> socket.SocketType:
-        """As :class:`forwarder.relay.dialer.Caller` says, and so the following ones."""
+        """See :class:`forwarder.relay.dialer.Caller`, also for the methods that follow."""
         raise NotImplementedError
 
     def connect(self, upstream: socket.SocketType, target: Target) -> int:
@@ -188,11 +188,11 @@ class Conversation:
         """The first attempt begins."""
 
     def on_starved(self) -> None:
-        """There is no descriptor; they come back some time."""
+        """Descriptors have run out; they come back some time."""
         self.arm(TICK_S)
 
     def on_portless(self, target: Target) -> bool:
-        """There is no local port; no session ends for another one's sake."""
+        """Local ports have run out; no session ends to make room for another."""
         del target
         return False
 
@@ -212,17 +212,17 @@ class Conversation:
     # -- limits
 
     def put_under(self, meters: tuple[Meter, Meter]) -> None:
-        """Have both ways, in turn, ask a meter before they move. Not amid an event."""
+        """Let each way ask its meter before it moves. Not while an event is handled."""
         raise NotImplementedError
 
     # -- timers
 
     def on_timer(self, now: float) -> float:
-        """Look whether this is overdue; returns the next deadline, 0 for none."""
+        """End this if it is overdue; returns the next deadline, 0 for none."""
         raise NotImplementedError
 
     def arm(self, limit_s: float) -> None:
-        """Have :meth:`on_timer` called within ``limit_s``, 0 is never.
+        """Call :meth:`on_timer` within ``limit_s``, 0 is never.
 
         An earlier call that is due stays due.
         """

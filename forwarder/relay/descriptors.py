@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from forwarder.relay.udp.flow_tables import FlowTables
     from forwarder.relay.workbench import Workbench
 
-# When to look whether the spare descriptor can be had again, if no client asks before. Arbitrary.
+# When to try to reserve the spare descriptor again, if no client does before. Arbitrary.
 RESERVE_AFTER_S: Final = 0.5
 
 
 class Descriptors:
     """The spare descriptor is for the upstream of a client that has been accepted already.
 
-    ``shortage`` is the errno of what was short last.
+    ``shortage`` is the errno of the last shortage.
     """
 
     __slots__ = ("_bench", "_flows", "_is_closed", "_loop", "_spare_fd", "shortage")

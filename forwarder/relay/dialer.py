@@ -1,6 +1,6 @@
 """The search for an upstream that answers: one address after the other, the next beside a slow one.
 
-Lives while a session or a flow connects, and no longer: what it takes is not in every open session.
+Lives only while a session or a flow connects: so its memory is not in every open session.
 
 Theory of operation
 -------------------
@@ -9,17 +9,18 @@ An *attempt* is one address that is being tried. It ends when it is connected, f
 within ``RACE_AFTER_S`` goes on, but the next one is tried beside it (RFC 8305, section 5): the
 first that is connected wins, and the others are closed. Each attempt has all of its time.
 
-What the kernel has not begun *waits*, and is tried again at every tick: for want of a descriptor,
-or because the queue of a unix socket is full, of which nothing tells when it is not (connect(2)).
+An attempt that the kernel has not begun *waits*, and is tried again at every tick: when descriptors
+run out, or while the queue of a unix socket is full, of which no event reports the end
+(connect(2)).
 
-A name that has never been answered may still bring addresses, for ``connect_timeout`` at most. They
-are looked for when all others are tried: at every tick if nothing is under way any more.
+A name without an answer yet may still bring addresses, for ``connect_timeout`` at most. They are
+looked for when all others are tried: at every tick if nothing is under way any more.
 
-No race: where the client's first bytes went with the SYN, for two upstreams would do what they ask;
-for want of descriptors, of which a race takes neither the last nor any that has to be waited for.
+There is no race if the client's first bytes went with the SYN, since two upstreams would do what
+they ask; nor when descriptors run out: a race takes neither the last one nor waits for one.
 
-What fails or does not answer is remembered (``upstream.failures``), so that it costs one session
-its wait.
+An address that fails or does not answer is remembered (``upstream.failures``), so that it costs
+only one session its wait.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ _RESET_AFTER_CONNECT: Final = frozenset({errno.ECONNRESET, errno.EPIPE})
 
 
 class Caller(Protocol):
-    """Who is connected: a session or a flow.
+    """The session or the flow that is connected.
 
     ``target`` is set to what was tried last. ``takes_resets``: an upstream that has accepted and
     reset at once is as good as any. ``is_answered``: there is a handshake to wait for.
@@ -79,28 +80,28 @@ class Caller(Protocol):
         """The first attempt begins. Raises OSError: it waits, and this is called again."""
 
     def on_starved(self) -> None:
-        """There is no descriptor: have :meth:`Dialer.on_timer` called when there may be one."""
+        """Descriptors have run out: call :meth:`Dialer.on_timer` when there may be one."""
 
     def on_portless(self, target: Target) -> bool:
-        """There is no local port towards ``target``: whether one has been made free.
+        """Local ports towards ``target`` have run out. Whether one was made free.
 
-        If so have :meth:`Dialer.on_turn` called when it is.
+        If so, call :meth:`Dialer.on_turn` when it is.
         """
 
     def on_connected(self, upstream: socket.SocketType, mask: int) -> None:
         """``upstream`` is connected, to ``target``, and is the caller's from here on.
 
-        ``mask`` has the events that were seen. Its further ones are still told to the attempt.
+        ``mask`` has the events that were seen. Further ones still go to the attempt.
         """
 
     def on_no_upstream(self, why: str, who: Who) -> None:
         """All have failed."""
 
     def arm(self, limit_s: float) -> None:
-        """Have :meth:`Dialer.on_timer` called within ``limit_s``, 0 is never."""
+        """Call :meth:`Dialer.on_timer` within ``limit_s``, 0 is never."""
 
     def on_bug(self) -> None:
-        """Something failed in a way nobody thought of: end."""
+        """There was a bug: end."""
 
 
 class Attempt:
@@ -112,7 +113,7 @@ class Attempt:
         self.dialer = dialer
         self.target = target
         self.deadline = deadline
-        self.error = errno.ETIMEDOUT  # what it is for, if it ends by time
+        self.error = errno.ETIMEDOUT  # why it fails, if it ends by time
         self.is_noted = False  # as failed
         self.sock: socket.SocketType | None = None
 
@@ -213,7 +214,7 @@ class Dialer:
             self._wait_for_more()
 
     def on_broken(self, attempt: Attempt, mask: int) -> None:
-        """An attempt has failed, unless it was reset only after it had not."""
+        """An attempt has failed, unless it was reset only after it had connected."""
         sock = attempt.sock
         if sock is None:
             return
@@ -274,7 +275,8 @@ class Dialer:
                 if not error:
                     return True
                 self.early = 0
-                sockets.set_abort_on_close(sock)  # it may be connected, which is no empty stream
+                # It may be connected: a FIN would look like an empty stream.
+                sockets.set_abort_on_close(sock)
             if error == errno.EADDRNOTAVAIL:
                 error = sockets.why_no_address(sock, target)
             sock.close()
@@ -311,7 +313,7 @@ class Dialer:
         return 0
 
     def _wait(self, attempt: Attempt, error: int) -> None:
-        """Have it tried again at the next tick; a rival that lacks a descriptor not so soon."""
+        """Try it again at the next tick; a rival that lacks a descriptor not so soon."""
         is_starved = error in sockets.OUT_OF_RESOURCES
         if is_starved and self.is_racing and attempt not in self._attempts:
             self._next -= 1
@@ -365,7 +367,7 @@ class Dialer:
     # -- all of them
 
     def _race(self, now: float) -> None:
-        """What was not answered by now is not waited for any more, though it may still win."""
+        """Wait no longer for what was not answered by now, though it may still win."""
         self._race_at = now + RACE_AFTER_S
         is_starved = False
         for attempt in self._attempts:

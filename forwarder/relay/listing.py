@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """Sessions of which each condition holds that is not None.
+    """Sessions that meet each condition that is not None.
 
     ``ids`` are those of :func:`identify`, ``client`` is an access pattern, ``rule`` a name.
     """
@@ -51,7 +51,7 @@ class Choice:
 
 
 def identify(session: Conversation) -> str:
-    """What a session is called: unique on this machine while its worker lives."""
+    """The id of a session: unique on this machine while its worker lives."""
     return f"{session.relay.pid}.{session.id}"
 
 
@@ -62,8 +62,8 @@ def denied_sessions(
 ) -> list[Conversation]:
     """Sessions whose client may not use their rule any more.
 
-    Rules that are gone, which are not in ``by_rule``, are judged by what they allowed, and by what
-    now holds for all, as ``access_of`` puts together.
+    Removed rules, which are not in ``by_rule``, are judged by their own access rules and the global
+    ones of now, which ``access_of`` puts together.
     """
     decisions: dict[tuple[str, str], Decision] = {}
     denied = []
@@ -101,7 +101,7 @@ def denied_by(
     everywhere: Sequence[AccessRule],
     rules: Mapping[str, Sequence[AccessRule]],
 ) -> list[Conversation]:
-    """Sessions whose client may not use their rule by what others have read.
+    """Sessions whose client may not use their rule by the access rules of an heir.
 
     ``everywhere`` holds for all rules, ``rules`` are those of each rule.
     """

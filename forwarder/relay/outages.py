@@ -1,6 +1,6 @@
 """Addresses of upstreams that do not answer, as one worker has found: remembered, counted, logged.
 
-Tries nothing itself but whether an interface is there; the dialer and the flows do.
+Tries nothing itself except whether an interface exists; the dialer and the flows do.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class Outages:
-    """``pools``: rules some of whose addresses fail, or did; the worker takes out which do not."""
+    """``pools``: rules some of whose addresses fail, or did; the worker removes recovered ones."""
 
     __slots__ = ("_bench", "pools")
 
@@ -33,7 +33,7 @@ class Outages:
     def on_attempt_failed(self, pool: Pool, target: Target, why: str, *, has_others: bool) -> None:
         """An address of an upstream has refused, or has not answered in time.
 
-        ``has_others``: where there are none, the failure of the session says it all.
+        ``has_others``: if there are none, the failure of the session is enough.
         """
         pool.counts[ATTEMPTS_FAILED] += 1
         self.on_unanswered(pool, target, why, has_others=has_others)
@@ -46,12 +46,12 @@ class Outages:
         *,
         has_others: bool = True,
     ) -> None:
-        """Others are tried before an address of an upstream, for a while."""
+        """For a while, others are tried before this address of an upstream."""
         is_news = pool.failures.note(target, why, self._bench.poller.now)
         self.pools[pool.origin] = None
         if is_news and has_others:
             rule = pool.rule.name
-            # A client that asks all ports of a range shall not fill the log.
+            # A client that asks all ports of a range must not fill the log.
             about = f"upstream {rule} {target if pool.origin is pool else 'of a range'}"
             self._bench.warn_rarely(about, f"upstream.failed rule={rule} upstream={target}: {why}")
 
@@ -61,7 +61,7 @@ class Outages:
             log.info("upstream.recovered rule=%s upstream=%s", pool.rule.name, target)
 
     def look_at_interfaces(self, pools: Iterable[Pool]) -> None:
-        """See which interfaces are there that ``pools`` name; some microseconds for each."""
+        """Check which interfaces that ``pools`` name exist; some microseconds for each."""
         for pool in pools:
             for what, why in pool.interfaces():
                 if why:

@@ -1,4 +1,4 @@
-"""Listeners that rest for want of descriptors or memory, in the log: once for all of a worker.
+"""Listeners that rest when descriptors or memory run out: logged once for all of a worker.
 
 At its limit a worker accepts a client for each that leaves, so every listener rests and goes on
 many times a second. That is one shortage: it is over when no listener has rested for a while.
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# A shortage is over when nobody has rested for so long. Listeners look ten times a second.
+# A shortage is over when no listener has rested for this long. Listeners try ten times a second.
 CALM_S: Final = 5.0
-# How often a cause is told, while it lasts or if it comes again.
+# How often a cause is logged, while it lasts or if it comes again.
 INTERVAL_S: Final = 60.0
-BUG: Final = -1  # in place of an errno: accepting has failed in a way nobody thought of
+BUG: Final = -1  # in place of an errno: accepting has met a bug
 # How long a listener rests when descriptors or memory are used up. Clients wait in its queue.
 PAUSE_S: Final = 0.1
 
@@ -68,7 +68,7 @@ class Pauses:
             log.warning("accept.paused: %s%s", self._describe(number), more)
 
     def _look(self) -> None:
-        """Say that it is over, if it is."""
+        """Log the end of a shortage that is over."""
         now = self._loop.time()
         if now < self._last_at + CALM_S:
             self._loop.call_later(self._last_at + CALM_S - now, self._look)
@@ -82,7 +82,7 @@ class Pauses:
         self._began_at, self._is_told = None, False
 
     def _describe(self, number: int) -> str:
-        """What is short, how much there is of it, who waits, and what to do."""
+        """What is short, how much there is of it, which clients wait, and what to do."""
         sessions = f"{self._count_sessions()} sessions"
         if number == errno.EMFILE:
             limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)

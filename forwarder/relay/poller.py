@@ -8,8 +8,8 @@ HTTP request per connection). So a session socket is registered here once, edge-
 everything, and never modified; closing it removes it (epoll(7)). uvloop sees one descriptor, level
 triggered, that is readable while any event waits.
 
-An edge is reported once. Who leaves data unread without having seen EAGAIN, or a short read, must
-come back by itself: that is what :meth:`Poller.call_again` is for.
+An edge is reported once. A handler that leaves data unread without having seen EAGAIN, or a short
+read, must come back by itself: that is what :meth:`Poller.call_again` is for.
 
 Nothing is closed while a batch of events is being handled. A closed descriptor's number could be
 given to a new socket of the same batch, which would then be handed the old one's events; so closing
@@ -33,7 +33,7 @@ EDGE_ALL: Final = (
     select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLPRI | select.EPOLLET
 )
 # For UDP sockets, which report every datagram that has left them as room for another: one needless
-# event for each. Who waits for room asks for WRITABLE.
+# event for each. A flow that waits for room asks for WRITABLE.
 EDGE_IN: Final = select.EPOLLIN | select.EPOLLET
 READABLE: Final = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 WRITABLE: Final = select.EPOLLOUT
@@ -49,17 +49,17 @@ _MAX_EVENTS: Final = 256  # bounds a batch; what does not fit is reported by the
 
 
 class Handler(Protocol):
-    """Whoever is told of the events of a descriptor."""
+    """Handles the events of a descriptor."""
 
     def on_events(self, mask: int) -> None:
         """Handle the epoll events in ``mask``. Must not block."""
 
     def on_bug(self) -> None:
-        """A method of this handler raised what it never should: end what it stands for."""
+        """A method of this handler raised, which is a bug: end what it stands for."""
 
 
 class Resumable(Protocol):
-    """Whoever used up its budget and wants to go on after the others."""
+    """Has used up its budget and goes on after the others."""
 
     def on_turn(self) -> None:
         """Go on, if there is still something to do. Must not block."""
@@ -104,7 +104,7 @@ class Poller:
         self._epoll.modify(fd, events)
 
     def handler(self, fd: int) -> Handler | None:
-        """Who is told of the events of ``fd``."""
+        """The handler of the events of ``fd``."""
         return self._handlers[fd] if 0 <= fd < len(self._handlers) else None
 
     def hand_over(self, fd: int, handler: Handler) -> None:
@@ -190,7 +190,7 @@ class Poller:
 
 
 def _end(failed: Handler | Resumable) -> None:
-    """Have it end. Who is half ended already may fail in that, too; the others have their turn."""
+    """End it. One that is half ended may fail in that, too; the others still have their turn."""
     try:
         failed.on_bug()
     except Exception:

@@ -2,8 +2,9 @@
 
 A UDP socket that is not bound to an address takes its port from all programs of this host: Linux
 gives each the next free one of net.ipv4.ip_local_port_range, 28,232 by default. So that look-ups of
-names and all others still get some, flows leave a part of the range alone. Upstream sockets that
-are bound to a source address share the ports of that address, of whatever client with transparent.
+names and other programs still get some, flows leave a part of the range alone. Upstream sockets
+that are bound to a source address share the ports of that address; with ``transparent``, of the
+client's.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The relay of one worker: who gets a session, all sessions, their end.
+"""The relay of one worker: which clients get a session, all sessions, their end.
 
-Opens no listener and speaks to no master; the worker does. What it stands on are things of their
-own: ``workbench``, ``books``, ``outages``, ``descriptors``, ``restrictions``, ``udp.flow_tables``.
+Opens no listener and sends nothing to the master; the worker does. It stands on parts of their own:
+``workbench``, ``books``, ``outages``, ``descriptors``, ``restrictions``, ``udp.flow_tables``.
 """
 
 from __future__ import annotations
@@ -78,14 +78,14 @@ class Relay:
         self.flows = FlowTables(self.books.on_limit)
         self.descriptors = Descriptors(loop, bench, self.flows)
         self.restrictions = Restrictions(loop, holder, bench.poller.defer)
-        # Looked at for every client, hence not one step further away.
+        # Used for every client, so it is not one step further away.
         self.admissions = self.restrictions.admissions
         self.pauses = Pauses(loop, lambda: len(self.sessions))
         # How many UDP listeners are on the IPv6 wildcard, by port.
         self.wildcard_ports: Counter[int] = Counter()
         bench.batch.on_report = self._on_report
 
-    # -- who gets a session
+    # -- new sessions
 
     def open_session(self, pool: Pool, client: socket.SocketType, address: SockAddr) -> None:
         """Forward an accepted client, or reset it at a limit; ``client`` is ours from here on."""
@@ -163,7 +163,7 @@ class Relay:
     def abort_sessions(
         self, phase: Phase, why: str, sessions: Iterable[Conversation] | None = None
     ) -> None:
-        """End sessions by RST, all or some; one that has ended is passed over."""
+        """End sessions by RST, all or some; one that has ended is skipped."""
         is_cut = phase in (Phase.DRAIN, Phase.SHUTDOWN)
         for session in tuple(self.sessions if sessions is None else sessions):
             if is_cut and session.state is not State.CLOSED:
@@ -185,7 +185,7 @@ class Relay:
                 session.follow()
 
     def _on_report(self, fd: int, number: int) -> None:
-        """The kernel says that nobody is where datagrams of a socket go to, or why they cannot."""
+        """The kernel reports that a peer is not there, or why nothing can be sent to it."""
         handler = self.poller.handler(fd)
         if isinstance(handler, Way | Trial):
             handler.on_report(number)

@@ -1,7 +1,8 @@
-"""From a session to a record of the connection log. Asked for only where there is such a log.
+"""From a session to a record of the connection log. Used only where there is such a log.
 
 What will be gone in a moment is noted at once, the rest is done when records are written, many at a
-time: between all that a session takes it would cost twice as much, for the processor's caches.
+time: in the middle of a session's work it would cost twice as much, because of the processor's
+caches.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _OPENED, _ENDED = Event.OPENED, Event.ENDED
 
 def opened(session: Conversation) -> Later:
     """A session has reached its upstream."""
-    return ended(session, None, 0.0)  # without a reason it has not
+    return ended(session, None, 0.0)  # without a reason: not ended
 
 
 def ended(session: Conversation, reason: CloseReason | None, now: float) -> Later:
@@ -79,7 +80,7 @@ def refused(
     )
 
 
-def _record(  # noqa: PLR0913 - what is told of a session, by position: it is done for every one
+def _record(  # noqa: PLR0913 - what is logged of a session, by position: it is done for every one
     pool: Pool,
     at: float,
     relay: Home,
@@ -113,7 +114,7 @@ def _record(  # noqa: PLR0913 - what is told of a session, by position: it is do
         rinetd_result(reason) if reason is not None else "opened",
         str(local),
         str(reached) if reached is not None else None,
-        bytes_c2u if is_end else 0,  # as rinetd says it
+        bytes_c2u if is_end else 0,  # as rinetd does
         bytes_u2c if is_end else 0,
         connected_at - started_at if connected_at else None,
         now - started_at,

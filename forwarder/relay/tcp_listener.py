@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # Accepts per event. The poll is level-triggered, so the rest is reported by the next one.
 ACCEPT_BATCH: Final = 8
 _ALLOWED: Final = Decision.ALLOWED
-# What has become of an accept: a client was handed over, one was not, there is none (for now).
+# The outcome of an accept: a client was handed over, one was not, there is none (for now).
 _TAKEN, _PASSED_OVER, _STOP = range(3)
 
 
@@ -120,7 +120,7 @@ class Listener:
         for nth in range(ACCEPT_BATCH):
             wait_s = admission.reserve()
             if wait_s:
-                if nth == 0:  # only the first one was announced by an event: somebody waits
+                if nth == 0:  # only the first one was announced by an event: a client waits
                     self._wait_for_room(admission, wait_s)
                 return nth
             outcome = self._accept(nth)
@@ -174,13 +174,13 @@ class Listener:
             if self._relay.descriptors.make_room():
                 return False  # a flow is closed after this batch; the next event comes then
         # accept(2) wants a descriptor before it looks whether there is a client. Only the first one
-        # was announced by an event; if there are more, the next event says so.
+        # was announced by an event; the next event reports more.
         if is_announced:
             self._pause(err.errno or pauses.BUG)
         return False
 
     def on_bug(self) -> None:
-        """Accepting failed in a way nobody thought of: go on after a rest."""
+        """Accepting met a bug: go on after a rest."""
         self._pause(pauses.BUG)
 
     def _pause(self, number: int) -> None:
@@ -191,7 +191,7 @@ class Listener:
         self._rest(pauses.PAUSE_S)
 
     def _rest(self, seconds: float) -> None:
-        """Accept nobody for a while."""
+        """Accept no client for a while."""
         if self._is_paused or self._is_stopped:
             return
         self._is_paused = True
@@ -199,7 +199,7 @@ class Listener:
         self._timer = self._loop.call_later(seconds, self._resume)
 
     def _wake(self) -> None:
-        """There may be room for those that wait in the queue; it is called amid other things."""
+        """There may be room for clients in the queue; called while something else is handled."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = self._loop.call_later(0, self._resume)

@@ -1,6 +1,7 @@
 """Receiving from UDP clients that have no socket of their own, above all from new ones.
 
-Does not bind and does not own the socket: the worker does. ``udp_flow`` says when a flow settles.
+Does not bind and does not own the socket: the worker does. ``udp.client_flow`` says when a flow
+settles.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ log = logging.getLogger(__name__)
 
 # Receives per event. The poll is level-triggered, so the rest is reported by the next one.
 _BATCHES: Final = 4
-# Receives after the listener was told to stop: what is queued is somebody's question. As many are
+# Receives after the listener has to stop: queued datagrams are questions of clients. As many are
 # made before new sockets of flows are read: more than a queue of the default size (425,984 bytes,
 # at least 768 for a datagram) holds.
 _LAST_BATCHES: Final = 16
-# Addresses of ours of which it is remembered whether they are those of many. Arbitrary.
+# Addresses of ours remembered with whether they are for many. Arbitrary.
 _MANY_KNOWN: Final = 256
 # How often in a row flows settle that became ripe while others did.
 _SETTLE_ROUNDS: Final = 4
@@ -79,7 +80,7 @@ class UdpListener:
         pool: Pool,
         access: AccessList,
     ) -> None:
-        """``sock`` is bound, non-blocking. Who is allowed by ``access`` gets a flow to ``pool``.
+        """``sock`` is bound, non-blocking. Clients that ``access`` allows get a flow to ``pool``.
 
         Of a rule with a range of ports, ``pool`` is that of the whole rule until a client comes.
         """
@@ -110,7 +111,7 @@ class UdpListener:
         self._watch()
 
     def _watch(self) -> None:
-        """Have the poller tell what comes, now or when it takes one more."""
+        """Let the poller watch the socket, now or when it takes one more."""
         self._timer = None
         try:
             self._relay.poller.register(self.sock.fileno(), self, select.EPOLLIN)
@@ -150,7 +151,7 @@ class UdpListener:
             self._receive(self.sock.fileno(), _BATCHES)
 
     def on_bug(self) -> None:
-        """Receiving failed in a way nobody thought of; the next event tries again."""
+        """Receiving met a bug; the next event tries again."""
 
     def resume_when_writable(self, way: Way) -> None:
         """Call ``way.resume`` when the listener's socket takes more."""
@@ -159,7 +160,7 @@ class UdpListener:
         self._blocked[way] = None
 
     def local(self, peer: bytes) -> Target:
-        """The address of ours that a client speaks to."""
+        """The address of ours that a client uses."""
         host = peers.local_host(peer)
         return self._bound if host is None else Target(self._bound.family, (host, self._bound.port))
 
@@ -178,7 +179,7 @@ class UdpListener:
             self._settle_ripe()
 
     def _read(self, fd: int, batches: int) -> None:
-        """Receive and hand out, up to so many times or until there is nothing more."""
+        """Receive and hand out, up to ``batches`` times or until there is nothing more."""
         batch = self._relay.bench.batch
         for _ in range(batches):
             count = batch.receive_from(fd)
@@ -221,7 +222,8 @@ class UdpListener:
             if flow is None:
                 self._relay.books.drop_datagrams(self.pool, last - first)
                 return
-            # What comes next from a stray goes to whom the kernel gives it, perhaps another worker.
+            # The next datagram of a stray goes where the kernel sends it, perhaps to another
+            # worker.
             is_ripe = last - first > 1 or self._strays_to is not None
         else:
             flow.touch()
@@ -231,9 +233,9 @@ class UdpListener:
             self._ripe.add(flow)
 
     def is_for_many(self, peer: bytes) -> bool:
-        """Whether a client speaks to a group or a broadcast address: others hear it, too.
+        """Whether a client writes to a group or a broadcast address: others get that, too.
 
-        A socket that is connected to it would hear nothing of that, or what others hear as well.
+        A socket connected to the client would get nothing of that, or what others get as well.
         """
         asked = peer[self._name_bytes :]
         is_many = self._many.get(asked)
@@ -248,7 +250,7 @@ class UdpListener:
         return is_many
 
     def answer_to(self, peer: bytes) -> bytes:
-        """Whom to send answers to, from where; from an address of this host, whatever was asked."""
+        """The peer to send answers to, with our address to send from unless that is for many."""
         return peer[: self._name_bytes] if self.is_for_many(peer) else peer
 
     def _is_copy(self, peer: bytes) -> bool:
@@ -289,10 +291,10 @@ class UdpListener:
         flow.held_as = held_as
         self._flows[peer] = flow
         relay.begin(flow)
-        return self._flows.get(peer)  # none if it has ended for want of an upstream
+        return self._flows.get(peer)  # None if it has ended, as without an upstream
 
     def _is_ours(self, peer: bytes, address: IpSockAddr) -> bool:
-        """Whether a datagram says that it comes from where it came to: its answer would, too."""
+        """Whether a datagram claims to come from where it went: its answer would, too."""
         if address[1] != self._bound.port:
             return False
         return str(self.local(peer).sockaddr[0]).partition("%")[0] == address[0]
@@ -338,7 +340,7 @@ class UdpListener:
         return own
 
     def _on_unsettled(self, err: OSError) -> None:
-        """Go on without; for want of rights there is no point in trying again.
+        """Go on without; if rights are missing, trying again is pointless.
 
         EADDRINUSE: the listener is of another user, or was bound without SO_REUSEPORT.
         """
@@ -348,7 +350,7 @@ class UdpListener:
             self._relay.bench.warn_rarely(
                 f"unsettled {name}",
                 f"udp.unsettled rule={name}: flows cannot have sockets of their own: "
-                f"{os.strerror(err.errno)}; they are served, but begin anew when the number of "
-                "workers changes; hint: a port that everybody may bind, "
+                f"{os.strerror(err.errno)}; they are served, but start over when the number of "
+                "workers changes; hint: a port that every user may bind, "
                 "net.ipv4.ip_unprivileged_port_start or above",
             )

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 # What one read of a quiet direction takes. Whatever fills it is bulk. Small enough to stay in the
 # CPU's cache, and more than the largest record of TLS (16 KiB and 22 bytes, RFC 8446 5.1) or a
-# message of 16 KiB: with 16 KiB each of these began bulk anew, for 30% more CPU.
+# message of 16 KiB: with 16 KiB each of these began bulk again, for 30% more CPU.
 SMALL_BYTES: Final = 20 * 1024
 # The copying way reads this much of bulk at once.
 BULK_BYTES: Final = 256 * 1024
@@ -68,7 +68,7 @@ class Workbench:
         )
 
     def arm(self, entry: Timed, limit_s: float) -> None:
-        """Have ``entry.on_timer`` called within ``limit_s``; an earlier call stays due."""
+        """Call ``entry.on_timer`` within ``limit_s``; an earlier call stays due."""
         self.wheel.add(entry, self.poller.now + limit_s)
         if not self._is_ticking:
             self._tick_soon()

@@ -21,7 +21,7 @@ A direction is *open* or *blocked*::
 It also starts blocked, until the upstream is connected; and it is blocked while it waits for the
 meter of a rule with a bandwidth. Meanwhile nothing is read, so the kernel's window closes and the
 sender waits: that is the backpressure, and the bound on memory. The events that arrive are kept in
-``missed``, for an edge is reported only once.
+``missed``, because an edge is reported only once.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ BUDGET_BYTES: Final = 1024 * 1024
 
 
 class Owner(Protocol):
-    """The session of two directions. ``active_at``: when something was last heard."""
+    """The session of two directions. ``active_at``: when something last arrived."""
 
     active_at: float
 
@@ -73,9 +73,9 @@ class Direction:
 
     ``read_on`` are the events with which a short read does not mean that ``src`` is dry. A unix
     stream keeps what was sent together with descriptors apart: a read stops behind it, short,
-    though more is there (unix(7)). No further edge would tell of the rest, so where a side is a
-    unix socket every read goes on until the socket says that it is empty: one system call more than
-    for TCP, for each message. The descriptors are dropped by the kernel, as nobody asks for them.
+    though more is there (unix(7)). No further edge would report the rest, so where a side is a unix
+    socket every read goes on until the socket says that it is empty: one system call more than for
+    TCP, for each message. The kernel drops the descriptors, as the relay does not ask for them.
     """
 
     __slots__ = (
@@ -103,7 +103,7 @@ class Direction:
     budget_bytes: int = BUDGET_BYTES
     """What it may move before it yields; a meter lets it move less."""
     spliced: int = 0
-    """How many of the bytes moved never entered the process, that are not in the books yet."""
+    """The bytes moved that never entered the process and are not in the books yet."""
     is_sink: bool = False
     """Whether it drops what it reads: see ``sink``."""
 
@@ -151,7 +151,7 @@ class Direction:
     def pump(self, mask: int, room: int = 0) -> None:
         """Move what ``src`` has, small or bulk, within the budget. ``mask``: the events seen.
 
-        ``room`` is what the meter lets it move; 0: there is none, or it is to be asked.
+        ``room`` is what the meter lets it move; 0: there is no meter, or it has to be asked.
         """
         if self.meter is not None and not room:
             self._ask(self.meter, mask)
@@ -259,12 +259,12 @@ class Direction:
 
     @property
     def is_held_up(self) -> bool:
-        """Whether it waits for its meter; nobody else ends that."""
+        """Whether it waits for its meter; only the meter ends that."""
         return self.meter is not None and self.meter.holds_up(self)
 
     def go_on(self, now: float) -> None:
         """The meter lets it move again."""
-        # It was we who kept it waiting: that is no silence of its ends.
+        # We kept it waiting: that is no silence of its ends.
         self.session.active_at = self.bench.poller.now = now
         self.resume()
 

@@ -8,7 +8,7 @@ attempt that fails costs nothing and the next upstream gets the same bytes, thou
 did not answer may have seen them as well: fast open is for requests that may be repeated.
 
 TCP_FASTOPEN_CONNECT would be simpler, but sends no SYN before there is data: with a protocol in
-which the server speaks first both sides would wait for ever. A client that has sent nothing yet is
+which the server speaks first both sides would wait forever. A client that has sent nothing yet is
 connected as usual.
 """
 
@@ -38,7 +38,7 @@ def connect(
     nothing with it.
     """
     count = 0
-    with suppress(OSError):  # nothing there yet, or a client that is gone, which others notice
+    with suppress(OSError):  # nothing yet, or the client is gone, as an event reports
         count = client.recv_into(view, _MOST_BYTES, socket.MSG_PEEK)
     if not count:
         return upstream.connect_ex(to), 0

@@ -17,9 +17,9 @@ Theory of operation
 * CONNECTING is the dialer's; client bytes stay in the kernel meanwhile.
 * HALF_CLOSED: one side sent FIN, it was passed on after the last byte (RFC 9293 section 3.6), and
   the other direction lives on, bounded by ``half_close_timeout_s`` without a byte.
-* A side that is reset cannot be told anything any more: what the other one, the survivor, still
-  says is read and dropped (``sink``), so that it comes to read. What the side had sent before is
-  delivered, and how that ends is how the side itself had ended it:
+* A side that was reset gets nothing any more: what the other one, the survivor, still sends is read
+  and dropped (``sink``), so that the survivor comes to read. What the side had sent before is
+  delivered, and ends as the side itself had ended it:
 
   - by FIN, before the reset: nothing was cut, so the survivor gets all of it and its FIN. While it
     has not acknowledged both, the session is LINGERING, for as long as something moves;
@@ -58,11 +58,11 @@ log = logging.getLogger(__name__)
 # How long the survivor of a cut stream may take nothing of what our send queue holds. A reader of
 # 5 KB/s is seen to move: its window opens again when half of a queue of 128 KiB is free.
 ABORT_GRACE_S: Final = 20.0
-# How often a LINGERING session looks whether it is done. Its survivor has its FIN and waits for
+# How often a LINGERING session checks whether it is done. Its survivor has its FIN and waits for
 # nothing, so only a stop of the worker may have to wait for that.
 _LINGER_LOOK_S: Final = 1.0
 
-# Both sides have ended; it is the first one who did that wanted it.
+# Both sides have ended; the one that ended first is the cause.
 _BY_CLIENT: Final = CloseReason(Who.CLIENT, Phase.DATA)
 _BY_UPSTREAM: Final = CloseReason(Who.UPSTREAM, Phase.DATA)
 _NOT_TAKEN: Final = CloseReason(Who.US, Phase.HALF_CLOSE, "the rest of the stream was not taken")
@@ -73,7 +73,7 @@ _LINGERING, _ABORTING = State.LINGERING, State.ABORTING
 
 
 class TcpHome(Home, Protocol):
-    """The same for sessions with TCP on both sides."""
+    """A home for sessions with TCP on both sides."""
 
     descriptors: Descriptors
 
@@ -155,7 +155,7 @@ class Session(Conversation):
                 return
         self.state = _RELAYING
         self.active_at = self.connected_at = self.relay.poller.now
-        self.deadline = 0.0  # of no use from here on, and a number of its own where it was used
+        self.deadline = 0.0  # unused from here on, and a number of its own if it was used
         self.relay.books.on_open(self)
         self.relay.poller.hand_over(upstream.fileno(), self.u2c)
         self.arm(self.pool.rule.idle_timeout_s)
@@ -174,7 +174,7 @@ class Session(Conversation):
     # -- limits
 
     def put_under(self, meters: tuple[Meter, Meter]) -> None:
-        """Have both directions ask the meters of its rule. Not amid an event."""
+        """Let both directions ask the meters of the rule. Not while an event is handled."""
         for direction, meter in zip((self.c2u, self.u2c), meters, strict=True):
             if not direction.is_sink:  # what goes nowhere uses no bandwidth
                 direction.meter = meter
@@ -187,14 +187,14 @@ class Session(Conversation):
         if direction.is_sink:
             if reverse.is_done and self.state is not _ABORTING:
                 self.close(self._ending)
-            return  # else the survivor has nothing more to say, and still gets what is there
+            return  # else the survivor has ended, and still gets what is there
         if reverse.is_sink and not sockets.has_ended(direction.src, direction.moved):
             self._cut(direction, "reset")
             return
         if reverse.is_done:
             self.close(self.ending or (_BY_UPSTREAM if direction is self.c2u else _BY_CLIENT))
             return
-        with suppress(OSError):  # ENOTCONN: reset meanwhile, of which an event will tell
+        with suppress(OSError):  # ENOTCONN: reset meanwhile, which an event will report
             direction.dst.shutdown(socket.SHUT_WR)
         if reverse.is_sink:
             self._linger(direction)
@@ -234,7 +234,7 @@ class Session(Conversation):
     def can_rest(self, err: OSError) -> bool:
         """Whether it was a lack of memory, which passes: then both ways go on a moment later.
 
-        No event tells when it is over.
+        No event reports when it is over.
         """
         if err.errno not in sockets.OUT_OF_RESOURCES:
             return False
@@ -243,7 +243,7 @@ class Session(Conversation):
         return True
 
     def _give_up(self, err: OSError) -> None:
-        """A socket fails though its peer is there, who is not to take the stream for whole."""
+        """A socket fails though its peer is there, which must not take the stream for whole."""
         if self.state is _ABORTING:
             self.abort(self._ending)
         else:
@@ -266,7 +266,7 @@ class Session(Conversation):
     # -- when one side is gone
 
     def _lose(self, direction: Direction, detail: str) -> None:
-        """The destination of ``direction`` is gone by RST: what its source says is dropped."""
+        """The destination of ``direction`` is gone by RST: what its source sends is dropped."""
         self.ending = self._reset_by(direction.reverse, detail)
         dropping = sink.in_place_of(direction)
         if direction is self.c2u:
@@ -294,10 +294,10 @@ class Session(Conversation):
     def _linger(self, direction: Direction) -> None:
         """``direction`` is done up to the FIN that its source had sent before it was reset.
 
-        A survivor who has acknowledged all, FIN included, is told of the reset as it would be
-        directly. One who is not so far is slow: a reset on the heels of the last byte would take
-        from it, on systems other than Linux, what its program has not read yet. It is spared, and
-        hears of the reset when it says something more.
+        A survivor that has acknowledged all, FIN included, gets the reset as it would directly. One
+        that has not is slow: a reset right after the last byte would take from it, on systems other
+        than Linux, what its program has not read yet. It is spared, and gets the reset when it
+        sends something more.
         """
         survivor = direction.dst
         if survivor.family == socket.AF_UNIX:
@@ -326,13 +326,13 @@ class Session(Conversation):
 
     @property
     def _ending(self) -> CloseReason:
-        assert self.ending is not None  # noqa: S101 - one side is gone, or nobody asks
+        assert self.ending is not None  # noqa: S101 - used only when one side is gone
         return self.ending
 
     # -- timers
 
     def on_timer(self, now: float) -> float:
-        """Look whether this session is overdue; returns its next deadline, 0 for none."""
+        """End this session if it is overdue; returns its next deadline, 0 for none."""
         rule = self.pool.rule
         if self.is_short:
             self.is_short = False
@@ -358,7 +358,7 @@ class Session(Conversation):
         """End a session in which nothing has moved for ``limit_s``; 0 is no limit.
 
         Data that leaves our send queue moves too, though it causes no event. A FIN would make a
-        stream look whole of which we still hold a part, hence the abort then.
+        stream look whole of which we still hold a part, so it is aborted then.
         """
         deadline = self.active_at + limit_s
         if not limit_s:
@@ -366,7 +366,7 @@ class Session(Conversation):
         if now < deadline:
             return deadline
         if self.c2u.is_held_up or self.u2c.is_held_up:
-            return now + limit_s  # it is we who keep it waiting
+            return now + limit_s  # we keep it waiting
         unsent = self._unsent()
         if unsent and unsent != self.unsent:
             self.unsent = unsent

@@ -1,4 +1,4 @@
-"""What becomes of a direction whose destination is gone: its source is read, and heard no more.
+"""What becomes of a direction whose destination is gone: its source is read and ignored.
 
 Delivers nothing and ends nothing; the session does. Without it a survivor that writes before it
 reads would wait for room in our queue, and never come to read what is still there for it.
@@ -40,7 +40,7 @@ class Sink(Direction):
     def resume(self) -> None:
         """Begin, or go on after a turn.
 
-        A unix peer hears of a cut stream only if something of its own was not read (ADR 0007), so
+        A unix peer notices a cut stream only if something of its own was not read (ADR 0007), so
         that is left until it is known that nothing was cut.
         """
         if not self.is_done and (self.src.family != socket.AF_UNIX or self.reverse.is_done):
@@ -52,10 +52,10 @@ class Sink(Direction):
 
 
 def in_place_of(direction: Direction) -> Direction:
-    """Stop ``direction`` and have a sink in its place, which begins after the events at hand.
+    """Stop ``direction`` and put a sink in its place, which begins after the events at hand.
 
-    For the events of its source and for its reverse; the caller must have the session do the same.
-    A unix peer can be told that nobody listens: it gets EPIPE for more (unix(7)).
+    The sink takes its place for the events of its source and for its reverse; the caller must do so
+    for the session. A unix peer can be stopped: it gets EPIPE if it sends more (unix(7)).
     """
     was_done = direction.is_done
     direction.stop()

@@ -7,13 +7,13 @@ Theory of operation
 ``splice(socket -> pipe)`` answers EAGAIN when the socket is empty *or* the pipe is full, and does
 not say which. So a pipe is only ever filled when it is empty: EAGAIN then means that the socket is.
 A short count says nothing either (the pipe has a limited number of slots, however little is in
-each), hence the loop goes on until EAGAIN.
+each), so the loop goes on until EAGAIN.
 
 A pipe is borrowed for one wake-up and given back empty; only a direction whose ``dst`` is full
 keeps it, with the data in it, until ``dst`` takes the rest. So one hot pipe serves most of a
 worker's bulk.
 
-SPLICE_F_NONBLOCK speaks only for the pipe; the sockets are O_NONBLOCK. splice(2), pipe(7).
+SPLICE_F_NONBLOCK is only for the pipe; the sockets are O_NONBLOCK. splice(2), pipe(7).
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class SpliceDirection(Direction):
                 return
             if not count:
                 # End of file, or an urgent byte that splice will not pass with a FIN behind it:
-                # only recv can tell.
+                # only recv shows which.
                 pool.give(pipe)
                 super().pump_bulk(mask | READ_ON, room)
                 return

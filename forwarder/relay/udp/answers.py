@@ -7,8 +7,8 @@ allow few connections (RFC 7766, section 6.2.2).
 *Any port* (``answers = "any-port"``, as in TFTP, RFC 1350 section 4): the socket towards the
 upstream is not connected at first. The first datagram that comes from the upstream's address, from
 whatever port, is the answer; the socket is connected to where that came from, and from then on the
-flow is one like others. When nobody listens there any more it ends, and what the client sends then
-goes to the configured port again.
+flow is one like others. When that port is closed it ends, and what the client sends then goes to
+the configured port again.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _GONE: Final = CloseReason(Who.UPSTREAM, Phase.DATA, "its port is closed")
 
 
 def flow_class(rule: Rule) -> type[UdpFlow]:
-    """What a client of a rule whose clients speak UDP gets."""
+    """The flow that a client gets, of a rule that listens on UDP."""
     is_one = rule.answers is Answers.ONE
     if rule.protocol is Protocol.UDP_TO_TCP:
         return _OneAnswerToTcpFlow if is_one else UdpToTcpFlow
@@ -177,14 +177,14 @@ class _AnyPortFlow(UdpFlow):
     def make_socket(
         self, target: Target, source: SockAddr | None, *, is_rival: bool
     ) -> socket.SocketType:
-        """Make a socket that hears everybody."""
+        """Make a socket that receives from any address."""
         del is_rival
         self.is_found = False  # where another upstream was left
         self.u2c.forget()
         return udp.open_socket(target, source, self.pool.how[target.family])
 
     def on_answer(self) -> None:
-        """Somebody has spoken: it is known later whether that was the upstream."""
+        """A datagram has come: whether it is from the upstream is known later."""
         if self.is_found:
             super().on_answer()
 
@@ -196,15 +196,15 @@ class _AnyPortFlow(UdpFlow):
             super().on_report(number)
 
     def to_upstream(self, upstream: socket.SocketType, target: Target) -> Destination:
-        """Each datagram is sent there, until it is known who answers."""
+        """Each datagram is sent there, until the port that answers is known."""
         address = target.sockaddr
         assert not isinstance(address, str)  # noqa: S101 - not of UDP
         return Destination(upstream.fileno(), peers.pack(target.family, address))
 
     def find(self, answerer: bytes) -> bool:
-        """Speak to where the first answer has come from, and to nobody else.
+        """Connect to where the first answer has come from.
 
-        False if there is no way there any more: then all is as it was.
+        False if there is no route there any more: then nothing has changed.
         """
         upstream = self.upstream
         assert upstream is not None  # noqa: S101 - it has answered
@@ -222,7 +222,7 @@ class _AnyPortFlow(UdpFlow):
 
 
 class _FirstAnswer(DatagramWay):
-    """From the upstream, of whom at first only the address is known.
+    """From the upstream, of which at first only the address is known.
 
     ``is_pure``: nothing that others have sent is in the queue of ``src``.
     """
@@ -236,12 +236,12 @@ class _FirstAnswer(DatagramWay):
         self.forget()
 
     def forget(self) -> None:
-        """There is another ``src``, at which nobody has answered."""
+        """There is another ``src``, which has got no answer."""
         self.answerer = b""
         self.is_pure = False
 
     def move(self, mask: int, room: int = UNLIMITED) -> None:
-        """Move what is there; look who it is from, as long as it may be from anybody."""
+        """Move what is there; check the sender, as long as it may be any."""
         if not self.is_pure:
             self._move_some(room)
             return

@@ -1,4 +1,4 @@
-"""A TCP client whose upstream is spoken to by UDP: what it sends become datagrams, and back.
+"""A TCP client whose upstream is reached by UDP: what it sends becomes datagrams, and back.
 
 It goes on for as long as the client's connection does, however silent the upstream is. When the
 client has sent its FIN, answers may still come: it ends when none has come for ``udp_timeout_s``.

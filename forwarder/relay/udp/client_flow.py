@@ -43,16 +43,16 @@ class Receiver(Protocol):
     sock: socket.socket
 
     def local(self, peer: bytes) -> Target:
-        """The address of ours that a client speaks to."""
+        """The address of ours that a client uses."""
 
     def answer_to(self, peer: bytes) -> bytes:
-        """Whom to send answers to, from where."""
+        """The peer to send answers to, with our address to send from."""
 
     def resume_when_writable(self, way: Way) -> None:
         """Call ``way.resume`` when the listener's socket takes more."""
 
     def forget(self, flow: UdpFlow) -> None:
-        """A flow of its has ended."""
+        """One of its flows has ended."""
 
 
 class UdpFlow(Flow):
@@ -86,7 +86,7 @@ class UdpFlow(Flow):
         return DatagramWay(self.relay.bench, self), DatagramWay(self.relay.bench, self)
 
     def local(self) -> Target:
-        """The address of ours that the client speaks to."""
+        """The address of ours that the client uses."""
         return self.listener.local(self.peer)
 
     @property
@@ -113,7 +113,7 @@ class UdpFlow(Flow):
         return True
 
     def touch(self) -> None:
-        """Something was heard just now."""
+        """Something arrived just now."""
         self.active_at = self.relay.poller.now
         self.table.touch(self)
 
@@ -139,7 +139,7 @@ class UdpFlow(Flow):
             super().on_blocked(way)
 
     def close(self, reason: CloseReason) -> None:
-        """End, and be unknown to the listener; the client's next datagram begins another flow."""
+        """End, and let the listener forget it; the client's next datagram begins another flow."""
         if self.state is State.CLOSED:
             return
         self.listener.forget(self)
@@ -184,7 +184,7 @@ class UdpToTcpFlow(UdpFlow):
             self.u2c.pump(mask)
 
     def on_stream_ended(self) -> None:
-        """The upstream will say no more; what the client sends from now on begins a new flow."""
+        """The upstream sends no more; what the client sends from now on begins a new flow."""
         self.close(CloseReason(Who.UPSTREAM, Phase.DATA))
 
     def on_stream_broken(self, why: str) -> None:

@@ -33,14 +33,14 @@ if TYPE_CHECKING:
 
 # Receives in a row before others get their turn: 256 datagrams, some 300 KB.
 BATCHES_PER_TURN: Final = 4
-# Of datagrams that come through a listener while the way is blocked; beyond it they are dropped.
+# Datagrams kept that come through a listener while the way is blocked; more are dropped.
 MAX_PENDING: Final = 256
 # The same for bytes that wait for a stream. Arbitrary; some four times what one read takes.
 MAX_PENDING_BYTES: Final = 256 * 1024
 # Reads of a stream in a row.
 _READS_PER_TURN: Final = 16
 UNLIMITED: Final = 1 << 62
-# In place of an event, where one goes on by itself: nothing is known to be broken.
+# In place of an event, where a way goes on by itself: nothing is known to be broken.
 _MORE: Final = select.EPOLLIN
 
 
@@ -52,16 +52,16 @@ class Owner(Protocol):
         """The way from the upstream."""
 
     def touch(self) -> None:
-        """Something was heard just now."""
+        """Something arrived just now."""
 
     def drop(self, count: int) -> None:
-        """So many datagrams are not passed on."""
+        """``count`` datagrams are not passed on."""
 
     def on_blocked(self, way: Way) -> None:
         """``way``, to a UDP socket, waits: resume it when that takes more."""
 
     def on_report(self, number: int) -> None:
-        """Nobody is where the upstream's socket is connected to: this errno says so."""
+        """The upstream is not there, as this errno reports."""
 
     def on_stream_ended(self) -> None:
         """The stream on one side has ended, and everything from it is delivered."""
@@ -77,8 +77,8 @@ class Way:
     """One way of a flow. ``moved`` counts bytes of payload, ``src`` is None while there is none.
 
     ``reverse`` is set by the flow before anything is registered. ``held_up``: the events that came
-    while it waits for ``meter``, 0 if it does not. ``trial`` is told of what is sent to an upstream
-    that has not answered yet; there is none of one that has.
+    while it waits for ``meter``, 0 if it does not. ``trial`` keeps what is sent to an upstream that
+    has not answered yet; None if it has.
     """
 
     __slots__ = (
@@ -170,7 +170,7 @@ class Way:
             self.pump(_MORE)
 
     def on_report(self, number: int) -> None:
-        """Nobody is where ``src`` is connected to. A client that has gone is no matter."""
+        """The peer of ``src`` is not there. For a client that does not matter."""
         if self is self.flow.u2c:
             self.flow.on_report(number)
 
@@ -185,7 +185,7 @@ class FromDatagrams(Way):
     __slots__ = ()
 
     def on_writable(self) -> None:
-        """The same; then hear no more of what leaves ``src``, see ``poller.EDGE_IN``."""
+        """The same; then watch ``src`` for room no longer, see ``poller.EDGE_IN``."""
         self.reverse.resume()
         if self.src is not None and not self.reverse.holds_data:
             self.bench.poller.modify(self.src.fileno(), EDGE_IN)
@@ -203,7 +203,7 @@ class FromDatagrams(Way):
             self.flow.drop(last - first)
 
     def move(self, mask: int, room: int = UNLIMITED) -> None:  # noqa: ARG002 - see below
-        """Move what ``src`` has: a batch at a time. Errors are told by the receive itself."""
+        """Move what ``src`` has: a batch at a time. The receive itself reports errors."""
         src = self.src
         if src is None or self.holds_data:
             return
@@ -250,7 +250,7 @@ class DatagramWay(FromDatagrams):
             self.pending = deque()
             self.flow.on_blocked(self)
         found = batch.datagrams(first, last)
-        if self.src is None:  # from the listener, which reads on for the sake of others
+        if self.src is None:  # from the listener, which reads on for other flows
             room = max(0, MAX_PENDING - len(self.pending))
             self.flow.drop(len(found[room:]))
             del found[room:]
@@ -340,7 +340,7 @@ class DatagramToStream(FromDatagrams):
             self._pending.clear()
             self._dst = None
             if self.reverse.src is not None:
-                self.reverse.pump(_MORE)  # it may have said something before it went
+                self.reverse.pump(_MORE)  # it may have sent something before it went
             self.flow.on_stream_broken(err.strerror or "reset")
             return False
         del self._pending[:sent]
@@ -353,7 +353,7 @@ class DatagramToStream(FromDatagrams):
 
     @property
     def waiting(self) -> int:
-        """As above; of those that are in the stream in part nobody knows."""
+        """As above; those that are in the stream in part are not counted."""
         return self._unsent
 
 

@@ -10,9 +10,9 @@ Theory of operation
         |             |                     ^
         +-------------+---------------------+
 
-UDP has no connections, so where the upstream is spoken to by UDP CONNECTING is passed at once, and
+UDP has no connections, so where the upstream is reached by UDP CONNECTING is passed at once, and
 again when it is left for another one. What the client sends before OPEN waits in its way. A flow
-ends when nothing has moved in either direction for a while, which only a timer can tell; when a
+ends when nothing has moved in either direction for a while, which only a timer notices; when a
 stream on one side ends; or when it is the one that has been silent longest and there are too many.
 """
 
@@ -49,7 +49,7 @@ _BY_UDP: Final = (DatagramWay, StreamToDatagram)
 
 
 class UdpHome(Home, Protocol):
-    """The same for flows."""
+    """A home for flows."""
 
     descriptors: Descriptors
     flows: FlowTables
@@ -72,7 +72,7 @@ class Flow(Conversation):
         super().__init__(relay, pool, client_address)
         self.client: socket.SocketType | None = None
         self.has_waited = False  # for a descriptor or a port, since it began to connect
-        self.refusal = 0  # errno that the upstream was reported with, until that is dealt with
+        self.refusal = 0  # errno reported of the upstream, until it is handled
         relay.sessions[self] = None
 
     def join(self, c2u: Way, u2c: Way) -> None:
@@ -84,7 +84,7 @@ class Flow(Conversation):
             self.put_under(meters[self.pool.row])
 
     def put_under(self, meters: tuple[Meter, Meter]) -> None:
-        """Have both ways ask the meters of its rule."""
+        """Let both ways ask the meters of the rule."""
         self.c2u.meter, self.u2c.meter = meters
 
     # -- opening
@@ -125,7 +125,7 @@ class Flow(Conversation):
             self.connected_at = self.active_at
             self.relay.books.on_open(self)
 
-    # -- an upstream that is spoken to by UDP, as all are unless a subclass says otherwise
+    # -- an upstream that is reached by UDP, as all are unless a subclass says otherwise
 
     def make_socket(
         self, target: Target, source: SockAddr | None, *, is_rival: bool
@@ -135,7 +135,7 @@ class Flow(Conversation):
         return udp.upstream_socket(target, source, self.pool.how[target.family])
 
     def connect(self, upstream: socket.SocketType, target: Target) -> int:
-        """It is; watch it."""
+        """It is connected; watch it."""
         del target
         self.relay.poller.register(upstream.fileno(), self.u2c, EDGE_IN)
         return 0
@@ -143,9 +143,9 @@ class Flow(Conversation):
     def join_upstream(
         self, upstream: socket.SocketType, to: Destination, *, gathers: bool = True
     ) -> None:
-        """Speak to ``upstream``, which is watched, by UDP from now on.
+        """Use ``upstream``, which is watched, by UDP from now on.
 
-        It is on trial if anything comes of that.
+        It is on trial if there are others, or some have failed.
 
         ``gathers``: the kernel may hand over several datagrams as one.
         """
@@ -170,7 +170,7 @@ class Flow(Conversation):
             self.relay.outages.on_attempt_worked(self.pool, self.target)
 
     def on_report(self, number: int) -> None:
-        """The upstream refuses; it is amid a send or a receive that this is told."""
+        """The upstream refuses; reported within a send or a receive."""
         if self.state is _OPEN and not self.refusal:
             self.refusal = number
             self.relay.poller.call_again(self)
@@ -178,8 +178,8 @@ class Flow(Conversation):
     def _on_refused(self) -> None:
         """Leave an upstream that refuses: at once with what it has not answered, else later.
 
-        Where there is nobody else to go to, or all have refused just now, it stays. What it has not
-        answered is kept if a name may still bring somebody: see :meth:`follow`.
+        If there is no other one, or all have refused just now, it stays. What it has not answered
+        is kept if a name may still bring another one: see :meth:`follow`.
         """
         number, self.refusal = self.refusal, 0
         target, upstream, relay = self.target, self.upstream, self.relay
@@ -205,9 +205,9 @@ class Flow(Conversation):
         )
 
     def move_on(self, again: deque[bytes]) -> None:
-        """Have another upstream as soon as there is something to send to it; ``again``, perhaps.
+        """Take another upstream as soon as there is something to send to it, perhaps ``again``.
 
-        What the one that is left still says until then is passed on.
+        What the old one still sends until then is passed on.
         """
         c2u = self.c2u
         assert isinstance(c2u, _BY_UDP)  # noqa: S101 - by UDP
@@ -216,7 +216,7 @@ class Flow(Conversation):
             self._go_elsewhere()
 
     def follow(self) -> None:
-        """Names have other addresses: leave one that is none of them, with what is said next.
+        """Names have other addresses: leave one that is none of them, at the next datagram.
 
         And one that refuses, if there is another one now, with what it has not answered.
         """
@@ -255,10 +255,10 @@ class Flow(Conversation):
         c2u = self.c2u
         return isinstance(c2u, _BY_UDP) and c2u.to.fd < 0
 
-    # -- what the ways tell
+    # -- what the ways report
 
     def touch(self) -> None:
-        """Something was heard just now."""
+        """Something arrived just now."""
         self.active_at = self.relay.poller.now
 
     def drop(self, count: int) -> None:
@@ -290,11 +290,11 @@ class Flow(Conversation):
 
     @property
     def ends_by_silence(self) -> bool:
-        """Whether nobody will say that it is over."""
+        """Whether no side will report the end."""
         return True
 
     def on_timer(self, now: float) -> float:
-        """Look whether this flow is overdue; returns its next deadline, 0 for none."""
+        """End this flow if it is overdue; returns its next deadline, 0 for none."""
         if self.dialer is not None:
             return self.dialer.on_timer(now)
         if self.state is _RESOLVING:
@@ -307,7 +307,7 @@ class Flow(Conversation):
         if now < self.active_at + limit_s:
             return self.active_at + limit_s
         if self.c2u.held_up or self.u2c.held_up:
-            return now + limit_s  # it is we who keep it waiting
+            return now + limit_s  # we keep it waiting
         self.close(CloseReason(Who.US, Phase.IDLE))
         return 0.0
 

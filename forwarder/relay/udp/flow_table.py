@@ -1,4 +1,4 @@
-"""The flows of one rule in one worker, in the order in which they were last heard. Pure.
+"""The flows of one rule in one worker, in the order in which they were last active. Pure.
 
 Knows of a flow no more than :class:`Evictable` says.
 """
@@ -31,7 +31,7 @@ class Evictable(Protocol):
 
 
 class FlowTable:
-    """Flows, the longest silent first. ``limit`` is for whoever adds to it to keep."""
+    """Flows, the longest silent first. The caller that adds one keeps ``limit``."""
 
     __slots__ = ("_flows", "limit")
 
@@ -43,11 +43,11 @@ class FlowTable:
         return len(self._flows)
 
     def add(self, flow: Evictable) -> None:
-        """Take in a flow that was heard just now."""
+        """Add a flow that was active just now."""
         self._flows[flow] = None
 
     def touch(self, flow: Evictable) -> None:
-        """A flow that is here was heard just now."""
+        """A flow that is here was active just now."""
         self._flows.move_to_end(flow)
 
     def __iter__(self) -> Iterator[Evictable]:

@@ -26,7 +26,7 @@ MAX_SETTLED: Final = 1024 if udp.FINDS_FLOWS_BY_HASH else 256
 
 
 class FlowTables:
-    """``workers`` is how many share what a rule may have; ``evicted`` counts who made room.
+    """``workers`` is how many share what a rule may have; ``evicted`` counts flows that made room.
 
     ``ports``: local ports towards UDP upstreams.
     """
@@ -34,7 +34,7 @@ class FlowTables:
     __slots__ = ("_fd_limit", "_on_limit", "_tables", "evicted", "ports", "workers")
 
     def __init__(self, on_limit: Callable[[Pool, str], None]) -> None:
-        """``on_limit`` is told the pool of a flow that ends for want of a port, and why."""
+        """``on_limit`` gets the pool of a flow that ends because ports ran out, and why."""
         self._on_limit = on_limit
         limit = os.sysconf("SC_OPEN_MAX")
         self._fd_limit = limit if limit > 0 else 1 << 20  # -1: unlimited

@@ -1,8 +1,8 @@
-"""An upstream spoken to by UDP that has not answered yet: what was sent to it, and what it does.
+"""An upstream reached by UDP that has not answered yet: what was sent to it, and what it does.
 
-UDP tells that nobody is there by an ICMP error at most, and after a datagram was sent. So until an
-upstream has answered, the last that a client has said is kept, as far as there is room, for the
-next one to try: then no more than time is lost. From the first answer on a flow costs what it did
+UDP reports a missing upstream by an ICMP error at most, and only after a datagram was sent. So
+until an upstream has answered, the last datagrams of the client are kept, as far as there is room,
+for the next one to try: then only time is lost. From the first answer on a flow costs what it did
 without.
 """
 
@@ -50,7 +50,7 @@ class Trial:
         self._bytes = 0
 
     def on_events(self, mask: int) -> None:
-        """Have the way handle them; errors are told by its receive."""
+        """Let the way handle them; its receive reports errors."""
         flow = self._flow
         if mask & select.EPOLLIN:
             flow.on_answer()
@@ -65,7 +65,7 @@ class Trial:
         self._flow.on_bug()
 
     def keep(self, contents: Iterable[bytes]) -> None:
-        """The client has said that, and it was sent; the oldest of it makes room."""
+        """Keep datagrams of the client that were sent; the oldest make room."""
         kept = self._kept
         for content in contents:
             kept.append(content)
