@@ -158,7 +158,7 @@ class Worker:
             self._loop.remove_reader(self._channel.fileno())
             self._become_orphan()
         except Exception:  # half an assignment applied is no state to serve in
-            log.exception("worker.bug: cannot do what the master said; giving up")
+            log.exception("worker.bug: cannot handle a message of the master; giving up")
             self._done.set_result(WorkerExit.CRASHED)
 
     def _handle(self, received: Received) -> None:
@@ -196,7 +196,7 @@ class Worker:
     def _take_sockets(self, received: Received) -> None:
         """Own listening sockets, for assignments to come."""
         ids = received.message["ids"]
-        assert isinstance(ids, list)  # noqa: S101 - our own master says so
+        assert isinstance(ids, list)  # noqa: S101 - our own master wrote it
         if received.is_truncated:
             # Keeping the part that came would leave none for sessions and further messages.
             self._unreceived += ids
@@ -248,7 +248,7 @@ class Worker:
         chosen = listing.Choice.read(question).of(self._relay.sessions)
         if question["op"] == Op.LIST:
             limit = question["limit"]
-            assert isinstance(limit, int)  # noqa: S101 - our own master says so
+            assert isinstance(limit, int)  # noqa: S101 - our own master wrote it
             return [listing.describe(session, now) for session in islice(chosen, limit)]
         doomed = tuple(chosen)
         self._relay.abort_sessions(Phase.KILL, "killed", doomed)
@@ -324,7 +324,7 @@ class Worker:
         try:
             self._put_in_force(assignment)
         except Exception as err:
-            log.exception("worker.bug: cannot serve what the master said; going on as before")
+            log.exception("worker.bug: cannot serve the assignment; going on as before")
             self._acknowledge(assignment.serial, f"{type(err).__name__}: {err}"[:_MAX_REFUSAL])
             if self._in_force is None:
                 raise

@@ -165,12 +165,12 @@ def _unmatched(rules: Iterable[AccessRule], listening: set[int], where: str) -> 
     for rule in rules:
         wanted = family(rule.pattern)
         if listening == {-1}:
-            yield _warning(rule, f"matches nobody: {where} on unix sockets only", "take it out")
+            yield _warning(rule, f"matches no client: {where} on unix sockets only", "take it out")
         elif wanted and wanted not in listening:
             other = 10 - wanted
             yield _warning(
                 rule,
-                f"matches nobody: where {where} there are only IPv{other} clients",
+                f"matches no client: where {where} there are only IPv{other} clients",
                 f"write an IPv{other} pattern, or take it out",
             )
 
@@ -202,13 +202,14 @@ def _check_allow(rule: AccessRule, own: _Stage, passed: _Stage) -> Iterator[Issu
     if denied is not None:
         yield _warning(
             rule,
-            f"lets nobody in: deny {denied.pattern} at {denied.place} refuses all that it matches",
+            f"lets no client in: deny {denied.pattern} at {denied.place} refuses all that it"
+            " matches",
             "an allow rule is no exception to a deny rule: a client has to pass both",
         )
     elif passed.allow and passed.allow.is_apart(rule.pattern):
         yield _warning(
             rule,
-            "lets nobody in: no global allow rule matches any of it",
+            "lets no client in: no global allow rule matches any of it",
             "a client has to pass the global rules as well as those of the rule",
         )
 

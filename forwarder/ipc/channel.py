@@ -199,5 +199,5 @@ def from_memory_file(fd: int, limit: int = -1) -> bytes:
         except OSError as err:
             raise ValueError("not a memory file") from err
     if len(content) > limit:
-        raise ValueError("more than may be said")
+        raise ValueError("more than is allowed")
     return content

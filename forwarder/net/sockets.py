@@ -354,7 +354,7 @@ def has_ended(sock: socket.SocketType, read_bytes: int) -> bool:
 
     After a call has reported a reset, further reads report end of file, FIN or no FIN: the kernel
     reports the error once, and shuts a reset socket for reading. A received FIN counts as a byte
-    that nobody reads; ``read_bytes`` are all that were read in the life of the connection. A unix
+    that is never read; ``read_bytes`` are all that were read in the life of the connection. A unix
     socket reports end of file only if it is one. False for MPTCP, which counts differently.
     """
     return sock.family == socket.AF_UNIX or received_bytes(sock) == read_bytes + 1

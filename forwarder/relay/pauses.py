@@ -94,7 +94,7 @@ class Pauses:
             limits = kernel.setting("fs/file-max") or "fs.file-max"
             return (
                 f"the whole system has its {limits} files open, {sessions} here; new clients of "
-                "all rules wait in the queue; raise fs.file-max, or see who has them: lsof"
+                "all rules wait in the queue; raise fs.file-max, or find their programs: lsof"
             )
         if number in (errno.ENOMEM, errno.ENOBUFS):
             return (

@@ -56,9 +56,7 @@ class Binding:
         self._start = start
         self._had: dict[str, tuple[BindAddress, ...]] = {}
         self._fragile: list[Rule] = []  # that can go deaf
-        self._locked_since: float | None = (
-            None  # when somebody else was first met at the start lock
-        )
+        self._locked_since: float | None = None  # when another process first held the start lock
 
     def of(self, name: str) -> tuple[BindAddress, ...]:
         """Where a rule listens."""

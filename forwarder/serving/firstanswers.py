@@ -1,4 +1,4 @@
-"""Names to listen on that a start waits for, but not for ever. Pure; ``now`` is passed in."""
+"""Names to listen on that a start waits for, but not forever. Pure; ``now`` is passed in."""
 
 from __future__ import annotations
 

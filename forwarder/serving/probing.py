@@ -1,4 +1,4 @@
-"""Trying the socket options of a configuration on sockets that nobody will ever connect to.
+"""Trying the socket options of a configuration on sockets that are never connected.
 
 So what this system cannot do, or this process may not, is reported when the configuration is read,
 with its place, and not found by the first client. Binds and connects nothing.

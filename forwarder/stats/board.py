@@ -11,14 +11,14 @@ from typing import Final
 from forwarder.stats.rows import WORDS
 
 # Rules that have a row of their own; further ones share the last row. A page exists once something
-# in it was counted, so the memory of rules that nobody uses is address space only.
+# in it was counted, so the memory of unused rules is address space only.
 ROWS: Final = 65536
 
 
 class Board:
     """The rows of one worker. Made by the master before it forks the worker, and shared with it.
 
-    It lives as long as somebody refers to it.
+    The memory lives as long as anything refers to it.
     """
 
     def __init__(self) -> None:

@@ -91,7 +91,7 @@ def _numbers_of(variable: str) -> list[int]:
     try:
         return numbers_in(text)
     except ValueError:
-        log.warning("inherit: %s is not what a predecessor says; ignored: %.100s", variable, text)
+        log.warning("inherit: %s is not from a predecessor; ignored: %.100s", variable, text)
         return []
 
 

@@ -300,7 +300,7 @@ class Predecessor(_Line):
         if sessions and not self._is_killed:
             log.warning(
                 "upgrade: the old one, pid=%d, was killed; its workers go on with %d sessions, "
-                "which nobody sees any more",
+                "which no master sees any more",
                 self.pid,
                 sessions,
             )

@@ -172,7 +172,7 @@ def _knock(uid: int) -> Iterator[tuple[str, socket.socket]]:
                 foreign += 1
                 door.close()
         if names and time.monotonic() >= until:
-            log.warning("inherit: %d orphans let nobody in, such as %s", len(names), names[0])
+            log.warning("inherit: %d orphans let no master in, such as %s", len(names), names[0])
             break
         time.sleep(_KNOCK_AGAIN_S if names else 0)
     if foreign:

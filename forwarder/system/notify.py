@@ -29,7 +29,7 @@ def notify(*assignments: str) -> None:
 class Watchdog:
     """When to send a service manager a sign of life; sd_watchdog_enabled(3).
 
-    ``deadline`` is when the next one is due; None if nobody watches.
+    ``deadline`` is when the next one is due; None if none watches.
     """
 
     def __init__(self, environment: MutableMapping[str, str], pid: int, now: float) -> None:

@@ -29,7 +29,7 @@ _NET_RAW: Final = 1 << 13
 _PR_SET_KEEPCAPS: Final = 8
 _MASTER_CAPABILITIES: Final = (
     1 << 0  # CHOWN: UDP listeners belong to the user of the workers
-    | 1 << 1  # DAC_OVERRIDE: the configuration, pid file and control socket may be anybody's
+    | 1 << 1  # DAC_OVERRIDE: the configuration, pid file and control socket may be any user's
     | 1 << 5  # KILL: workers that run as another user
     | 1 << 6  # SETGID and SETUID: to start workers
     | 1 << 7
@@ -77,7 +77,7 @@ def identity_of(user: str | None, group: str | None) -> Identity | None:
         return None
     if os.geteuid() != 0:
         raise StartupError(
-            f"user {user!r}, group {group!r}: only root can run its workers as somebody else; "
+            f"user {user!r}, group {group!r}: only root can run its workers as another user; "
             "hint: start as root, or leave user and group out",
             ExitCode.NO_PERMISSION,
         )

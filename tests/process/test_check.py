@@ -163,7 +163,7 @@ def test_foot_guns_are_named_by_check_alone(tmp_path: Path) -> None:
     assert ended.returncode == 0
     first, second = ended.stderr.splitlines()
     assert first.startswith(f"{path}:1:1: warning: upstream 127.0.0.1:81 is where the rule")
-    assert second.startswith(f"{path}:2:7: warning: allow ::1 matches nobody")
+    assert second.startswith(f"{path}:2:7: warning: allow ::1 matches no client")
     ended = run_command("diff", str(path), str(path))
     assert (ended.returncode, ended.stderr) == (0, "")
 

@@ -70,10 +70,10 @@ def test_what_is_said_of_an_access_rule_is_so(
         assert issue.is_warning
         assert issue.hint
         (named,) = [e for e in (*config.access, *rule.access) if e.place is issue.place]
-        if "lets nobody in" in issue.what or "matches nobody" in issue.what:
+        if "lets no client in" in issue.what or "matches no client" in issue.what:
             mine = AccessList.compile((dataclasses.replace(named, verdict=Verdict.ALLOW),), ())
             matched = [c for c in clients if mine.decide(c).value == "allowed"]
-            assert "matches nobody" not in issue.what or not matched
+            assert "matches no client" not in issue.what or not matched
             assert not any(is_allowed(config, rule, client) for client in matched), issue
         else:
             less = dataclasses.replace(config, access=without(config.access, named))

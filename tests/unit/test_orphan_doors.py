@@ -102,7 +102,7 @@ def test_names_that_another_user_has_taken_hold_up_nobody(
     assert len(squatters) == 6
     assert orphans.from_orphans(UID, wants_nothing) == []
     (open_ones,) = (r for r in caplog.records if "of other users" in r.message)
-    (full_ones,) = (r for r in caplog.records if "let nobody in" in r.message)
+    (full_ones,) = (r for r in caplog.records if "let no master in" in r.message)
     assert "2 sockets" in open_ones.message
     assert "4 orphans" in full_ones.message
 
