@@ -268,13 +268,14 @@ class Rule:
 
     ``name`` identifies the rule in logs and messages; unique within a configuration. ``upstreams``
     has at least one. Each new session starts at the next one in turn and tries the others when it
-    cannot connect. ``listen`` may be a range of ports; an upstream then is a range of as many, one
-    to one, or a single port. Unix sockets have no ranges and speak TCP rules only. ``source`` is
-    the local address of upstream connections, or None. ``udp_timeout_s`` ends silent flows;
-    ``max_flows`` bounds how many there are at once. ``unix_mode`` are the permissions of a unix
-    socket that is listened on. ``retries_bind``: an address that cannot be bound does not keep the
-    other rules from starting. ``place`` takes no part in equality: moving a line does not change a
-    rule.
+    cannot connect.
+    ``listen`` may be a range of ports; an upstream then is a range of as many, one to one, or a
+    single port. Unix sockets have no ranges and speak TCP rules only.
+    ``source`` is the local address of upstream connections, or None.
+    ``udp_timeout_s`` ends silent flows; ``max_flows`` bounds how many there are at once.
+    ``unix_mode`` are the permissions of a unix socket that is listened on.
+    ``retries_bind``: an address that cannot be bound does not keep the other rules from starting.
+    ``place`` takes no part in equality: moving a line does not change a rule.
     """
 
     name: str

@@ -44,8 +44,8 @@ def from_pairs(listens: Sequence[str], remotes: Sequence[str], *, is_udp: bool =
     """Make rules of ``--listen`` and ``--remote`` addresses, the first with the first.
 
     The transport of one address (``udp:HOST:PORT``) holds for the other one, too, unless that has
-    its own. If neither has one, it is TCP, or UDP if ``is_udp``. Raises ConfigError with every
-    problem found.
+    its own. If neither has one, it is TCP, or UDP if ``is_udp``.
+    Raises ConfigError with every problem found.
     """
     issues = Issues()
     here, there = Place("--listen"), Place("--remote")

@@ -67,10 +67,11 @@ class Op(StrEnum):
 class Assignment:
     """What a worker has to do: accept on these sockets for these rules, and on no others.
 
-    ``routes`` maps the id of a listening socket to an index into ``config.rules``. ``rows`` are the
-    rows of the board that count the rules, in the order of the rules. ``workers`` is their number,
-    ``pipe_budget_pages`` this one's share of the kernel's pipe memory. ``serial`` grows with every
-    assignment of a master; the worker acknowledges it.
+    ``routes`` maps the id of a listening socket to an index into ``config.rules``.
+    ``rows`` are the rows of the board that count the rules, in the order of the rules.
+    ``workers`` is the number of workers, ``pipe_budget_pages`` this one's share of the kernel's
+    pipe memory.
+    ``serial`` grows with every assignment of a master; the worker acknowledges it.
     """
 
     serial: int

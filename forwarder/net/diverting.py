@@ -80,7 +80,8 @@ def is_diverted(sock: socket.socket) -> bool:
 def listen_apart(sock: socket.socket, backlog: int) -> bool:
     """Listen, but not in the group of sockets that have this address already.
 
-    Returns False if this process may not do that; the socket is then useless. Raises OSError.
+    Returns False if this process may not do that; the socket is then useless.
+    Raises OSError.
     """
     interface = interface_of(sock)
     if not divert(sock):

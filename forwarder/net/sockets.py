@@ -237,8 +237,8 @@ def probe_bind(target: Target, *, v6only: bool) -> None:
     """Check that no socket listens on a TCP address: bind it without SO_REUSEPORT, and close.
 
     SO_REUSEPORT would let a second instance of the same user share the port unnoticed. SO_REUSEADDR
-    passes over connections in TIME_WAIT but not over a listener (socket(7)). Raises OSError,
-    EADDRINUSE above all.
+    passes over connections in TIME_WAIT but not over a listener (socket(7)).
+    Raises OSError, EADDRINUSE above all.
     """
     with socket.socket(target.family, socket.SOCK_STREAM) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

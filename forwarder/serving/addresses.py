@@ -118,10 +118,12 @@ def bind_addresses(
     """The addresses each rule listens on, by rule name. A host name may stand for several.
 
     ``answers`` is what is known of names; none is looked up. ``beside`` is the whole configuration,
-    where ``config`` has some of its rules only. A rule whose name has no address now gets none, and
-    ``unresolved`` gets the reason, by rule. But a name that does not exist is an error, unless the
-    rule may wait for its address or is ``patient``. Raises StartupError naming the rule and its
-    place, and ConfigError when two rules turn out to listen on one address.
+    where ``config`` has some of its rules only.
+    A rule whose name has no address now gets none, and ``unresolved`` gets the reason, by rule. But
+    a name that does not exist is an error, unless the rule may wait for its address or is
+    ``patient``.
+    Raises StartupError naming the rule and its place, and ConfigError when two rules turn out to
+    listen on one address.
     """
     issues: list[Issue] = []
     first: dict[BindAddress, Rule] = {}

@@ -20,8 +20,8 @@ Row: TypeAlias = "memoryview[int]"
 # Counters of one rule in one worker. SESSIONS are open now; all others only grow. REFUSED are
 # clients that were turned away and got no session. ATTEMPTS_FAILED: connects to one address that
 # were refused, or not answered in time. SESSIONS_CUT: sessions reset by a stop or by drain_timeout,
-# or lost with their worker. BYTES_* include open sessions as of the last beat. At any time, sum of
-# ENDS + SESSIONS = SESSIONS_TOTAL + REFUSED.
+# or lost with their worker. BYTES_* include open sessions as of the last beat.
+# At any time, sum of ENDS + SESSIONS = SESSIONS_TOTAL + REFUSED.
 (
     SESSIONS,
     SESSIONS_TOTAL,

@@ -26,10 +26,10 @@ class MasterState(Enum):
 class MasterSpec:
     """What the command line decided.
 
-    ``config`` is the first configuration; its ``settings.workers`` is not 0. ``title`` names it in
-    the process list. ``load`` reads it again for a reload, under the same command line; it runs in
-    a process of its own and may block and raise. None: nothing to reload. ``has_control``: whether
-    there is a control socket, at ``settings.control`` or a default place.
+    ``config`` is the first configuration; its ``settings.workers`` is not 0.
+    ``title`` names it in the process list. ``load`` reads it again for a reload, under the same
+    command line; it runs in a process of its own and may block and raise. None: nothing to reload.
+    ``has_control``: whether there is a control socket, at ``settings.control`` or a default place.
     """
 
     config: Config

@@ -55,8 +55,8 @@ class PidFile:
         """Open or make the file, and lock it. Whether it is still at its path.
 
         Other users may be able to write to its directory. So the file is checked before it is
-        overwritten: a link, or another name of another file, could lead anywhere. Raises OSError,
-        StartupError.
+        overwritten: a link, or another name of another file, could lead anywhere.
+        Raises OSError, StartupError.
         """
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
         self._fd = os.open(self._path, flags, _MODE)

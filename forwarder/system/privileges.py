@@ -128,8 +128,8 @@ def drop(identity: Identity | None, kept: int = 0) -> None:
     """Become ``identity``, with no group but its own and no way back.
 
     With None it only closes the way up. A process that is not root then keeps no capability but
-    ``kept``: a master may have one to bind low ports, and binds for its workers. Raises OSError;
-    the caller must then not go on.
+    ``kept``: a master may have one to bind low ports, and binds for its workers.
+    Raises OSError; the caller must then not go on.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if identity is not None:
