@@ -60,8 +60,8 @@ log = logging.getLogger(__name__)
 # Sessions are freed by reference counts (Session.unlink); the collector is only for what bugs and
 # tracebacks leave behind. With its default of 700 it ran in the middle of every burst of sessions.
 _GC_THRESHOLD: Final = 50_000
-# At a stop of the instance, a flow silent for this long no longer delays it, nor does a client
-# whose upstream has no address by then; a later answer is lost. Arbitrary.
+# When the instance stops, a flow silent for this long no longer delays it, nor does a client whose
+# upstream has no address by then; a later answer is lost. Arbitrary.
 LAST_SILENCE_S: Final = 1.0
 # Ids in one acknowledgement, so that it fits into a message; what is missing beyond stays missing
 # until the next change.

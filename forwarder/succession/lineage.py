@@ -9,7 +9,7 @@ on what is for others, so an old master stays as long as one before it drains.
 
     heir to old:  LIST, KILL (answered by ANSWER), ACCESS (end those of denied clients), LOGS
                   (reopen them), DRAIN (no master serves after us), STOP (reset all)
-    old to heir:  DRAINS (masters that are left, with their sessions; none: it drains for another),
+    old to heir:  DRAINS (masters that are left, with their sessions; none: not draining for us),
                   ANSWER
 
 Decides nothing: the master does. Never blocks.
@@ -103,7 +103,7 @@ class Elder(Protocol):
 
 
 def decline(line: socket.socket) -> None:
-    """Answer over a line that we end for another reason: there is nothing to wait for."""
+    """Report over a line that we end, not for that successor: there is nothing to wait for."""
     with suppress(OSError):  # it has gone
         line.send(json.dumps({"op": Op.DRAINS, "masters": [], "cut": 0}).encode())
 

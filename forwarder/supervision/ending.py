@@ -31,7 +31,7 @@ _LONGEST_PAUSE_S: Final = 600.0
 
 @dataclass(frozen=True, slots=True)
 class _Account:
-    """What there was when the end began; ``is_whole``: an old master had reported its own."""
+    """What there was when the end began; ``is_whole``: with what an old master has left."""
 
     at: float
     open: int
