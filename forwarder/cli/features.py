@@ -1,4 +1,4 @@
-"""Which features that the forwarder uses this system has, for ``forwarder --version``.
+"""The features of this system that the forwarder uses, for ``forwarder --version``.
 
 Each feature is tried on sockets and pipes of our own, which are closed at once. Only a feature that
 shows by its speed alone is judged by the version of the kernel.

@@ -105,7 +105,7 @@ def _show_version() -> None:
 def cli(ctx: click.Context, control: str | None) -> None:
     """Forward TCP and UDP ports: the kernel moves the bytes, one worker per CPU.
 
-    If no command is named, it is run.
+    If no command is named, `run` is meant.
     """
     if control is None:
         return

@@ -225,7 +225,7 @@ def _refuse_url(text: str) -> None:
 def split_transport(text: str) -> tuple[str, str]:
     """Take ``tcp`` or ``udp`` off an address: ``udp:A``, ``udp://A`` or ``A/udp``.
 
-    Returns the transport, or "", and the address. Raises AddressError if it has both.
+    Returns the transport, or "", and the address. Raises AddressError if two differ.
     """
     found = _BEFORE.match(text)
     first = found[1].lower() if found else ""

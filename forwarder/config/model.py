@@ -266,9 +266,9 @@ class Upstream:
 class Rule:
     """One configured forwarding. All durations are seconds; 0 means no limit.
 
-    ``name`` identifies the rule in logs and messages; unique within a configuration. ``upstreams``
-    has at least one. Each new session starts at the next one in turn and tries the others when it
-    cannot connect.
+    ``name`` identifies the rule in logs and messages; unique within a configuration.
+    ``upstreams`` has at least one. Each new session starts at the next one in turn and tries the
+    others when it cannot connect.
     ``listen`` may be a range of ports; an upstream then is a range of as many, one to one, or a
     single port. Unix sockets have no ranges and speak TCP rules only.
     ``source`` is the local address of upstream connections, or None.

@@ -23,7 +23,7 @@ _SYSTEM_DIRECTORY: Final = Path("/run/forwarder")
 _SESSIONS: Final = Path("/run/user")  # what XDG_RUNTIME_DIR is under systemd: pam_systemd(8)
 _SHARED_DIRECTORY: Final = Path("/tmp")  # noqa: S108 - as it must be the same in every session
 _NOT_PRIVATE: Final = "not a directory of this user alone, of mode 0700"
-_BACKLOG: Final = 1024  # so that a crowd gets an answer, if a refusal
+_BACKLOG: Final = 1024  # so that a crowd gets an answer, at least a refusal
 
 
 def default_path() -> Path:

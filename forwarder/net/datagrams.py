@@ -58,7 +58,7 @@ _SEGMENT: Final = struct.Struct("=QiiH6x")
 _PKTINFO4: Final = struct.Struct("=Qiii4s4s4x")  # interface, local address, destination
 _PKTINFO6: Final = struct.Struct("=Qii16sI4x")  # local address, interface
 
-# How often one call may report earlier datagrams before it is given up.
+# How many errors of earlier datagrams one call may report before it is given up.
 MAX_REPORTS: Final = 4
 FULL: Final = frozenset({errno.EAGAIN, errno.EWOULDBLOCK})
 # ICMP errors of earlier datagrams, reported by a call that has done nothing else.
