@@ -139,7 +139,7 @@ def test_hundreds_of_reloads_drop_nobody_and_leave_nothing(
     fds = len(procfs.descriptors(master))
     memory = {pid: procfs.resident_kib(pid) for pid in (master, *workers)}
     under_load(count)
-    assert it.forwarder.workers() == workers
+    eventually(lambda: it.forwarder.workers() == workers)  # and the reader has gone
     leaks.check()
     assert len(procfs.descriptors(master)) == fds
     grown = {pid: procfs.resident_kib(pid) - kib for pid, kib in memory.items()}
@@ -352,7 +352,7 @@ def test_a_bad_file_changes_nothing_and_the_message_says_where(
     assert_not_listening(two)
     assert_alive(link)
     assert_alive(ends.link(one, upstream))
-    assert it.forwarder.workers() == workers
+    eventually(lambda: it.forwarder.workers() == workers)  # and the reader has gone
     # Fewer: it was just telling that it is ready when they were counted.
     assert len(procfs.descriptors(it.forwarder.pid)) <= fds
     assert "+1 -0 ~0 =1 rules, generation 2" in it.reload(text + rule(two, to))
