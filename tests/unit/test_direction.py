@@ -112,7 +112,7 @@ class Stage:
         self.direction = self._direction(bench)
         self.direction.reverse = reverse = self._direction(bench)
         reverse.reverse = self.direction
-        reverse.is_done = True
+        reverse.end()
         self.direction.src = cast("socket.SocketType", self.source)
         self.direction.dst = cast("socket.SocketType", self.sink)
 

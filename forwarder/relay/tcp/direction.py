@@ -39,6 +39,11 @@ if TYPE_CHECKING:
 
 # What a direction may move before the others of this worker get their turn.
 BUDGET_BYTES: Final = 1024 * 1024
+# Bits that no event has (epoll_ctl(2) ends at bit 31). Each saves every direction a slot, and an
+# open session 16 bytes. In ``read_on``: splice(2) may be tried.
+SPLICES: Final = 1 << 40
+# In place of ``missed``: nothing follows. It has all bits, so no event that is added changes it.
+_DONE: Final = -1
 
 
 class Owner(Protocol):
@@ -76,16 +81,15 @@ class Direction:
     though more is there (unix(7)). No further edge would report the rest, so where a side is a unix
     socket every read goes on until the socket says that it is empty: one system call more than for
     TCP, for each message. The kernel drops the descriptors, as the relay does not ask for them.
+    It also has SPLICES until splice(2) is found not to do here.
     """
 
     __slots__ = (
         "bench",
-        "can_splice",
         "counted",
         "dst",
         "is_blocked",
         "is_bulk",
-        "is_done",
         "is_queued",
         "meter",
         "missed",
@@ -110,12 +114,10 @@ class Direction:
     def __init__(self, bench: Workbench, session: Owner, read_on: int = READ_ON) -> None:
         self.bench = bench
         self.session = session
-        self.read_on = read_on
+        self.read_on = read_on | SPLICES
         self.meter: Meter | None = None
-        self.can_splice = True
         self.is_blocked = True
         self.is_bulk = False
-        self.is_done = False
         self.is_queued = False
         self.missed = 0
         self.moved = self.counted = 0
@@ -128,7 +130,7 @@ class Direction:
         if mask & WRITABLE and reverse.is_blocked:
             reverse.resume()
         if mask & URGENT:
-            self.can_splice = False  # splice stops in front of an urgent byte
+            self.read_on &= ~SPLICES  # splice stops in front of an urgent byte
         if self.is_blocked:
             self.missed |= mask
             if mask & BROKEN:
@@ -138,7 +140,7 @@ class Direction:
 
     def resume(self) -> None:
         """Send what is left and go on reading, if ``dst`` takes it."""
-        if not self.is_blocked or self.is_done:
+        if not self.is_blocked or self.missed == _DONE:
             return
         if (self.meter is not None and self.is_held_up) or not self.flush():
             return
@@ -269,6 +271,16 @@ class Direction:
         self.resume()
 
     @property
+    def is_done(self) -> bool:
+        """Whether it is blocked for good: it has delivered everything, or was stopped."""
+        return self.missed == _DONE
+
+    def end(self) -> None:
+        """Block it for good."""
+        self.is_blocked = True
+        self.missed = _DONE
+
+    @property
     def holds_data(self) -> bool:
         """Whether something was read that ``dst`` has not taken yet."""
         return self.pending is not None
@@ -293,14 +305,14 @@ class Direction:
 
     def on_eof(self) -> None:
         """``src`` has sent its FIN and everything is delivered: pass the half-close on."""
-        self.is_blocked = self.is_done = True
+        self.end()
         self.session.on_eof(self)
 
     def stop(self) -> None:
         """Never read again, nor wait for the meter; drop what could not be sent."""
         if self.meter is not None:
             self.meter.forget(self)
-        self.is_blocked = self.is_done = True
+        self.end()
         self.pending = None
 
     def on_bug(self) -> None:

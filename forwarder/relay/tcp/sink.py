@@ -66,7 +66,7 @@ def in_place_of(direction: Direction) -> Direction:
     sink.reverse.reverse = sink
     sink.bench.poller.hand_over(sink.src.fileno(), sink)
     if was_done:
-        sink.is_blocked = sink.is_done = True
+        sink.end()
         return sink
     if sink.src.family == socket.AF_UNIX:
         with suppress(OSError):  # it is gone, too

@@ -23,7 +23,7 @@ import os
 from typing import TYPE_CHECKING, Final
 
 from forwarder.relay.poller import READ_ON
-from forwarder.relay.tcp.direction import Direction
+from forwarder.relay.tcp.direction import SPLICES, Direction
 from forwarder.relay.workbench import SMALL_BYTES
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class SpliceDirection(Direction):
 
     def pump_bulk(self, mask: int, room: int) -> None:
         """Move bulk from socket to socket until dry, full, or the budget is used up."""
-        pipe = self.bench.pipes.take() if self.can_splice else None
+        pipe = self.bench.pipes.take() if self.read_on & SPLICES else None
         if pipe is None:
             super().pump_bulk(mask, room)
         else:
@@ -128,7 +128,7 @@ class SpliceDirection(Direction):
 
     def _on_splice_error(self, err: OSError, mask: int, room: int) -> None:
         if err.errno in _UNSUPPORTED:
-            self.can_splice = False  # nothing is in the pipe, so nothing is lost
+            self.read_on &= ~SPLICES  # nothing is in the pipe, so nothing is lost
             super().pump_bulk(mask, room)
         else:
             self.session.on_reset(self, err)
