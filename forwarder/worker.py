@@ -30,9 +30,9 @@ from forwarder.ipc.messages import Op, read_access, read_assignment, read_logs, 
 from forwarder.limits.gate import Holder
 from forwarder.relay import listing
 from forwarder.relay.access import AccessList
-from forwarder.relay.conversation import State
 from forwarder.relay.listing import denied_by, denied_sessions
 from forwarder.relay.relay import Relay
+from forwarder.relay.session import SessionState
 from forwarder.relay.tcp_listener import listener_class
 from forwarder.stats.reasons import Phase
 from forwarder.succession.orphans import OrphanDoor
@@ -52,12 +52,12 @@ if TYPE_CHECKING:
     from forwarder.ipc.channel import Message
     from forwarder.ipc.messages import Assignment
     from forwarder.ipc.workerspec import WorkerSpec
-    from forwarder.relay.conversation import Conversation
+    from forwarder.relay.session import Session
     from forwarder.relay.tcp_listener import AnyListener
 
 log = logging.getLogger(__name__)
 
-# Sessions are freed by reference counts (Session.unlink); the collector is only for what bugs and
+# Sessions are freed by reference counts (Stream.unlink); the collector is only for what bugs and
 # tracebacks leave behind. With its default of 700 it ran in the middle of every burst of sessions.
 _GC_THRESHOLD: Final = 50_000
 # When the instance stops, a flow silent for this long no longer delays it, nor does a client whose
@@ -408,7 +408,7 @@ class Worker:
             self._relay.bench.pipes.close()  # the idle ones; they make room for the next try
         self._say(Op.APPLIED, serial=serial, missing=missing, refusal=refusal)
 
-    def _end_sessions_after(self, limit_s: object, sessions: Iterable[Conversation]) -> None:
+    def _end_sessions_after(self, limit_s: object, sessions: Iterable[Session]) -> None:
         """Reset those of ``sessions`` that are left after ``limit_s``; 0 or None is no limit."""
         doomed = tuple(sessions)
         if isinstance(limit_s, int | float) and limit_s and doomed:
@@ -440,7 +440,7 @@ class Worker:
 
     def _end_unresolved(self) -> None:
         """A stop does not wait for the answer to a name, which may take long and help no client."""
-        waiting = [one for one in self._relay.sessions if one.state is State.RESOLVING]
+        waiting = [one for one in self._relay.sessions if one.state is SessionState.RESOLVING]
         self._relay.abort_sessions(Phase.DRAIN, "no address of an upstream is known", waiting)
 
     def _leave_when_idle(self) -> None:

@@ -255,7 +255,7 @@ Variant = tuple[str, int, str, str]
 VARIANTS: list[Variant] = [
     (relay, workers, "tcp", "tcp") for relay in ("splice", "copy") for workers in (1, 3)
 ]
-"""Way of relaying, number of workers, and what the two sides of the forwarder are."""
+"""FlowDirection of relaying, number of workers, and what the two sides of the forwarder are."""
 UNIX_VARIANTS: list[Variant] = [
     ("splice", 2, "path", "tcp"),
     ("copy", 1, "path", "tcp"),

@@ -1,15 +1,15 @@
-"""Bandwidth of a rule: what the ways of its sessions may move, and when they may go on.
+"""Bandwidth of a rule: what the directions of its sessions may move, and when they may go on.
 
 Theory of operation
 -------------------
-All workers together keep one number per rule and way in shared memory: until when the line is
+All workers together keep one number per rule and direction in shared memory: until when the line is
 taken. A worker that wants to move bytes draws a quantum if that time has passed, and so takes the
 line for as long as the quantum lasts at the rate. What is moved beyond a quantum (a read is not cut
 into pieces) is owed, and drawn for before more is moved. So the sum over all workers is the rate,
 and no worker has to know how many there are.
 
-A way that has to wait stops reading, so the window of its sender closes, as with a slow receiver;
-one timer per rule and way lets those that wait go on, in turn. Nothing polls.
+A direction that has to wait stops reading, so the window of its sender closes, as with a slow
+receiver; one timer per rule and direction lets those that wait go on, in turn. Nothing polls.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ STEP_S: Final = 0.001
 
 
 class Waiting(Protocol):
-    """A way of a session that waits for its turn."""
+    """A direction of a session that waits for its turn."""
 
     def go_on(self, now: float) -> None:
         """Move more; called once for each time that it had to wait. ``now``: the loop's."""
@@ -50,7 +50,7 @@ class Waiting(Protocol):
 
 
 class Meter:
-    """One way of all sessions of a rule in one worker."""
+    """One direction of all sessions of a rule in one worker."""
 
     __slots__ = (
         "_clock",
@@ -74,7 +74,7 @@ class Meter:
         rate: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``rate`` is bytes per second; ``line`` the number of the way in the gate."""
+        """``rate`` is bytes per second; ``line`` the number of the direction in the gate."""
         self._loop = loop
         self._gate = gate
         self._line = line
@@ -98,22 +98,22 @@ class Meter:
         if self._waiting:
             self._arm(0.0)
 
-    def room(self, way: Waiting) -> int:
-        """How many bytes may be moved now; 0: ``way`` is called when it may go on."""
-        if way is self._served or not self._waiting:
+    def room(self, direction: Waiting) -> int:
+        """How many bytes may be moved now; 0: ``direction`` is called when it may go on."""
+        if direction is self._served or not self._waiting:
             wait_s = self._draw()
             if not wait_s:
                 return self._left
             if self._timer is None:
                 self._arm(wait_s)
-        self._waiting[way] = None
+        self._waiting[direction] = None
         return 0
 
     def room_now(self) -> int:
         """How many bytes may be moved now, for something that cannot wait.
 
-        Beside ways that wait it gets its share by taking a quantum in advance for each of their
-        turns.
+        Beside directions that wait it gets its share by taking a quantum in advance for each of
+        their turns.
         """
         if self._waiting:
             return max(self._quantum - self._in_advance, 0)
@@ -129,13 +129,13 @@ class Meter:
         self._in_advance += moved
         self.spend(moved)
 
-    def holds_up(self, way: Waiting) -> bool:
-        """Whether a way waits."""
-        return way in self._waiting
+    def holds_up(self, direction: Waiting) -> bool:
+        """Whether a direction waits."""
+        return direction in self._waiting
 
-    def forget(self, way: Waiting) -> None:
-        """A way has ended, and waits no more."""
-        self._waiting.pop(way, None)
+    def forget(self, direction: Waiting) -> None:
+        """A direction has ended, and waits no more."""
+        self._waiting.pop(direction, None)
 
     def _draw(self) -> float:
         """Get something to spend. Returns 0, or the seconds until there may be some."""
@@ -161,12 +161,12 @@ class Meter:
         for _ in range(len(self._waiting)):
             if not self._waiting or (wait_s := self._draw()):
                 break
-            way = self._served = self._waiting.popitem(last=False)[0]
+            direction = self._served = self._waiting.popitem(last=False)[0]
             try:
-                way.go_on(now)
+                direction.go_on(now)
             except Exception:  # as in Poller: a bug must cost one session, not the worker
                 log.exception("relay.bug while going on by a meter")
-                way.on_bug()
+                direction.on_bug()
             self._served = None
             self._in_advance = 0
         if self._waiting:

@@ -41,7 +41,7 @@ class Held(Protocol):
         """Which rule it is of."""
 
     def put_under(self, meters: tuple[Meter, Meter]) -> None:
-        """Let each of its ways ask its meter before it moves. Not while an event is handled."""
+        """Let each direction ask its meter before it moves. Not while an event is handled."""
 
 
 class Restrictions:
@@ -124,7 +124,7 @@ class Restrictions:
                 meter.set_rate(bandwidth)
         elif bandwidth:
             gate = self.holder.gate
-            c2u, u2c = (Meter(self._loop, gate, 2 * row + way, bandwidth) for way in (0, 1))
+            c2u, u2c = (Meter(self._loop, gate, 2 * row + one, bandwidth) for one in (0, 1))
             pair = self._made[row] = (c2u, u2c)
         if bandwidth and pair is not None:
             self.meters[row] = pair

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_WAYS: Final = 8
+_PLACES: Final = 8
 _KEY_MASK: Final = 2**64 - 1
 
 
@@ -137,7 +137,7 @@ def pass_at(due: float, now: float, rate: float, burst: float) -> float | None:
 class RateTable:
     """When the next one of each key is due; room for a fixed number of keys.
 
-    Each key has one of _WAYS places. When all are taken the earliest due is replaced: if it is
+    Each key has one of _PLACES places. When all are taken the earliest due is replaced: if it is
     overdue nothing is lost, else its client is forgiven a part of what it had.
     """
 
@@ -146,7 +146,7 @@ class RateTable:
     def __init__(self, keys: memoryview[int], dues: memoryview[float]) -> None:
         self._keys = keys
         self._dues = dues
-        self._sets = len(keys) // _WAYS
+        self._sets = len(keys) // _PLACES
 
     def try_pass(self, key: int, now: float, rate: float, burst: float) -> bool:
         """Let one more of a key pass, if it may."""
@@ -158,11 +158,11 @@ class RateTable:
         return True
 
     def _place(self, key: int) -> int:
-        first = key % self._sets * _WAYS
-        keys = self._keys[first : first + _WAYS].tolist()
+        first = key % self._sets * _PLACES
+        keys = self._keys[first : first + _PLACES].tolist()
         if key in keys:
             return first + keys.index(key)
-        dues = self._dues[first : first + _WAYS].tolist()
+        dues = self._dues[first : first + _PLACES].tolist()
         at = first + dues.index(min(dues))
         self._keys[at] = key
         self._dues[at] = 0.0

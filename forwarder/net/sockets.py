@@ -1,6 +1,6 @@
 """Making and setting up sockets, and what their errors mean. Moves no bytes, keeps no state.
 
-Session sockets are ``socket.SocketType``, the C type under ``socket.socket``: it has every
+Stream sockets are ``socket.SocketType``, the C type under ``socket.socket``: it has every
 operation the relay needs, is half the size and skips the Python-level constructor.
 """
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from forwarder.limits.admission import Admission
     from forwarder.net.sockets import SockAddr, Target
     from forwarder.relay.access import Decision
-    from forwarder.relay.conversation import Conversation
+    from forwarder.relay.session import Session
     from forwarder.relay.workbench import Workbench
     from forwarder.upstream.pool import Pool
 
@@ -72,21 +72,21 @@ class Books:
 
     # -- sessions
 
-    def on_begin(self, session: Conversation) -> None:
+    def on_begin(self, session: Session) -> None:
         """A session was made just now."""
         self.total += 1
         counts = session.pool.counts
         counts[SESSIONS_TOTAL] += 1
         counts[SESSIONS] += 1
 
-    def on_open(self, session: Conversation) -> None:
+    def on_open(self, session: Session) -> None:
         """A session has reached its upstream."""
         session.pool.counts[connect_bucket(session.connected_at - session.started_at)] += 1
         if self.connlog.tells_opened:
             with suppress(OSError):  # as in on_end
                 self.connlog.write(reporting.opened(session))
 
-    def on_no_upstream(self, session: Conversation, why: str) -> None:
+    def on_no_upstream(self, session: Session, why: str) -> None:
         """A session has found no upstream; its end follows. Repeats are logged only rarely."""
         self.failed += 1
         session.pool.counts[CONNECTS_FAILED] += 1
@@ -96,7 +96,7 @@ class Books:
         about = f"connect.failed rule={rule}: cannot connect{upstream}: {why}"
         self._bench.warn_rarely(rule, about)
 
-    def on_end(self, session: Conversation, reason: CloseReason) -> None:
+    def on_end(self, session: Session, reason: CloseReason) -> None:
         """A session has ended: once for each."""
         counts = session.pool.counts
         counts[ENDS + reason.index] += 1
@@ -110,7 +110,7 @@ class Books:
         if self._logs_sessions:
             self._log_session(session, reason)
 
-    def count_moved(self, session: Conversation) -> None:
+    def count_moved(self, session: Session) -> None:
         """Count what a session has moved since the last call."""
         c2u, u2c, counts = session.c2u, session.u2c, session.pool.counts
         if c2u.moved != c2u.counted:
@@ -128,7 +128,7 @@ class Books:
             counts[BYTES_SPLICED] += spliced
             self.bytes_spliced += spliced
 
-    def _log_session(self, session: Conversation, reason: CloseReason) -> None:
+    def _log_session(self, session: Session, reason: CloseReason) -> None:
         log.debug(
             "session.closed rule=%s client=%s upstream=%s end=%s c2u=%d u2c=%d total_s=%.3f",
             session.pool.rule.name,

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from forwarder.config.model import AccessRule, Rule
-    from forwarder.relay.conversation import Conversation
+    from forwarder.relay.session import Session
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +36,7 @@ class Choice:
             client=client if isinstance(client, str) else None,
         )
 
-    def of(self, sessions: Iterable[Conversation]) -> Iterator[Conversation]:
+    def of(self, sessions: Iterable[Session]) -> Iterator[Session]:
         """Those that are chosen. Raises PatternError for a pattern that is none."""
         is_client = pattern_matcher(self.client) if self.client is not None else None
         for session in sessions:
@@ -50,16 +50,16 @@ class Choice:
                 yield session
 
 
-def identify(session: Conversation) -> str:
+def identify(session: Session) -> str:
     """The id of a session: unique on this machine while its worker lives."""
     return f"{session.relay.pid}.{session.id}"
 
 
 def denied_sessions(
-    sessions: Iterable[Conversation],
+    sessions: Iterable[Session],
     by_rule: dict[str, AccessList],
     access_of: Callable[[Rule], AccessList],
-) -> list[Conversation]:
+) -> list[Session]:
     """Sessions whose client may not use their rule any more.
 
     Removed rules, which are not in ``by_rule``, are judged by their own access rules and the global
@@ -81,7 +81,7 @@ def denied_sessions(
     return denied
 
 
-def describe(session: Conversation, now: float) -> dict[str, object]:
+def describe(session: Session, now: float) -> dict[str, object]:
     """One session, as in the answer to ``forwarder sessions``."""
     return {
         "id": identify(session),
@@ -97,10 +97,10 @@ def describe(session: Conversation, now: float) -> dict[str, object]:
 
 
 def denied_by(
-    sessions: Iterable[Conversation],
+    sessions: Iterable[Session],
     everywhere: Sequence[AccessRule],
     rules: Mapping[str, Sequence[AccessRule]],
-) -> list[Conversation]:
+) -> list[Session]:
     """Sessions whose client may not use their rule by the access rules of an heir.
 
     ``everywhere`` holds for all rules, ``rules`` are those of each rule.

@@ -18,13 +18,13 @@ from forwarder.limits.gate import Busy
 from forwarder.limits.restrictions import Restrictions
 from forwarder.net import sockets
 from forwarder.relay.books import Books
-from forwarder.relay.conversation import State
 from forwarder.relay.descriptors import Descriptors
 from forwarder.relay.outages import Outages
 from forwarder.relay.pauses import Pauses
-from forwarder.relay.tcp.session import Session
+from forwarder.relay.session import SessionState
+from forwarder.relay.tcp.stream import Stream
 from forwarder.relay.udp.bridge import Bridge
-from forwarder.relay.udp.directions import Way
+from forwarder.relay.udp.directions import FlowDirection
 from forwarder.relay.udp.flow import Flow
 from forwarder.relay.udp.flow_tables import FlowTables
 from forwarder.relay.udp.trial import Trial
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from forwarder.limits.admission import Admission
     from forwarder.limits.gate import Holder
     from forwarder.net.sockets import SockAddr
-    from forwarder.relay.conversation import Conversation
+    from forwarder.relay.session import Session
     from forwarder.stats.rows import Row
     from forwarder.upstream.pool import Pool
 
@@ -70,7 +70,7 @@ class Relay:
         self.slot = slot
         self.pid = os.getpid()
         # In order of age. Not a set, which takes 16 to 64 bytes more for each.
-        self.sessions: dict[Conversation, None] = {}
+        self.sessions: dict[Session, None] = {}
         self.bench = bench = Workbench(loop, mode, pipe_budget_pages)
         self.poller = bench.poller
         self.books = Books(bench, slot)
@@ -114,12 +114,12 @@ class Relay:
     def _open(
         self, pool: Pool, client: socket.SocketType, address: SockAddr, held_as: int | None = None
     ) -> None:
-        make = Session if pool.rule.protocol is _TCP else Bridge
+        make = Stream if pool.rule.protocol is _TCP else Bridge
         session = make(self, pool, client, address)
         session.held_as = held_as
         self.begin(session)
 
-    def begin(self, session: Conversation) -> None:
+    def begin(self, session: Session) -> None:
         """Count a session that was made just now, and start it."""
         self.books.on_begin(session)
         try:
@@ -161,12 +161,12 @@ class Relay:
             row[index] = value
 
     def abort_sessions(
-        self, phase: Phase, why: str, sessions: Iterable[Conversation] | None = None
+        self, phase: Phase, why: str, sessions: Iterable[Session] | None = None
     ) -> None:
         """End sessions by RST, all or some; one that has ended is skipped."""
         is_cut = phase in (Phase.DRAIN, Phase.SHUTDOWN)
         for session in tuple(self.sessions if sessions is None else sessions):
-            if is_cut and session.state is not State.CLOSED:
+            if is_cut and session.state is not SessionState.CLOSED:
                 session.pool.counts[SESSIONS_CUT] += 1
             session.abort(CloseReason(Who.US, phase, why))
 
@@ -187,7 +187,7 @@ class Relay:
     def _on_report(self, fd: int, number: int) -> None:
         """The kernel reports that a peer is not there, or why nothing can be sent to it."""
         handler = self.poller.handler(fd)
-        if isinstance(handler, Way | Trial):
+        if isinstance(handler, FlowDirection | Trial):
             handler.on_report(number)
 
     def close(self) -> None:

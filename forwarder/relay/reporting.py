@@ -16,7 +16,7 @@ from forwarder.connlog.record import Event, Record, rinetd_result
 if TYPE_CHECKING:
     from forwarder.connlog.log import Later
     from forwarder.net.sockets import SockAddr, Target
-    from forwarder.relay.conversation import Conversation, Home
+    from forwarder.relay.session import Home, Session
     from forwarder.stats.reasons import CloseReason
     from forwarder.upstream.pool import Pool
 
@@ -25,12 +25,12 @@ _UNIX: Final = ("unix", 0)
 _OPENED, _ENDED = Event.OPENED, Event.ENDED
 
 
-def opened(session: Conversation) -> Later:
+def opened(session: Session) -> Later:
     """A session has reached its upstream."""
     return ended(session, None, 0.0)  # without a reason: not ended
 
 
-def ended(session: Conversation, reason: CloseReason | None, now: float) -> Later:
+def ended(session: Session, reason: CloseReason | None, now: float) -> Later:
     """A session has ended; ``now`` is in the loop's time. Raises OSError if its socket is gone."""
     pool = session.pool
     return partial(

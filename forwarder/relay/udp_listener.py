@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from forwarder.relay.access import AccessList
     from forwarder.relay.relay import Relay
     from forwarder.relay.udp.client_flow import UdpFlow
-    from forwarder.relay.udp.directions import Way
+    from forwarder.relay.udp.directions import FlowDirection
     from forwarder.upstream.pool import Pool
 
 log = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class UdpListener:
         self._is_flat = udp.has_flat_lookup(sock)
         self._is_on_wildcard = udp.is_on_wildcard(sock)
         self._ripe: set[UdpFlow] = set()  # to settle when the batch at hand is dealt with
-        self._blocked: dict[Way, None] = {}  # until the socket takes more
+        self._blocked: dict[FlowDirection, None] = {}  # until the socket takes more
         self._name_bytes = peers.SOCKADDR_BYTES[sock.family]
         self._many: dict[bytes, bool] = {}  # what is_for_many has found, by our address
 
@@ -153,7 +153,7 @@ class UdpListener:
     def on_bug(self) -> None:
         """Receiving met a bug; the next event tries again."""
 
-    def resume_when_writable(self, way: Way) -> None:
+    def resume_when_writable(self, way: FlowDirection) -> None:
         """Call ``way.resume`` when the listener's socket takes more."""
         if not self._blocked:
             self._relay.poller.modify(self.sock.fileno(), select.EPOLLIN | select.EPOLLOUT)

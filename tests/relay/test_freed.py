@@ -19,8 +19,8 @@ from forwarder.config.model import Protocol
 from forwarder.relay.dialer import Attempt, Dialer
 from forwarder.relay.poller import Poller
 from forwarder.relay.tcp.direction import Direction
-from forwarder.relay.tcp.session import Session
-from forwarder.relay.udp.directions import Way
+from forwarder.relay.tcp.stream import Stream
+from forwarder.relay.udp.directions import FlowDirection
 from forwarder.relay.udp.flow import Flow
 from forwarder.stats.reasons import REASONS, Phase
 from forwarder.stats.rows import ENDS
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from forwarder.relay.poller import Handler
     from forwarder.upstream.pool import Pool
 
-KINDS: Final = (Session, Flow, Direction, Way, Dialer, Attempt)
+KINDS: Final = (Stream, Flow, Direction, FlowDirection, Dialer, Attempt)
 
 
 class Generous:

@@ -11,7 +11,7 @@ from support.by_hand import RULE, Bench, StubPool, target_of
 from support.ends import accept, fill, listen, receive_to_end, receive_to_reset, reset, seeded
 
 from forwarder.net.sockets import unsent_bytes
-from forwarder.relay.tcp.session import ABORT_GRACE_S
+from forwarder.relay.tcp.stream import ABORT_GRACE_S
 from forwarder.stats.reasons import REASONS, Phase
 from forwarder.stats.rows import ENDS
 

@@ -16,7 +16,7 @@ from support.logged import read_json
 from forwarder.config.model import LogFormat
 from forwarder.net.sockets import ACCEPT_IGNORE, Target
 from forwarder.relay.access import AccessList
-from forwarder.relay.tcp.session import Session
+from forwarder.relay.tcp.stream import Stream
 from forwarder.relay.tcp_listener import Listener
 from forwarder.stats.reasons import REASONS, CloseReason, Phase, Who
 from forwarder.stats.rows import ENDS, REFUSED, SESSIONS, SESSIONS_TOTAL
@@ -87,14 +87,14 @@ def test_no_address_to_connect_from_is_said_at_the_descriptor_limit_too(
     """Whether it is an address or a port that lacks cannot be tried out then."""
     pool = pool_of((Target(socket.AF_INET6, ("::1", 1, 0, 0)),), 10.0)
 
-    def no_address(_session: Session, _upstream: socket.SocketType, _target: Target) -> int:
+    def no_address(_session: Stream, _upstream: socket.SocketType, _target: Target) -> int:
         return errno.EADDRNOTAVAIL
 
     def no_descriptor(*_: object) -> socket.socket:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     with monkeypatch.context() as patched:
-        patched.setattr(Session, "connect", no_address)
+        patched.setattr(Stream, "connect", no_address)
         client, sock, address = accepted()
         patched.setattr(socket, "socket", no_descriptor)
         bench.relay.open_session(cast("Pool", pool), sock, address)
@@ -171,7 +171,7 @@ def test_a_session_that_is_being_aborted_is_counted_once(bench: Bench, tmp_path:
         pool = pool_of((Target(socket.AF_INET, upstream.getsockname()),), 10.0)
         with bench.open(pool), accept(upstream):
             bench.relay.poller.turn()
-            (session,) = cast("set[Session]", bench.relay.sessions)
+            (session,) = cast("set[Stream]", bench.relay.sessions)
             session.abort(CloseReason(Who.UPSTREAM, Phase.DATA, is_reset=True))
             session.abort(CloseReason(Who.US, Phase.KILL))
             bench.relay.abort_sessions(Phase.SHUTDOWN, "again", [session])

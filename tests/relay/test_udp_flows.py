@@ -24,8 +24,8 @@ from forwarder.errors import Place
 from forwarder.net import udp as net_udp
 from forwarder.net.sockets import Target
 from forwarder.relay.access import AccessList
-from forwarder.relay.conversation import State
-from forwarder.relay.udp.directions import MAX_PENDING, DatagramWay, Way
+from forwarder.relay.session import SessionState
+from forwarder.relay.udp.directions import MAX_PENDING, DatagramDirection, FlowDirection
 from forwarder.relay.udp_listener import UdpListener
 from forwarder.relay.wheel import BUCKETS, TICK_S
 from forwarder.stats.rows import new_row
@@ -645,7 +645,7 @@ def test_the_one_that_needs_a_descriptor_may_be_the_longest_silent_itself(bench:
     first, second, third = cast("list[Flow]", list(bench.relay.sessions))
     assert bench.relay.descriptors.make_room(keep=first)
     assert list(bench.relay.sessions) == [first, third]
-    assert second.state is State.CLOSED
+    assert second.state is SessionState.CLOSED
 
 
 def test_an_upstream_that_refuses_and_comes_back_has_the_same_flow(bench: UdpBench) -> None:
@@ -888,13 +888,13 @@ def test_a_socket_that_is_not_full_any_more_says_nothing_of_what_leaves_it(
     bench.turn()
     assert (drain(upstream), drain(client)) == ([b"waits"], [b"waits"])
     masks: list[int] = []
-    on_events = Way.on_events
+    on_events = FlowDirection.on_events
 
-    def noted(way: Way, mask: int) -> None:
+    def noted(way: FlowDirection, mask: int) -> None:
         masks.append(mask)
         on_events(way, mask)
 
-    monkeypatch.setattr(Way, "on_events", noted)
+    monkeypatch.setattr(FlowDirection, "on_events", noted)
     for _ in range(3):
         ask(bench, client, upstream, b"z")
         answer(bench, upstream, source, client, b"answer")
@@ -918,7 +918,7 @@ def test_a_bug_in_a_flow_costs_the_others_of_its_batch_nothing(
         lucky.send(b"arrives")
         bench.turn()
     assert drain(upstream) == [b"arrives"]
-    assert flow.state is State.CLOSED
+    assert flow.state is SessionState.CLOSED
     assert caplog.text.count("relay.bug") == 1
 
 
@@ -939,20 +939,20 @@ def test_a_bug_in_a_flow_that_waits_for_the_listener_costs_the_others_nothing(
         raise_for(patch, "resume", unlucky.u2c)
         bench.turn()
     assert [drain(client) for client in clients] == [[], [b"waits"]]
-    assert unlucky.state is State.CLOSED
+    assert unlucky.state is SessionState.CLOSED
     assert caplog.text.count("relay.bug") == 1
 
 
-def raise_for(patch: pytest.MonkeyPatch, name: str, unlucky: Way) -> None:
+def raise_for(patch: pytest.MonkeyPatch, name: str, unlucky: FlowDirection) -> None:
     """Have a method of one way raise what it never should."""
-    method = getattr(DatagramWay, name)
+    method = getattr(DatagramDirection, name)
 
-    def act(way: DatagramWay, *arguments: int) -> None:
+    def act(way: DatagramDirection, *arguments: int) -> None:
         if way is unlucky:
             raise ZeroDivisionError
         method(way, *arguments)
 
-    patch.setattr(DatagramWay, name, act)
+    patch.setattr(DatagramDirection, name, act)
 
 
 # -- the end of a listener

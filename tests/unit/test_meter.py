@@ -46,7 +46,7 @@ class Bench:
                 assert sums[last + 1] - sums[first] <= self.bound(took)
 
 
-class Way:
+class FlowDirection:
     """Moves what there is: ``chunk`` bytes more than its room at most, ``left`` in all."""
 
     def __init__(self, bench: Bench, meter: Meter, chunk: int = 0, left: float = 1e18) -> None:
@@ -115,7 +115,7 @@ def test_all_meters_of_a_line_together_are_as_fast_as_its_rate_and_no_faster(
     with make_gate() as gate:
         bench = Bench(gate, workers, rate)
         for meter, _ in itertools.product(bench.meters, range(ways)):
-            Way(bench, meter, chunk).start()
+            FlowDirection(bench, meter, chunk).start()
         seconds = max(0.5, 30 * quantum_of(rate) / rate)
         bench.loop.pass_time(seconds)
         total = sum(count for _, count in bench.moves)
@@ -131,7 +131,7 @@ def test_nothing_polls(gate: Gate) -> None:
     rate = 100_000.0
     bench = Bench(gate, 4, rate)
     for meter in bench.meters * 2:
-        Way(bench, meter, left=500_000).start()
+        FlowDirection(bench, meter, left=500_000).start()
     bench.loop.pass_time(60)
     assert sum(count for _, count in bench.moves) == 8 * 500_000
     quanta = 8 * 500_000 / quantum_of(rate)
@@ -146,7 +146,7 @@ def test_nothing_polls(gate: Gate) -> None:
 def test_ways_that_wait_go_on_in_turn(count: int, chunk: int) -> None:
     with make_gate() as gate:
         bench = Bench(gate, 1, 1e6)
-        ways = [Way(bench, bench.meters[0], chunk) for _ in range(count)]
+        ways = [FlowDirection(bench, bench.meters[0], chunk) for _ in range(count)]
         for way in ways:
             way.start()
         bench.loop.pass_time(2)
@@ -158,9 +158,9 @@ def test_ways_that_wait_go_on_in_turn(count: int, chunk: int) -> None:
 def test_ways_that_end_while_they_wait_cost_the_others_nothing(gate: Gate) -> None:
     bench = Bench(gate, 1, 1e6)
     (meter,) = bench.meters
-    first = Way(bench, meter)
+    first = FlowDirection(bench, meter)
     first.start()
-    gone = [Way(bench, meter) for _ in range(1000)]
+    gone = [FlowDirection(bench, meter) for _ in range(1000)]
     for way in gone:
         way.start()
         meter.forget(way)
@@ -172,7 +172,7 @@ def test_ways_that_end_while_they_wait_cost_the_others_nothing(gate: Gate) -> No
 
 def test_a_bug_in_one_way_is_told_to_it_and_the_others_go_on(gate: Gate) -> None:
     bench = Bench(gate, 1, 1e6)
-    ways = [Way(bench, bench.meters[0]) for _ in range(3)]
+    ways = [FlowDirection(bench, bench.meters[0]) for _ in range(3)]
     for way in ways:
         way.start()
     ways[1].is_broken = True
@@ -184,8 +184,8 @@ def test_a_bug_in_one_way_is_told_to_it_and_the_others_go_on(gate: Gate) -> None
 def test_what_one_end_takes_too_much_is_owed_by_all_of_its_worker(gate: Gate) -> None:
     bench = Bench(gate, 1, 1e5)
     (meter,) = bench.meters
-    Way(bench, meter, chunk=1_000_000, left=1_000_000).step()
-    other = Way(bench, meter)
+    FlowDirection(bench, meter, chunk=1_000_000, left=1_000_000).step()
+    other = FlowDirection(bench, meter)
     other.start()
     bench.loop.pass_time(9.9)
     assert other.moved == 0
@@ -197,7 +197,7 @@ def test_what_one_end_takes_too_much_is_owed_by_all_of_its_worker(gate: Gate) ->
 def test_a_new_rate_is_in_force_at_once_for_those_that_wait(gate: Gate, new: float) -> None:
     """At first 8 kbit, so that a quantum takes four seconds; 0 is no limit."""
     bench = Bench(gate, 3, 1000)
-    ways = [Way(bench, meter, left=1e5) for meter in bench.meters]
+    ways = [FlowDirection(bench, meter, left=1e5) for meter in bench.meters]
     for way in ways:
         way.start()
     for meter in bench.meters:
@@ -214,7 +214,7 @@ def test_what_cannot_wait_gets_a_share_beside_those_that_do(gate: Gate) -> None:
     rate = 1e6
     bench = Bench(gate, 1, rate)
     (meter,) = bench.meters
-    Way(bench, meter).start()
+    FlowDirection(bench, meter).start()
     passed = 0
     for _ in range(10_000):
         bench.loop.pass_time(0.0001)
@@ -236,7 +236,7 @@ def test_a_quantum_is_bounded() -> None:
 def test_no_wait_is_shorter_than_a_step_of_the_loop(gate: Gate) -> None:
     """Else a timer that is due at once would be made again and again."""
     bench = Bench(gate, 1, 2e9)
-    way = Way(bench, bench.meters[0], left=2e9 * 0.1)
+    way = FlowDirection(bench, bench.meters[0], left=2e9 * 0.1)
     way.start()
     bench.loop.pass_time(1)
     assert way.left == 0

@@ -23,8 +23,8 @@ from forwarder.relay.udp.client_flow import UdpFlow, UdpToTcpFlow
 from forwarder.relay.udp.directions import (
     BATCHES_PER_TURN,
     UNLIMITED,
+    DatagramDirection,
     DatagramToStream,
-    DatagramWay,
     FromDatagrams,
     StreamToDatagram,
 )
@@ -85,7 +85,7 @@ class _OneAnswer(UdpFlow):
 class _OneAnswerFlow(_OneAnswer):
     __slots__ = ()
 
-    def make_ways(self) -> tuple[DatagramWay, DatagramWay]:
+    def make_directions(self) -> tuple[DatagramDirection, DatagramDirection]:
         return _Questions(self.relay.bench, self), _Answers(self.relay.bench, self)
 
 
@@ -97,13 +97,13 @@ class _OneAnswerToTcpFlow(_OneAnswer, UdpToTcpFlow):
     c2u: DatagramToStream
     u2c: StreamToDatagram
 
-    def make_ways(self) -> tuple[DatagramToStream, StreamToDatagram]:
+    def make_directions(self) -> tuple[DatagramToStream, StreamToDatagram]:
         bench, framing = self.relay.bench, self.pool.rule.framing
         return _QuestionStream(bench, self, framing), _AnswerStream(bench, self, framing)
 
 
 class _Asking(FromDatagrams):
-    """What both ways to an upstream have in common."""
+    """What both directions to an upstream have in common."""
 
     __slots__ = ()
 
@@ -114,7 +114,7 @@ class _Asking(FromDatagrams):
         return super().deliver(first, last)
 
 
-class _Questions(_Asking, DatagramWay):
+class _Questions(_Asking, DatagramDirection):
     __slots__ = ()
 
 
@@ -122,7 +122,7 @@ class _QuestionStream(_Asking, DatagramToStream):
     __slots__ = ()
 
 
-class _Answers(DatagramWay):
+class _Answers(DatagramDirection):
     __slots__ = ()
 
     flow: _OneAnswer
@@ -170,9 +170,9 @@ class _AnyPortFlow(UdpFlow):
         self.is_found = False
         super().__init__(relay, listener, peer, client_address)
 
-    def make_ways(self) -> tuple[DatagramWay, DatagramWay]:
-        """Make the two ways."""
-        return DatagramWay(self.relay.bench, self), _FirstAnswer(self.relay.bench, self)
+    def make_directions(self) -> tuple[DatagramDirection, DatagramDirection]:
+        """Make the two directions."""
+        return DatagramDirection(self.relay.bench, self), _FirstAnswer(self.relay.bench, self)
 
     def make_socket(
         self, target: Target, source: SockAddr | None, *, is_rival: bool
@@ -214,14 +214,14 @@ class _AnyPortFlow(UdpFlow):
             return False
         udp.set_error_queue(upstream, is_on=False)
         self.is_found = True
-        assert isinstance(self.c2u, DatagramWay)  # noqa: S101 - make_ways
+        assert isinstance(self.c2u, DatagramDirection)  # noqa: S101 - make_directions
         self.c2u.to = Destination(upstream.fileno())
         if self.c2u.trial is not None:
             self.on_answer()
         return True
 
 
-class _FirstAnswer(DatagramWay):
+class _FirstAnswer(DatagramDirection):
     """From the upstream, of which at first only the address is known.
 
     ``is_pure``: nothing that others have sent is in the queue of ``src``.

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Protocol
 
 from forwarder.net import sockets
 from forwarder.net.datagrams import Destination
-from forwarder.relay.conversation import State
 from forwarder.relay.poller import EDGE_IN, READABLE, WRITABLE
-from forwarder.relay.udp.directions import DatagramToStream, DatagramWay, StreamToDatagram
+from forwarder.relay.session import SessionState
+from forwarder.relay.udp.directions import DatagramDirection, DatagramToStream, StreamToDatagram
 from forwarder.relay.udp.flow import Flow
 from forwarder.stats.reasons import CloseReason, Phase, Who
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import socket
 
     from forwarder.net.sockets import SockAddr, Target
-    from forwarder.relay.udp.directions import Way
+    from forwarder.relay.udp.directions import FlowDirection
     from forwarder.relay.udp.flow import UdpHome
     from forwarder.upstream.pool import Pool
 
@@ -48,8 +48,8 @@ class Receiver(Protocol):
     def answer_to(self, peer: bytes) -> bytes:
         """The peer to send answers to, with our address to send from."""
 
-    def resume_when_writable(self, way: Way) -> None:
-        """Call ``way.resume`` when the listener's socket takes more."""
+    def resume_when_writable(self, direction: FlowDirection) -> None:
+        """Call ``direction.resume`` when the listener's socket takes more."""
 
     def forget(self, flow: UdpFlow) -> None:
         """One of its flows has ended."""
@@ -67,8 +67,8 @@ class UdpFlow(Flow):
     gathers = True
     lasts = True
 
-    c2u: DatagramWay | DatagramToStream
-    u2c: DatagramWay | StreamToDatagram
+    c2u: DatagramDirection | DatagramToStream
+    u2c: DatagramDirection | StreamToDatagram
 
     def __init__(
         self, relay: UdpHome, listener: Receiver, peer: bytes, client_address: SockAddr
@@ -76,14 +76,16 @@ class UdpFlow(Flow):
         super().__init__(relay, listener.pool, client_address)
         self.listener = listener
         self.peer = peer
-        self.join(*self.make_ways())
+        self.join(*self.make_directions())
         self.u2c.to = Destination(listener.sock.fileno(), listener.answer_to(peer))
         self.table = relay.flows.of(self.pool)
         self.table.add(self)
 
-    def make_ways(self) -> tuple[DatagramWay | DatagramToStream, DatagramWay | StreamToDatagram]:
-        """Make the two ways."""
-        return DatagramWay(self.relay.bench, self), DatagramWay(self.relay.bench, self)
+    def make_directions(
+        self,
+    ) -> tuple[DatagramDirection | DatagramToStream, DatagramDirection | StreamToDatagram]:
+        """Make the two directions."""
+        return DatagramDirection(self.relay.bench, self), DatagramDirection(self.relay.bench, self)
 
     def local(self) -> Target:
         """The address of ours that the client uses."""
@@ -131,16 +133,16 @@ class UdpFlow(Flow):
         del target
         return Destination(upstream.fileno())
 
-    def on_blocked(self, way: Way) -> None:
-        """``way``, to a UDP socket, waits until that takes more; it may be the listener's."""
-        if way is self.u2c and not self.is_settled:
-            self.listener.resume_when_writable(way)
+    def on_blocked(self, direction: FlowDirection) -> None:
+        """``direction``, to a UDP socket, waits until that takes more; it may be the listener's."""
+        if direction is self.u2c and not self.is_settled:
+            self.listener.resume_when_writable(direction)
         else:
-            super().on_blocked(way)
+            super().on_blocked(direction)
 
     def close(self, reason: CloseReason) -> None:
         """End, and let the listener forget it; the client's next datagram begins another flow."""
-        if self.state is State.CLOSED:
+        if self.state is SessionState.CLOSED:
             return
         self.listener.forget(self)
         self.table.discard(self)
@@ -156,8 +158,8 @@ class UdpToTcpFlow(UdpFlow):
     c2u: DatagramToStream
     u2c: StreamToDatagram
 
-    def make_ways(self) -> tuple[DatagramToStream, StreamToDatagram]:
-        """Make the two ways."""
+    def make_directions(self) -> tuple[DatagramToStream, StreamToDatagram]:
+        """Make the two directions."""
         bench, framing = self.relay.bench, self.pool.rule.framing
         return DatagramToStream(bench, self, framing), StreamToDatagram(bench, self, framing)
 

@@ -1,9 +1,9 @@
-"""One way of a flow: what arrives on ``src`` leaves on the other side. Four kinds of it.
+"""One direction of a flow: what arrives on ``src`` leaves on the other side. Four kinds of it.
 
 ============  =====================================  ======================================
               to datagrams                           to a stream
 ============  =====================================  ======================================
-datagrams     :class:`DatagramWay`                   :class:`DatagramToStream`
+datagrams     :class:`DatagramDirection`                   :class:`DatagramToStream`
 a stream      :class:`StreamToDatagram`              (a session's, see ``direction``)
 ============  =====================================  ======================================
 
@@ -33,23 +33,23 @@ if TYPE_CHECKING:
 
 # Receives in a row before others get their turn: 256 datagrams, some 300 KB.
 BATCHES_PER_TURN: Final = 4
-# Datagrams kept that come through a listener while the way is blocked; more are dropped.
+# Datagrams kept that come through a listener while the direction is blocked; more are dropped.
 MAX_PENDING: Final = 256
 # The same for bytes that wait for a stream. Arbitrary; some four times what one read takes.
 MAX_PENDING_BYTES: Final = 256 * 1024
 # Reads of a stream in a row.
 _READS_PER_TURN: Final = 16
 UNLIMITED: Final = 1 << 62
-# In place of an event, where a way goes on by itself: nothing is known to be broken.
+# In place of an event, where a direction goes on by itself: nothing is known to be broken.
 _MORE: Final = select.EPOLLIN
 
 
 class Owner(Protocol):
-    """The flow of two ways, which opens and closes what they move between."""
+    """The flow of two directions, which opens and closes what they move between."""
 
     @property
-    def u2c(self) -> Way:
-        """The way from the upstream."""
+    def u2c(self) -> FlowDirection:
+        """The direction from the upstream."""
 
     def touch(self) -> None:
         """Something arrived just now."""
@@ -57,8 +57,8 @@ class Owner(Protocol):
     def drop(self, count: int) -> None:
         """``count`` datagrams are not passed on."""
 
-    def on_blocked(self, way: Way) -> None:
-        """``way``, to a UDP socket, waits: resume it when that takes more."""
+    def on_blocked(self, direction: FlowDirection) -> None:
+        """``direction``, to a UDP socket, waits: resume it when that takes more."""
 
     def on_report(self, number: int) -> None:
         """The upstream is not there, as this errno reports."""
@@ -73,7 +73,7 @@ class Owner(Protocol):
         """An event handler failed: end, the worker goes on."""
 
 
-class Way:
+class FlowDirection:
     """One way of a flow. ``moved`` counts bytes of payload, ``src`` is None while there is none.
 
     ``reverse`` is set by the flow before anything is registered. ``held_up``: the events that came
@@ -94,7 +94,7 @@ class Way:
         "trial",
     )
 
-    reverse: Way
+    reverse: FlowDirection
     spliced = 0  # datagrams pass through the process
 
     def __init__(self, bench: Workbench, flow: Owner) -> None:
@@ -108,7 +108,7 @@ class Way:
         self.trial: Trial | None = None
 
     def on_events(self, mask: int) -> None:
-        """Handle events of ``src``: it feeds this way and is fed by the reverse one."""
+        """Handle events of ``src``: it feeds this direction and is fed by the reverse one."""
         self.flow.touch()
         if mask & WRITABLE:
             self.on_writable()
@@ -116,7 +116,7 @@ class Way:
             self.pump(mask)
 
     def on_writable(self) -> None:
-        """Let the reverse way, which leads to ``src``, send what waits."""
+        """Let the reverse direction, which leads to ``src``, send what waits."""
         self.reverse.resume()
 
     def pump(self, mask: int) -> None:
@@ -179,7 +179,7 @@ class Way:
         self.flow.on_bug()
 
 
-class FromDatagrams(Way):
+class FromDatagrams(FlowDirection):
     """Ways whose ``src`` is a connected UDP socket, or that are fed by a listener."""
 
     __slots__ = ()
@@ -225,7 +225,7 @@ class FromDatagrams(Way):
         raise NotImplementedError
 
 
-class DatagramWay(FromDatagrams):
+class DatagramDirection(FromDatagrams):
     """Datagrams to datagrams. ``to.fd`` is -1 until there is somewhere to send to."""
 
     __slots__ = ("pending", "to")
@@ -236,7 +236,7 @@ class DatagramWay(FromDatagrams):
         self.pending: deque[bytes] | None = None
 
     def deliver(self, first: int, last: int) -> bool:
-        """Send slots on, or keep copies while the way is blocked."""
+        """Send slots on, or keep copies while the direction is blocked."""
         batch = self.bench.batch
         self.moved += batch.total(first, last)
         if self.pending is None and self.to.fd >= 0:
@@ -304,7 +304,7 @@ class DatagramToStream(FromDatagrams):
         self.resume()
 
     def deliver(self, first: int, last: int) -> bool:
-        """Send slots on, or keep them while the way is blocked; what is too much is dropped."""
+        """Send slots on, or keep them while it is blocked; what is too much is dropped."""
         found = self.bench.batch.datagrams(first, last)
         dropped = 0
         for content in found:
@@ -357,7 +357,7 @@ class DatagramToStream(FromDatagrams):
         return self._unsent
 
 
-class StreamToDatagram(Way):
+class StreamToDatagram(FlowDirection):
     """A stream to datagrams: each read is one, or each frame."""
 
     __slots__ = ("_decoder", "_pending", "is_ended", "to")
@@ -438,14 +438,14 @@ class StreamToDatagram(Way):
         return len(self._pending)
 
 
-def _send_all(way: DatagramWay | StreamToDatagram, pending: deque[bytes]) -> bool:
+def _send_all(direction: DatagramDirection | StreamToDatagram, pending: deque[bytes]) -> bool:
     """Send what waits, in order. False if the socket of the other side is full: it is watched."""
-    batch = way.bench.batch
+    batch = direction.bench.batch
     while pending:
-        if not batch.send_copy(way.to, pending[0]):
-            way.flow.on_blocked(way)
+        if not batch.send_copy(direction.to, pending[0]):
+            direction.flow.on_blocked(direction)
             return False
         sent = pending.popleft()
-        if way.trial is not None:
-            way.trial.keep([sent])
+        if direction.trial is not None:
+            direction.trial.keep([sent])
     return True

@@ -1,6 +1,7 @@
-"""A conversation with UDP on at least one side: its two ways, its timers, its end.
+"""A session with UDP on at least one side: its two directions, its timers, its end.
 
-Moves no datagrams itself; its ways do. ``udp_flow`` and ``bridge`` add how the sides are opened.
+Moves no datagrams itself; its directions do. ``client_flow`` and ``bridge`` add how the sides are
+opened.
 
 Theory of operation
 -------------------
@@ -11,8 +12,8 @@ Theory of operation
         +-------------+---------------------+
 
 UDP has no connections, so where the upstream is reached by UDP CONNECTING is passed at once, and
-again when it is left for another one. What the client sends before OPEN waits in its way. A flow
-ends when nothing has moved in either direction for a while, which only a timer notices; when a
+again when it is left for another one. What the client sends before OPEN waits in its direction. A
+flow ends when nothing has moved in either direction for a while, which only a timer notices; when a
 stream on one side ends; or when it is the one that has been silent longest and there are too many.
 """
 
@@ -23,9 +24,9 @@ from collections import deque
 from typing import TYPE_CHECKING, Final, Protocol
 
 from forwarder.net import sockets, udp
-from forwarder.relay.conversation import Conversation, Home, State
 from forwarder.relay.poller import EDGE_IN, WRITABLE
-from forwarder.relay.udp.directions import DatagramWay, StreamToDatagram
+from forwarder.relay.session import Home, Session, SessionState
+from forwarder.relay.udp.directions import DatagramDirection, StreamToDatagram
 from forwarder.relay.udp.trial import Trial
 from forwarder.relay.wheel import TICK_S
 from forwarder.stats.reasons import CloseReason, Phase, Who
@@ -37,15 +38,15 @@ if TYPE_CHECKING:
     from forwarder.net.datagrams import Destination
     from forwarder.net.sockets import SockAddr, Target
     from forwarder.relay.descriptors import Descriptors
-    from forwarder.relay.udp.directions import Way
+    from forwarder.relay.udp.directions import FlowDirection
     from forwarder.relay.udp.flow_tables import FlowTables
     from forwarder.upstream.pool import Pool
 
 
-# As in ``conversation``: looking members up would cost.
-_RESOLVING, _OPEN, _CLOSED = State.RESOLVING, State.OPEN, State.CLOSED
+# As in ``session``: looking members up would cost.
+_RESOLVING, _OPEN, _CLOSED = SessionState.RESOLVING, SessionState.OPEN, SessionState.CLOSED
 # Not joined by |, which would make a type each time.
-_BY_UDP: Final = (DatagramWay, StreamToDatagram)
+_BY_UDP: Final = (DatagramDirection, StreamToDatagram)
 
 
 class UdpHome(Home, Protocol):
@@ -55,8 +56,8 @@ class UdpHome(Home, Protocol):
     flows: FlowTables
 
 
-class Flow(Conversation):
-    """One conversation. Owns its sockets from when they are set until it has ended.
+class Flow(Session):
+    """One flow. Owns its sockets from when they are set until it has ended.
 
     ``c2u`` and ``u2c`` are made by the subclass.
     """
@@ -65,8 +66,8 @@ class Flow(Conversation):
 
     is_answered = False
     relay: UdpHome
-    c2u: Way
-    u2c: Way
+    c2u: FlowDirection
+    u2c: FlowDirection
 
     def __init__(self, relay: UdpHome, pool: Pool, client_address: SockAddr) -> None:
         super().__init__(relay, pool, client_address)
@@ -75,8 +76,8 @@ class Flow(Conversation):
         self.refusal = 0  # errno reported of the upstream, until it is handled
         relay.sessions[self] = None
 
-    def join(self, c2u: Way, u2c: Way) -> None:
-        """Set the two ways."""
+    def join(self, c2u: FlowDirection, u2c: FlowDirection) -> None:
+        """Set the two directions."""
         self.c2u, self.u2c = c2u, u2c
         c2u.reverse, u2c.reverse = u2c, c2u
         meters = self.relay.restrictions.meters
@@ -84,7 +85,7 @@ class Flow(Conversation):
             self.put_under(meters[self.pool.row])
 
     def put_under(self, meters: tuple[Meter, Meter]) -> None:
-        """Let both ways ask the meters of the rule."""
+        """Let both directions ask the meters of the rule."""
         self.c2u.meter, self.u2c.meter = meters
 
     # -- opening
@@ -255,7 +256,7 @@ class Flow(Conversation):
         c2u = self.c2u
         return isinstance(c2u, _BY_UDP) and c2u.to.fd < 0
 
-    # -- what the ways report
+    # -- what the directions report
 
     def touch(self) -> None:
         """Something arrived just now."""
@@ -265,13 +266,13 @@ class Flow(Conversation):
         """Count datagrams that are not passed on."""
         self.relay.books.drop_datagrams(self.pool, count)
 
-    def on_blocked(self, way: Way) -> None:
-        """``way``, to a UDP socket, waits until that takes more, or until there is another one."""
-        if way is self.c2u and self._is_detached:
+    def on_blocked(self, direction: FlowDirection) -> None:
+        """``direction``, to a UDP socket, waits until that takes more or there is another one."""
+        if direction is self.c2u and self._is_detached:
             if self.state is _OPEN:
                 self.relay.poller.call_again(self)
             return
-        sock = self._end_of(way)
+        sock = self._end_of(direction)
         if sock is not None:
             self.relay.poller.modify(sock.fileno(), EDGE_IN | WRITABLE)
 
@@ -322,8 +323,8 @@ class Flow(Conversation):
     # -- ending
 
     @property
-    def to_stream(self) -> Way | None:
-        """The way that leads to a stream; None where both sides are UDP."""
+    def to_stream(self) -> FlowDirection | None:
+        """The direction that leads to a stream; None where both sides are UDP."""
         return None
 
     def close(self, reason: CloseReason) -> None:
@@ -355,17 +356,17 @@ class Flow(Conversation):
             self._reset_stream(self.to_stream)
         self.close(reason)
 
-    def _reset_stream(self, way: Way) -> None:
-        sock = self._end_of(way)
+    def _reset_stream(self, direction: FlowDirection) -> None:
+        sock = self._end_of(direction)
         if sock is not None and sock.fileno() >= 0:
             sockets.set_abort_on_close(sock)
 
-    def _end_of(self, way: Way) -> socket.SocketType | None:
-        """Where a way leads to."""
-        return self.upstream if way is self.c2u else self.client
+    def _end_of(self, direction: FlowDirection) -> socket.SocketType | None:
+        """Where a direction leads to."""
+        return self.upstream if direction is self.c2u else self.client
 
     def unlink(self) -> None:
-        """As there; the two ways are its cycles."""
+        """As there; the two directions are its cycles."""
         super().unlink()
         self.c2u.trial = None
         del self.c2u.reverse, self.c2u.flow

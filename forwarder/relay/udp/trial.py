@@ -27,7 +27,7 @@ class Tried(Protocol):
 
     @property
     def u2c(self) -> Handler:
-        """The way from the upstream."""
+        """The direction from the upstream."""
 
     def on_answer(self) -> None:
         """The upstream has answered."""
@@ -40,7 +40,7 @@ class Tried(Protocol):
 
 
 class Trial:
-    """Handles the events of an upstream socket until its first answer; then the way does."""
+    """Handles the events of an upstream socket until its first answer; then the direction does."""
 
     __slots__ = ("_bytes", "_flow", "_kept")
 
@@ -50,7 +50,7 @@ class Trial:
         self._bytes = 0
 
     def on_events(self, mask: int) -> None:
-        """Let the way handle them; its receive reports errors."""
+        """Let the direction handle them; its receive reports errors."""
         flow = self._flow
         if mask & select.EPOLLIN:
             flow.on_answer()

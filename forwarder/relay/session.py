@@ -1,6 +1,7 @@
-"""What sessions and flows have in common: a client, the search for its upstream, times.
+"""What streams and flows have in common: a client, the search for its upstream, times.
 
-Moves nothing and handles no events. ``session`` is TCP on both sides, ``flow`` UDP on one or both.
+Moves nothing and handles no events. A ``stream`` has TCP or unix sockets on both sides, a ``flow``
+UDP on one or both.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
     from forwarder.upstream.pool import Pool
 
 
-class State(Enum):
-    """See the pictures in ``session`` and ``flow``. OPEN is for flows, the next four are not."""
+class SessionState(Enum):
+    """See the pictures in ``stream`` and ``flow``. OPEN is for flows, the next four are not."""
 
     RESOLVING = "resolving"
     CONNECTING = "connecting"
@@ -39,11 +40,11 @@ class State(Enum):
 
 
 # Looking a member up in the class costs 100 ns in Python 3.11, several times per session.
-_RESOLVING, _CONNECTING = State.RESOLVING, State.CONNECTING
+_RESOLVING, _CONNECTING = SessionState.RESOLVING, SessionState.CONNECTING
 
 
 class Movement(Protocol):
-    """One way of a session, as far as it is counted.
+    """One direction of a session, as far as it is counted.
 
     ``moved`` counts bytes read from its source, ``counted`` those that are in the books,
     ``spliced`` those that never entered the process and are not in the books yet.
@@ -61,13 +62,13 @@ class Journal(Protocol):
     def total(self) -> int:
         """How many sessions have begun."""
 
-    def on_open(self, session: Conversation) -> None:
+    def on_open(self, session: Session) -> None:
         """A session has reached its upstream."""
 
-    def on_no_upstream(self, session: Conversation, why: str) -> None:
+    def on_no_upstream(self, session: Session, why: str) -> None:
         """A session has found no upstream; its end follows."""
 
-    def on_end(self, session: Conversation, reason: CloseReason) -> None:
+    def on_end(self, session: Session, reason: CloseReason) -> None:
         """A session has ended: once for each."""
 
     def drop_datagrams(self, pool: Pool, count: int) -> None:
@@ -87,14 +88,14 @@ class Home(Protocol):
     bench: Workbench
     outages: Outages
     restrictions: Restrictions
-    sessions: dict[Conversation, None]
+    sessions: dict[Session, None]
 
     @property
     def books(self) -> Journal:
         """Where sessions are counted."""
 
 
-class Conversation:
+class Session:
     """A client and its upstream.
 
     ``c2u`` and ``u2c`` are made by the subclass, which owns the sockets. ``active_at``: when
@@ -131,7 +132,7 @@ class Conversation:
         self.pool = pool
         self.client_address = client_address
         self.upstream: socket.SocketType | None = None
-        self.state: State = _RESOLVING
+        self.state: SessionState = _RESOLVING
         self.started_at = self.active_at = relay.poller.now
         self.connected_at = 0.0  # 0: not yet
         self.tick = -1
@@ -212,7 +213,7 @@ class Conversation:
     # -- limits
 
     def put_under(self, meters: tuple[Meter, Meter]) -> None:
-        """Let each way ask its meter before it moves. Not while an event is handled."""
+        """Let each direction ask its meter before it moves. Not while an event is handled."""
         raise NotImplementedError
 
     # -- timers

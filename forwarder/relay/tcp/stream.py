@@ -1,4 +1,4 @@
-"""One client and its upstream connection: connecting, timing, half-closing, ending.
+"""A session over TCP or unix sockets: connecting, timing, half-closing, ending.
 
 Moves no bytes itself; its two directions do.
 
@@ -39,8 +39,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final, Protocol
 
 from forwarder.net import sockets
-from forwarder.relay.conversation import Conversation, Home, State
 from forwarder.relay.poller import ALWAYS, BROKEN, READ_ON, READABLE
+from forwarder.relay.session import Home, Session, SessionState
 from forwarder.relay.tcp import fast_open, sink
 from forwarder.relay.tcp.direction import Direction
 from forwarder.relay.tcp.splice import SpliceDirection
@@ -66,10 +66,11 @@ _LINGER_LOOK_S: Final = 1.0
 _BY_CLIENT: Final = CloseReason(Who.CLIENT, Phase.DATA)
 _BY_UPSTREAM: Final = CloseReason(Who.UPSTREAM, Phase.DATA)
 _NOT_TAKEN: Final = CloseReason(Who.US, Phase.HALF_CLOSE, "the rest of the stream was not taken")
-# As in ``conversation``: looking members up would cost.
-_RESOLVING, _CONNECTING, _RELAYING = State.RESOLVING, State.CONNECTING, State.RELAYING
-_HALF_CLOSED, _CLOSED = State.HALF_CLOSED, State.CLOSED
-_LINGERING, _ABORTING = State.LINGERING, State.ABORTING
+# As in ``session``: looking members up would cost.
+_RESOLVING, _CONNECTING = SessionState.RESOLVING, SessionState.CONNECTING
+_RELAYING, _HALF_CLOSED = SessionState.RELAYING, SessionState.HALF_CLOSED
+_LINGERING, _ABORTING = SessionState.LINGERING, SessionState.ABORTING
+_CLOSED = SessionState.CLOSED
 
 
 class TcpHome(Home, Protocol):
@@ -78,7 +79,7 @@ class TcpHome(Home, Protocol):
     descriptors: Descriptors
 
 
-class Session(Conversation):
+class Stream(Session):
     """A client and its upstream. Owns both sockets from the constructor on.
 
     ``ending``: one side is gone by RST, and this will be the reason when all is delivered.
@@ -97,7 +98,7 @@ class Session(Conversation):
         super().__init__(relay, pool, client_address)
         self.client = client
         self.ending: CloseReason | None = None
-        self.is_short = False  # a way waits for memory of the kernel
+        self.is_short = False  # a direction waits for memory of the kernel
         self.unsent = 0  # in our send queues when a timeout was last looked at
         bench = relay.bench
         make = SpliceDirection if bench.splices else Direction
@@ -232,7 +233,7 @@ class Session(Conversation):
             reverse.pump(READABLE)
 
     def can_rest(self, err: OSError) -> bool:
-        """Whether it was a lack of memory, which passes: then both ways go on a moment later.
+        """Whether it was a lack of memory, which passes: then both directions go on a moment later.
 
         No event reports when it is over.
         """
@@ -313,7 +314,7 @@ class Session(Conversation):
             sockets.set_abort_on_close(survivor)
             self.close(self._ending)
 
-    def _wait_for_survivor(self, state: State, limit_s: float) -> None:
+    def _wait_for_survivor(self, state: SessionState, limit_s: float) -> None:
         self.state = state
         self.deadline = self.relay.poller.now + limit_s
         self.arm(TICK_S)
