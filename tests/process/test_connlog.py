@@ -448,10 +448,10 @@ def test_a_pipe_that_nobody_reads_delays_nobody_and_is_read_later(
                 received += part
     finally:
         os.close(reader)
-    ports = [entry["client_port"] for entry in json_lines(received.decode())]
+    ids = [entry["id"] for entry in json_lines(received.decode())]
     lost = [re.search(r"(\d+) lines were lost", line) for line in it.forwarder.lines]
-    assert len(ports) == len(set(ports))
-    assert len(ports) + sum(int(match[1]) for match in lost if match) == len(it.used)
+    assert len(ids) == len(set(ids))
+    assert len(ids) + sum(int(match[1]) for match in lost if match) == len(it.used)
 
 
 def test_a_pipe_whose_reader_has_gone_is_written_to_again_for_the_next(
