@@ -344,8 +344,9 @@ def test_a_successor_that_dies_in_the_last_moment_changes_nothing(
             with connect(address) as client, accept(site.upstream) as peer:
                 carry(client, peer, b"x" * 100)
         (tmp_path / "sitecustomize.py").unlink()
-        site.upgrade()
-        site.stop()
+        new = site.upgrade()
+        site.signal(signal.SIGTERM)
+        site.wait_gone(new)  # workers of the one that died are orphans for half a minute
 
 
 # -- other signals meanwhile
