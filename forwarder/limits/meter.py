@@ -20,10 +20,10 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, Final, Protocol
 
 if TYPE_CHECKING:
-    from asyncio import AbstractEventLoop, TimerHandle
     from collections.abc import Callable
 
     from forwarder.limits.gate import Gate
+    from forwarder.system.loop import Clock, Timer
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class Meter:
 
     def __init__(
         self,
-        loop: AbstractEventLoop,
+        loop: Clock,
         gate: Gate,
         line: int,
         rate: float,
@@ -85,7 +85,7 @@ class Meter:
         self._in_advance = 0  # moved by those that cannot wait since the last turn
         self._waiting: OrderedDict[Waiting, None] = OrderedDict()
         self._served: Waiting | None = None  # whose turn it is
-        self._timer: TimerHandle | None = None
+        self._timer: Timer | None = None
 
     def set_rate(self, rate: float) -> None:
         """Use another rate from now on, for those that wait, too; 0 is no limit."""

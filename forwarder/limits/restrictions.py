@@ -11,12 +11,12 @@ from forwarder.limits.gate import STUCK_S
 from forwarder.limits.meter import Meter
 
 if TYPE_CHECKING:
-    from asyncio import AbstractEventLoop
     from collections.abc import Callable, Iterable
 
     from forwarder.config.model import Rule
     from forwarder.limits.gate import Holder
     from forwarder.net.sockets import SockAddr
+    from forwarder.system.loop import Clock
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class Restrictions:
 
     def __init__(
         self,
-        loop: AbstractEventLoop,
+        loop: Clock,
         holder: Holder | None,
         defer: Callable[[Callable[[], None]], None],
     ) -> None:

@@ -10,13 +10,13 @@ from forwarder.net import sockets
 
 if TYPE_CHECKING:
     import socket
-    from asyncio import AbstractEventLoop
 
     from forwarder.net.options import How
     from forwarder.net.sockets import SockAddr, Target
     from forwarder.relay.udp.flow_table import Evictable
     from forwarder.relay.udp.flow_tables import FlowTables
     from forwarder.relay.workbench import Workbench
+    from forwarder.system.loop import Clock
 
 # When to try to reserve the spare descriptor again, if no client does before. Arbitrary.
 RESERVE_AFTER_S: Final = 0.5
@@ -30,7 +30,7 @@ class Descriptors:
 
     __slots__ = ("_bench", "_flows", "_is_closed", "_loop", "_spare_fd", "shortage")
 
-    def __init__(self, loop: AbstractEventLoop, bench: Workbench, flows: FlowTables) -> None:
+    def __init__(self, loop: Clock, bench: Workbench, flows: FlowTables) -> None:
         self._loop = loop
         self._bench = bench
         self._flows = flows

@@ -16,8 +16,9 @@ from forwarder.system import kernel
 from forwarder.system.rarely import Rarely
 
 if TYPE_CHECKING:
-    from asyncio import AbstractEventLoop
     from collections.abc import Callable
+
+    from forwarder.system.loop import Clock
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ class Pauses:
         "total",
     )
 
-    def __init__(self, loop: AbstractEventLoop, count_sessions: Callable[[], int]) -> None:
+    def __init__(self, loop: Clock, count_sessions: Callable[[], int]) -> None:
         """``count_sessions``: how many sessions the worker has now."""
         self.total = 0
         self._loop = loop

@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 if TYPE_CHECKING:
     import socket
-    from asyncio import AbstractEventLoop
     from collections.abc import Callable
+
+    from forwarder.system.loop import Loop
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ class Poller:
 
     __slots__ = ("_again", "_deferred", "_epoll", "_handlers", "_in_turn", "_loop", "now")
 
-    def __init__(self, loop: AbstractEventLoop) -> None:
+    def __init__(self, loop: Loop) -> None:
         """Join ``loop``. The poller owns the epoll descriptor until :meth:`close`."""
         self._loop = loop
         self._epoll = select.epoll()

@@ -34,7 +34,6 @@ from forwarder.stats.rows import SESSIONS_CUT
 
 if TYPE_CHECKING:
     import socket
-    from asyncio import AbstractEventLoop
     from collections.abc import Iterable
 
     from forwarder.limits.admission import Admission
@@ -42,6 +41,7 @@ if TYPE_CHECKING:
     from forwarder.net.sockets import SockAddr
     from forwarder.relay.session import Session
     from forwarder.stats.rows import Row
+    from forwarder.system.loop import Loop
     from forwarder.upstream.pool import Pool
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class Relay:
 
     def __init__(
         self,
-        loop: AbstractEventLoop,
+        loop: Loop,
         mode: RelayMode,
         pipe_budget_pages: int = 0,
         slot: int = 0,

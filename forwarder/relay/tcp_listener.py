@@ -17,12 +17,12 @@ from forwarder.relay.udp_listener import UdpListener
 
 if TYPE_CHECKING:
     import socket
-    from asyncio import AbstractEventLoop, TimerHandle
 
     from forwarder.config.model import Rule
     from forwarder.limits.admission import Admission
     from forwarder.relay.access import AccessList
     from forwarder.relay.relay import Relay
+    from forwarder.system.loop import Clock, Timer
     from forwarder.upstream.pool import Pool
 
 # Accepts per event. The poll is level-triggered, so the rest is reported by the next one.
@@ -55,7 +55,7 @@ class Listener:
 
     def __init__(
         self,
-        loop: AbstractEventLoop,
+        loop: Clock,
         relay: Relay,
         sock: socket.socket,
         pool: Pool,
@@ -71,7 +71,7 @@ class Listener:
         self._family = sock.family
         self._is_paused = False
         self._is_stopped = False
-        self._timer: TimerHandle | None = None  # ends the pause
+        self._timer: Timer | None = None  # ends the pause
         self._waits_for: Admission | None = None  # wakes us earlier
 
     def start(self) -> None:

@@ -25,13 +25,12 @@ from forwarder.relay.udp.answers import flow_class
 from forwarder.stats.reasons import CloseReason, Phase, Who
 
 if TYPE_CHECKING:
-    from asyncio import AbstractEventLoop, TimerHandle
-
     from forwarder.net.sockets import IpSockAddr
     from forwarder.relay.access import AccessList
     from forwarder.relay.relay import Relay
     from forwarder.relay.udp.client_flow import UdpFlow
     from forwarder.relay.udp.directions import FlowDirection
+    from forwarder.system.loop import Clock, Timer
     from forwarder.upstream.pool import Pool
 
 log = logging.getLogger(__name__)
@@ -74,7 +73,7 @@ class UdpListener:
 
     def __init__(
         self,
-        loop: AbstractEventLoop,
+        loop: Clock,
         relay: Relay,
         sock: socket.socket,
         pool: Pool,
@@ -86,7 +85,7 @@ class UdpListener:
         """
         self.sock = sock
         self._loop = loop
-        self._timer: TimerHandle | None = None  # while the poller does not take it
+        self._timer: Timer | None = None  # while the poller does not take it
         self._bound = sockets.bound_to(sock)  # flows outlive the socket
         self.pool = pool
         self.access = access

@@ -18,9 +18,8 @@ from forwarder.relay.wheel import TICK_S, Wheel
 from forwarder.system.rarely import Rarely
 
 if TYPE_CHECKING:
-    from asyncio import AbstractEventLoop
-
     from forwarder.relay.wheel import Timed
+    from forwarder.system.loop import Loop
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +51,7 @@ class Workbench:
         "wheel",
     )
 
-    def __init__(self, loop: AbstractEventLoop, mode: RelayMode, pipe_budget_pages: int) -> None:
+    def __init__(self, loop: Loop, mode: RelayMode, pipe_budget_pages: int) -> None:
         """Join ``loop``. ``mode`` must not be SPLICE on a system without it."""
         self._loop = loop
         self._is_ticking = False

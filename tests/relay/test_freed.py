@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
     from forwarder.limits.meter import Meter
     from forwarder.relay.poller import Handler
-    from forwarder.upstream.pool import Pool
 
 KINDS: Final = (Stream, Flow, Direction, FlowDirection, Dialer, Attempt)
 
@@ -181,7 +180,7 @@ def test_a_client_that_the_poller_did_not_take_in_time(
 
     with monkeypatch.context() as patched:
         patched.setattr(Poller, "register", register_others)
-        bench.relay.open_session(cast("Pool", pool), sock, address)
+        bench.relay.open_session(pool, sock, address)
         bench.loop.pass_time(2.0)
     assert receive_to_reset(client) == b""
     assert pool.counts[ENDS + REASONS.index("us/connect")] == 1

@@ -26,13 +26,11 @@ from forwarder.relay.wheel import BUCKETS, TICK_S
 from forwarder.stats.reasons import Phase
 
 if TYPE_CHECKING:
-    from asyncio import AbstractEventLoop
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from forwarder.limits.admission import Admission
     from forwarder.net.sockets import SockAddr
-    from forwarder.upstream.pool import Pool
 
 
 TURN_S = BUCKETS * TICK_S
@@ -138,10 +136,10 @@ def listening(bench: Bench, stack: ExitStack, *access: AccessRule) -> Listener:
     sock, upstream = (stack.enter_context(listen()) for _ in range(2))
     sock.setblocking(False)
     listener = Listener(
-        cast("AbstractEventLoop", bench.loop),
+        bench.loop,
         bench.relay,
         sock,
-        cast("Pool", pool_of((target_of(upstream),), 10.0)),
+        pool_of((target_of(upstream),), 10.0),
         AccessList.compile((), access),
     )
     listener.start()

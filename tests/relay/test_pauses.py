@@ -5,15 +5,11 @@ from __future__ import annotations
 import errno
 import logging
 import re
-from typing import TYPE_CHECKING, cast
 
 import pytest
 from support.by_hand import HandLoop
 
 from forwarder.relay.pauses import BUG, CALM_S, INTERVAL_S, Pauses
-
-if TYPE_CHECKING:
-    from asyncio import AbstractEventLoop
 
 
 @pytest.fixture
@@ -24,7 +20,7 @@ def loop() -> HandLoop:
 @pytest.fixture
 def pauses(loop: HandLoop, caplog: pytest.LogCaptureFixture) -> Pauses:
     caplog.set_level(logging.INFO)
-    return Pauses(cast("AbstractEventLoop", loop), lambda: 78)
+    return Pauses(loop, lambda: 78)
 
 
 @pytest.mark.parametrize(

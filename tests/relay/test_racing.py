@@ -277,7 +277,7 @@ def test_what_went_with_a_syn_is_not_sent_to_a_rival(
     pool.failures.forget(pool.resolved[0] if pool.resolved else target_of(other))
 
     session_client, sock, address = _client_that_has_spoken(stack)
-    bench.relay.open_session(pool, sock, address)  # type: ignore[arg-type]  # as in Bench.open
+    bench.relay.open_session(pool, sock, address)
     bench.loop.pass_time(3 * RACE_S)
     assert asking() == 1
     assert pool.failures
@@ -298,7 +298,7 @@ def test_a_rival_of_a_unix_socket_that_waits_gets_nothing_with_its_syn(
     pool = pool_of((target_of(full), *at(silent(stack))), 10.0)
     pool.has_unix = pool.opens_fast = True
     _, sock, address = _client_that_has_spoken(stack)
-    bench.relay.open_session(pool, sock, address)  # type: ignore[arg-type]  # as in Bench.open
+    bench.relay.open_session(pool, sock, address)
     bench.loop.pass_time(RACE_S)
     assert asking() == 1
     accept(full).close()

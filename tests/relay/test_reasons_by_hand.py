@@ -22,11 +22,8 @@ from forwarder.stats.reasons import REASONS, CloseReason, Phase, Who
 from forwarder.stats.rows import ENDS, REFUSED, SESSIONS, SESSIONS_TOTAL
 
 if TYPE_CHECKING:
-    from asyncio import AbstractEventLoop
     from collections.abc import Iterator
     from pathlib import Path
-
-    from forwarder.upstream.pool import Pool
 
 
 @pytest.fixture
@@ -97,7 +94,7 @@ def test_no_address_to_connect_from_is_said_at_the_descriptor_limit_too(
         patched.setattr(Stream, "connect", no_address)
         client, sock, address = accepted()
         patched.setattr(socket, "socket", no_descriptor)
-        bench.relay.open_session(cast("Pool", pool), sock, address)
+        bench.relay.open_session(pool, sock, address)
         bench.loop.pass_time(0)
     with client:
         assert receive_to_reset(client) == b""
@@ -145,10 +142,10 @@ def test_every_client_that_was_gone_before_it_was_accepted_is_counted(
     with listen() as sock:
         failing = FailingSocket(sock, [*errors])
         listener = Listener(
-            cast("AbstractEventLoop", bench.loop),
+            bench.loop,
             bench.relay,
             cast("socket.socket", failing),
-            cast("Pool", pool),
+            pool,
             AccessList(()),
         )
         for _ in range(3):

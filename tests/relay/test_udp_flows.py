@@ -32,7 +32,6 @@ from forwarder.stats.rows import new_row
 from forwarder.upstream.pool import Pool
 
 if TYPE_CHECKING:
-    from asyncio import AbstractEventLoop
     from collections.abc import Callable, Iterator
 
     from forwarder.net.options import How
@@ -1022,8 +1021,8 @@ def test_a_flow_beside_a_wildcard_on_its_port_takes_nothing_from_that(
     pool = bench.pool(two)
     target = Target(socket.AF_INET6, ("::", port))
     sock = bench.own(net_udp.listen_udp(target, v6only=True, options=pool.rule.options))
-    loop, everybody = cast("AbstractEventLoop", bench.loop), AccessList.compile((), ())
-    wildcard = UdpListener(loop, bench.relay, sock, cast("Pool", pool), everybody)
+    everybody = AccessList.compile((), ())
+    wildcard = UdpListener(bench.loop, bench.relay, sock, pool, everybody)
     wildcard.start()
     bench.listeners.append(wildcard)
     client = bench.client(listener)

@@ -12,29 +12,26 @@ from forwarder.config.address import Address
 from forwarder.config.model import AccessRule, Protocol, RelayMode, Rule, Upstream
 from forwarder.errors import Place
 from forwarder.net import udp as net_udp
-from forwarder.net.options import How, to_connect, to_listen
 from forwarder.net.sockets import SockAddr, Target
 from forwarder.relay.access import AccessList
 from forwarder.relay.relay import Relay
 from forwarder.relay.udp_listener import UdpListener
 from forwarder.stats.reasons import Phase
 from forwarder.stats.rows import COUNTERS, DATAGRAMS_DROPPED, new_row
-from forwarder.upstream.failures import Failures
+from forwarder.upstream.names import Names
+from forwarder.upstream.pool import Pool
 from support.datagrams import free_udp_address, udp, udp_client
 from support.ends import connect
 
 if TYPE_CHECKING:
-    from asyncio import AbstractEventLoop
     from collections.abc import Callable
-
-    from forwarder.upstream.pool import Pool
 
 
 class HandTimer:
     """A call that is due some time."""
 
-    def __init__(self, callback: Callable[[], None]) -> None:
-        self.callback: Callable[[], None] | None = callback
+    def __init__(self, callback: Callable[[], object]) -> None:
+        self.callback: Callable[[], object] | None = callback
 
     def cancel(self) -> None:
         """Do not call."""
@@ -53,16 +50,16 @@ class HandLoop:
     def time(self) -> float:
         return self.now
 
-    def add_reader(self, fd: int, callback: Callable[[], None]) -> None:
+    def add_reader(self, fd: int, callback: Callable[[], object]) -> None:
         """The test turns the relay itself."""
 
     def remove_reader(self, fd: int) -> None:
         """See :meth:`add_reader`."""
 
-    def call_soon(self, callback: Callable[[], None]) -> None:
+    def call_soon(self, callback: Callable[[], object]) -> None:
         self.call_later(0, callback)
 
-    def call_later(self, delay: float, callback: Callable[[], None]) -> HandTimer:
+    def call_later(self, delay: float, callback: Callable[[], object]) -> HandTimer:
         timer = HandTimer(callback)
         self.calls += 1
         heapq.heappush(self._timers, (self.now + delay, next(self._order), timer))
@@ -87,23 +84,17 @@ RULE = Rule(
 )
 
 
-class StubPool:
+class StubPool(Pool):
     """A pool whose upstreams are the test's, and whose names are resolved when the test says so."""
 
     def __init__(
         self, rule: Rule, targets: tuple[Target, ...] | None, local: SockAddr | None = None
     ) -> None:
-        self.rule = rule
-        self.row, self.counts = 1, new_row()
-        self.has_unix = self.opens_fast = self.has_unanswered = False
-        self.failures = Failures()
-        self.how = to_connect(rule.options, is_udp=rule.protocol.connects_by_udp)
-        self.local: Target | None = None
-        self.takes_ports = rule.protocol.connects_by_udp
-        self.listen_host, self.upstream_text = "127.0.0.1", ("127.0.0.1", 2)
+        super().__init__(rule, Names(lambda _: None, lambda: 0.0), 1, new_row())
+        self.local = None
         self.resolved = targets
         self.waiting: list[Callable[[tuple[Target, ...]], None]] = []
-        self._local = local
+        self._bound = local
 
     def targets(self) -> tuple[Target, ...] | None:
         return self.resolved
@@ -117,27 +108,15 @@ class StubPool:
     def why_no_target(self) -> str:
         return "some.example: Name or service not known"
 
-    def client_how(self, family: int) -> How:
-        """How further sockets for UDP clients are made."""
-        return to_listen(self.rule.options, family, is_udp=True)
-
     def source(self, family: int, client: SockAddr) -> SockAddr | None:
         """The local address of upstream sockets."""
         del client
-        return self._local if family == socket.AF_INET else None
+        return self._bound if family == socket.AF_INET else None
 
     def at(self, offset: int) -> StubPool:
         """The pool of a port of a range, which no rule here has: it is the same for all."""
         del offset
         return self
-
-    @property
-    def origin(self) -> StubPool:
-        """The pool of the whole rule."""
-        return self
-
-    def on_failure(self) -> None:
-        """Nothing to look up again."""
 
 
 def target_of(sock: socket.socket) -> Target:
@@ -167,13 +146,13 @@ class Bench:
 
     def __init__(self) -> None:
         self.loop = HandLoop()
-        self.relay = Relay(cast("AbstractEventLoop", self.loop), RelayMode.AUTO, 1024)
+        self.relay = Relay(self.loop, RelayMode.AUTO, 1024)
 
     def open(self, pool: StubPool) -> socket.socket:
         """Give the relay a new client; returns the client's end."""
         client, sock, address = accepted()
         self.relay.poller.turn()
-        self.relay.open_session(cast("Pool", pool), sock, address)
+        self.relay.open_session(pool, sock, address)
         return client
 
 
@@ -185,7 +164,7 @@ class UdpBench:
 
     def __init__(self, mode: RelayMode, *, workers: int = 1) -> None:
         self.loop = HandLoop()
-        self.relay = Relay(cast("AbstractEventLoop", self.loop), mode, 1024)
+        self.relay = Relay(self.loop, mode, 1024)
         self.relay.flows.workers = workers
         self.sockets: list[socket.socket] = []
         self.listeners: list[UdpListener] = []
@@ -231,8 +210,8 @@ class UdpBench:
                 options=pool.rule.options,
             )
         )
-        loop, rules = cast("AbstractEventLoop", self.loop), AccessList.compile((), access)
-        listener = UdpListener(loop, self.relay, sock, cast("Pool", pool), rules)
+        rules = AccessList.compile((), access)
+        listener = UdpListener(self.loop, self.relay, sock, pool, rules)
         listener.start()
         self.listeners.append(listener)
         return listener
@@ -246,7 +225,7 @@ class UdpBench:
     def bridge(self, pool: StubPool) -> socket.socket:
         """Give the relay a TCP client; returns the client's end."""
         client, sock, address = accepted()
-        self.relay.open_session(cast("Pool", pool), sock, address)
+        self.relay.open_session(pool, sock, address)
         return self.own(client)
 
     def turn(self, times: int = 3) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
@@ -15,7 +15,6 @@ from forwarder.limits.gate import CATCH_UP_S, Gate
 from forwarder.limits.meter import LARGEST_BYTES, SMALLEST_BYTES, STEP_S, Meter, quantum_of
 
 if TYPE_CHECKING:
-    from asyncio import AbstractEventLoop
     from collections.abc import Iterator
 
 READ = 20 * 1024  # what a way may move beyond its room
@@ -26,7 +25,7 @@ class Bench:
 
     def __init__(self, gate: Gate, workers: int, rate: float) -> None:
         self.loop = HandLoop()
-        loop = cast("AbstractEventLoop", self.loop)
+        loop = self.loop
         self.rate = rate
         self.meters = [Meter(loop, gate, 2, rate, self.loop.time) for _ in range(workers)]
         self.moves: list[tuple[float, int]] = []
