@@ -6,7 +6,7 @@ import errno
 import os
 import selectors
 import time
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -14,6 +14,7 @@ from forwarder.config.model import Config, Settings
 from forwarder.ipc.channel import channel_pair
 from forwarder.limits.gate import Holdings
 from forwarder.serving.generation import Serving
+from forwarder.serving.listeners import ListenerTable
 from forwarder.stats.board import Board
 from forwarder.supervision.fleet import Fleet
 from forwarder.supervision.slot import RETRY_S, Slot, WorkerProcess, WorkerTables
@@ -21,14 +22,12 @@ from forwarder.supervision.slot import RETRY_S, Slot, WorkerProcess, WorkerTable
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from forwarder.serving.listeners import ListenerTable
-
 
 @pytest.fixture
 def fleet() -> Iterator[Fleet]:
     """One without sockets to share out."""
     with selectors.DefaultSelector() as selector:
-        fleet = Fleet(cast("ListenerTable", None), selector)
+        fleet = Fleet(ListenerTable(), selector)
         yield fleet
         fleet.close()
 

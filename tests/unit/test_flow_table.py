@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,11 +10,24 @@ from hypothesis import strategies as st
 from forwarder.relay.udp.flow_table import FlowTable, share
 
 if TYPE_CHECKING:
+    from forwarder.net.sockets import Target
     from forwarder.relay.udp.flow_table import Evictable
+    from forwarder.stats.reasons import CloseReason
+    from forwarder.upstream.pool import Pool
 
 
 class Fake:
-    """Something to be in a table."""
+    """Something to be in a table, which asks nothing of it."""
+
+    pool: Pool
+    target: Target | None
+    active_at: float
+
+    def close(self, reason: CloseReason) -> None:
+        """Nothing is open."""
+
+    def abort(self, reason: CloseReason) -> None:
+        """Nothing is open."""
 
 
 steps = st.lists(st.tuples(st.sampled_from(["add", "touch", "discard"]), st.integers(0, 5)))
@@ -23,7 +36,7 @@ steps = st.lists(st.tuples(st.sampled_from(["add", "touch", "discard"]), st.inte
 @given(steps)
 def test_the_longest_silent_comes_first(taken: list[tuple[str, int]]) -> None:
     """Against a plain list."""
-    flows = [cast("Evictable", Fake()) for _ in range(6)]
+    flows: list[Evictable] = [Fake() for _ in range(6)]
     table = FlowTable(3)
     model: list[Evictable] = []
     for what, number in taken:

@@ -9,7 +9,7 @@ import selectors
 import socket
 import subprocess
 import time
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
@@ -29,6 +29,7 @@ from forwarder.ipc.messages import (
     send_logs,
 )
 from forwarder.limits.gate import Holdings
+from forwarder.serving.listeners import ListenerTable
 from forwarder.stats.board import Board
 from forwarder.supervision.fleet import Fleet
 from forwarder.supervision.sessions import Sessions
@@ -36,8 +37,6 @@ from forwarder.supervision.slot import WorkerProcess, WorkerTables
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from forwarder.serving.listeners import ListenerTable
 
 
 class Worker:
@@ -48,7 +47,7 @@ class Worker:
         self.sock.settimeout(PATIENCE_S)
         self.child = subprocess.Popen(["sleep", "1000"])
         self.selector = selectors.DefaultSelector()
-        self.fleet = Fleet(cast("ListenerTable", None), self.selector)
+        self.fleet = Fleet(ListenerTable(), self.selector)
         now = time.monotonic()
         tables = WorkerTables(Board(), Holdings())
         self.process = WorkerProcess(0, self.child.pid, tables, Channel(ours), now)
