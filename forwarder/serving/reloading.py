@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     import selectors
     from collections.abc import Callable, Collection, Iterable
 
-    from forwarder.control.requests import Requests
     from forwarder.control.server import Message, Reply
     from forwarder.serving.service import Service
 
@@ -44,6 +43,25 @@ class Reloadable(Protocol):
         """Put it in force. Raises StartupError if that is not possible; then nothing changes."""
 
 
+class Askers(Protocol):
+    """Those who have asked for a reload, as far as they are told what becomes of it."""
+
+    def on_loading(self) -> None:
+        """The configuration is being read, for all that have asked so far."""
+
+    def on_rejected(self, problems: Iterable[str]) -> None:
+        """The configuration that was read is not applied."""
+
+    def on_refused(self, problems: Iterable[str]) -> None:
+        """The workers cannot serve the new configuration; the previous one is in force again."""
+
+    def on_unserved(self, problem: str) -> None:
+        """The workers cannot serve their last assignment, which no reload has brought."""
+
+    def preview_by(self, handler: Callable[[Message, Reply], None]) -> None:
+        """Let ``handler`` answer what a reload would change."""
+
+
 class Reloading:
     """The reload under way, if there is one, and whether another one has to follow."""
 
@@ -53,7 +71,7 @@ class Reloading:
         service: Service,
         load: Callable[[], Candidate] | None,
         selector: selectors.BaseSelector,
-        requests: Requests,
+        askers: Askers,
         kept: Collection[int],
     ) -> None:
         """``load`` reads the configuration in a forked child; None if there is nothing to read.
@@ -63,7 +81,7 @@ class Reloading:
         self._master = master
         self._service = service
         self._load = load
-        self._requests = requests
+        self._askers = askers
         too_long = "reading the configuration took too long"
         self._loader = Loader(selector, kept, self._end, too_long)
         self._is_wanted_again = False
@@ -71,7 +89,7 @@ class Reloading:
         self._preview: Preview | None = None
         if load is not None:
             self._preview = Preview(load, lambda: service.config, selector, kept)
-        requests.preview_by(self.preview)
+        askers.preview_by(self.preview)
 
     @property
     def is_under_way(self) -> bool:
@@ -136,7 +154,7 @@ class Reloading:
             self._preview.close()
 
     def _start(self, load: Callable[[], Candidate]) -> None:
-        self._requests.on_loading()
+        self._askers.on_loading()
         now = time.monotonic()
         _tell_reloading(now)
         try:
@@ -166,10 +184,10 @@ class Reloading:
         problem = f"the workers cannot serve it: {why}; please report it"
         if before is None:
             log.error("worker.refuses %s; it is tried again", problem)
-            self._requests.on_unserved(f"{problem}; it is tried again")
+            self._askers.on_unserved(f"{problem}; it is tried again")
             return
         log.error("reload.rejected %s", problem)
-        self._requests.on_refused((problem,))
+        self._askers.on_refused((problem,))
         try:
             self._master.change_to(before)
         except StartupError as err:
@@ -192,7 +210,7 @@ class Reloading:
         for problem in problems:
             log.error("reload.rejected %s", problem)
         log.error("master: generation %d stays in force", self._service.generation)
-        self._requests.on_rejected(problems)
+        self._askers.on_rejected(problems)
         notify.notify("READY=1", "STATUS=reload rejected, see the log")
 
 

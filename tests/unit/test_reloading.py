@@ -3,44 +3,64 @@
 from __future__ import annotations
 
 import selectors
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from forwarder.config.model import Config
 from forwarder.serving.loader import Candidate
 from forwarder.serving.preview import Preview
-from forwarder.serving.reloading import Reloadable, Reloading
+from forwarder.serving.reloading import Reloading
+from forwarder.serving.service import Service
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     import pytest
 
-    from forwarder.control.requests import Requests
-    from forwarder.control.server import Message
-    from forwarder.serving.service import Service
+    from forwarder.control.server import Message, Reply
+
+
+class Master:
+    """One that cannot put anything in force, for a bug."""
+
+    is_running, is_upgrading = True, False
+
+    def change_to(self, candidate: Candidate) -> None:
+        assert candidate.config.rules == ()
+        raise ZeroDivisionError
+
+
+class Askers:
+    """Who has asked for a reload. ``told``: why it was rejected."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def on_loading(self) -> None:
+        """Nothing is read here."""
+
+    def on_rejected(self, problems: Iterable[str]) -> None:
+        self.told += problems
+
+    def on_refused(self, problems: Iterable[str]) -> None:
+        """No worker is there to refuse."""
+
+    def on_unserved(self, problem: str) -> None:
+        """No worker is there to refuse."""
+
+    def preview_by(self, handler: Callable[[Message, Reply], None]) -> None:
+        """Nobody asks what would change."""
 
 
 def test_a_bug_while_it_is_put_in_force_is_told_to_who_asked(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Else a client would wait for ever, and so would a service manager."""
-
-    def fail(_: Candidate) -> None:
-        raise ZeroDivisionError
-
-    told: list[object] = []
-    master = SimpleNamespace(is_running=True, change_to=fail)
-    service = SimpleNamespace(generation=1, candidate=object)
-    requests = SimpleNamespace(on_rejected=told.extend, preview_by=lambda _: None)
-    reloading = Reloading(
-        cast("Reloadable", master),
-        cast("Service", service),
-        None,
-        cast("selectors.BaseSelector", None),
-        cast("Requests", requests),
-        (),
-    )
-    reloading._end(cast("Candidate", object()))
-    assert told == ["internal error, see the log"]
+    config, askers = Config(rules=()), Askers()
+    with selectors.DefaultSelector() as selector:
+        service = Service(config, lambda: None)
+        reloading = Reloading(Master(), service, None, selector, askers, ())
+        reloading._end(Candidate(config, {}))
+    assert askers.told == ["internal error, see the log"]
     assert "ZeroDivisionError" in caplog.text
 
 
