@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from forwarder.config.model import Config, Settings
-    from forwarder.control.requests import Requests
     from forwarder.ipc.questions import Questions
     from forwarder.serving.service import Service
     from forwarder.system.privileges import Identity
@@ -58,6 +57,20 @@ class Incumbent(Protocol):
         """What a successor may ask of us."""
 
 
+class Askers(Protocol):
+    """Those who have asked for an upgrade, and the control socket through which they did."""
+
+    @property
+    def path(self) -> str | None:
+        """Where clients connect, if they can."""
+
+    def take_back(self) -> None:
+        """Listen there again if a successor, which has failed, has taken it."""
+
+    def on_upgraded(self, report: str, *, is_done: bool) -> None:
+        """The successor serves, or has failed, as ``report`` says."""
+
+
 class Handover:
     """The pid file of this master and, during an upgrade, its successor. Owns both."""
 
@@ -68,14 +81,14 @@ class Handover:
         names: KnownNames,
         questions: Questions,
         selector: selectors.BaseSelector,
-        requests: Requests,
+        askers: Askers,
     ) -> None:
         """``questions``: where answers of a predecessor go."""
         self._has_heir = False
         self._heir: Heir | None = None  # the master that serves after an upgrade
         self._master = master
         self._selector = selector
-        self._requests = requests
+        self._askers = askers
         self._service = service
         self._names = names
         self.predecessor: Predecessor | None = None  # stays after its end
@@ -220,7 +233,7 @@ class Handover:
 
     def _execute(self) -> None:
         sockets = self._service.table.all_sockets()
-        path = self._requests.path
+        path = self._askers.path
         names = self._names.as_text()
         self._successor = Successor(sockets, self._pid_file, path, names, time.monotonic())
         self._selector.register(self._successor, selectors.EVENT_READ, self._hear)
@@ -244,7 +257,7 @@ class Handover:
         log.info("upgrade: pid=%d serves; letting our sessions end", successor.pid)
         # It has sent that itself, but a service manager may believe only the process it knows.
         notify.notify(f"MAINPID={successor.pid}")
-        self._requests.on_upgraded(f"pid {successor.pid} serves, the old one drains", is_done=True)
+        self._askers.on_upgraded(f"pid {successor.pid} serves, the old one drains", is_done=True)
         if self._pid_file is not None:
             self._pid_file.leave_to(successor.pid)
             self._pid_file = None
@@ -269,9 +282,9 @@ class Handover:
             log.error("upgrade: %s", err)
         if not self._master.is_running:
             return
-        self._requests.take_back()
+        self._askers.take_back()
         log.error("upgrade: %s", problem)
-        self._requests.on_upgraded(problem, is_done=False)
+        self._askers.on_upgraded(problem, is_done=False)
         if self._is_reload_wanted:
             self._is_reload_wanted = False
             self._master.reload()

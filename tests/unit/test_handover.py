@@ -5,20 +5,47 @@ from __future__ import annotations
 import os
 import selectors
 import socket
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
+from support.elders import OldMaster
+
+from forwarder.config.model import Config
 from forwarder.ipc.questions import Questions
+from forwarder.serving.service import Service
 from forwarder.succession.handover import Handover
 from forwarder.succession.lineage import Heir
+from forwarder.upstream.known import KnownNames
 
 if TYPE_CHECKING:
     import pytest
 
-    from forwarder.control.requests import Requests
-    from forwarder.serving.service import Service
-    from forwarder.succession.handover import Incumbent
-    from forwarder.succession.lineage import Elder
-    from forwarder.upstream.known import KnownNames
+
+class Replaced:
+    """A master whose heir serves already."""
+
+    is_running = is_reloading = False
+
+    def __init__(self) -> None:
+        self.elder = OldMaster()
+
+    def reload(self) -> str:
+        """It is the heir's."""
+        return ""
+
+    def stop(self) -> None:
+        """It has stopped."""
+
+
+class Nobody:
+    """Who has asked for an upgrade, and the control socket of ours: the heir has that."""
+
+    path: str | None = None
+
+    def take_back(self) -> None:
+        """The heir has not failed."""
+
+    def on_upgraded(self, report: str, *, is_done: bool) -> None:
+        """Nobody has asked."""
 
 
 def test_a_reload_is_passed_on_to_the_heir_as_long_as_that_lives(
@@ -29,16 +56,10 @@ def test_a_reload_is_passed_on_to_the_heir_as_long_as_that_lives(
     monkeypatch.setattr(os, "kill", lambda pid, _number: killed.append(pid))
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with selectors.DefaultSelector() as selector, theirs:
-        requests = cast("Requests", None)
-        handover = Handover(
-            cast("Incumbent", None),
-            cast("Service", None),
-            cast("KnownNames", None),
-            Questions(),
-            selector,
-            requests,
-        )
-        handover._heir = Heir(12345, ours, selector, cast("Elder", None))
+        service = Service(Config(rules=()), lambda: None)
+        master = Replaced()
+        handover = Handover(master, service, KnownNames(), Questions(), selector, Nobody())
+        handover._heir = Heir(12345, ours, selector, master.elder)
         handover.note_reload()
         assert killed == [12345]
         theirs.close()
