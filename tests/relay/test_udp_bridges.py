@@ -7,7 +7,7 @@ import itertools
 import socket
 import struct
 from contextlib import suppress
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -305,7 +305,7 @@ def test_what_there_is_room_for_again_is_not_dropped(bench: UdpBench) -> None:
     (flow,) = bench.relay.sessions
     assert isinstance(flow.c2u, DatagramToStream)
     slow = Slow()
-    flow.c2u.open(cast("socket.SocketType", slow))
+    flow.c2u.open(slow)
     size = MAX_PENDING_BYTES // 64 - 1
     for content in numbered(64, [size]):
         client.send(content)
@@ -325,7 +325,7 @@ class Slow:
 
     room = 0
 
-    def send(self, data: bytes) -> int:
+    def send(self, data: bytearray) -> int:
         """As a socket that is not blocking."""
         taken, self.room = min(self.room, len(data)), 0
         if not taken:

@@ -285,6 +285,13 @@ class DatagramDirection(FromDatagrams):
         return len(self.pending or ())
 
 
+class Taker(Protocol):
+    """A stream socket, as far as datagrams are written to it; never blocks."""
+
+    def send(self, data: bytearray, /) -> int:
+        """Take some bytes; returns how many. Raises OSError, BlockingIOError for none now."""
+
+
 class DatagramToStream(FromDatagrams):
     """Datagrams to a stream: their bytes one after the other, framed or not."""
 
@@ -293,11 +300,11 @@ class DatagramToStream(FromDatagrams):
     def __init__(self, bench: Workbench, flow: Owner, how: Framing) -> None:
         super().__init__(bench, flow)
         self._framing = how
-        self._dst: socket.SocketType | None = None
+        self._dst: Taker | None = None
         self._pending = bytearray()
         self._unsent = 0  # datagrams that came before there was a destination
 
-    def open(self, dst: socket.SocketType) -> None:
+    def open(self, dst: Taker) -> None:
         """Send to ``dst`` from now on, what is pending first."""
         self._dst = dst
         self._unsent = 0
