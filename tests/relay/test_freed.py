@@ -8,7 +8,7 @@ import os
 import socket
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final
 
 import pytest
 from support.by_hand import RULE, Bench, StubPool, accepted, pool_of, target_of
@@ -16,6 +16,8 @@ from support.ends import accept, listen, receive_to_reset, reset
 from support.waiting import eventually
 
 from forwarder.config.model import Protocol
+from forwarder.limits.gate import Gate
+from forwarder.limits.meter import Meter
 from forwarder.relay.dialer import Attempt, Dialer
 from forwarder.relay.poller import Poller
 from forwarder.relay.tcp.direction import Direction
@@ -28,33 +30,9 @@ from forwarder.stats.rows import ENDS
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from forwarder.limits.meter import Meter
     from forwarder.relay.poller import Handler
 
 KINDS: Final = (Stream, Flow, Direction, FlowDirection, Dialer, Attempt)
-
-
-class Generous:
-    """A meter that lets everybody move."""
-
-    def room(self, direction: Direction) -> int:
-        """Always some."""
-        del direction
-        return 1 << 20
-
-    def spend(self, count: int) -> None:
-        """There is enough."""
-
-    def holds_up(self, direction: Direction) -> bool:
-        """Nobody waits."""
-        del direction
-        return False
-
-    def forget(self, direction: Direction) -> None:
-        """Nobody waits."""
-
-
-METERS: Final = cast("tuple[Meter, Meter]", (Generous(), Generous()))
 
 
 class Watched(Bench):
@@ -84,6 +62,14 @@ def bench() -> Iterator[Watched]:
     finally:
         gc.enable()
         bench.relay.close()
+
+
+@pytest.fixture
+def meters(bench: Watched) -> Iterator[tuple[Meter, Meter]]:
+    """Those of a rule whose limit was taken away: they let everybody move."""
+    gate = Gate()
+    yield Meter(bench.loop, gate, 0, 0.0), Meter(bench.loop, gate, 1, 0.0)
+    gate.close()
 
 
 @pytest.fixture
@@ -121,13 +107,15 @@ def served(bench: Watched, stack: ExitStack) -> tuple[socket.socket, socket.sock
 
 @pytest.mark.parametrize("metered", ["never", "from the beginning", "later"])
 @pytest.mark.parametrize("end", ["fin", "reset", "kill"])
-def test_a_session_that_has_ended(bench: Watched, stack: ExitStack, metered: str, end: str) -> None:
+def test_a_session_that_has_ended(
+    bench: Watched, stack: ExitStack, meters: tuple[Meter, Meter], metered: str, end: str
+) -> None:
     if metered == "from the beginning":
-        bench.relay.restrictions.meters[1] = METERS
+        bench.relay.restrictions.meters[1] = meters
     client, far = served(bench, stack)
     if metered == "later":
         for session in bench.relay.sessions:
-            session.put_under(METERS)
+            session.put_under(meters)
         del session
     if end == "fin":
         client.close()

@@ -5,17 +5,18 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from contextlib import ExitStack
-from typing import TYPE_CHECKING, cast
+from contextlib import ExitStack, closing
+from typing import TYPE_CHECKING
 
 import pytest
-from support.by_hand import Bench, pool_of, target_of
+from support.by_hand import RULE, Bench, pool_of, target_of
 from support.clogged import CloggedUpstream
 from support.ends import accept, connect, listen, listen_unix, receive_exactly, receive_to_reset
 
 from forwarder.config.model import AccessRule, Verdict
 from forwarder.errors import Place
-from forwarder.limits.gate import Busy
+from forwarder.limits.admission import Admission
+from forwarder.limits.gate import Busy, Gate, Holder, Holdings
 from forwarder.net.sockets import Target
 from forwarder.relay.access import AccessList
 from forwarder.relay.pauses import PAUSE_S
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from forwarder.limits.admission import Admission
     from forwarder.net.sockets import SockAddr
 
 
@@ -167,16 +167,15 @@ def test_a_listener_that_stops_takes_those_that_are_queued_behind_who_may_not_in
         assert len(bench.relay.sessions) == 1
 
 
-class Undecided:
+class Undecided(Admission):
     """Limits of a rule about which nothing can be decided while ``is_busy``; then all are refused.
 
     Others hold the lock, but not for so long that it counts as stuck.
     """
 
-    is_settled, queues = True, False
-    met = "max_sessions"
-
-    def __init__(self) -> None:
+    def __init__(self, gate: Gate) -> None:
+        super().__init__(Holder(gate, Holdings()), RULE, 1, 0, lambda: None)
+        self.met = "max_sessions"
         self.is_busy = True
 
     def admit(self, client: str) -> int | None:
@@ -193,11 +192,11 @@ def test_a_listener_that_stops_takes_those_that_are_queued_behind_who_is_decided
 
     *Result*: none stays in the queue.
     """
-    undecided = Undecided()
     waiting: list[Callable[[], None]] = []
-    bench.relay.admissions[1] = cast("Admission", undecided)
     monkeypatch.setattr(bench.relay.restrictions, "decide_later", waiting.append)
-    with ExitStack() as stack:
+    with closing(Gate()) as gate, ExitStack() as stack:
+        undecided = Undecided(gate)
+        bench.relay.admissions[1] = undecided
         listener = listening(bench, stack)
         for _ in range(ACCEPT_BATCH + 1):
             stack.enter_context(connect(listener.sock.getsockname()))

@@ -6,7 +6,7 @@ import errno
 import os
 import socket
 from collections import Counter
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import pytest
 from support.by_hand import RULE, Bench, StubPool, accepted, pool_of
@@ -116,16 +116,13 @@ def test_a_stop_ends_what_is_open_whatever_it_was_doing(bench: Bench, tmp_path: 
     assert sorted(results) == ["done-local-closed", "done-local-closed", "opened"]
 
 
-class FailingSocket:
+class FailingSocket(socket.socket):
     """A listening socket whose queue is full of what cannot be accepted."""
 
-    family = socket.AF_INET
-
-    def __init__(self, sock: socket.socket, errors: list[int]) -> None:
-        self._sock = sock
+    def __init__(self, errors: list[int]) -> None:
+        super().__init__()
         self._errors = errors
-        self.fileno = sock.fileno
-        self.getsockname = sock.getsockname
+        self.bind(("127.0.0.1", 0))
 
     def _accept(self) -> tuple[int, object]:
         if self._errors:
@@ -139,15 +136,8 @@ def test_every_client_that_was_gone_before_it_was_accepted_is_counted(
 ) -> None:
     pool = pool_of((), 1.0)
     errors = sorted(ACCEPT_IGNORE - {errno.EINTR})
-    with listen() as sock:
-        failing = FailingSocket(sock, [*errors])
-        listener = Listener(
-            bench.loop,
-            bench.relay,
-            cast("socket.socket", failing),
-            pool,
-            AccessList(()),
-        )
+    with FailingSocket([*errors]) as sock:
+        listener = Listener(bench.loop, bench.relay, sock, pool, AccessList(()))
         for _ in range(3):
             listener.on_events(1)
         port = sock.getsockname()[1]
@@ -168,7 +158,7 @@ def test_a_session_that_is_being_aborted_is_counted_once(bench: Bench, tmp_path:
         pool = pool_of((Target(socket.AF_INET, upstream.getsockname()),), 10.0)
         with bench.open(pool), accept(upstream):
             bench.relay.poller.turn()
-            (session,) = cast("set[Stream]", bench.relay.sessions)
+            (session,) = bench.relay.sessions
             session.abort(CloseReason(Who.UPSTREAM, Phase.DATA, is_reset=True))
             session.abort(CloseReason(Who.US, Phase.KILL))
             bench.relay.abort_sessions(Phase.SHUTDOWN, "again", [session])

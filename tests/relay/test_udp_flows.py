@@ -12,10 +12,10 @@ import select
 import socket
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import pytest
-from support.by_hand import RULE, UdpBench, target_of
+from support.by_hand import RULE, UdpBench, no_names, target_of
 from support.datagrams import drain, numbered, receive_all, udp
 
 from forwarder.config.address import Address
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from forwarder.net.options import How
-    from forwarder.relay.udp.flow import Flow
-    from forwarder.upstream.names import Names
 
 HOSTS = ["127.0.0.1", "0.0.0.0", "::1", "::"]
 TURN_S = BUCKETS * TICK_S
@@ -423,7 +421,9 @@ def test_one_port_at_two_addresses_of_a_client_are_two_flows(bench: UdpBench) ->
 
 def test_the_source_address_is_used(bench: UdpBench) -> None:
     upstream = bench.upstream()
-    listener = bench.listen(bench.pool(upstream, local=("127.0.0.9", 0)))
+    pool = bench.pool(upstream)
+    pool.bound = ("127.0.0.9", 0)
+    listener = bench.listen(pool)
     client = bench.client(listener)
     source = ask(bench, client, upstream, b"x")
     assert source[0] == "127.0.0.9"
@@ -555,7 +555,7 @@ def test_all_ports_of_a_range_have_the_limit_of_flows_together(bench: UdpBench) 
         listen=Address("127.0.0.1", 8000, 10),
         upstreams=(Upstream(Address("127.0.0.1", 9000, 10)),),
     )
-    whole = Pool(rule, cast("Names", None), 1, new_row())
+    whole = Pool(rule, no_names(), 1, new_row())
     first, second = whole.at(1), whole.at(2)
     assert first is not second
     table = bench.relay.flows.of(first)
@@ -641,7 +641,7 @@ def test_the_one_that_needs_a_descriptor_may_be_the_longest_silent_itself(bench:
     listener = bench.listen(bench.pool(upstream))
     for _ in range(3):
         ask(bench, bench.client(listener), upstream, b"x")
-    first, second, third = cast("list[Flow]", list(bench.relay.sessions))
+    first, second, third = bench.relay.sessions
     assert bench.relay.descriptors.make_room(keep=first)
     assert list(bench.relay.sessions) == [first, third]
     assert second.state is SessionState.CLOSED
@@ -712,7 +712,9 @@ def test_upstreams_take_turns(bench: UdpBench) -> None:
 def test_the_next_upstream_is_tried_when_one_cannot_be(bench: UdpBench) -> None:
     """No socket can be made for it: there is no such local address for IPv4. Result: served."""
     four, six = bench.upstream(), bench.upstream("::1")
-    listener = bench.listen(bench.pool(four, six, local=("203.0.113.1", 0)))
+    pool = bench.pool(four, six)
+    pool.bound = ("203.0.113.1", 0)
+    listener = bench.listen(pool)
     ask(bench, bench.client(listener), six, b"x")
     assert bench.count("connects_failed") == 0
 
@@ -720,7 +722,9 @@ def test_the_next_upstream_is_tried_when_one_cannot_be(bench: UdpBench) -> None:
 def test_no_upstream_can_be_had(bench: UdpBench, caplog: pytest.LogCaptureFixture) -> None:
     """Result: counted, logged once, no flow is left, and what waited is counted."""
     upstream = bench.upstream()
-    listener = bench.listen(bench.pool(upstream, local=("203.0.113.1", 0)))
+    pool = bench.pool(upstream)
+    pool.bound = ("203.0.113.1", 0)
+    listener = bench.listen(pool)
     client = bench.client(listener)
     for _ in range(3):
         client.send(b"x")

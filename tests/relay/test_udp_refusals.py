@@ -10,7 +10,7 @@ import errno
 import os
 import socket
 from collections import deque
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import pytest
 from support.by_hand import StubPool, UdpBench, target_of
@@ -49,7 +49,8 @@ def dead() -> Target:
 
 def revive(bench: UdpBench, target: Target) -> socket.socket:
     """Somebody is there again."""
-    return bench.own(udp(*cast("tuple[str, int]", target.sockaddr)))
+    assert isinstance(target.sockaddr, tuple)
+    return bench.own(udp(*target.sockaddr[:2]))
 
 
 def pool_of(bench: UdpBench, *upstreams: socket.socket | Target, **rule: object) -> StubPool:

@@ -6,7 +6,7 @@ import heapq
 import itertools
 import socket
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from forwarder.config.address import Address
 from forwarder.config.model import AccessRule, Protocol, RelayMode, Rule, Upstream
@@ -84,17 +84,23 @@ RULE = Rule(
 )
 
 
-class StubPool(Pool):
-    """A pool whose upstreams are the test's, and whose names are resolved when the test says so."""
+def no_names() -> Names:
+    """A table of names that nobody looks up."""
+    return Names(lambda _: None, lambda: 0.0)
 
-    def __init__(
-        self, rule: Rule, targets: tuple[Target, ...] | None, local: SockAddr | None = None
-    ) -> None:
-        super().__init__(rule, Names(lambda _: None, lambda: 0.0), 1, new_row())
+
+class StubPool(Pool):
+    """A pool whose upstreams are the test's, and whose names are resolved when the test says so.
+
+    ``bound``: the local address of upstream sockets, if they have one.
+    """
+
+    def __init__(self, rule: Rule, targets: tuple[Target, ...] | None) -> None:
+        super().__init__(rule, no_names(), 1, new_row())
         self.local = None
         self.resolved = targets
         self.waiting: list[Callable[[tuple[Target, ...]], None]] = []
-        self._bound = local
+        self.bound: SockAddr | None = None
 
     def targets(self) -> tuple[Target, ...] | None:
         return self.resolved
@@ -111,7 +117,7 @@ class StubPool(Pool):
     def source(self, family: int, client: SockAddr) -> SockAddr | None:
         """The local address of upstream sockets."""
         del client
-        return self._bound if family == socket.AF_INET else None
+        return self.bound if family == socket.AF_INET else None
 
     def at(self, offset: int) -> StubPool:
         """The pool of a port of a range, which no rule here has: it is the same for all."""
@@ -180,14 +186,10 @@ class UdpBench:
         return self.own(udp(host))
 
     def pool(self, *upstreams: socket.socket, **rule: object) -> StubPool:
-        """A pool of the upstreams; ``rule`` are fields of the rule, UDP by default.
-
-        ``local``, which is none of them, is the local address of upstream sockets.
-        """
-        local = cast("SockAddr | None", rule.pop("local", None))
+        """A pool of the upstreams; ``rule`` are fields of the rule, UDP by default."""
         fields: dict[str, object] = {"protocol": Protocol.UDP, **rule}
         changed = replace(RULE, **fields)  # type: ignore[arg-type]  # the fields of a rule
-        pool = StubPool(changed, tuple(map(target_of, upstreams)), local)
+        pool = StubPool(changed, tuple(map(target_of, upstreams)))
         self.pools.append(pool)
         return pool
 
