@@ -130,7 +130,7 @@ class Fleet:
     def next_look(self) -> float:
         """When to look for hung workers again, or to send to one again, at the latest."""
         now = time.monotonic()
-        told = [max(it.deaf_until, it.retry_at) for it in self.processes()]
+        told = [at for it in self.processes() for at in (it.deaf_until, it.retry_at)]
         deaf = [at for at in told if at > now]
         if any(it.channel.is_short for it in self.processes()):
             deaf.append(now + SHORT_S)

@@ -100,7 +100,8 @@ class WorkerProcess:
 
     def must_be_told(self, wanted: tuple[int, int, tuple[int, ...]], now: float) -> bool:
         """Whether ``wanted`` has to be sent to it, now or once more."""
-        is_over = bool(self.refusal) and now >= self.retry_at
+        is_refused = bool(self.refusal) and self.applied_serial == self.sent_serial
+        is_over = is_refused and now >= self.retry_at  # while it is at it, its answer is due
         return (self.told != wanted or is_over) and now >= self.deaf_until
 
     def describe(self, now: float) -> dict[str, object]:

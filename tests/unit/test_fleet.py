@@ -59,5 +59,30 @@ def test_who_could_not_be_told_is_told_again_in_time_however_long_a_worker_may_h
     assert fleet.next_look() > now + 100
     process.deaf_until = now + RETRY_S
     assert fleet.next_look() == process.deaf_until
+    process.retry_at = now + 30 * RETRY_S  # of an assignment that it refused before
+    assert fleet.next_look() == process.deaf_until
+    ours.close()
+    theirs.close()
+
+
+def test_a_worker_that_is_told_again_what_it_refused_has_time_to_answer() -> None:
+    """It may take long over thousands of rules, and the master has more turns meanwhile.
+
+    *Result*: what is told at each turn would never be answered, as its answer would be to an
+    earlier one.
+    """
+    ours, theirs = channel_pair()
+    process = WorkerProcess(0, os.getpid(), WorkerTables(Board(), Holdings()), ours, 0.0)
+    wanted = (1, 1, (0,))
+    refused: dict[str, object] = {"missing": [], "refusal": "RuntimeError: planted"}
+    process.told, process.sent_serial = wanted, 1
+    process.on_applied({"serial": 1, **refused}, 10.0)
+    assert not process.must_be_told(wanted, process.retry_at - 0.01)
+    assert process.must_be_told(wanted, process.retry_at)
+    process.sent_serial = 2
+    assert not process.must_be_told(wanted, process.retry_at + 0.01)
+    process.on_applied({"serial": 2, **refused}, 20.0)
+    assert process.refusals == 2
+    assert process.must_be_told(wanted, process.retry_at)
     ours.close()
     theirs.close()
