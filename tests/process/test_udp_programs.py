@@ -99,24 +99,22 @@ def rinetd(tmp_path: Path, rule: str) -> Iterator[None]:
             process.terminate()
 
 
-def by_rinetd(
-    launch: Launch,  # noqa: ARG001 - as by_forwarder
-    tmp_path: Path,
-    rule: str,
-    stack: ExitStack,
-) -> None:
-    stack.enter_context(rinetd(tmp_path, rule))
+@pytest.fixture(params=["rinetd", "forwarder"])
+def start(
+    launch: Launch, tmp_path: Path, request: pytest.FixtureRequest
+) -> Iterator[Callable[[str], None]]:
+    """Run one of the two with a rule, in the very same file."""
+    with ExitStack() as stack:
 
+        def by_rinetd(rule: str) -> None:
+            stack.enter_context(rinetd(tmp_path, rule))
 
-def by_forwarder(launch: Launch, tmp_path: Path, rule: str, stack: ExitStack) -> None:
-    """With the very same file."""
-    conf = tmp_path / "forwarder.conf"
-    conf.write_text(rule + "\n")
-    it = launch("-c", str(conf), "--workers", "2")
-    stack.callback(it.stop)
+        def by_forwarder(rule: str) -> None:
+            conf = tmp_path / "forwarder.conf"
+            conf.write_text(rule + "\n")
+            stack.callback(launch("-c", str(conf), "--workers", "2").stop)
 
-
-either = pytest.mark.parametrize("start", [by_rinetd, by_forwarder], ids=["rinetd", "forwarder"])
+        yield by_rinetd if request.param == "rinetd" else by_forwarder
 
 
 def wait_bound(address: tuple[str, int]) -> None:
@@ -139,17 +137,12 @@ def receive_content(upstream: socket.socket) -> tuple[bytes, Address]:
 
 
 @debian("rinetd")
-@either
-def test_small_datagrams_one_at_a_time(
-    launch: Launch,
-    tmp_path: Path,
-    start: Callable[[Launch, Path, str, ExitStack], None],
-) -> None:
+def test_small_datagrams_one_at_a_time(start: Callable[[str], None]) -> None:
     with ExitStack() as stack:
         upstream = stack.enter_context(udp())
         address = free_udp_address()
         rule = "{} {}/udp {} {}/udp".format(*address, *upstream.getsockname())
-        start(launch, tmp_path, rule, stack)
+        start(rule)
         wait_bound(address)
         client = stack.enter_context(udp_client(address))
         sources = set()
@@ -165,17 +158,12 @@ def test_small_datagrams_one_at_a_time(
 
 
 @debian("rinetd")
-@either
-def test_udp_to_a_raw_stream(
-    launch: Launch,
-    tmp_path: Path,
-    start: Callable[[Launch, Path, str, ExitStack], None],
-) -> None:
+def test_udp_to_a_raw_stream(start: Callable[[str], None]) -> None:
     with ExitStack() as stack:
         upstream = stack.enter_context(listen())
         address = free_udp_address()
         rule = "{} {}/udp {} {}/tcp".format(*address, *upstream.getsockname())
-        start(launch, tmp_path, rule, stack)
+        start(rule)
         wait_bound(address)
         client = stack.enter_context(udp_client(address))
         client.send(b"first")
@@ -189,17 +177,12 @@ def test_udp_to_a_raw_stream(
 
 
 @debian("rinetd")
-@either
-def test_a_raw_stream_to_udp(
-    launch: Launch,
-    tmp_path: Path,
-    start: Callable[[Launch, Path, str, ExitStack], None],
-) -> None:
+def test_a_raw_stream_to_udp(start: Callable[[str], None]) -> None:
     with ExitStack() as stack:
         upstream = stack.enter_context(udp())
         address = stack.enter_context(reserve_port()).getsockname()
         rule = "{} {}/tcp {} {}/udp".format(*address, *upstream.getsockname())
-        start(launch, tmp_path, rule, stack)
+        start(rule)
 
         clients: list[socket.socket] = []
 
