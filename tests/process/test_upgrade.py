@@ -12,7 +12,7 @@ import re
 import signal
 import socket
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import pytest
 from support import procfs
@@ -30,7 +30,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from support.forwarder import Forwarder
+
     from process.conftest import Launch
+
+    Two: TypeAlias = tuple[Path, Forwarder, Forwarder]
 
 pytestmark = pytest.mark.process
 
@@ -403,76 +407,67 @@ def test_a_second_upgrade_at_once_waits_for_the_first(site: Site) -> None:
     site.stop()
 
 
-def test_an_instance_without_control_socket_of_its_own_leaves_that_of_another(
+@pytest.fixture
+def two(
     launch: Launch, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two share the default place: the second has its pid in the name, after an upgrade too."""
+) -> Iterator[Two]:
+    """Where control sockets are, and two instances, the first of which has the default place."""
     directory = tmp_path / "run"
     directory.mkdir()
     monkeypatch.setenv("RUNTIME_DIRECTORY", str(directory))
     with reserve_port() as holder:
         pairs = ["-r", "{}:{}".format(*site.upstream.getsockname())]
-        first = launch("-l", "{}:{}".format(*holder.getsockname()), *pairs, "--workers", "1")
-        second = launch("-l", "{}:{}".format(*site.address), *pairs, "--workers", "1")
-        theirs = directory / "control.sock"
-        ours = directory / f"control-{second.pid}.sock"
-        done = run_command("upgrade", "--control", str(ours))
-        assert done.returncode == 0, done.stderr
-        new = int(done.stdout.split()[1])
-        eventually(lambda: not ours.exists(), within_s=PATIENCE_S)
-        for path, pid in ((theirs, first.pid), (directory / f"control-{new}.sock", new)):
-            said = run_command("status", "--json", "--control", str(path))
-            assert json.loads(said.stdout)["pid"] == pid
-
-
-def test_one_that_drains_takes_over_no_name(
-    launch: Launch, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The name of another instance gets free: it is for the one that serves."""
-    directory = tmp_path / "run"
-    directory.mkdir()
-    monkeypatch.setenv("RUNTIME_DIRECTORY", str(directory))
-    with reserve_port() as holder:
-        pairs = ["-r", "{}:{}".format(*site.upstream.getsockname())]
-        first = launch("-l", "{}:{}".format(*holder.getsockname()), *pairs, "--workers", "1")
-        second = launch("-l", "{}:{}".format(*site.address), *pairs, "--workers", "1")
-        link = site.link()
-        done = run_command("upgrade", "--control", str(directory / f"control-{second.pid}.sock"))
-        assert done.returncode == 0, done.stderr
-        new = int(done.stdout.split()[1])
-        second.wait_logged(rf"\[{second.pid}\] INFO master.stopping how=drain")
-        os.kill(new, signal.SIGSTOP)  # it would be first
-        assert first.stop() == 0
-        status = ("status", "--json", "--control", str(directory / f"control-{second.pid}.sock"))
-        uptime_s = json.loads(run_command(*status).stdout)["uptime_s"]
-        eventually(
-            lambda: json.loads(run_command(*status).stdout)["uptime_s"] > uptime_s + 2 * LOOK_S
+        first, second = (
+            launch("-l", "{}:{}".format(*address), *pairs, "--workers", "1")
+            for address in (holder.getsockname(), site.address)
         )
-        assert not (directory / "control.sock").exists()
-        os.kill(new, signal.SIGCONT)
-        second.wait_logged(rf"\[{new}\] INFO control: listening at .*/control\.sock$")
-        assert json.loads(run_command("status", "--json").stdout)["pid"] == new
-        link.close()
-        assert run_command("stop").returncode == 0
-        assert second.wait() == 0
+        yield directory, first, second
 
 
-def test_the_name_of_an_instance_that_goes_is_taken_over(
-    launch: Launch, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_instance_without_control_socket_of_its_own_leaves_that_of_another(two: Two) -> None:
+    """Two share the default place: the second has its pid in the name, after an upgrade too."""
+    directory, first, second = two
+    theirs = directory / "control.sock"
+    ours = directory / f"control-{second.pid}.sock"
+    done = run_command("upgrade", "--control", str(ours))
+    assert done.returncode == 0, done.stderr
+    new = int(done.stdout.split()[1])
+    eventually(lambda: not ours.exists(), within_s=PATIENCE_S)
+    for path, pid in ((theirs, first.pid), (directory / f"control-{new}.sock", new)):
+        said = run_command("status", "--json", "--control", str(path))
+        assert json.loads(said.stdout)["pid"] == pid
+
+
+def test_one_that_drains_takes_over_no_name(site: Site, two: Two) -> None:
+    """The name of another instance gets free: it is for the one that serves."""
+    directory, first, second = two
+    link = site.link()
+    done = run_command("upgrade", "--control", str(directory / f"control-{second.pid}.sock"))
+    assert done.returncode == 0, done.stderr
+    new = int(done.stdout.split()[1])
+    second.wait_logged(rf"\[{second.pid}\] INFO master.stopping how=drain")
+    os.kill(new, signal.SIGSTOP)  # it would be first
+    assert first.stop() == 0
+    status = ("status", "--json", "--control", str(directory / f"control-{second.pid}.sock"))
+    uptime_s = json.loads(run_command(*status).stdout)["uptime_s"]
+    eventually(lambda: json.loads(run_command(*status).stdout)["uptime_s"] > uptime_s + 2 * LOOK_S)
+    assert not (directory / "control.sock").exists()
+    os.kill(new, signal.SIGCONT)
+    second.wait_logged(rf"\[{new}\] INFO control: listening at .*/control\.sock$")
+    assert json.loads(run_command("status", "--json").stdout)["pid"] == new
+    link.close()
+    assert run_command("stop").returncode == 0
+    assert second.wait() == 0
+
+
+def test_the_name_of_an_instance_that_goes_is_taken_over(two: Two) -> None:
     """The second one began while the first had it. Result: commands find it without --control."""
-    directory = tmp_path / "run"
-    directory.mkdir()
-    monkeypatch.setenv("RUNTIME_DIRECTORY", str(directory))
-    with reserve_port() as holder:
-        pairs = ["-r", "{}:{}".format(*site.upstream.getsockname())]
-        first = launch("-l", "{}:{}".format(*holder.getsockname()), *pairs, "--workers", "1")
-        second = launch("-l", "{}:{}".format(*site.address), *pairs, "--workers", "1")
-        assert (directory / f"control-{second.pid}.sock").exists()
-        assert first.stop() == 0
-        second.wait_logged(r"control: listening at .*/control\.sock$")
-        assert [path.name for path in directory.iterdir()] == ["control.sock"]
-        said = run_command("status", "--json")
-        assert json.loads(said.stdout)["pid"] == second.pid
-        assert second.stop() == 0
-        assert list(directory.iterdir()) == []
+    directory, first, second = two
+    assert (directory / f"control-{second.pid}.sock").exists()
+    assert first.stop() == 0
+    second.wait_logged(r"control: listening at .*/control\.sock$")
+    assert [path.name for path in directory.iterdir()] == ["control.sock"]
+    said = run_command("status", "--json")
+    assert json.loads(said.stdout)["pid"] == second.pid
+    assert second.stop() == 0
+    assert list(directory.iterdir()) == []
