@@ -53,6 +53,16 @@ def revive(bench: UdpBench, target: Target) -> socket.socket:
     return bench.own(udp(*target.sockaddr[:2]))
 
 
+def asking(bench: UdpBench, pool: StubPool) -> tuple[socket.socket, Flow]:
+    """A client that has asked once, and its flow."""
+    client = bench.client(bench.listen(pool))
+    client.send(b"question")
+    bench.turn()
+    (flow,) = bench.relay.sessions
+    assert isinstance(flow, Flow)
+    return client, flow
+
+
 def pool_of(bench: UdpBench, *upstreams: socket.socket | Target, **rule: object) -> StubPool:
     pool = bench.pool(**rule)
     pool.resolved = tuple(
@@ -270,11 +280,7 @@ def test_an_upstream_that_is_gone_already_does_not_lend_its_refusal_to_the_next(
     """It refuses, and its name moves, before anything comes of that."""
     old, new = bench.upstream(), bench.upstream()
     pool = pool_of(bench, old)
-    client = bench.client(bench.listen(pool))
-    client.send(b"question")
-    bench.turn()
-    (flow,) = bench.relay.sessions
-    assert isinstance(flow, Flow)
+    client, flow = asking(bench, pool)
     with monkeypatch.context() as patch:
         patch.setattr(
             bench.relay.bench.batch, "send", lambda _to, first, _last: first
@@ -295,11 +301,7 @@ def test_answers_that_wait_for_the_listener_come_though_there_is_another_upstrea
     """The listener's socket is full, and is not any more while there is no descriptor."""
     old, new = bench.upstream(), bench.upstream()
     pool = pool_of(bench, old)
-    client = bench.client(bench.listen(pool))
-    client.send(b"question")
-    bench.turn()
-    (flow,) = bench.relay.sessions
-    assert isinstance(flow, Flow)
+    client, flow = asking(bench, pool)
     with monkeypatch.context() as patch:
         patch.setattr(bench.relay.bench.batch, "send", lambda _to, first, _last: first)
         old.sendto(b"answer", old.recvfrom(100)[1])
