@@ -6,7 +6,7 @@ import array
 import contextlib
 import socket
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import pytest
 from support import procfs, sockdiag
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from conftest import StartForwarder
     from support.forwarder import Forwarder
 
-RELAYS = pytest.mark.parametrize("relay", ["splice", "copy"])
+    Ends: TypeAlias = tuple[socket.socket, socket.socket]
 
 
 class Site:
@@ -58,7 +58,7 @@ class Site:
             *("--workers", "1", "--relay", relay),
         )
 
-    def link(self, unix: str) -> tuple[socket.socket, socket.socket]:
+    def link(self, unix: str) -> Ends:
         """A session: its end on the unix socket, which is the client's or the upstream's."""
         if unix == "client":
             client = self._stack.enter_context(connect(self.path))
@@ -74,17 +74,23 @@ def site(start_forwarder: StartForwarder, tmp_path: Path) -> Iterator[Site]:
         yield Site(start_forwarder, tmp_path, stack)
 
 
-UNIX_END = pytest.mark.parametrize("unix", ["client", "upstream"])
+@pytest.fixture(params=["splice", "copy"])
+def relay(request: pytest.FixtureRequest) -> str:
+    """How the forwarder moves bytes."""
+    mode: str = request.param
+    return mode
 
 
-@RELAYS
-@UNIX_END
-def test_a_reset_reaches_a_unix_peer_as_an_end_and_a_broken_pipe(
-    site: Site, relay: str, unix: str
-) -> None:
-    """There is no reset that could be sent: unix(7)."""
+@pytest.fixture(params=["client", "upstream"])
+def ends(site: Site, relay: str, request: pytest.FixtureRequest) -> Ends:
+    """A session's end on the unix socket, which is the client's or the upstream's; the other."""
     site.start(relay)
-    near, far = site.link(unix)
+    return site.link(request.param)
+
+
+def test_a_reset_reaches_a_unix_peer_as_an_end_and_a_broken_pipe(ends: Ends) -> None:
+    """There is no reset that could be sent: unix(7)."""
+    near, far = ends
     far.sendall(b"part")
     assert receive_exactly(near, 4) == b"part"
     reset(far)
@@ -93,27 +99,17 @@ def test_a_reset_reaches_a_unix_peer_as_an_end_and_a_broken_pipe(
         near.sendall(b"more")
 
 
-@RELAYS
-@UNIX_END
-def test_a_unix_peer_that_sent_what_was_not_read_gets_a_reset(
-    site: Site, relay: str, unix: str
-) -> None:
+def test_a_unix_peer_that_sent_what_was_not_read_gets_a_reset(ends: Ends) -> None:
     """The far end reads nothing and resets while our receive queue is full."""
-    site.start(relay)
-    near, far = site.link(unix)
+    near, far = ends
     fill(near, seeded(32 << 20, 1))
     reset(far)
     assert receive_to_reset(near) == b""
 
 
-@RELAYS
-@UNIX_END
-def test_a_unix_peer_that_closes_with_unread_input_resets(
-    site: Site, relay: str, unix: str
-) -> None:
+def test_a_unix_peer_that_closes_with_unread_input_resets(ends: Ends) -> None:
     """As a server does that answers and goes without having read all. Result: answer, then RST."""
-    site.start(relay)
-    near, far = site.link(unix)
+    near, far = ends
     far.sendall(b"never read")
     eventually(lambda: bool(near.recv(1, socket.MSG_PEEK)))
     near.sendall(b"answer")
@@ -121,27 +117,19 @@ def test_a_unix_peer_that_closes_with_unread_input_resets(
     assert receive_to_reset(far) == b"answer"
 
 
-@RELAYS
-@UNIX_END
-def test_a_clogged_unix_peer_that_goes_away_stops_the_sender(
-    site: Site, relay: str, unix: str
-) -> None:
-    site.start(relay)
-    near, far = site.link(unix)
+def test_a_clogged_unix_peer_that_goes_away_stops_the_sender(ends: Ends) -> None:
+    near, far = ends
     fill(far, seeded(32 << 20, 2))
     near.close()
     send_to_reset(far)
 
 
-@RELAYS
-@UNIX_END
-def test_what_follows_a_descriptor_arrives_at_once(site: Site, relay: str, unix: str) -> None:
+def test_what_follows_a_descriptor_arrives_at_once(site: Site, ends: Ends) -> None:
     """A read stops behind what was sent with a descriptor, short, though more is there (unix(7)).
 
     Result: all of it arrives although nothing follows; the descriptor does not, and is not kept.
     """
-    site.start(relay)
-    near, far = site.link(unix)
+    near, far = ends
     (worker,) = site.forwarder.workers()
     carry(near, far, b"begin")
     before = len(procfs.descriptors(worker))
@@ -162,6 +150,7 @@ class FullUpstream:
     """A unix listener whose queue is full until :meth:`open`."""
 
     def __init__(self, path: str) -> None:
+        self.target = f"unix:{path}"
         self.listener = listen_unix(path, backlog=0)
         self._fillers: list[socket.socket] = []
         with contextlib.suppress(BlockingIOError):
@@ -182,6 +171,14 @@ class FullUpstream:
             sock.close()
 
 
+@pytest.fixture
+def full(tmp_path: Path) -> Iterator[FullUpstream]:
+    """See :class:`FullUpstream`."""
+    upstream = FullUpstream(str(tmp_path / "up.sock"))
+    yield upstream
+    upstream.close()
+
+
 def one_rule(listen_at: tuple[str, int], upstreams: list[str], path: Path, more: str) -> list[str]:
     path.write_text(
         '[[forwarding_rules]]\nlisten = "{}:{}"\n'.format(*listen_at)
@@ -197,15 +194,12 @@ def assert_reset(address: tuple[str, int]) -> None:
 
 
 def test_a_full_queue_is_tried_again_until_it_has_room(
-    start_forwarder: StartForwarder, tmp_path: Path
+    start_forwarder: StartForwarder, full: FullUpstream, tmp_path: Path
 ) -> None:
     """A connect to it fails at once, and no event tells when it would not (connect(2))."""
-    path = str(tmp_path / "up.sock")
     with ExitStack() as stack:
-        full = FullUpstream(path)
-        stack.callback(full.close)
         address = stack.enter_context(reserve_port()).getsockname()
-        it = start_forwarder(*one_rule(address, [f"unix:{path}"], tmp_path / "a.toml", ""))
+        it = start_forwarder(*one_rule(address, [full.target], tmp_path / "a.toml", ""))
         client = stack.enter_context(connect(address))
         client.sendall(b"early")
         (worker,) = it.workers()
@@ -220,30 +214,24 @@ def test_a_full_queue_is_tried_again_until_it_has_room(
 
 @pytest.mark.expects_log("connect.failed .* Connection timed out")
 def test_a_queue_that_stays_full_is_given_up_in_time(
-    start_forwarder: StartForwarder, tmp_path: Path
+    start_forwarder: StartForwarder, full: FullUpstream, tmp_path: Path
 ) -> None:
-    path = str(tmp_path / "up.sock")
     more = 'connect_timeout = "300ms"'
     with ExitStack() as stack:
-        full = FullUpstream(path)
-        stack.callback(full.close)
         address = stack.enter_context(reserve_port()).getsockname()
-        start_forwarder(*one_rule(address, [f"unix:{path}"], tmp_path / "a.toml", more))
+        start_forwarder(*one_rule(address, [full.target], tmp_path / "a.toml", more))
         assert_reset(address)
 
 
 @pytest.mark.expects_log("upstream.failed .*unix:")
 def test_another_upstream_is_tried_when_a_queue_stays_full(
-    start_forwarder: StartForwarder, tmp_path: Path
+    start_forwarder: StartForwarder, full: FullUpstream, tmp_path: Path
 ) -> None:
-    path = str(tmp_path / "up.sock")
     more = 'connect_timeout = "300ms"'
     with ExitStack() as stack:
-        full = FullUpstream(path)
-        stack.callback(full.close)
         other = stack.enter_context(listen())
         address = stack.enter_context(reserve_port()).getsockname()
-        upstreams = [f"unix:{path}", "{}:{}".format(*other.getsockname())]
+        upstreams = [full.target, "{}:{}".format(*other.getsockname())]
         start_forwarder(*one_rule(address, upstreams, tmp_path / "a.toml", more))
         client = stack.enter_context(connect(address))
         far = stack.enter_context(accept(other))
