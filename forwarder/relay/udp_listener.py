@@ -137,7 +137,7 @@ class UdpListener:
 
     def on_events(self, mask: int) -> None:
         """Receive what is there, within the budget; let flows send that had to wait."""
-        if mask & WRITABLE and self._blocked:
+        if mask & WRITABLE:  # also when all that waited for it have ended meanwhile
             blocked, self._blocked = self._blocked, {}
             self._relay.poller.modify(self.sock.fileno(), select.EPOLLIN)
             for way in blocked:

@@ -28,6 +28,7 @@ from forwarder.relay.session import SessionState
 from forwarder.relay.udp.directions import MAX_PENDING, DatagramDirection, FlowDirection
 from forwarder.relay.udp_listener import UdpListener
 from forwarder.relay.wheel import BUCKETS, TICK_S
+from forwarder.stats.reasons import Phase
 from forwarder.stats.rows import new_row
 from forwarder.upstream.pool import Pool
 
@@ -850,6 +851,21 @@ def test_a_flow_that_ends_while_it_waits_for_the_listener_disturbs_nobody(
     assert drain(clients[1]) == [b"waits"]
     assert drain(clients[0]) == []
     assert not caplog.records
+
+
+def test_a_listener_watches_for_room_no_longer_when_the_flow_that_waited_has_ended(
+    bench: UdpBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its events are level-triggered. Result: no event is left, and the worker rests."""
+    upstream = bench.upstream()
+    listener = bench.listen(bench.pool(upstream))
+    source = ask(bench, bench.client(listener), upstream, b"x")
+    Clogged(bench, monkeypatch)
+    upstream.sendto(b"waits", source)
+    bench.turn(1)
+    bench.relay.abort_sessions(Phase.KILL, "killed")
+    bench.turn()
+    assert not select.select([bench.relay.poller._epoll], [], [], 0)[0]
 
 
 def test_what_a_full_socket_did_not_take_is_kept_however_much_was_read(
