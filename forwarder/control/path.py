@@ -65,7 +65,7 @@ def find() -> Path:
     served = [it for it in others if is_served(it)]
     if len(served) == 1:
         return served[0]
-    if own.exists() and default_path() not in candidates:
+    if _may_exist(own) and default_path() not in candidates:
         raise StartupError(f"{own}: {_NOT_PRIVATE}; hint: --control PATH names the control socket")
     return next((path for path in candidates if _may_exist(path)), default_path())
 

@@ -131,6 +131,18 @@ def test_a_directory_where_others_may_write_is_used_by_nobody(
         assert it.stop() == 0
 
 
+@pytest.mark.parametrize("mode", [0o755, 0o700], ids=["leads nowhere yet", "leads into a secret"])
+def test_a_link_of_another_user_in_the_place_of_the_directory_is_not_followed(
+    somebody: Somebody, public_path: Path, mode: int
+) -> None:
+    """That user may make a directory where it leads at any moment, and listen in it."""
+    public_path.chmod(mode)
+    somebody.directory.symlink_to(public_path / "later")
+    done = run_command("status", prefix=somebody.session())
+    assert done.returncode == 69, done.stderr
+    assert "not a directory of this user alone, of mode 0700; hint: " in done.stderr
+
+
 LOOKING_ELSEWHERE = """
 import sys
 from pathlib import Path
