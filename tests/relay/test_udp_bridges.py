@@ -71,6 +71,19 @@ def first_contact(
     return bench.own(accept(upstream))
 
 
+def in_touch(bench: UdpBench, **rule: object) -> tuple[socket.socket, socket.socket]:
+    """A client that has sent its first datagram, and the connection that has come of it."""
+    upstream = stream_upstream(bench)
+    client = bench.client(bench.listen(to_stream(bench, upstream, **rule)))
+    return client, first_contact(bench, client, upstream)
+
+
+def bridged(bench: UdpBench, **rule: object) -> tuple[socket.socket, socket.socket]:
+    """A client by TCP that has sent nothing yet, and its upstream by UDP."""
+    upstream = bench.upstream()
+    return bench.bridge(to_datagrams(bench, upstream, **rule)), upstream
+
+
 # -- UDP to TCP
 
 
@@ -96,9 +109,7 @@ def test_datagrams_become_a_stream_and_back(bench: UdpBench, how: Framing) -> No
 
 def test_unsolicited_answers_are_not_held_back(bench: UdpBench) -> None:
     """oxidinetd delivers what the upstream says only when the same client sends again."""
-    upstream = stream_upstream(bench)
-    client = bench.client(bench.listen(to_stream(bench, upstream)))
-    peer = first_contact(bench, client, upstream)
+    client, peer = in_touch(bench)
     for number in range(5):
         peer.sendall(b"news %d" % number)
         bench.turn()
@@ -182,9 +193,7 @@ def test_what_the_upstream_said_before_it_reset_arrives_though_a_send_finds_the_
     bench: UdpBench,
 ) -> None:
     """The client's next datagram is handled first, and there is nobody to send it to."""
-    upstream = stream_upstream(bench)
-    client = bench.client(bench.listen(to_stream(bench, upstream)))
-    peer = first_contact(bench, client, upstream)
+    client, peer = in_touch(bench)
     client.send(b"not read")
     bench.turn()
     client.send(b"one thing more")  # which epoll reports first, since it comes first
@@ -197,9 +206,7 @@ def test_what_the_upstream_said_before_it_reset_arrives_though_a_send_finds_the_
 
 def test_a_silent_flow_ends_its_connection_by_fin(bench: UdpBench) -> None:
     """After the time-out, refreshed from both sides. oxidinetd's never end."""
-    upstream = stream_upstream(bench)
-    client = bench.client(bench.listen(to_stream(bench, upstream, udp_timeout_s=10.0)))
-    peer = first_contact(bench, client, upstream)
+    client, peer = in_touch(bench, udp_timeout_s=10.0)
     bench.turn()
     bench.loop.pass_time(9)
     client.send(b"y")
@@ -216,9 +223,7 @@ def test_a_silent_flow_ends_its_connection_by_fin(bench: UdpBench) -> None:
 
 def test_a_flow_that_is_cut_off_resets_its_connection(bench: UdpBench) -> None:
     """By a drain time-out, say. Result: no clean end for a stream that was cut."""
-    upstream = stream_upstream(bench)
-    client = bench.client(bench.listen(to_stream(bench, upstream)))
-    peer = first_contact(bench, client, upstream)
+    _, peer = in_touch(bench)
     bench.relay.abort_sessions(Phase.DRAIN, "the test says so")
     bench.loop.pass_time(0)
     assert receive_to_reset(peer) in {b"x", b""}
@@ -446,8 +451,7 @@ def test_waiting_for_a_descriptor_without_a_time_limit(
 @pytest.mark.parametrize("how", FRAMINGS)
 def test_a_stream_becomes_datagrams_and_back(bench: UdpBench, how: Framing) -> None:
     """Many answers to one question, each as it was. oxidinetd waits 100 ms for one."""
-    upstream = bench.upstream()
-    client = bench.bridge(to_datagrams(bench, upstream, framing=how))
+    client, upstream = bridged(bench, framing=how)
     bench.turn()
     client.sendall(framed(how, [b"question"]))
     bench.turn()
@@ -471,8 +475,7 @@ def test_a_stream_becomes_datagrams_and_back(bench: UdpBench, how: Framing) -> N
 def test_frames_of_a_client_are_found_however_they_are_cut(
     bench: UdpBench, sizes: list[int], cuts: list[int]
 ) -> None:
-    upstream = bench.upstream()
-    client = bench.bridge(to_datagrams(bench, upstream, framing=Framing.LENGTH))
+    client, upstream = bridged(bench, framing=Framing.LENGTH)
     sent = numbered(len(sizes), sizes)
     stream = framed(Framing.LENGTH, sent)
     turn = itertools.cycle(cuts)
@@ -493,8 +496,7 @@ def test_raw_bytes_are_neither_lost_nor_too_many_for_a_datagram(
     bench: UdpBench, sizes: list[int]
 ) -> None:
     """oxidinetd makes one datagram of 64 KiB of it, which is one too large."""
-    upstream = bench.upstream()
-    client = bench.bridge(to_datagrams(bench, upstream))
+    client, upstream = bridged(bench)
     for number, size in enumerate(sizes):
         content = bytes([number]) * size
         client.sendall(content)
@@ -507,8 +509,7 @@ def test_raw_bytes_are_neither_lost_nor_too_many_for_a_datagram(
 
 
 def test_a_silent_upstream_ends_nothing(bench: UdpBench) -> None:
-    upstream = bench.upstream()
-    client = bench.bridge(to_datagrams(bench, upstream, udp_timeout_s=10.0))
+    client, upstream = bridged(bench, udp_timeout_s=10.0)
     client.sendall(b"x")
     bench.turn()
     _, source = upstream.recvfrom(100)
@@ -519,8 +520,7 @@ def test_a_silent_upstream_ends_nothing(bench: UdpBench) -> None:
 
 
 def test_an_idle_time_out_is_kept_if_there_is_one(bench: UdpBench) -> None:
-    upstream = bench.upstream()
-    client = bench.bridge(to_datagrams(bench, upstream, idle_timeout_s=20.0))
+    client, _ = bridged(bench, idle_timeout_s=20.0)
     bench.turn()
     bench.loop.pass_time(19.8)
     assert bench.flows() == 1
@@ -531,8 +531,7 @@ def test_an_idle_time_out_is_kept_if_there_is_one(bench: UdpBench) -> None:
 
 def test_after_the_clients_fin_answers_still_come(bench: UdpBench) -> None:
     """Until there are none for the time-out of UDP; then its connection ends by FIN."""
-    upstream = bench.upstream()
-    client = bench.bridge(to_datagrams(bench, upstream, udp_timeout_s=10.0))
+    client, upstream = bridged(bench, udp_timeout_s=10.0)
     client.sendall(b"question")
     client.shutdown(socket.SHUT_WR)
     bench.turn()
@@ -555,8 +554,7 @@ def test_a_fin_that_comes_while_there_is_more_to_read_is_no_reset(
 ) -> None:
     """The client has used up what one turn reads. Result: answers still come."""
     monkeypatch.setattr(directions, "_READS_PER_TURN", 1)
-    upstream = bench.upstream()
-    client = bench.bridge(to_datagrams(bench, upstream))
+    client, upstream = bridged(bench)
     client.sendall(b"early")
     bench.relay.poller.turn()
     client.sendall(b"last")
@@ -588,8 +586,7 @@ def test_at_a_stop_a_connection_whose_client_has_said_all_does_not_linger(bench:
 
 
 def test_a_frame_that_the_clients_fin_cuts_is_counted(bench: UdpBench) -> None:
-    upstream = bench.upstream()
-    client = bench.bridge(to_datagrams(bench, upstream, framing=Framing.LENGTH))
+    client, upstream = bridged(bench, framing=Framing.LENGTH)
     client.sendall(framed(Framing.LENGTH, [b"whole"]) + b"\x01\x00part")
     client.shutdown(socket.SHUT_WR)
     bench.turn()
@@ -600,8 +597,7 @@ def test_a_frame_that_the_clients_fin_cuts_is_counted(bench: UdpBench) -> None:
 @pytest.mark.parametrize("is_ended", [False, True])
 def test_a_reset_by_the_client_ends_it(bench: UdpBench, is_ended: bool) -> None:
     """Also behind its FIN."""
-    upstream = bench.upstream()
-    client = bench.bridge(to_datagrams(bench, upstream))
+    client, _ = bridged(bench)
     client.sendall(b"x")
     bench.turn()
     if is_ended:
@@ -614,8 +610,7 @@ def test_a_reset_by_the_client_ends_it(bench: UdpBench, is_ended: bool) -> None:
 
 def test_a_client_that_has_gone_is_noticed_by_an_answer(bench: UdpBench) -> None:
     """It has closed without reading on: its FIN says nothing of that."""
-    upstream = bench.upstream()
-    client = bench.bridge(to_datagrams(bench, upstream))
+    client, upstream = bridged(bench)
     client.sendall(b"x")
     bench.turn()
     _, source = upstream.recvfrom(100)
@@ -651,8 +646,7 @@ def test_an_upstream_that_refuses_does_not_end_the_connection(bench: UdpBench) -
 @pytest.mark.parametrize("how", FRAMINGS)
 def test_a_client_that_does_not_read_costs_bounded_memory(bench: UdpBench, how: Framing) -> None:
     """What the kernel has no room for is dropped; later the client reads whole datagrams."""
-    upstream = bench.upstream()
-    client = bench.bridge(to_datagrams(bench, upstream, framing=how))
+    client, upstream = bridged(bench, framing=how)
     client.sendall(framed(how, [b"x"]))
     bench.turn()
     _, source = upstream.recvfrom(100)
@@ -689,8 +683,7 @@ def test_a_client_that_does_not_read_costs_bounded_memory(bench: UdpBench, how: 
 
 
 def test_a_bridge_that_is_cut_off_resets_its_client(bench: UdpBench) -> None:
-    upstream = bench.upstream()
-    client = bench.bridge(to_datagrams(bench, upstream))
+    client, _ = bridged(bench)
     bench.turn()
     bench.relay.abort_sessions(Phase.DRAIN, "the test says so")
     bench.loop.pass_time(0)
@@ -699,8 +692,7 @@ def test_a_bridge_that_is_cut_off_resets_its_client(bench: UdpBench) -> None:
 
 def test_what_is_too_large_for_a_datagram_is_counted(bench: UdpBench) -> None:
     """A frame may say 65,535. Result: it is dropped whole, and the next one is found."""
-    upstream = bench.upstream()
-    client = bench.bridge(to_datagrams(bench, upstream, framing=Framing.LENGTH))
+    client, upstream = bridged(bench, framing=Framing.LENGTH)
     client.sendall(struct.pack("!H", 65535) + bytes(65535) + framed(Framing.LENGTH, [b"next"]))
     for _ in range(20):
         bench.turn(1)
