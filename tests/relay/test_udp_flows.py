@@ -50,6 +50,15 @@ def bench(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     bench.close()
 
 
+def one_client(
+    bench: UdpBench, host: str = "127.0.0.1", **rule: object
+) -> tuple[socket.socket, UdpListener, socket.socket]:
+    """An upstream, a listener of a rule that leads there, and a client of it."""
+    upstream = bench.upstream()
+    listener = bench.listen(bench.pool(upstream, **rule), host)
+    return upstream, listener, bench.client(listener)
+
+
 def ask(
     bench: UdpBench, client: socket.socket, upstream: socket.socket, text: bytes
 ) -> tuple[str, int]:
@@ -86,9 +95,7 @@ def settled(listener: UdpListener) -> list[bool]:
 @pytest.mark.parametrize("before", [0, 1, 2, 5])
 def test_both_ways_before_and_after_a_flow_settles(bench: UdpBench, host: str, before: int) -> None:
     """Also unsolicited. Result: all of it arrives, as one flow."""
-    upstream = bench.upstream()
-    listener = bench.listen(bench.pool(upstream), host)
-    client = bench.client(listener)
+    upstream, listener, client = one_client(bench, host)
     source = ask(bench, client, upstream, b"first")
     assert settled(listener) == [False]
     for number in range(before):
@@ -106,9 +113,7 @@ def test_both_ways_before_and_after_a_flow_settles(bench: UdpBench, host: str, b
 @pytest.mark.parametrize("host", HOSTS)
 def test_every_size_passes_both_ways(bench: UdpBench, host: str, is_settled: bool) -> None:
     sizes = [0, 1, 2, 512, 1200, 1472, 1473, 1500, 9000, 32768, 65506, 65507]
-    upstream = bench.upstream()
-    listener = bench.listen(bench.pool(upstream), host)
-    client = bench.client(listener)
+    upstream, _, client = one_client(bench, host)
     source = ask(bench, client, upstream, b"x")
     if is_settled:
         ask(bench, client, upstream, b"y")
@@ -123,9 +128,7 @@ def test_every_size_passes_both_ways(bench: UdpBench, host: str, is_settled: boo
 @pytest.mark.parametrize("host", HOSTS)
 def test_boundaries_and_order_are_kept(bench: UdpBench, host: str, sizes: list[int]) -> None:
     """Five hundred at once, from the very first. U2: nothing is merged, no tail is cut."""
-    upstream = bench.upstream()
-    listener = bench.listen(bench.pool(upstream), host)
-    client = bench.client(listener)
+    upstream, _, client = one_client(bench, host)
     sent = numbered(500, sizes)
     for content in sent:
         client.send(content)
@@ -147,9 +150,7 @@ def test_what_was_queued_before_a_flow_settles_comes_first(
     bench: UdpBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More comes while the flow gets its socket, before and after it is connected."""
-    upstream = bench.upstream()
-    listener = bench.listen(bench.pool(upstream))
-    client = bench.client(listener)
+    upstream, listener, client = one_client(bench)
     ask(bench, client, upstream, b"0")
     original = net_udp.flow_socket
 
@@ -324,9 +325,7 @@ def test_a_hundred_clients_at_once_each_have_a_flow(bench: UdpBench) -> None:
 
 
 def test_many_answers_to_one_question(bench: UdpBench) -> None:
-    upstream = bench.upstream()
-    listener = bench.listen(bench.pool(upstream))
-    client = bench.client(listener)
+    upstream, _, client = one_client(bench)
     source = ask(bench, client, upstream, b"?")
     sent = numbered(400, [700])
     for content in sent:
@@ -357,9 +356,7 @@ def test_a_new_flow_sends_nothing_of_its_own(bench: UdpBench) -> None:
 @pytest.mark.parametrize("is_settled", [False, True])
 def test_an_empty_datagram_is_one_and_ends_nothing(bench: UdpBench, is_settled: bool) -> None:
     """U6, both ways, and as the first of a flow."""
-    upstream = bench.upstream()
-    listener = bench.listen(bench.pool(upstream))
-    client = bench.client(listener)
+    upstream, _, client = one_client(bench)
     source = ask(bench, client, upstream, b"")
     if is_settled:
         ask(bench, client, upstream, b"")
@@ -456,9 +453,7 @@ def test_either_side_keeps_a_flow_alive(
     bench: UdpBench, who: str, is_settled: bool, limit_s: float
 ) -> None:
     """U4. Result: it lives while one side talks, and ends a time-out after the last word."""
-    upstream = bench.upstream()
-    listener = bench.listen(bench.pool(upstream, udp_timeout_s=limit_s))
-    client = bench.client(listener)
+    upstream, _, client = one_client(bench, udp_timeout_s=limit_s)
     source = ask(bench, client, upstream, b"x")
     if is_settled:
         ask(bench, client, upstream, b"x")
@@ -481,9 +476,7 @@ def test_either_side_keeps_a_flow_alive(
 
 def test_after_the_time_out_a_new_flow_begins(bench: UdpBench) -> None:
     """Result: the sockets of the old one are gone; what the upstream sends there is refused."""
-    upstream = bench.upstream()
-    listener = bench.listen(bench.pool(upstream, udp_timeout_s=10.0))
-    client = bench.client(listener)
+    upstream, _, client = one_client(bench, udp_timeout_s=10.0)
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - their number is all that counts
     old = ask(bench, client, upstream, b"1")
     ask(bench, client, upstream, b"2")
@@ -497,9 +490,7 @@ def test_after_the_time_out_a_new_flow_begins(bench: UdpBench) -> None:
 
 
 def test_no_time_out_means_none(bench: UdpBench) -> None:
-    upstream = bench.upstream()
-    listener = bench.listen(bench.pool(upstream, udp_timeout_s=0.0))
-    client = bench.client(listener)
+    upstream, _, client = one_client(bench, udp_timeout_s=0.0)
     source = ask(bench, client, upstream, b"1")
     bench.loop.pass_time(1e6)
     answer(bench, upstream, source, client, b"2")
@@ -602,9 +593,7 @@ def test_without_sockets_of_their_own_flows_are_served(
         tries += 1
         raise OSError(number, os.strerror(number))
 
-    upstream = bench.upstream()
-    listener = bench.listen(bench.pool(upstream))
-    client = bench.client(listener)
+    upstream, listener, client = one_client(bench)
     monkeypatch.setattr(net_udp, "flow_socket", refuse)
     for _ in range(4):
         source = ask(bench, client, upstream, b"?")
@@ -669,9 +658,7 @@ def test_an_upstream_that_refuses_and_comes_back_has_the_same_flow(bench: UdpBen
 
 def test_a_client_that_refuses_answers_ends_nothing(bench: UdpBench) -> None:
     """Its port is closed for a moment. Result: counted, and the flow goes on."""
-    upstream = bench.upstream()
-    listener = bench.listen(bench.pool(upstream))
-    client = bench.client(listener)
+    upstream, _, client = one_client(bench)
     own, asked = client.getsockname(), client.getpeername()
     source = ask(bench, client, upstream, b"1")
     ask(bench, client, upstream, b"2")
@@ -688,9 +675,7 @@ def test_a_client_that_refuses_answers_ends_nothing(bench: UdpBench) -> None:
 
 def test_what_is_too_large_is_dropped_and_counted_and_the_flow_lives(bench: UdpBench) -> None:
     """IPv6 to IPv4."""
-    upstream = bench.upstream()
-    listener = bench.listen(bench.pool(upstream), "::1")
-    client = bench.client(listener)
+    upstream, _, client = one_client(bench, "::1")
     source = ask(bench, client, upstream, b"1")
     for _ in range(2):
         client.send(bytes(65527))
@@ -815,9 +800,7 @@ def test_answers_wait_while_the_listeners_socket_is_full(
     bench: UdpBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It fills again and again while they are sent. Result: all arrive, in order, in the end."""
-    upstream = bench.upstream()
-    listener = bench.listen(bench.pool(upstream))
-    client = bench.client(listener)
+    upstream, _, client = one_client(bench)
     source = ask(bench, client, upstream, b"x")
     clogged = Clogged(bench, monkeypatch)
     sent = numbered(20, [100])
@@ -872,9 +855,7 @@ def test_what_a_full_socket_did_not_take_is_kept_however_much_was_read(
     bench: UdpBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More than a listener may make a flow keep; it was read from the flow's own socket."""
-    upstream = bench.upstream()
-    listener = bench.listen(bench.pool(upstream))
-    client = bench.client(listener)
+    upstream, _, client = one_client(bench)
     ask(bench, client, upstream, b"x")
     ask(bench, client, upstream, b"y")
     clogged = Clogged(bench, monkeypatch)
@@ -894,9 +875,7 @@ def test_a_socket_that_is_not_full_any_more_says_nothing_of_what_leaves_it(
     bench: UdpBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both of a flow. Otherwise each datagram that is sent would be an event of its own."""
-    upstream = bench.upstream()
-    listener = bench.listen(bench.pool(upstream))
-    client = bench.client(listener)
+    upstream, _, client = one_client(bench)
     source = ask(bench, client, upstream, b"x")
     ask(bench, client, upstream, b"y")
     with monkeypatch.context() as patch:
@@ -1004,9 +983,7 @@ def test_flows_outlive_their_listener(bench: UdpBench, host: str) -> None:
 def test_a_listener_that_stops_takes_those_along_that_wait_for_it(
     bench: UdpBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    upstream = bench.upstream()
-    listener = bench.listen(bench.pool(upstream))
-    client = bench.client(listener)
+    upstream, listener, client = one_client(bench)
     source = ask(bench, client, upstream, b"x")
     clogged = Clogged(bench, monkeypatch)
     upstream.sendto(b"waits", source)
