@@ -105,7 +105,7 @@ class Listener:
         admissions = self._relay.admissions
         admission = admissions.get(self.pool.row) if admissions else None
         if admission is not None:
-            if not admission.is_settled:
+            if not (admission.is_settled or self._is_stopped):  # a stop decides later
                 self._rest(STUCK_S)
                 return 0
             if admission.queues:

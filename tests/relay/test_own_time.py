@@ -6,6 +6,7 @@ import errno
 import os
 import socket
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,10 +14,10 @@ from support.by_hand import RULE, Bench, pool_of, target_of
 from support.clogged import CloggedUpstream
 from support.ends import accept, connect, listen, listen_unix, receive_exactly, receive_to_reset
 
-from forwarder.config.model import AccessRule, Verdict
+from forwarder.config.model import AccessRule, Limits, Verdict
 from forwarder.errors import Place
 from forwarder.limits.admission import Admission
-from forwarder.limits.gate import Busy, Gate, Holder, Holdings
+from forwarder.limits.gate import Gate, Holder, Holdings
 from forwarder.net.sockets import Target
 from forwarder.relay.access import AccessList
 from forwarder.relay.pauses import PAUSE_S
@@ -167,42 +168,30 @@ def test_a_listener_that_stops_takes_those_that_are_queued_behind_who_may_not_in
         assert len(bench.relay.sessions) == 1
 
 
-class Undecided(Admission):
-    """Limits of a rule about which nothing can be decided while ``is_busy``; then all are refused.
-
-    Others hold the lock, but not for so long that it counts as stuck.
-    """
-
-    def __init__(self, gate: Gate) -> None:
-        super().__init__(Holder(gate, Holdings()), RULE, 1, 0, lambda: None)
-        self.met = "max_sessions"
-        self.is_busy = True
-
-    def admit(self, client: str) -> int | None:
-        assert client
-        if self.is_busy:
-            raise Busy
-        return None
-
-
 def test_a_listener_that_stops_takes_those_that_are_queued_behind_who_is_decided_later(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """More clients than are accepted at once come, and about none of them is decided yet.
+    """More clients than are accepted at once come while others hold the lock of the limits.
 
-    *Result*: none stays in the queue.
+    *Result*: none stays in the queue; all are decided about when the lock is free.
     """
+
+    def is_held(*_: object) -> None:
+        raise BlockingIOError
+
     waiting: list[Callable[[], None]] = []
     monkeypatch.setattr(bench.relay.restrictions, "decide_later", waiting.append)
+    rule = replace(RULE, limits=Limits(max_sessions=1))
     with closing(Gate()) as gate, ExitStack() as stack:
-        undecided = Undecided(gate)
-        bench.relay.admissions[1] = undecided
+        assert gate.hold(Holdings(), 1, 0)  # the one session that may be
+        bench.relay.admissions[1] = Admission(Holder(gate, Holdings()), rule, 1, 0, lambda: None)
         listener = listening(bench, stack)
         for _ in range(ACCEPT_BATCH + 1):
             stack.enter_context(connect(listener.sock.getsockname()))
-        listener.stop()
+        with monkeypatch.context() as patched:
+            patched.setattr("forwarder.limits.gate._lockf", is_held)
+            listener.stop()
         assert len(waiting) == ACCEPT_BATCH + 1
-        undecided.is_busy = False
         for decide in waiting:
             decide()
         assert bench.relay.books.refused == ACCEPT_BATCH + 1
