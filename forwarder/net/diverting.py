@@ -29,6 +29,7 @@ from typing import Final
 _SO_BINDTOIFINDEX: Final = 62  # asm-generic/socket.h, Linux 5.0; Python has no name for it
 # No interface has this number: they are given out one after the other.
 _NOWHERE: Final = 0x7FFFFFFF
+_APART: Final = 0x7FFFFFFE  # nor this one; who begins to listen shall not meet who was diverted
 
 
 def interface_of(sock: socket.socket) -> int:
@@ -77,18 +78,22 @@ def is_diverted(sock: socket.socket) -> bool:
     return interface_of(sock) == _NOWHERE
 
 
-def listen_apart(sock: socket.socket, backlog: int) -> bool:
-    """Listen, but not in the group of sockets that have this address already.
+def listen_apart(sock: socket.socket, backlog: int) -> int | None:
+    """Listen, but not in the group of sockets that have this address already; see :func:`arrive`.
 
-    Returns False if this process may not do that; the socket is then useless.
-    Raises OSError.
+    Returns the interface to arrive at, or None where this process may not: then the socket is of no
+    use any more. Those that are apart at the same time are one group. Raises OSError.
     """
     interface = interface_of(sock)
-    if not divert(sock):
-        return False
-    sock.listen(backlog)
     try:
-        sock.setsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX, interface)
-    except PermissionError:
-        return False
-    return True
+        sock.setsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX, _APART)
+        sock.setsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX, _APART)  # what arriving needs, too
+    except OSError:
+        return None
+    sock.listen(backlog)
+    return interface
+
+
+def arrive(sock: socket.socket, interface: int) -> None:
+    """Get clients from now on, after :func:`listen_apart`. Raises OSError."""
+    sock.setsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX, interface)

@@ -165,13 +165,18 @@ def client_text(address: SockAddr) -> str:
 
 
 def listen_tcp(
-    target: Target, *, v6only: bool, options: SocketOptions, is_apart: bool = False
+    target: Target,
+    *,
+    v6only: bool,
+    options: SocketOptions,
+    apart: list[tuple[socket.socket, int]] | None = None,
 ) -> socket.socket:
     """Bind and listen on a TCP address with SO_REUSEPORT. The caller owns the socket.
 
     Options of accepted sockets are set here, once, instead of on every connection: they inherit
-    them. ``is_apart``: this socket shares no clients with those that have the address already, if
-    this process has the right to that (see ``diverting``). Raises OSError.
+    them. ``apart``: this socket shares no clients with those that have the address already, if this
+    process has the right to that. It is put there with its interface, and gets no clients before it
+    arrives there (see ``diverting``). Raises OSError.
     """
     how = socket_options.to_listen(options, target.family, is_udp=False)
     sock = socket.socket(target.family, _NONBLOCKING_STREAM, how.protocol)
@@ -182,11 +187,14 @@ def listen_tcp(
         how.apply(sock)
         set_v6only(sock, target.family, v6only)
         sock.bind(target.sockaddr)
-        if not is_apart:
+        if apart is None:
             sock.listen(options.backlog)
-        elif not diverting.listen_apart(sock, options.backlog):
+            return sock
+        interface = diverting.listen_apart(sock, options.backlog)
+        if interface is None:
             sock.close()
             return listen_tcp(target, v6only=v6only, options=options)
+        apart.append((sock, interface))
     return sock
 
 

@@ -67,6 +67,7 @@ class ListenerTable:
         self._by_address: dict[BindAddress, Slotted] = {}
         self._inherited: dict[BindAddress, list[socket.socket]] = {}
         self._ids = itertools.count(1)
+        self._apart: list[tuple[socket.socket, int]] = []  # with where to arrive: ``diverting``
         self._asides = itertools.count(1)
         self._ports: Counter[tuple[bool, int]] = Counter()  # how many addresses have that port
         self._owned: dict[BindAddress, SocketFile | None] = {}  # of unix sockets
@@ -147,9 +148,20 @@ class ListenerTable:
                 if address not in self._by_address:
                     made.append(address)
                     self._open(address, rule, slots)
+                    self._arrive(address, rule)
         except BaseException:
             self.close(made)
             raise
+        finally:
+            self._apart.clear()
+
+    def _arrive(self, address: BindAddress, rule: Rule) -> None:
+        """Let the sockets of an address have clients, now that all of them listen as one group."""
+        try:
+            while self._apart:
+                diverting.arrive(*self._apart.pop())
+        except OSError as err:
+            raise bind_error(address, rule, err) from err
 
     def grow(self, rules: Mapping[BindAddress, Rule], slots: int) -> None:
         """Give every address the options of its rule, and sockets for ``slots`` slots, or nothing.
@@ -169,6 +181,7 @@ class ListenerTable:
                 while len(slotted.sockets) < slots and not slotted.is_single:
                     if self._open_one(address, rule, slotted):
                         grown.append(slotted)
+                self._arrive(address, rule)
         except BaseException:
             for slotted in reversed(grown):  # no worker would serve these
                 slotted.ids.pop()
@@ -414,8 +427,9 @@ class ListenerTable:
         if address.target.is_unix:
             return self._listen_unix(address, rule)
         is_apart = address.twin in self._by_address or address.twin in self._inherited
+        apart = self._apart if is_apart else None
         return sockets.listen_tcp(
-            address.target, v6only=address.v6only, options=rule.options, is_apart=is_apart
+            address.target, v6only=address.v6only, options=rule.options, apart=apart
         )
 
     def _listen_unix(self, address: BindAddress, rule: Rule) -> socket.socket:
