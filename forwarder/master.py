@@ -409,23 +409,26 @@ class Master:
         """Whether a successor has been started, and has neither the place nor failed."""
         return self._handover.is_under_way
 
-    def change_to(self, candidate: Candidate) -> None:
-        """Put it in force, also in the workers. Raises StartupError; then nothing has changed."""
+    def change_to(self, candidate: Candidate) -> str:
+        """Put it in force, also in the workers. Returns what it changes, for people.
+
+        Raises StartupError; then nothing has changed.
+        """
         # A size that was set by signal stays, unless the configuration itself asks for another.
         wanted = candidate.config.settings.workers
         is_resized = wanted != self._service.config.settings.workers
         size = wanted if is_resized else self._fleet.size
         logs = self._fleet.logs.prepare(candidate.config.settings.logs)
         try:
-            self._report = self._service.adopt(candidate, size)
+            report = self._report = self._service.adopt(candidate, size)
         except BaseException:
             discard(logs)
             raise
         self._fleet.logs.use(logs)
         self._naming.learn(candidate.answers)
-        self._requests.on_accepted(self._report, self._service.generation)
         self._take_serving()
         # Rules that go now are still served for a moment; the next reload forgets them.
         self._fleet.forget_rules()
         self._fleet.resize(size)
         self._handover.on_configuration(candidate.config)
+        return report

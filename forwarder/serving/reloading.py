@@ -39,8 +39,11 @@ class Reloadable(Protocol):
     def is_upgrading(self) -> bool:
         """Whether a successor was started and may take the place; then nothing may change."""
 
-    def change_to(self, candidate: Candidate) -> None:
-        """Put it in force. Raises StartupError if that is not possible; then nothing changes."""
+    def change_to(self, candidate: Candidate) -> str:
+        """Put it in force. Returns what it changes, for people.
+
+        Raises StartupError if that is not possible; then nothing changes.
+        """
 
 
 class Askers(Protocol):
@@ -51,6 +54,9 @@ class Askers(Protocol):
 
     def on_rejected(self, problems: Iterable[str]) -> None:
         """The configuration that was read is not applied."""
+
+    def on_accepted(self, report: str, generation: int) -> None:
+        """The configuration is in force; workers have still to acknowledge it."""
 
     def on_refused(self, problems: Iterable[str]) -> None:
         """The workers cannot serve the new configuration; the previous one is in force again."""
@@ -197,13 +203,15 @@ class Reloading:
     def _apply(self, candidate: Candidate) -> None:
         before = self._service.candidate()
         try:
-            self._master.change_to(candidate)
-            self._before = before
+            report = self._master.change_to(candidate)
         except StartupError as err:
             self._reject((str(err),))
         except Exception:  # the client that asked, and the service manager, must hear of an end
             log.exception("master.bug while a configuration is put in force")
             self._reject(("internal error, see the log",))
+        else:
+            self._before = self._before or before  # what all workers have served
+            self._askers.on_accepted(report, self._service.generation)
 
     def _reject(self, problems: Iterable[str]) -> None:
         """Keep everything as it is, and report why."""

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from forwarder.config.model import Config
+from forwarder.config.model import Config, Settings
 from forwarder.master import Master
+from forwarder.serving.loader import Candidate, Rejected
 from forwarder.supervision.spec import MasterSpec, MasterState
 from forwarder.system import surviving
 
@@ -82,3 +83,49 @@ def test_all_hear_of_a_stop_in_their_order_and_of_one_that_is_hurried(master: Ma
     for _ in range(3):  # the third changes nothing
         master.stop()
     assert told == ["one cancel", "two cancel"] * 2
+
+
+@pytest.fixture
+def answers() -> dict[str, object]:
+    """To clients that ask for a reload with :func:`read`, by client."""
+    return {}
+
+
+def read(master: Master, client: str, answers: dict[str, object]) -> None:
+    """A configuration begins to be read for this client."""
+    master._requests._asked.append(lambda answer: answers.update({client: answer["ok"]}))
+    master._requests.on_loading()
+
+
+def found(master: Master, hang_timeout_s: float) -> None:
+    """A configuration has been read."""
+    config = Config(rules=(), settings=Settings(hang_timeout_s=hang_timeout_s))
+    master._reloading._end(Candidate(config, {}))
+
+
+def test_a_reload_that_workers_refuse_is_no_answer_to_the_next_which_is_being_read(
+    master: Master, answers: dict[str, object]
+) -> None:
+    """*Result*: who asked for the next hears what becomes of that one."""
+    read(master, "first", answers)
+    found(master, 20.0)
+    read(master, "second", answers)
+    master._reloading.on_refused("planted")
+    master._requests.on_settled()
+    assert answers == {"first": False}
+    master._reloading._end(Rejected(("bad",)))
+    assert answers == {"first": False, "second": False}
+
+
+def test_workers_that_refuse_a_second_reload_get_what_they_have_served_before_the_first(
+    master: Master, answers: dict[str, object]
+) -> None:
+    """The first may have been refused as well: its refusal came too late to be one."""
+    before = master._service.config
+    for client, hang_timeout_s in (("first", 20.0), ("second", 30.0)):
+        read(master, client, answers)
+        found(master, hang_timeout_s)
+    assert answers == {}
+    master._reloading.on_refused("planted")
+    assert master._service.config == before
+    assert answers == {"first": False, "second": False}

@@ -24,7 +24,7 @@ class Master:
 
     is_running, is_upgrading = True, False
 
-    def change_to(self, candidate: Candidate) -> None:
+    def change_to(self, candidate: Candidate) -> str:
         assert candidate.config.rules == ()
         raise ZeroDivisionError
 
@@ -40,6 +40,9 @@ class Askers:
 
     def on_rejected(self, problems: Iterable[str]) -> None:
         self.told += problems
+
+    def on_accepted(self, report: str, generation: int) -> None:
+        """Nothing is put in force here."""
 
     def on_refused(self, problems: Iterable[str]) -> None:
         """No worker is there to refuse."""
