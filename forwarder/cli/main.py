@@ -34,6 +34,7 @@ from forwarder.net.pipes import HAS_SPLICE
 from forwarder.succession import upgrade
 from forwarder.supervision.spec import MasterSpec
 from forwarder.system import daemonlog
+from forwarder.system.children import fill_standard
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -161,6 +162,8 @@ def run(  # noqa: PLR0913 - one parameter per option is click's way
     verbose: bool,  # noqa: FBT001
 ) -> None:
     """Forward until stopped: SIGTERM lets sessions end first, SIGINT does not wait."""
+    with contextlib.suppress(OSError):  # a container without /dev/null
+        fill_standard()
     daemonlog.start(verbose=verbose)
 
     def load() -> Config:

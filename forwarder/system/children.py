@@ -33,6 +33,17 @@ def keep_only(kept: Iterable[int]) -> None:
     os.closerange(first, _table_size())
 
 
+def fill_standard() -> None:
+    """Open /dev/null in the place of standard descriptors that our parent has closed.
+
+    Else what is opened next would get such a number, which every child keeps. Call it before
+    anything else is opened. Raises OSError where there is no /dev/null.
+    """
+    while (fd := os.open(os.devnull, os.O_RDWR)) < _FIRST:  # the lowest that is free, open(2)
+        os.set_inheritable(fd, True)  # as they are usually
+    os.close(fd)
+
+
 def _table_size() -> int:
     """A number a little above every open descriptor: FDSize in proc_pid_status(5).
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from process.conftest import Launch
+    from process.conftest import Launch, Serve
 
 pytestmark = pytest.mark.process
 
@@ -150,3 +150,15 @@ def test_a_child_has_of_its_master_what_it_is_given_and_nothing_else(
         rich.wait_logged("serves; letting our sessions end")
     rich.signal(signal.SIGINT)
     rich.assert_nothing_left()
+
+
+def test_what_a_master_without_standard_descriptors_opens_is_not_its_childrens(
+    serve: Serve,
+) -> None:
+    """Its parent has closed them; what it opens first would get their numbers."""
+    it = serve(prefix=["sh", "-c", 'exec "$@" <&- >&-', "sh"])
+    (worker,) = it.forwarder.workers()
+    for pid in (it.forwarder.pid, worker):
+        found = procfs.descriptors(pid)
+        assert [found[0], found[1]] == ["/dev/null"] * 2, found
+    it.assert_serves()
