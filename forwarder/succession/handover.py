@@ -235,9 +235,14 @@ class Handover:
         sockets = self._service.table.all_sockets()
         path = self._askers.path
         names = self._names.as_text()
-        self._successor = Successor(sockets, self._pid_file, path, names, time.monotonic())
-        self._selector.register(self._successor, selectors.EVENT_READ, self._hear)
-        log.info("upgrade: started pid=%d", self._successor.pid)
+        successor = Successor(sockets, self._pid_file, path, names, time.monotonic())
+        try:
+            self._selector.register(successor, selectors.EVENT_READ, self._hear)
+        except OSError:  # ENOMEM, ENOSPC: it would take the place of a master that does not hear it
+            successor.kill()
+            raise
+        self._successor = successor
+        log.info("upgrade: started pid=%d", successor.pid)
 
     def _hear(self) -> None:
         successor = self._successor

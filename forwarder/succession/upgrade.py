@@ -134,6 +134,12 @@ class Successor:
         with suppress(OSError):
             os.kill(self.pid, number)
 
+    def kill(self) -> None:
+        """Kill it and close the line: only in its first moment, before it can have children."""
+        with suppress(OSError):
+            os.kill(self.pid, signal.SIGKILL)
+        self.close()
+
     def close(self) -> None:
         """Close our end of the line."""
         self.line.close()

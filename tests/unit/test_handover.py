@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import selectors
 import socket
@@ -46,6 +47,42 @@ class Nobody:
 
     def on_upgraded(self, report: str, *, is_done: bool) -> None:
         """Nobody has asked."""
+
+
+class Running(Replaced):
+    """A master that may be upgraded."""
+
+    is_running = True
+
+
+class Unwatched(selectors.DefaultSelector):
+    """At the limit of fs.epoll.max_user_watches."""
+
+    def register(self, *_: object) -> selectors.SelectorKey:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class Started:
+    """A successor that has been executed."""
+
+    pid = 12345
+    was_killed = False
+
+    def kill(self) -> None:
+        """It is no use where nobody hears it."""
+        self.was_killed = True
+
+
+def test_a_successor_that_cannot_be_watched_does_not_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would serve beside a master that waits for it for ever, and reloads no more."""
+    successor = Started()
+    monkeypatch.setattr("forwarder.succession.handover.Successor", lambda *_: successor)
+    with Unwatched() as selector:
+        service = Service(Config(rules=()), lambda: None)
+        handover = Handover(Running(), service, KnownNames(), Questions(), selector, Nobody())
+        assert "No space left on device" in handover.start()
+        assert successor.was_killed
+        assert not handover.is_under_way
 
 
 def test_a_reload_is_passed_on_to_the_heir_as_long_as_that_lives(
