@@ -27,6 +27,7 @@ from forwarder.stats.rows import (
     SESSIONS_TOTAL,
     connect_bucket,
 )
+from forwarder.system.printable import field
 
 if TYPE_CHECKING:
     import socket
@@ -93,7 +94,7 @@ class Books:
         session.pool.on_failure()
         rule = session.pool.rule.name
         upstream = f" to {session.target}" if session.target else ""
-        about = f"connect.failed rule={rule}: cannot connect{upstream}: {why}"
+        about = f"connect.failed rule={field(rule)}: cannot connect{upstream}: {why}"
         self._bench.warn_rarely(rule, about)
 
     def on_end(self, session: Session, reason: CloseReason) -> None:
@@ -131,7 +132,7 @@ class Books:
     def _log_session(self, session: Session, reason: CloseReason) -> None:
         log.debug(
             "session.closed rule=%s client=%s upstream=%s end=%s c2u=%d u2c=%d total_s=%.3f",
-            session.pool.rule.name,
+            field(session.pool.rule.name),
             sockets.client_text(session.client_address),
             session.target or "-",
             reason,
@@ -184,7 +185,7 @@ class Books:
     def on_limit(self, pool: Pool, met: str) -> None:
         """A limit of a rule was reached: logged now and then."""
         name = pool.rule.name
-        self._bench.warn_rarely(f"limit {name}", f"limit.reached rule={name}: {met}")
+        self._bench.warn_rarely(f"limit {name}", f"limit.reached rule={field(name)}: {met}")
 
     def drop_datagrams(self, pool: Pool, count: int) -> None:
         """Count datagrams that are not passed on: without a flow, bandwidth or room for them."""

@@ -9,6 +9,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from forwarder.stats.rows import ATTEMPTS_FAILED
+from forwarder.system.printable import field
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -53,12 +54,14 @@ class Outages:
             rule = pool.rule.name
             # A client that asks all ports of a range must not fill the log.
             about = f"upstream {rule} {target if pool.origin is pool else 'of a range'}"
-            self._bench.warn_rarely(about, f"upstream.failed rule={rule} upstream={target}: {why}")
+            self._bench.warn_rarely(
+                about, f"upstream.failed rule={field(rule)} upstream={target}: {why}"
+            )
 
     def on_attempt_worked(self, pool: Pool, target: Target | Zoned | str) -> None:
         """An address of an upstream has answered; called while some fail, or it was on trial."""
         if pool.failures.forget(target):
-            log.info("upstream.recovered rule=%s upstream=%s", pool.rule.name, target)
+            log.info("upstream.recovered rule=%s upstream=%s", field(pool.rule.name), target)
 
     def look_at_interfaces(self, pools: Iterable[Pool]) -> None:
         """Check which interfaces that ``pools`` name exist; some microseconds for each."""

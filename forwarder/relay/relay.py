@@ -31,6 +31,7 @@ from forwarder.relay.udp.trial import Trial
 from forwarder.relay.workbench import Workbench
 from forwarder.stats.reasons import CloseReason, Phase, Who
 from forwarder.stats.rows import SESSIONS_CUT
+from forwarder.system.printable import field
 
 if TYPE_CHECKING:
     import socket
@@ -125,7 +126,7 @@ class Relay:
         try:
             session.start()
         except Exception:  # as in Poller: a bug must cost one session, not the worker
-            log.exception("relay.bug while connecting rule=%s", session.pool.rule.name)
+            log.exception("relay.bug while connecting rule=%s", field(session.pool.rule.name))
             session.on_bug()
 
     # -- all sessions

@@ -23,6 +23,7 @@ from forwarder.relay.access import Decision
 from forwarder.relay.poller import READABLE, WRITABLE
 from forwarder.relay.udp.answers import flow_class
 from forwarder.stats.reasons import CloseReason, Phase, Who
+from forwarder.system.printable import field
 
 if TYPE_CHECKING:
     from forwarder.net.sockets import IpSockAddr
@@ -348,7 +349,7 @@ class UdpListener:
             name = self.pool.rule.name
             self._relay.bench.warn_rarely(
                 f"unsettled {name}",
-                f"udp.unsettled rule={name}: flows cannot have sockets of their own: "
+                f"udp.unsettled rule={field(name)}: flows cannot have sockets of their own: "
                 f"{os.strerror(err.errno)}; they are served, but start over when the number of "
                 "workers changes; hint: a port that every user may bind, "
                 "net.ipv4.ip_unprivileged_port_start or above",

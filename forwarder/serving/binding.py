@@ -21,6 +21,7 @@ from forwarder.serving.addresses import BindError
 from forwarder.serving.loader import Candidate, Rejected
 from forwarder.serving.retries import Retries
 from forwarder.serving.startlock import START_LOCK_S, start_lock
+from forwarder.system.printable import field
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -161,7 +162,9 @@ class Binding:
                     gone.append(self._table.set_aside(address))
                     self._had[rule.name] = tuple(a for a in self.of(rule.name) if a != address)
                     if self.retries.on_failure(rule.name, why, now):
-                        log.warning("bind.lost rule=%s %s; it is tried again", rule.name, why)
+                        log.warning(
+                            "bind.lost rule=%s %s; it is tried again", field(rule.name), why
+                        )
                     self.retries.hasten([rule.name], now)
         return gone
 
@@ -226,11 +229,11 @@ class Binding:
                 others = ", ".join(str(host[0].target) for host in _by_host(had.addresses))
                 what = f"it listens on {others}; the rest is tried again"
             if self.retries.on_failure(rule.name, had.why, time.monotonic()):
-                log.warning("bind.waiting rule=%s %s; %s", rule.name, had.why, what)
+                log.warning("bind.waiting rule=%s %s; %s", field(rule.name), had.why, what)
         else:
             failures = self.retries.on_success(rule.name)
         if failures:
-            log.info("bind.done rule=%s listens, at attempt %d", rule.name, failures + 1)
+            log.info("bind.done rule=%s listens, at attempt %d", field(rule.name), failures + 1)
         elif is_first and had.addresses:
             log.info("%s", listening([rule], self.state_of)[0])
 

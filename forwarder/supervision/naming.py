@@ -10,6 +10,7 @@ import logging
 from typing import TYPE_CHECKING, Final
 
 from forwarder.supervision.helper import Helper
+from forwarder.system.printable import field
 from forwarder.upstream.answers import Answer
 from forwarder.upstream.messages import read_answers, say_hosts
 from forwarder.upstream.process import FORGET, HURRY, WANT, NamesProcess
@@ -156,7 +157,8 @@ class Naming:
             used = f"{answer.why}; in use: {used}" if used else answer.why
         rules = self._rules[host]
         others = f" and {len(rules) - MOST_RULES} more" if len(rules) > MOST_RULES else ""
-        return f"host={host} rules={','.join(rules[:MOST_RULES])}{others}: {used}"
+        names = field(",".join(rules[:MOST_RULES]))
+        return f"host={host} rules={names}{others}: {used}"
 
     def _log(self, news: Mapping[str, list[str]]) -> None:
         """Log what has changed: once for a change, not for each look-up."""

@@ -15,3 +15,14 @@ def visible(text: str, *, kept: str = "") -> str:
         char if char.isprintable() or char in kept else char.encode("unicode_escape").decode()
         for char in text
     )
+
+
+def field(text: str) -> str:
+    """``text`` as the value of ``key=value`` in a line of the log: in quotes if it has a space.
+
+    Names of rules may have any character, and by default are of two words.
+    """
+    if text and not any(char in text for char in ' "='):
+        return text
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'

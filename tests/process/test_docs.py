@@ -203,8 +203,10 @@ class Reader:
     def _forget(self) -> None:
         """The instance is stopped, or another process has taken its place."""
         assert self._instance is not None
-        if members(self._instance.pid):
-            subprocess.run(["forwarder", "stop"], env=self._env, check=True, capture_output=True)
+        pid = self._instance.pid
+        if members(pid):  # and it may be just about to end
+            subprocess.run(["forwarder", "stop"], env=self._env, check=False, capture_output=True)
+            eventually(lambda: not members(pid), "the instance does not stop")
         self._instance = None
 
     def close(self) -> None:

@@ -113,7 +113,7 @@ def test_an_address_that_is_taken_is_had_when_it_is_free(site: Site) -> None:
             carry(client, far, b"still mine")
     site.wait_served(address)
     assert site.rules()[1]["state"] == "listening"
-    it.forwarder.wait_logged("bind.done rule=rule 1 listens, at attempt")
+    it.forwarder.wait_logged('bind.done rule="rule 1" listens, at attempt')
     assert sum("bind.waiting" in line for line in it.forwarder.lines) == 1
     assert stop(it.forwarder, signal.SIGTERM) == 0
 
@@ -152,7 +152,7 @@ def test_an_address_of_a_network_that_comes_up_later(launch: Launch, tmp_path: P
     if os.geteuid():
         inside = ["nsenter", f"--target={it.pid}", "--user", "--preserve-credentials", "--net"]
     subprocess.run([*inside, *["ip", "address", "add", "10.99.0.1/32", "dev", "lo"]], check=True)
-    it.wait_logged("bind.done rule=.*10.99.0.1:8000-8001 listens")
+    it.wait_logged('bind.done rule=.*10.99.0.1:8000-8001" listens')
     told = run_command("status", "--control", f"{tmp_path}/c").stdout
     assert "10.99.0.1:8000-8001  127.0.0.1:1" in told
     assert stop(it, signal.SIGTERM) == 0
@@ -199,10 +199,10 @@ def test_keep_going_is_for_all_rules_also_after_a_reload(site: Site) -> None:
     first, second = site.free(), site.free()
     with listen(*first), listen(*second):
         it = site.start(site.text(text_of(first), bind=""), "--keep-going")
-        it.forwarder.wait_logged("bind.waiting rule=rule 1 ")
+        it.forwarder.wait_logged('bind.waiting rule="rule 1" ')
         reloaded = it.reload(site.text(text_of(first), text_of(second), bind=""))
         assert "+1 -0 ~0 =2" in reloaded
-        it.forwarder.wait_logged("bind.waiting rule=rule 2 ")
+        it.forwarder.wait_logged('bind.waiting rule="rule 2" ')
     site.wait_served(first)
     site.wait_served(second)
     assert stop(it.forwarder, signal.SIGTERM) == 0
@@ -306,7 +306,7 @@ def test_a_unix_socket_may_come_later_too(site: Site, tmp_path: Path, kind: str)
         served = listen_unix(str(path))
     it = site.start(site.text(f"unix:{path}"))
     site.assert_serves()
-    it.forwarder.wait_logged(f"bind.waiting rule=rule 1 cannot listen on unix:{path}: ")
+    it.forwarder.wait_logged(f'bind.waiting rule="rule 1" cannot listen on unix:{path}: ')
     if served is None:
         path.parent.mkdir()
     else:

@@ -111,7 +111,7 @@ def test_the_first_mark_by_a_reload_is_refused_where_workers_have_no_privilege(
     it = Configured(launch("-c", str(path)), path)
     new = HEAD + rule(address, upstream.getsockname(), "upstream_mark = 5\nbacklog = 5")
     assert "stays in force" in it.reload(new)
-    it.forwarder.wait_logged(r"forwarder\.toml:6:1: upstream_mark needs a privilege: .*restarts")
+    it.forwarder.wait_logged(r"forwarder\.toml:6:1: upstream_mark needs a privilege: .*restart")
     # The process that read the file has said so, and may not have gone yet.
     eventually(lambda: len(it.forwarder.workers()) == 2)
     for pid in it.forwarder.workers():

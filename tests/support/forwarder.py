@@ -72,8 +72,16 @@ class Forwarder:
         return self.process.pid
 
     def workers(self) -> list[int]:
-        """Process ids of the workers, and of what reads a configuration just now."""
-        return [pid for pid in procfs.children(self.pid) if pid not in self.helpers()]
+        """Process ids of the workers.
+
+        Not of a child that has the master's title still: it reads a configuration, or is just born.
+        """
+        others = {*self.helpers(), *self._copies()}
+        return [pid for pid in procfs.children(self.pid) if pid not in others]
+
+    def _copies(self) -> list[int]:
+        own = procfs.title(self.pid)
+        return [pid for pid in procfs.children(self.pid) if procfs.title(pid) == own]
 
     def helpers(self) -> list[int]:
         """Process ids of children that serve nobody: those that look names up."""

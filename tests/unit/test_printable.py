@@ -16,7 +16,7 @@ from support.processes import run_command
 
 from forwarder.succession.inherit import FDS_VARIABLE, from_environment
 from forwarder.system import daemonlog
-from forwarder.system.printable import visible
+from forwarder.system.printable import field, visible
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -126,3 +126,17 @@ def test_a_service_manager_that_names_too_many_descriptors_is_not_followed(
     monkeypatch.setattr(os, "sysconf", lambda _: 0)
     assert from_environment() == []
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("web", "web"),
+        ("tcp 127.0.0.1:80", '"tcp 127.0.0.1:80"'),
+        ("a=b", '"a=b"'),
+        ('the "old" one', r'"the \"old\" one"'),
+        ("", '""'),
+    ],
+)
+def test_a_name_of_several_words_is_one_value_in_the_log(name: str, value: str) -> None:
+    assert field(name) == value
