@@ -18,12 +18,20 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from forwarder.net.sockets import Target
 
 # linux/in.h and linux/in6.h; Python has no names for them. Whether a socket gets what comes for
 # groups that others have joined; by default it does.
 _IP_MULTICAST_ALL: Final = 49
 _IPV6_MULTICAST_ALL: Final = 29  # Linux 4.20
+# linux/in.h: let a barred source into a group again, with a struct group_source_req.
+_MCAST_UNBLOCK_SOURCE: Final = 44
+_ANY_SOURCE: Final[dict[int, str]] = {  # of no host
+    socket.AF_INET: "192.0.2.1",
+    socket.AF_INET6: "2001:db8::1",
+}
 _MAPPED: Final = bytes(10) + b"\xff\xff"  # an IPv4 address as an IPv6 one, RFC 4291 2.5.5.2
 _LIMITED_BROADCAST: Final = b"\xff\xff\xff\xff"
 _ANY_PORT: Final = 9  # nothing is sent
@@ -118,3 +126,52 @@ def join(sock: socket.socket, target: Target, device: str | None) -> None:
     except OSError as err:
         if err.errno != errno.EADDRINUSE:  # a member already
             raise
+
+
+def joined_on(sock: socket.socket, target: Target) -> tuple[int, ...]:
+    """The indexes of the interfaces on which a socket is in the group that it is bound to.
+
+    Empty if it is bound to none, or where the system does not tell. Asks the kernel for each
+    interface there is. Never blocks, never raises.
+    """
+    if not is_group(target):
+        return ()
+    with suppress(OSError):
+        return tuple(index for index, _ in socket.if_nameindex() if _is_in(sock, target, index))
+    return ()
+
+
+def _is_in(sock: socket.socket, target: Target, index: int) -> bool:
+    """Whether a socket is a member on one interface.
+
+    A member is told that the source was not barred, others that they are no members (EINVAL).
+    Neither changes anything. (The kernel can be asked for the sources of a group, too, but by
+    getsockopt with an argument, which Python does not have.)
+    """
+    level = socket.IPPROTO_IP if target.family == socket.AF_INET else socket.IPPROTO_IPV6
+    group = _storage(target.family, _packed(target))
+    source = _storage(target.family, socket.inet_pton(target.family, _ANY_SOURCE[target.family]))
+    try:
+        sock.setsockopt(level, _MCAST_UNBLOCK_SOURCE, struct.pack("@I4x", index) + group + source)
+    except OSError as err:
+        return err.errno == errno.EADDRNOTAVAIL
+    return False
+
+
+def _storage(family: int, packed: bytes) -> bytes:
+    """A struct sockaddr_storage without a port."""
+    name = struct.pack("=HH", family, 0) + (packed if len(packed) == 4 else bytes(4) + packed)
+    return name.ljust(128, b"\0")
+
+
+def why_left(joined: Iterable[int]) -> str:
+    """Why a socket that joined on some interfaces gets nothing for its group; "" if it does.
+
+    A recreated interface has another index, and is not joined.
+    """
+    for index in joined:
+        try:
+            socket.if_indextoname(index)
+        except OSError:
+            return "the network interface on which it joined its group has gone"
+    return ""

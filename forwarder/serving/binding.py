@@ -12,6 +12,7 @@ import logging
 import resource
 import time
 from dataclasses import dataclass
+from ipaddress import ip_address
 from typing import TYPE_CHECKING, Final
 
 from forwarder.config.address import Address, UnixAddress
@@ -95,7 +96,7 @@ class Binding:
     def put_in_force(self, candidate: Candidate, found: Mapping[str, Had], slots: int) -> None:
         """Use what :meth:`require` has bound, and bind of the other rules what is possible."""
         self._had = {name: had.addresses for name, had in found.items()}
-        self._fragile = [r for r in candidate.config.rules if interface_of(r) or _has_file(r)]
+        self._fragile = [rule for rule in candidate.config.rules if _can_go_deaf(rule)]
         taken = {a: rule for rule in candidate.config.rules for a in self.of(rule.name)}
         for rule in candidate.config.rules:
             had = found.get(rule.name)
@@ -145,7 +146,7 @@ class Binding:
 
     @property
     def can_go_deaf(self) -> bool:
-        """Whether some rule is bound to an interface, or has a file."""
+        """Whether some rule is bound to an interface, is in a group, or has a file."""
         return bool(self._fragile)
 
     def give_up_deaf(self, now: float) -> list[BindAddress]:
@@ -250,6 +251,17 @@ def interface_of(rule: Rule) -> str:
     if not isinstance(listen, Address):
         return ""
     return rule.options.device or listen.host.partition("%")[2]
+
+
+def _can_go_deaf(rule: Rule) -> bool:
+    return bool(interface_of(rule)) or _is_in_group(rule) or _has_file(rule)
+
+
+def _is_in_group(rule: Rule) -> bool:
+    listen = rule.listen
+    if not (isinstance(listen, Address) and listen.is_literal):
+        return False
+    return ip_address(listen.host).is_multicast
 
 
 def _has_file(rule: Rule) -> bool:

@@ -45,6 +45,7 @@ class Slotted:
 
     ``options`` are those that they have, all of them.
     ``is_single``: only the first slots have one, and no other can be made.
+    ``joined``: interfaces on which the first one is in the group that is the address.
     """
 
     address: BindAddress
@@ -52,6 +53,7 @@ class Slotted:
     sockets: list[socket.socket]
     ids: list[int]
     is_single: bool = False
+    joined: tuple[int, ...] = ()
 
 
 class ListenerTable:
@@ -260,10 +262,13 @@ class ListenerTable:
         file = self._owned.get(address)
         if file is not None and not file.is_there:
             return f"cannot be reached at {target}: its file has gone"
-        listeners = self._by_address[address].sockets
-        if not interface or not listeners:
+        slotted = self._by_address[address]
+        if not slotted.sockets:
             return ""
-        what = diverting.why_unreachable(listeners[0], interface)
+        if interface:
+            what = diverting.why_unreachable(slotted.sockets[0], interface)
+        else:
+            what = many.why_left(slotted.joined)
         return what and f"cannot be reached at {target}: {what}"
 
     def accept_handshakes(self, address: BindAddress) -> None:
@@ -351,6 +356,8 @@ class ListenerTable:
                 raise bind_error(address, rule, err) from err
         while len(slotted.sockets) < slots and not slotted.is_single:
             self._open_one(address, rule, slotted)
+        if address.is_udp and slotted.sockets:
+            slotted.joined = many.joined_on(slotted.sockets[0], address.target)
 
     def _has_port(self, port: tuple[bool, int]) -> bool:
         """Whether we listen on a port at any address, where a probe would meet ourselves."""
@@ -366,7 +373,9 @@ class ListenerTable:
         try:
             change_options(slotted.sockets, slotted.options, rule.options)
             if slotted.address.is_udp:  # on another device the group is joined again
-                many.join(slotted.sockets[0], slotted.address.target, rule.options.device)
+                first, target = slotted.sockets[0], slotted.address.target
+                many.join(first, target, rule.options.device)
+                slotted.joined = many.joined_on(first, target)
         except OSError as err:
             raise option_error(slotted.address, rule, err) from err
 

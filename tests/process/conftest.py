@@ -325,6 +325,14 @@ class Network:
         it.wait_logged(r"master\.ready")
         return Configured(it, self.path)
 
+    def lay_near(self) -> None:
+        """Lay the cable between clients and the forwarder; a second time, once it was deleted."""
+        join(self.clients, self.middle, ("c0", "near"))
+        for client, near, _, _ in ADDRESSES.values():
+            more = "/64 dev {} nodad" if ":" in near else "/24 dev {}"
+            self.clients.ip(f"addr add {client}{more.format('c0')}")
+            self.middle.ip(f"addr add {near}{more.format('near')}")
+
     def check(self, *command: str, text: str) -> tuple[int, str]:
         """Run a command with this configuration; how it ends, and what it says."""
         self.path.write_text(text)
@@ -343,14 +351,12 @@ ADDRESSES: Final = {
 def network(tmp_path: Path, launch: Launch) -> Iterator[Network]:
     """The three, with addresses and routes; answers of upstreams come to the forwarder itself."""
     with Namespace() as clients, Namespace() as middle, Namespace() as upstreams:
-        join(clients, middle, ("c0", "near"))
+        made = Network(clients, middle, upstreams, tmp_path / "forwarder.toml", launch)
+        made.lay_near()
         join(middle, upstreams, ("far", "u0"))
-        for version, (client, near, far, upstream) in ADDRESSES.items():
+        for version, (_, _, far, upstream) in ADDRESSES.items():
             size, more = ("24", "") if version == "IPv4" else ("64", " nodad")
-            clients.ip(f"addr add {client}/{size} dev c0{more}")
-            middle.ip(
-                f"addr add {near}/{size} dev near{more}", f"addr add {far}/{size} dev far{more}"
-            )
+            middle.ip(f"addr add {far}/{size} dev far{more}")
             upstreams.ip(f"addr add {upstream}/{size} dev u0{more}")
             six, every = ("-6 ", "::/0") if version == "IPv6" else ("", "0.0.0.0/0")
             upstreams.ip(f"{six}route add default via {far}")
@@ -358,7 +364,7 @@ def network(tmp_path: Path, launch: Launch) -> Iterator[Network]:
                 f"{six}rule add iif far from {upstream} lookup 100",
                 f"{six}route add local {every} dev lo table 100",
             )
-        yield Network(clients, middle, upstreams, tmp_path / "forwarder.toml", launch)
+        yield made
 
 
 @pytest.fixture

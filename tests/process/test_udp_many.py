@@ -169,6 +169,56 @@ def test_a_rule_on_a_group_joins_it(
     eventually(lambda: sessions_total(it) == 1)
 
 
+@pytest.mark.parametrize("group", [GROUP, GROUP6])
+def test_a_group_is_joined_again_on_an_interface_that_was_made_anew(
+    network: Network, site: Site, group: str
+) -> None:
+    """Joined by the route. Result: it waits while there is none, and listens on the next one."""
+    is_ipv6 = ":" in group
+    if is_ipv6:  # every interface has a route to all groups
+        network.middle.ip("-6 route del ff00::/8 dev far table local")
+    else:
+        network.middle.ip(f"route add {GROUP} dev near")
+    it = network.start(top(network) + rule(group))
+    for _ in range(2):
+        hears(site, group)
+        network.middle.ip("link del near")
+        eventually(lambda: state(it) == "waiting", lambda: state(it))
+        network.lay_near()
+        if not is_ipv6:
+            network.middle.ip(f"route add {GROUP} dev near")
+        eventually(lambda: state(it) == "listening", lambda: state(it))
+    hears(site, group)
+    it.forwarder.wait_logged("bind.lost rule=one .* on which it joined its group has gone")
+
+
+def test_a_group_that_has_another_route_is_joined_there(network: Network, site: Site) -> None:
+    """When the interface has gone on which it was joined."""
+    network.middle.ip(f"route add {GROUP} dev near", f"route add {GROUP} dev far metric 9")
+    it = network.start(top(network) + rule(GROUP))
+    hears(site, GROUP)
+    network.middle.ip("link del near")
+    it.forwarder.wait_logged("bind.done rule=one ")
+    with network.upstreams.call(partial(udp, UPSTREAM)) as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"u0")
+        client.sendto(b"question", (GROUP, PORT))
+        assert site.upstream.recv(100) == b"question"
+
+
+def hears(site: Site, group: str) -> None:
+    """A datagram to the group comes to the upstream."""
+    client = site.client(CLIENT6 if ":" in group else CLIENT)
+    client.sendto(b"question", (group, PORT))
+    assert site.upstream.recv(100) == b"question"
+
+
+def state(it: Configured) -> object:
+    """Of the rule, as in the status."""
+    rules = control.ask(f"{it.path}.sock", "status")["rules"]
+    assert isinstance(rules, list)
+    return rules[0]["state"]
+
+
 def test_a_group_without_an_interface_says_what_to_do(network: Network) -> None:
     path = network.path
     path.write_text(rule(GROUP))
