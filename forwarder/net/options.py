@@ -34,7 +34,7 @@ _IPV6_TRANSPARENT: Final = 75
 _SO_BUF_LOCK: Final = 72  # Linux 5.14
 FAST_OPEN_CONNECT: Final = 30
 _SO_MARK: Final = getattr(socket, "SO_MARK", 36)
-_SO_BINDTODEVICE: Final = getattr(socket, "SO_BINDTODEVICE", 25)
+SO_BINDTODEVICE: Final = getattr(socket, "SO_BINDTODEVICE", 25)
 _TCP_KEEPIDLE: Final = getattr(socket, "TCP_KEEPIDLE", 4)
 _TCP_KEEPINTVL: Final = getattr(socket, "TCP_KEEPINTVL", 5)
 _TCP_KEEPCNT: Final = getattr(socket, "TCP_KEEPCNT", 6)
@@ -156,7 +156,7 @@ def _own(mark_key: str, mark: int, device_key: str, device: str | None) -> Itera
     if mark:
         yield Setting(mark_key, socket.SOL_SOCKET, _SO_MARK, struct.pack("I", mark))
     if device is not None:
-        yield Setting(device_key, socket.SOL_SOCKET, _SO_BINDTODEVICE, device.encode())
+        yield Setting(device_key, socket.SOL_SOCKET, SO_BINDTODEVICE, device.encode())
 
 
 def _common(options: SocketOptions, family: int) -> Iterator[Setting]:
@@ -189,7 +189,7 @@ _FIELDS: Final[dict[str, tuple[tuple[int, int], ...]]] = {
     "fast_open_queue": ((_TCP, _TCP_FASTOPEN),),
     "congestion": ((_TCP, _TCP_CONGESTION),),
     "mark": ((_SOL, _SO_MARK),),
-    "device": ((_SOL, _SO_BINDTODEVICE),),
+    "device": ((_SOL, SO_BINDTODEVICE),),
     "dscp": ((socket.IPPROTO_IP, socket.IP_TOS), (socket.IPPROTO_IPV6, socket.IPV6_TCLASS)),
 }
 _ALWAYS: Final = ("keepalive", "nodelay")
@@ -243,7 +243,7 @@ def _of(names: Iterable[str]) -> Iterator[tuple[int, int]]:
 
 def _get(sock: socket.socket, level: int, name: int) -> int | bytes | None:
     """The value of an option; None where this socket has none of that kind."""
-    is_text = (level, name) in ((_TCP, _TCP_CONGESTION), (_SOL, _SO_BINDTODEVICE))
+    is_text = (level, name) in ((_TCP, _TCP_CONGESTION), (_SOL, SO_BINDTODEVICE))
     try:
         if is_text:
             return sock.getsockopt(level, name, _TEXT_BYTES).rstrip(b"\0")

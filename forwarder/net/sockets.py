@@ -41,6 +41,7 @@ _IP_BIND_ADDRESS_NO_PORT: Final = 24
 _TCP_INFO: Final = getattr(socket, "TCP_INFO", 0)
 _BYTES_RECEIVED_AT: Final = 128  # in struct tcp_info, linux/tcp.h
 _SO_MEMINFO: Final = 55  # asm-generic/socket.h; nine numbers, linux/sock_diag.h
+_NAME_BYTES: Final = 16  # IFNAMSIZ, linux/if.h
 _CLOSED: Final = 7  # TCP_CLOSE, linux/tcp.h; the first byte of struct tcp_info is the state
 
 _SO_ATTACH_FILTER: Final = 26  # asm-generic/socket.h; Python has no names for them
@@ -303,6 +304,19 @@ def why_no_address(sock: socket.SocketType, target: Target) -> int:
         cannot_tell = err.errno in OUT_OF_RESOURCES
         return errno.EADDRNOTAVAIL if cannot_tell or err.errno == errno.EADDRNOTAVAIL else NO_PORT
     return NO_PORT
+
+
+def has_lost_interface(sock: socket.SocketType) -> bool:
+    """Whether the interface that a socket is bound to was removed: then it reaches nothing again.
+
+    Bound by SO_BINDTODEVICE, or by a link-local address of either end. An interface of the same
+    name that was made since is another one.
+    """
+    try:
+        sock.getsockopt(socket.SOL_SOCKET, socket_options.SO_BINDTODEVICE, _NAME_BYTES)
+    except OSError as err:
+        return err.errno == errno.ENODEV
+    return False
 
 
 @dataclass(frozen=True, slots=True)

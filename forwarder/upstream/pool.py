@@ -177,6 +177,15 @@ class Pool:
         """What names an interface towards the upstreams, and why that cannot be used now, or ""."""
         for zoned in self._zoned:
             yield zoned, _why_absent(zoned.zone)
+        yield from self._own_interfaces()
+
+    @property
+    def has_own_interfaces(self) -> bool:
+        """Whether the interfaces exist that its sockets are bound to, whatever the upstream."""
+        return not any(why for _, why in self._own_interfaces())
+
+    def _own_interfaces(self) -> Iterator[tuple[str, str]]:
+        """The part of :meth:`interfaces` that does not depend on the upstream."""
         if self._zoned_source is not None:
             source = self._zoned_source
             yield f"source_address {source.host}", _why_absent(source.zone)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import select
 import socket
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from support.control import ask
+from support.datagrams import drain, udp, udp_client
 from support.ends import accept, be_reset, carry, connect, listen
 from support.namespaces import Namespace, join, needs_network
 from support.processes import run_command
@@ -53,8 +56,9 @@ class Site:
             self.there.ip(f"addr add {network}1/64 dev u0 nodad")
 
     def unplug(self) -> None:
-        """Remove it."""
+        """Remove it; the next one will have another index."""
         self.here.ip("link del wg0")
+        self.here.ip("link add other type veth peer name another", "link del other")
 
     def write(self, zoned: str) -> None:
         """A rule that works whatever happens, and one with ``zoned``, if there is one."""
@@ -88,12 +92,29 @@ class Site:
         """The rule that has nothing to do with the interface works."""
         self.serves(GOOD, self.here, partial(listen, port=PORT))
 
-    def failing(self) -> list[str]:
-        """What fails of the other rule, as in the status."""
+    def zoned(self) -> dict[str, Any]:
+        """The other rule, as in the status."""
         rules = ask(self.control, "status")["rules"]
         assert isinstance(rules, list)
         (rule,) = (rule for rule in rules if rule["name"] == "zoned")
-        return [f"{one['upstream']}: {one['why']}" for one in rule["failing"]]
+        assert isinstance(rule, dict)
+        return rule
+
+    def dropped(self) -> int:
+        """Datagrams that were dropped so far, of all rules."""
+        totals = ask(self.control, "status")["totals"]
+        assert isinstance(totals, dict)
+        return int(totals["datagrams_dropped"])
+
+    def drops_from(self, client: socket.socket) -> None:
+        """What a client sends is dropped, and counted."""
+        before = self.dropped()
+        client.send(b"lost")
+        eventually(lambda: self.dropped() > before)
+
+    def failing(self) -> list[str]:
+        """What fails of the other rule."""
+        return [f"{one['upstream']}: {one['why']}" for one in self.zoned()["failing"]]
 
 
 @pytest.fixture
@@ -165,11 +186,69 @@ def test_an_interface_that_comes_goes_and_comes_back_is_noticed(
         site.serves(ZONED, site.there, listen_there)
         eventually(lambda: missing not in site.failing())
         site.unplug()
-        site.here.ip(
-            "link add other type veth peer name another", "link del other"
-        )  # an index more
         eventually(lambda: missing in site.failing())
         site.good()
+
+
+DEVICE = f'upstream_device = "wg0"\nupstream = "[2001:db8::1]:{PORT}"'
+
+
+@pytest.mark.expects_log("upstream.failed")
+@pytest.mark.parametrize("is_silent", [False, True], ids=["asks meanwhile", "silent meanwhile"])
+@pytest.mark.parametrize(
+    ("zoned", "what", "dial"),
+    [
+        (f'protocol = "udp"\n{UPSTREAM}', f"[fe80::1%wg0]:{PORT}", udp_client),
+        (f'protocol = "udp"\n{DEVICE}', "upstream_device wg0", udp_client),
+        (f'protocol = "tcptoudp"\n{UPSTREAM}', f"[fe80::1%wg0]:{PORT}", connect),
+        (f'protocol = "tcptoudp"\n{DEVICE}', "upstream_device wg0", connect),
+        (
+            f'protocol = "udp"\nsource_address = "fe80::2%wg0"\n{UPSTREAM}',
+            "source_address fe80::2%wg0",
+            udp_client,
+        ),
+    ],
+    ids=["zone", "device", "tcptoudp by zone", "tcptoudp by device", "source"],
+)
+def test_a_flow_goes_on_through_an_interface_that_was_made_anew(
+    site: Site,
+    zoned: str,
+    what: str,
+    dial: Callable[[tuple[str, int]], socket.socket],
+    is_silent: bool,
+) -> None:
+    """Each time with another index. What its client sends while there is none is dropped."""
+    missing = f"{what}: there is no interface wg0"
+    site.plug()
+    site.start(zoned)
+    numbers = itertools.count()
+    with (
+        site.there.call(partial(udp, "::", PORT)) as server,
+        site.here.call(partial(dial, ("127.0.0.1", ZONED))) as client,
+    ):
+
+        def is_answered() -> bool:
+            question = b"question %d" % next(numbers)
+            client.send(question)
+            while select.select([server], [], [], 0.2)[0]:
+                content, source = server.recvfrom(100)
+                if content == question:
+                    server.sendto(content, source)
+                    return client.recv(100) == content
+            return False
+
+        eventually(is_answered)
+        for _ in range(2):
+            site.unplug()
+            eventually(lambda: missing in site.failing())
+            if not is_silent:
+                site.drops_from(client)
+            site.plug()
+            eventually(lambda: missing not in site.failing())
+            eventually(is_answered)
+        assert site.zoned()["sessions_total"] == 1
+        assert drain(client) == []
+        eventually(lambda: site.failing() == [])
 
 
 @pytest.mark.parametrize(

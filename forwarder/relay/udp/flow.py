@@ -181,14 +181,22 @@ class Flow(Session):
 
         If there is no other one, or all have refused just now, it stays. What it has not answered
         is kept if a name may still bring another one: see :meth:`follow`.
+
+        A socket whose interface was removed says nothing of the upstream: it is left for a new one
+        as soon as the interface is there again, until when it drops what it gets.
         """
         number, self.refusal = self.refusal, 0
         target, upstream, relay = self.target, self.upstream, self.relay
         if target is None or upstream is None:
             return
-        relay.outages.on_attempt_failed(self.pool, target, os.strerror(number), has_others=True)
         again = self.c2u.trial.take() if self.c2u.trial is not None else deque()
-        if self._has_other_than(target):
+        if sockets.has_lost_interface(upstream):
+            may_leave = self.pool.has_own_interfaces and bool(self.pool.targets())
+        else:
+            why = os.strerror(number)
+            relay.outages.on_attempt_failed(self.pool, target, why, has_others=True)
+            may_leave = self._has_other_than(target)
+        if may_leave:
             self.move_on(again)
             return
         if self.c2u.trial is None:
