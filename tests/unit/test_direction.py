@@ -231,3 +231,8 @@ def test_nothing_is_read_before_the_destination_is_connected() -> None:
     stage.make_room(10)
     stage.direction.resume()
     assert stage.sink.taken == b"early"
+
+
+def test_directions_share_what_is_the_same_for_all() -> None:
+    """A number of its own for each would be 64 bytes more in every open session."""
+    assert Stage().direction.read_on is Stage().direction.read_on

@@ -23,7 +23,7 @@ import os
 from typing import TYPE_CHECKING, Final
 
 from forwarder.relay.poller import READ_ON
-from forwarder.relay.tcp.direction import SPLICES, Direction
+from forwarder.relay.tcp.direction import READS_ON, SPLICES, Direction
 from forwarder.relay.workbench import SMALL_BYTES
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class SpliceDirection(Direction):
 
     __slots__ = ("pipe", "spliced")
 
-    def __init__(self, bench: Workbench, session: Owner, read_on: int = READ_ON) -> None:
+    def __init__(self, bench: Workbench, session: Owner, read_on: int = READS_ON) -> None:
         super().__init__(bench, session, read_on)
         self.pipe: Pipe | None = None
         self.spliced = 0

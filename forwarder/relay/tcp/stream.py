@@ -39,10 +39,10 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final, Protocol
 
 from forwarder.net import sockets
-from forwarder.relay.poller import ALWAYS, BROKEN, READ_ON, READABLE
+from forwarder.relay.poller import ALWAYS, BROKEN, READABLE
 from forwarder.relay.session import Home, Session, SessionState
 from forwarder.relay.tcp import fast_open, sink
-from forwarder.relay.tcp.direction import Direction
+from forwarder.relay.tcp.direction import READS_ON, Direction
 from forwarder.relay.tcp.splice import SpliceDirection
 from forwarder.relay.wheel import TICK_S
 from forwarder.stats.reasons import CLIENT_HAD_ENDED, UPSTREAM_HAD_ENDED, CloseReason, Phase, Who
@@ -102,7 +102,7 @@ class Stream(Session):
         self.unsent = 0  # in our send queues when a timeout was last looked at
         bench = relay.bench
         make = SpliceDirection if bench.splices else Direction
-        read_on = ALWAYS if pool.has_unix else READ_ON
+        read_on = ALWAYS if pool.has_unix else READS_ON
         c2u = self.c2u = make(bench, self, read_on)
         u2c = self.u2c = make(bench, self, read_on)
         c2u.reverse = u2c
