@@ -333,8 +333,10 @@ class Predecessor(_Line):
 def _children_of(parent: int) -> list[int]:
     """Process ids, from proc(5)."""
     found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
+    for process in Path("/proc").iterdir():  # a glob fails where one has just gone
+        if not process.name.isdecimal():
+            continue
         with suppress(OSError):  # it has gone
-            if int(path.read_text().rpartition(")")[2].split()[1]) == parent:
-                found.append(int(path.parent.name))
+            if int((process / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
+                found.append(int(process.name))
     return found

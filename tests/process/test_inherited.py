@@ -60,6 +60,7 @@ class Rich(Site):
 
     def born_now(self) -> tuple[int, int]:
         """Kill a worker and the helper; who is born in their places."""
+        eventually(self._has_helper)
         workers, helper = self.children()
         for pid in (workers[-1], helper):
             os.kill(pid, signal.SIGKILL)
@@ -67,6 +68,10 @@ class Rich(Site):
         now, helper = self.children()
         (worker,) = set(now) - set(workers)
         return worker, helper
+
+    def _has_helper(self) -> bool:
+        """A master that has just taken over may have begun with it, and no more."""
+        return "forwarder: names" in map(procfs.title, procfs.children(self.master()))
 
     def _is_whole(self, worker: int, helper: int, count: int) -> bool:
         try:
