@@ -333,9 +333,7 @@ class Predecessor(_Line):
 def _children_of(parent: int) -> list[int]:
     """Process ids, from proc(5)."""
     found = []
-    for process in Path("/proc").iterdir():  # a glob fails where one has just gone
-        if not process.name.isdecimal():
-            continue
+    for process in Path("/proc").glob("[0-9]*"):  # of */stat it fails where one has just gone
         with suppress(OSError):  # it has gone
             if int((process / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
                 found.append(int(process.name))

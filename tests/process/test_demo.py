@@ -11,10 +11,10 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from support.processes import members
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -54,17 +54,6 @@ def port() -> int:
         if is_free(candidate) and is_free(candidate + 1):
             return candidate
     pytest.fail("no two free ports in a row")
-
-
-def members(session: int) -> list[int]:
-    """Processes of a session that still run (a zombie does not)."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            fields = stat.read_text().rpartition(")")[2].split()
-            if int(fields[3]) == session and fields[0] not in "ZX":
-                found.append(int(stat.parent.name))
-    return found
 
 
 @contextlib.contextmanager

@@ -42,14 +42,11 @@ def as_nobody() -> list[str]:
 def members(session: int) -> list[int]:
     """Processes of a session that still run (a zombie does not)."""
     found = []
-    for process in Path("/proc").iterdir():  # a glob fails where one has just gone
-        if not process.name.isdecimal():
-            continue
-        stat = process / "stat"
+    for process in Path("/proc").glob("[0-9]*"):  # of */stat it fails where one has just gone
         with suppress(OSError):
-            fields = stat.read_text().rpartition(")")[2].split()
+            fields = (process / "stat").read_text().rpartition(")")[2].split()
             if int(fields[3]) == session and fields[0] not in "ZX":
-                found.append(int(stat.parent.name))
+                found.append(int(process.name))
     return sorted(found)
 
 
