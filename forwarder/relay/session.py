@@ -164,6 +164,13 @@ class Session:
             self.relay.poller.read_clock()
             self.dial(targets)
 
+    def check_resolving(self, now: float) -> float:
+        """End this if no name was answered in time; returns its deadline, 0 if it has ended."""
+        if now < self.deadline:
+            return self.deadline
+        self.fail("no name server answered in time", Who.US)
+        return 0.0
+
     def dial(self, targets: tuple[Target, ...]) -> None:
         """Connect to one of ``targets``; none means that no name could be resolved."""
         if not targets:

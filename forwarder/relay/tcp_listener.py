@@ -100,8 +100,7 @@ class Listener:
     def _accept_some(self) -> int:
         """Accept what is queued; returns how many clients that were, ACCEPT_BATCH at most."""
         if self.pool is not self._own:
-            offset = sockets.bound_to(self.sock).port - self.pool.rule.first_port
-            self.pool = self._own = self.pool.at(offset)
+            self.pool = self._own = self.pool.at_port(sockets.bound_to(self.sock).port)
         admissions = self._relay.admissions
         admission = admissions.get(self.pool.row) if admissions else None
         if admission is not None:

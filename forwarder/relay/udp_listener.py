@@ -141,23 +141,23 @@ class UdpListener:
         if mask & WRITABLE:  # also when all that waited for it have ended meanwhile
             blocked, self._blocked = self._blocked, {}
             self._relay.poller.modify(self.sock.fileno(), select.EPOLLIN)
-            for way in blocked:
+            for direction in blocked:
                 try:
-                    way.resume()
+                    direction.resume()
                 except Exception:  # as in Poller: a bug must cost one flow
                     log.exception("relay.bug while resuming")
-                    way.on_bug()
+                    direction.on_bug()
         if mask & READABLE:
             self._receive(self.sock.fileno(), _BATCHES)
 
     def on_bug(self) -> None:
         """Receiving met a bug; the next event tries again."""
 
-    def resume_when_writable(self, way: FlowDirection) -> None:
-        """Call ``way.resume`` when the listener's socket takes more."""
+    def resume_when_writable(self, direction: FlowDirection) -> None:
+        """Call ``direction.resume`` when the listener's socket takes more."""
         if not self._blocked:
             self._relay.poller.modify(self.sock.fileno(), select.EPOLLIN | select.EPOLLOUT)
-        self._blocked[way] = None
+        self._blocked[direction] = None
 
     def local(self, peer: bytes) -> Target:
         """The address of ours that a client uses."""
@@ -273,8 +273,7 @@ class UdpListener:
             self._relay.books.on_refused(self.pool, address, lambda: self.local(peer), decision)
             return None
         if self.pool is not self._own:
-            offset = self._bound.port - self.pool.rule.first_port
-            self.pool = self._own = self.pool.at(offset)
+            self.pool = self._own = self.pool.at_port(self._bound.port)
         relay = self._relay
         held_as = None
         if relay.admissions and self.pool.row in relay.admissions:

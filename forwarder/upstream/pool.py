@@ -127,6 +127,10 @@ class Pool:
             return self
         return Pool(self.rule, self._names, self.row, self.counts, offset, self.origin)
 
+    def at_port(self, port: int) -> Pool:
+        """The same for a port that the rule listens on."""
+        return self.at(port - self.rule.first_port)
+
     def targets(self) -> tuple[Target, ...] | None:
         """Addresses to try, in order; those of names as far as they are known. Never blocks.
 

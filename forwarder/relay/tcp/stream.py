@@ -349,11 +349,7 @@ class Stream(Session):
             return self._check_survivor(now, rule.half_close_timeout_s or math.inf, _LINGER_LOOK_S)
         if self.dialer is not None:
             return self.dialer.on_timer(now)
-        if self.state is _RESOLVING:
-            if now < self.deadline:
-                return self.deadline
-            self.fail("no name server answered in time", Who.US)
-        return 0.0
+        return self.check_resolving(now) if self.state is _RESOLVING else 0.0
 
     def _check_silence(self, now: float, limit_s: float, phase: Phase) -> float:
         """End a session in which nothing has moved for ``limit_s``; 0 is no limit.

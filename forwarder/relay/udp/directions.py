@@ -3,8 +3,8 @@
 ============  =====================================  ======================================
               to datagrams                           to a stream
 ============  =====================================  ======================================
-datagrams     :class:`DatagramDirection`                   :class:`DatagramToStream`
-a stream      :class:`StreamToDatagram`              (a session's, see ``direction``)
+datagrams     :class:`DatagramDirection`             :class:`DatagramToStream`
+a stream      :class:`StreamToDatagram`              (a stream's, see ``tcp.direction``)
 ============  =====================================  ======================================
 
 What the other side does not take waits in ``pending``, and nothing more is read meanwhile: the
@@ -180,7 +180,7 @@ class FlowDirection:
 
 
 class FromDatagrams(FlowDirection):
-    """Ways whose ``src`` is a connected UDP socket, or that are fed by a listener."""
+    """Directions whose ``src`` is a connected UDP socket, or that are fed by a listener."""
 
     __slots__ = ()
 

@@ -307,9 +307,7 @@ class Flow(Session):
         if self.dialer is not None:
             return self.dialer.on_timer(now)
         if self.state is _RESOLVING:
-            if now < self.deadline:
-                return self.deadline
-            self.fail("no name server answered in time", Who.US)
+            return self.check_resolving(now)
         limit_s = self.silence_limit_s
         if self.state is not _OPEN or not limit_s:
             return 0.0
