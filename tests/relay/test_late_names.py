@@ -39,10 +39,7 @@ SOON_S = 3 * TICK_S
 def bench() -> Iterator[Bench]:
     bench = Bench()
     yield bench
-    bench.relay.abort_sessions(Phase.SHUTDOWN, "the test is over")
-    bench.loop.pass_time(0)
-    assert not bench.relay.bench.wheel
-    bench.relay.close()
+    bench.close()
 
 
 @pytest.fixture(params=[RelayMode.AUTO, RelayMode.COPY], ids=["batched", "plain"])
@@ -291,15 +288,21 @@ def test_a_name_that_was_answered_during_a_race_is_not_missed(
 # -- flows
 
 
-def test_datagrams_for_a_connection_wait_for_the_name(
-    udp_bench: UdpBench, stack: ExitStack
-) -> None:
-    bench = udp_bench
+def refused_for_a_connection(bench: UdpBench, stack: ExitStack) -> tuple[StubPool, socket.socket]:
+    """A client of UDP whose question the only address that is known so far has refused by TCP."""
     pool = bench.pool(protocol=Protocol.UDP_TO_TCP, connect_timeout_s=CONNECT_S)
     pool.resolved, pool.has_unanswered = (refusing(stack),), True
     client = bench.client(bench.listen(pool))
     client.send(b"question")
     wait_refused(bench, pool)
+    return pool, client
+
+
+def test_datagrams_for_a_connection_wait_for_the_name(
+    udp_bench: UdpBench, stack: ExitStack
+) -> None:
+    bench = udp_bench
+    pool, client = refused_for_a_connection(bench, stack)
     client.send(b"another")
     bench.turn()
     bench.loop.pass_time(CONNECT_S - 1)
@@ -320,11 +323,7 @@ def test_a_flow_ends_when_the_name_is_not_answered_in_time(
     udp_bench: UdpBench, stack: ExitStack
 ) -> None:
     bench = udp_bench
-    pool = bench.pool(protocol=Protocol.UDP_TO_TCP, connect_timeout_s=CONNECT_S)
-    pool.resolved, pool.has_unanswered = (refusing(stack),), True
-    client = bench.client(bench.listen(pool))
-    client.send(b"question")
-    wait_refused(bench, pool)
+    pool, _ = refused_for_a_connection(bench, stack)
     bench.loop.pass_time(CONNECT_S + SOON_S)
     assert bench.flows() == 0
     assert ended(pool) == {"upstream/connect": 1}

@@ -27,9 +27,7 @@ ANSWER = seeded(600_000, 21)
 def bench() -> Iterator[Bench]:
     bench = Bench()
     yield bench
-    bench.relay.abort_sessions(Phase.SHUTDOWN, "the test is over")
-    bench.loop.pass_time(0)
-    bench.relay.close()
+    bench.close()
 
 
 class Lost:

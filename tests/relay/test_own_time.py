@@ -25,7 +25,6 @@ from forwarder.relay.poller import Poller
 from forwarder.relay.tcp import fast_open
 from forwarder.relay.tcp_listener import ACCEPT_BATCH, Listener
 from forwarder.relay.wheel import BUCKETS, TICK_S
-from forwarder.stats.reasons import Phase
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -41,9 +40,7 @@ TURN_S = BUCKETS * TICK_S
 def bench() -> Iterator[Bench]:
     bench = Bench()
     yield bench
-    bench.relay.abort_sessions(Phase.SHUTDOWN, "the test is over")
-    bench.loop.pass_time(0)
-    bench.relay.close()
+    bench.close()
 
 
 @pytest.mark.parametrize("idle_s", [0.0, TURN_S - 3, TURN_S + 20, 1e6])

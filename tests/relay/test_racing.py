@@ -45,9 +45,7 @@ RACE_S = RACE_AFTER_S + 2 * TICK_S  # a tick is as fine as it gets
 def bench() -> Iterator[Bench]:
     bench = Bench()
     yield bench
-    bench.relay.abort_sessions(Phase.SHUTDOWN, "the test is over")
-    bench.loop.pass_time(0)
-    bench.relay.close()
+    bench.close()
 
 
 @pytest.fixture

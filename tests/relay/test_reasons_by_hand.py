@@ -37,9 +37,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
         ]
     )
     yield bench
-    bench.relay.abort_sessions(Phase.SHUTDOWN, "the test is over")
-    bench.loop.pass_time(0)
-    bench.relay.close()
+    bench.close()
 
 
 def written(bench: Bench, pool: StubPool, path: Path) -> tuple[Counter[str], list[str]]:

@@ -161,6 +161,13 @@ class Bench:
         self.relay.open_session(pool, sock, address)
         return client
 
+    def close(self) -> None:
+        """End everything; nothing may be left that has a time."""
+        self.relay.abort_sessions(Phase.SHUTDOWN, "the test is over")
+        self.loop.pass_time(0)
+        assert not self.relay.bench.wheel
+        self.relay.close()
+
 
 class UdpBench:
     """A relay with a UDP rule, or a bridge from TCP, and all that tests hold of it.
