@@ -17,6 +17,8 @@ from support.waiting import PATIENCE_S, eventually
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+# Titles of the children that serve nobody.
+_HELPERS = ("forwarder: names",)
 _TROUBLE = re.compile(r"WARNING|ERROR|CRITICAL|Traceback|relay\.bug|Exception|never retrieved")
 
 
@@ -76,17 +78,16 @@ class Forwarder:
 
         Not of a child that has the master's title still: it reads a configuration, or is just born.
         """
-        others = {*self.helpers(), *self._copies()}
-        return [pid for pid in procfs.children(self.pid) if pid not in others]
-
-    def _copies(self) -> list[int]:
-        own = procfs.title(self.pid)
-        return [pid for pid in procfs.children(self.pid) if procfs.title(pid) == own]
+        others = {procfs.title(self.pid), *_HELPERS}
+        return [pid for pid, title in self._titles().items() if title not in others]
 
     def helpers(self) -> list[int]:
         """Process ids of children that serve nobody: those that look names up."""
-        names = ("forwarder: names",)
-        return [pid for pid in procfs.children(self.pid) if procfs.title(pid) in names]
+        return [pid for pid, title in self._titles().items() if title in _HELPERS]
+
+    def _titles(self) -> dict[int, str]:
+        """Of the master's children; each is read once, since a child changes it when it begins."""
+        return {pid: procfs.title(pid) for pid in procfs.children(self.pid)}
 
     def wait_notified(self, assignment: str) -> list[str]:
         """Wait for a notification that contains ``assignment``; returns all that came up to it."""
