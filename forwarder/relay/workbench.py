@@ -6,6 +6,7 @@ Knows no session and no rule.
 from __future__ import annotations
 
 import logging
+import math
 from typing import TYPE_CHECKING, Final
 
 from forwarder.config.model import RelayMode
@@ -27,6 +28,9 @@ log = logging.getLogger(__name__)
 # CPU's cache, and more than the largest record of TLS (16 KiB and 22 bytes, RFC 8446 5.1) or a
 # message of 16 KiB: with 16 KiB each of these began bulk again, for 30% more CPU.
 SMALL_BYTES: Final = 20 * 1024
+# A tick that comes so much later than asked for: we were stopped (a paused container, a suspended
+# machine) or starved, and events wait that are older than the deadlines that have passed since.
+LATE_S: Final = 1.0
 # The copying way reads this much of bulk at once.
 BULK_BYTES: Final = 256 * 1024
 
@@ -42,6 +46,7 @@ class Workbench:
         "_is_ticking",
         "_loop",
         "_rarely",
+        "_tick_at",
         "batch",
         "bulk_view",
         "pipes",
@@ -55,6 +60,7 @@ class Workbench:
         """Join ``loop``. ``mode`` must not be SPLICE on a system without it."""
         self._loop = loop
         self._is_ticking = False
+        self._tick_at = math.inf  # when the next tick is due; inf: however late it comes, it counts
         self._rarely = Rarely()
         self.poller = Poller(loop)
         self.wheel = Wheel(loop.time())
@@ -92,11 +98,20 @@ class Workbench:
 
     def _tick_soon(self) -> None:
         self._is_ticking = True
+        self._tick_at = self.poller.now + TICK_S
         self._loop.call_later(TICK_S, self._tick)
 
     def _tick(self) -> None:
-        """Turn the wheel, as long as something is on it."""
+        """Turn the wheel, as long as something is on it.
+
+        The loop's timers come before its events. So a tick that is late leaves what has happened
+        meanwhile to be seen first: a connect that has worked is none that took too long.
+        """
         self.poller.read_clock()
+        if self.poller.now - self._tick_at > LATE_S:
+            self._tick_soon()
+            self._tick_at = math.inf  # once
+            return
         try:
             self.wheel.advance(self.poller.now)
         except Exception:  # as in Poller: a bug must cost one session, not the worker
