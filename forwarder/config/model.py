@@ -248,18 +248,126 @@ class SocketOptions:
 
 @dataclass(frozen=True, slots=True)
 class Upstream:
-    """Where a rule leads, and what part of its sessions goes there.
+    """Where a rule leads: one server of its group.
 
-    ``weight`` is its part relative to the other upstreams of the rule, ``is_backup`` keeps it for
-    when the others fail. No dialect sets them yet, and no balancing reads them.
+    ``weight`` is its part of the sessions relative to the other servers; 0: only where nothing else
+    is left. ``is_backup`` keeps it for when no other is usable. ``max_sessions`` bounds its
+    sessions over all workers and all rules of the group; 0 is no limit.
     """
 
     end: Endpoint
     weight: int = 1
     is_backup: bool = False
+    max_sessions: int = 0
 
     def __str__(self) -> str:
         return str(self.end)
+
+
+class Balance(Enum):
+    """Which server of a group gets the next session.
+
+    ``turn``: each in turn, smoothly by weight. ``least``: the one with the fewest sessions by
+    weight, over all workers. ``random``: of two drawn, the one with fewer. ``hash``: always the
+    same one for the same client, as long as it is usable. ``first``: the first that has room.
+    """
+
+    TURN = "turn"
+    LEAST = "least"
+    RANDOM = "random"
+    HASH = "hash"
+    FIRST = "first"
+
+
+class OnDown(Enum):
+    """What becomes of the sessions of a server that a check has found down."""
+
+    KEEP = "keep"
+    RESET = "reset"
+
+
+class OnUp(Enum):
+    """What becomes of the sessions of backups when another server is usable again."""
+
+    KEEP = "keep"
+    RETURN = "return"
+
+
+class CheckKind(Enum):
+    """How a server is checked. Presets such as ``redis`` are these with texts to send, expect."""
+
+    TCP = "tcp"
+    TLS = "tls"
+    HTTP = "http"
+    UDP = "udp"
+    COMMAND = "command"
+    AGENT = "agent"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """How the servers of a group are checked. All durations are seconds.
+
+    ``port`` 0 is the server's own, ``host`` "" its name. ``status`` are ranges of HTTP codes that
+    are good. ``expect`` is bytes that the first 16 KiB of an answer contain or, if
+    ``is_pattern``, a regular expression that is found in them; empty: any answer. ``argv`` is a
+    command, and whether ``is_verified`` a certificate. A check is repeated ``every_s``; while the
+    outcome is changing or unknown ``fast_s``, while the server is down ``down_s``. ``fall`` bad
+    ones in a row are down, ``rise`` good ones up. ``jitter`` is a part of the interval.
+    ``starts_down``: no sessions before the first good check.
+    """
+
+    kind: CheckKind
+    port: int = 0
+    host: str = ""
+    path: str = "/"
+    status: tuple[tuple[int, int], ...] = ((200, 299),)
+    send: bytes = b""
+    expect: bytes = b""
+    is_pattern: bool = False
+    argv: tuple[str, ...] = ()
+    is_verified: bool = False
+    every_s: float = 2.0
+    fast_s: float = 1.0
+    down_s: float = 2.0
+    timeout_s: float = 2.0
+    fall: int = 3
+    rise: int = 2
+    jitter: float = 0.1
+    starts_down: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """How sessions are spread over the upstreams of a rule. All durations are seconds.
+
+    ``name`` is that of a group that rules share; empty for the group of one rule, which is called
+    as the rule. ``hash_prefix`` says how many bits of an IPv4 and an IPv6 client count.
+    ``slow_start_s``: how long a server that is up again takes to its full weight. ``max_queue``
+    sessions may wait for a server with room, for ``queue_timeout_s`` (None: ``connect_timeout``).
+    ``retries`` is how many other servers are tried; None: one try for each, at most 3.
+    ``attempt_delay_s`` passes until the next address is tried beside one that does not answer, 0
+    is never. ``fail`` failed connects in a row, within ``fail_within_s``, eject a server for
+    ``eject_s``, each further time for longer; 0 is never. Below ``panic`` per cent of usable
+    servers all are used. ``fails_open``: when none is usable all are, rather than none.
+    """
+
+    name: str = ""
+    balance: Balance = Balance.TURN
+    hash_prefix: tuple[int, int] = (32, 128)
+    slow_start_s: float = 0.0
+    max_queue: int = 0
+    queue_timeout_s: float | None = None
+    retries: int | None = None
+    attempt_delay_s: float = 0.25
+    fail: int = 3
+    fail_within_s: float = 10.0
+    eject_s: float = 10.0
+    panic: int = 0
+    fails_open: bool = True
+    on_down: OnDown = OnDown.KEEP
+    on_up: OnUp = OnUp.KEEP
+    check: Check | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -281,6 +389,7 @@ class Rule:
     name: str
     listen: Endpoint
     upstreams: tuple[Upstream, ...]
+    group: Group = Group()
     protocol: Protocol = Protocol.TCP
     source: str | None = None
     access: tuple[AccessRule, ...] = ()
@@ -301,6 +410,20 @@ class Rule:
     def upstream_ends(self) -> tuple[Endpoint, ...]:
         """The addresses of the upstreams, where nothing else of them counts."""
         return tuple(upstream.end for upstream in self.upstreams)
+
+    @property
+    def group_name(self) -> str:
+        """The name of its group, which is its own unless it shares one."""
+        return self.group.name or self.name
+
+    @property
+    def is_balanced(self) -> bool:
+        """Whether there is something to choose, to bound or to check; other rules pay nothing."""
+        return (
+            len(self.upstreams) > 1
+            or self.group.check is not None
+            or any(upstream.max_sessions for upstream in self.upstreams)
+        )
 
     @property
     def first_port(self) -> int:

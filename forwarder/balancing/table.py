@@ -1,0 +1,119 @@
+"""The table of servers: what the master and the checker say of each, in memory that workers read.
+
+Theory of operation
+-------------------
+A server has a *seat*, eight words. Each word has one writer: the master writes what an operator or
+the configuration wants, the checker what it has found out. All zero means: as configured, and
+usable. So a table that nobody has written to, or whose checker is dead, keeps nobody from serving.
+
+Seat 0 is no server: its words count changes, so that a worker reads a word or two per session and
+looks at the servers only when something has changed. A writer writes first, and counts then.
+
+An aligned 8-byte store cannot be seen half done on any machine that CPython runs on.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from enum import IntEnum
+from typing import Final
+
+from forwarder.stats.board import ROWS
+
+# As many as there are rows of servers on a board: the seat of a server is its row less ROWS.
+SEATS: Final = ROWS
+SEAT_WORDS: Final = 8
+TABLE_BYTES: Final = SEATS * SEAT_WORDS * 8
+# The words of a seat. ORDER is the master's, all others are the checker's.
+ORDER, HEALTH, STATE, SINCE_NS, CHECKS_PASSED, CHECKS_FAILED, EJECTIONS = range(7)
+# The words of seat 0: how often the master, and the checker, has changed something.
+ORDERS, FINDINGS = range(2)
+# HEALTH is 0 or one more than the part of its weight that a server has, in thousandths.
+FULL: Final = 1000
+
+
+class Standing(IntEnum):
+    """What the checker thinks of a server: the word STATE."""
+
+    UP = 0
+    DOWN = 1  # by checks
+    EJECTED = 2  # by failed connects
+    UNKNOWN = 3  # not checked yet, and not to be used before that
+    SLOW = 4  # up again, and not at its full weight yet
+
+
+# ORDER is 0 for "as configured", or these bits.
+HAS_ORDER: Final = 1 << 32
+DRAINS: Final = 1 << 33  # no new sessions
+DISABLED: Final = 1 << 34  # and no checks
+CUTS: Final = 1 << 35  # and its sessions are reset
+_WEIGHT: Final = (1 << 16) - 1  # used if HAS_WEIGHT
+HAS_WEIGHT: Final = 1 << 36
+
+
+class ServerTable:
+    """The memory. Made by the master before it forks; owns its file until :meth:`close`."""
+
+    def __init__(self, fd: int | None = None) -> None:
+        """Make a table, or map that of ``fd``, which becomes ours. Raises OSError."""
+        if fd is None:
+            fd = os.memfd_create("forwarder-servers", os.MFD_CLOEXEC)
+            os.ftruncate(fd, TABLE_BYTES)
+        self._fd = fd
+        self.words: memoryview[int] = memoryview(mmap.mmap(fd, TABLE_BYTES)).cast("Q")
+
+    def fileno(self) -> int:
+        """The file, for one that is to share it."""
+        return self._fd
+
+    def close(self) -> None:
+        """Close the file; the memory lives as long as anything refers to it."""
+        os.close(self._fd)
+
+    @property
+    def revision(self) -> int:
+        """A number that is another one when something has changed."""
+        words = self.words
+        return words[ORDERS] + words[FINDINGS]
+
+    def word(self, seat: int, which: int) -> int:
+        """One word of a seat."""
+        return self.words[seat * SEAT_WORDS + which]
+
+    # -- the master
+
+    def order(self, seat: int, order: int) -> None:
+        """Say what an operator wants of a server; 0: nothing but what is configured."""
+        self.words[seat * SEAT_WORDS + ORDER] = order
+        self.words[ORDERS] += 1
+
+    def clear(self, seat: int) -> None:
+        """Make a seat free for another server. The checker must not know the old one any more."""
+        at = seat * SEAT_WORDS
+        self.words[at : at + SEAT_WORDS] = memoryview(bytes(8 * SEAT_WORDS)).cast("Q")
+        self.words[ORDERS] += 1
+
+    # -- the checker
+
+    def find(self, seat: int, standing: Standing, share: int, since_ns: int) -> None:
+        """Say what was found out. ``share``: what part of its weight it has, 0 to FULL."""
+        at = seat * SEAT_WORDS
+        words = self.words
+        words[at + HEALTH] = 0 if share >= FULL else share + 1
+        words[at + STATE] = standing
+        words[at + SINCE_NS] = since_ns
+        words[FINDINGS] += 1
+
+    # -- everybody
+
+    def weight(self, seat: int, configured: int) -> int:
+        """The weight of a server now, in thousandths; 0: it gets no session while others can."""
+        at = seat * SEAT_WORDS
+        order, health = self.words[at], self.words[at + HEALTH]
+        if order:
+            if order & DRAINS:
+                return 0
+            if order & HAS_WEIGHT:
+                configured = order & _WEIGHT
+        return configured * (health - 1 if health else FULL)
