@@ -29,7 +29,7 @@ _SCOPE = re.compile(r"[A-Za-z0-9_.@+=~-]{1,15}")
 _BEFORE = re.compile(r"(tcp|udp):(?://)?", re.IGNORECASE)
 _BEHIND = re.compile(r"(?:/(tcp|udp)|/)$", re.IGNORECASE)
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://([^/]*).*", re.DOTALL)
-_PORTS = re.compile(r"[0-9]+(?:-[0-9]+)?")
+PORTS = re.compile(r"[0-9]+(?:-[0-9]+)?")
 
 _UNIX = "unix:"
 # What sun_path takes, less the NUL at the end of a path or at the beginning of a name (unix(7)).
@@ -260,7 +260,7 @@ def parse_unix(path: str) -> UnixAddress:
 
 def parse_listen(text: str) -> Endpoint:
     """Read one of ``ADDRESS_FORMS``; a bare ``PORT`` means ``*:PORT``. Raises AddressError."""
-    if _PORTS.fullmatch(text):
+    if PORTS.fullmatch(text):
         return Address(parse_host("*"), *parse_ports(text))
     _refuse_transport(text)
     # A host may be called unix, too: then a port follows.
@@ -277,7 +277,7 @@ def parse_upstream(text: str) -> Endpoint:
             f"{text!r} does not say which host to connect to",
             f"write 127.0.0.1:{port} for this host",
         )
-    if _PORTS.fullmatch(text):
+    if PORTS.fullmatch(text):
         raise AddressError(f"{text!r} has no host", f"write 127.0.0.1:{text} for this host")
     return parse_listen(text)
 
@@ -286,7 +286,7 @@ def _refuse_transport(text: str) -> None:
     """Raise AddressError if a transport stands where only an address may stand."""
     kind, address = split_transport(text)
     # A host may be called udp, too: then only a port follows.
-    if kind and not _PORTS.fullmatch(text[len(kind) + 1 :]):
+    if kind and not PORTS.fullmatch(text[len(kind) + 1 :]):
         raise AddressError(
             f"{text!r} says {kind} with the address", f'write {address}, and protocol = "{kind}"'
         )

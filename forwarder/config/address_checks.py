@@ -86,11 +86,11 @@ def _canonical_path(address: UnixAddress) -> str:
 def check_endpoints(rule: RawRule, issues: Issues) -> None:
     """Check where one rule listens and where it leads."""
     if rule.protocol.listens_on_udp is rule.protocol.connects_by_udp:
-        for upstream in rule.upstreams:
+        for upstream in rule.upstream_ends:
             _check_loop(rule, upstream, issues)
-    for upstream in rule.upstreams:
+    for upstream in rule.upstream_ends:
         _check_length(rule, upstream, issues)
-    for endpoint in (rule.listen, *rule.upstreams):
+    for endpoint in (rule.listen, *rule.upstream_ends):
         if isinstance(endpoint.value, UnixAddress) and rule.protocol is not Protocol.TCP:
             issues.error(
                 endpoint.place,
@@ -213,7 +213,7 @@ def _check_source(rule: RawRule, issues: Issues) -> None:
             hint="write the address that the name stands for",
         )
         return
-    for upstream in rule.upstreams:
+    for upstream in rule.upstream_ends:
         if isinstance(upstream.value, UnixAddress):
             issues.error(
                 given.place,
@@ -235,7 +235,7 @@ def _check_many(rule: RawRule, issues: Issues) -> None:
     """Groups and broadcast addresses are for UDP; a link-local group is of one interface."""
     listen = rule.listen
     sides = [(listen, rule.protocol.listens_on_udp, "listen")]
-    sides += [(up, rule.protocol.connects_by_udp, "upstream") for up in rule.upstreams]
+    sides += [(up, rule.protocol.connects_by_udp, "upstream") for up in rule.upstream_ends]
     for endpoint, is_udp, side in sides:
         if is_udp or isinstance(endpoint.value, UnixAddress) or not _is_many(endpoint.value):
             continue

@@ -11,18 +11,22 @@ from enum import Enum
 from typing import TYPE_CHECKING, Final
 
 from forwarder.config.address import Address, UnixAddress
-from forwarder.config.describe import label, way
+from forwarder.config.describe import check, label, server, way
 from forwarder.config.keys import key_of
-from forwarder.config.model import AccessRule, LogPlace
+from forwarder.config.model import AccessRule, Check, LogPlace, Rule, Upstream
 from forwarder.config.plan import FIXED_SETTINGS, ReloadPlan, diff
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from forwarder.config.model import Config, Rule, Settings
+    from forwarder.config.model import Config, Settings
 
 # Of fields that several keys make together, those that are called otherwise in the format.
 _KEYS: Final = {"access": "rules", "upstreams": "upstream"}
+# What is one value in the format, or none.
+_VALUES: Final = (Address, UnixAddress, Check)
+# Settings in a table of their own.
+_TABLES: Final = {"commands": "checks.commands"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,10 +128,12 @@ def values(thing: object) -> Iterator[tuple[str, str]]:
         value = getattr(thing, field.name)
         if not field.compare or field.name == "name":
             continue
-        if dataclasses.is_dataclass(value) and not isinstance(value, Address | UnixAddress):
+        if isinstance(thing, Rule) and field.name == "upstreams" and thing.group.name:
+            yield "upstream", f"group:{thing.group.name} ({as_text(value)})"
+        elif dataclasses.is_dataclass(value) and not isinstance(value, _VALUES):
             yield from values(value)
         elif key := key_of(type(thing), field.name):
-            yield key.name, as_text(key.shown(value))
+            yield _TABLES.get(key.name, key.name), as_text(key.shown(value))
         else:
             yield _KEYS.get(field.name, field.name), as_text(value)
 
@@ -144,6 +150,8 @@ def as_text(value: object) -> str:
         return f"{value.verdict.value} {value.pattern}"
     if isinstance(value, LogPlace):
         return f"{value.to} ({value.format.value})"
+    if isinstance(value, Upstream | Check):
+        return server(value) if isinstance(value, Upstream) else check(value)
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:.15g}" if isinstance(value, float) else str(value)

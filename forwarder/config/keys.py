@@ -12,18 +12,27 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Final
 
+from forwarder.config import check_values as values
 from forwarder.config import toml_values as read
+from forwarder.config.address import MAX_PORT
 from forwarder.config.model import (
     Answers,
+    Balance,
+    Check,
     Framing,
+    Group,
     Limits,
+    OnDown,
     OnLimit,
+    OnUp,
     RelayMode,
     Rule,
     Settings,
     SocketOptions,
+    Upstream,
     without_unit,
 )
+from forwarder.config.presets import PATH_FORMS, parse_path
 from forwarder.config.quantities import BANDWIDTH_FORMS, RATE_FORMS, parse_bandwidth, parse_rate
 
 if TYPE_CHECKING:
@@ -44,6 +53,20 @@ _MOST_BACKLOG: Final = 1 << 20
 # Below the least the kernel would raise it; above the most its double is no int (socket(7)).
 _BUFFER_BYTES: Final = (4096, (1 << 30) - 1)
 _MOST_MARK: Final = (1 << 32) - 1
+# As HAProxy has it.
+_MOST_WEIGHT: Final = 256
+_MOST_RETRIES: Final = 16
+# Arbitrary; a server is judged by more checks than that within hours only.
+_MOST_CHECKS: Final = 1000
+# An hour is hardly a check any more; below the least, checks are a load.
+_INTERVAL_S: Final = (0.1, 3600.0)
+_TIMEOUT_S: Final = (0.01, 3600.0)
+# Ejections become longer up to five minutes, so none begins above.
+_EJECT_S: Final = (0.1, 300.0)
+_SLOW_START_S: Final = (1.0, 86400.0)
+# RFC 8305 5: at least 10 ms; more than a minute is none.
+_ATTEMPT_DELAY_S: Final = (0.01, 60.0)
+_MOST_JITTER: Final = 50
 
 
 class Sockets(Enum):
@@ -104,6 +127,21 @@ def _octal(value: Value) -> Value:
     return f"{value:04o}"
 
 
+def _percent(value: Value) -> Value:
+    return round(value * 100) if isinstance(value, float) else value
+
+
+def _start(value: Value) -> Value:
+    return "down" if value else "up"
+
+
+def _between(least_s: float, most_s: float, *, or_none: bool = False) -> Reader:
+    return read.quantity(
+        values.between(least_s, most_s, or_none=or_none),
+        values.between_forms(least_s, most_s, or_none=or_none),
+    )
+
+
 def _option(
     name: str, reader: Reader, sockets: Sockets | None = None, *, at_top: bool = False
 ) -> Key:
@@ -114,6 +152,79 @@ def _option(
 def _table(*keys: Key) -> dict[str, Key]:
     return {key.name: key for key in keys}
 
+
+OF_A_GROUP: Final = _table(
+    Key("balance", read.choice(Balance), Group, said="balance {}"),
+    Key(
+        "hash_prefix",
+        read.quantity(values.parse_prefixes, values.PREFIX_FORMS),
+        Group,
+        shown=values.show_prefixes,  # type: ignore[arg-type]  # as it is read
+        said="by networks of {} bits",
+    ),
+    Key("slow_start", _between(*_SLOW_START_S, or_none=True), Group, said="slow start {} s"),
+    Key("max_queue", read.number(0, _MOST_SESSIONS), Group, said="at most {} waiting"),
+    Key("queue_timeout", read.duration, Group),
+    Key("retries", read.number(0, _MOST_RETRIES), Group, said="{} retries"),
+    Key("attempt_delay", _between(*_ATTEMPT_DELAY_S, or_none=True), Group),
+    Key("fail", read.number(0, _MOST_CHECKS), Group, said="ejects after {} failures"),
+    Key("fail_within", _between(*_INTERVAL_S), Group),
+    Key("eject", _between(*_EJECT_S), Group),
+    Key("panic", read.quantity(values.percent(100), values.percent_forms(100)), Group),
+    Key("fail_open", read.flag, Group, "fails_open", said="fail_open {}"),
+    Key("on_down", read.choice(OnDown), Group, said="on_down {}"),
+    Key("on_up", read.choice(OnUp), Group, said="on_up {}"),
+)
+"""Those of a group with one value; a rule may have them for its own upstreams."""
+
+OF_A_SERVER: Final = _table(
+    Key("weight", read.number(0, _MOST_WEIGHT), Upstream, said="weight {}"),
+    Key("backup", read.flag, Upstream, "is_backup", said="backup"),
+    Key("max_sessions", read.number(1, _MOST_SESSIONS), Upstream, said="at most {} sessions"),
+)
+"""Those of a server of a group beside its address."""
+
+OF_A_CHECK: Final = _table(
+    Key("port", read.number(1, MAX_PORT), Check, said="port {}"),
+    Key("host", read.host, Check, said="host {}"),
+    Key("path", read.quantity(parse_path, PATH_FORMS), Check, said="path {}"),
+    Key(
+        "status",
+        read.quantity(values.parse_status, values.STATUS_FORMS),
+        Check,
+        shown=values.show_status,  # type: ignore[arg-type]  # as it is read
+        said="status {}",
+    ),
+    Key(
+        "command",
+        read.quantity(values.parse_command, values.COMMAND_FORMS),
+        Check,
+        "argv",
+        said="command {}",
+    ),
+    Key("verify", read.flag, Check, "is_verified", said="verified"),
+    Key("every", _between(*_INTERVAL_S), Check, said="every {} s"),
+    Key("fast", _between(*_INTERVAL_S), Check),
+    Key("down", _between(*_INTERVAL_S), Check),
+    Key("timeout", _between(*_TIMEOUT_S), Check),
+    Key("fall", read.number(1, _MOST_CHECKS), Check, said="fall {}"),
+    Key("rise", read.number(1, _MOST_CHECKS), Check, said="rise {}"),
+    Key(
+        "jitter",
+        read.quantity(values.part(_MOST_JITTER), values.percent_forms(_MOST_JITTER)),
+        Check,
+        shown=_percent,
+    ),
+    Key(
+        "start",
+        read.quantity(values.parse_start, values.START_FORMS),
+        Check,
+        "starts_down",
+        shown=_start,
+        said="start {}",
+    ),
+)
+"""Those of a check with one value, beside ``kind``, ``send`` and ``expect``."""
 
 OF_A_RULE: Final = _table(
     Key("source_address", read.host, Rule, "source", said="from {}"),
@@ -161,6 +272,7 @@ OF_A_RULE: Final = _table(
         shown=_retry,
         said="may wait for its address",
     ),
+    *OF_A_GROUP.values(),
 )
 """Those of a rule, in the order in which a rule is described and written."""
 
@@ -176,13 +288,21 @@ AT_THE_TOP: Final = _table(
     Key("max_sessions", read.number(1, _MOST_SESSIONS), Settings),
     Key("pid_file", read.text, Settings),
     Key("relay", read.choice(RelayMode), Settings),
+    Key("state_file", read.text, Settings),
     Key("user", read.text, Settings),
     Key("workers", read.workers, Settings, shown=lambda value: value or "auto"),
 )
 """Those of the whole process."""
 
+OF_CHECKS: Final = _table(
+    Key("commands", read.flag, Settings, "runs_commands"),
+)
+"""Those of the table ``checks`` at the top."""
+
 _BY_FIELD: Final = {
-    (key.of, key.field): key for table in (OF_A_RULE, AT_THE_TOP) for key in table.values()
+    (key.of, key.field): key
+    for table in (OF_A_RULE, OF_A_SERVER, OF_A_CHECK, AT_THE_TOP, OF_CHECKS)
+    for key in table.values()
 }
 
 

@@ -24,6 +24,7 @@ HALF_CLOSE_TIMEOUT_S = 300.0
 IDLE_TIMEOUT_S = 0.0  # 0 = never; keepalive finds dead peers
 UDP_TIMEOUT_S = 72.0  # rinetd's
 MAX_FLOWS = 65536  # of a rule; each has one or two descriptors
+EVERY_S = 2.0  # from one check of a server to the next; HAProxy's
 UNIX_MODE = 0o660
 BACKLOG = 4096  # the kernel caps it at net.core.somaxconn, whose default is 4096
 FAST_OPEN_QUEUE = 256  # clients whose handshake is not over; arbitrary, HAProxy's is the backlog
@@ -327,10 +328,10 @@ class Check:
     is_pattern: bool = False
     argv: tuple[str, ...] = ()
     is_verified: bool = False
-    every_s: float = 2.0
+    every_s: float = EVERY_S
     fast_s: float = 1.0
-    down_s: float = 2.0
-    timeout_s: float = 2.0
+    down_s: float = EVERY_S
+    timeout_s: float = EVERY_S
     fall: int = 3
     rise: int = 2
     jitter: float = 0.1
@@ -344,7 +345,8 @@ class Group:
     ``name`` is that of a group that rules share; empty for the group of one rule, which is called
     as the rule. ``hash_prefix`` says how many bits of an IPv4 and an IPv6 client count.
     ``slow_start_s``: how long a server that is up again takes to its full weight. ``max_queue``
-    sessions may wait for a server with room, for ``queue_timeout_s`` (None: ``connect_timeout``).
+    sessions may wait for a server with room, for ``queue_timeout_s`` (None: ``connect_timeout``;
+    0: without end).
     ``retries`` is how many other servers are tried; None: one try for each, at most 3.
     ``attempt_delay_s`` passes until the next address is tried beside one that does not answer, 0
     is never. ``fail`` failed connects in a row, within ``fail_within_s``, eject a server for
@@ -418,10 +420,16 @@ class Rule:
 
     @property
     def is_balanced(self) -> bool:
-        """Whether there is something to choose, to bound or to check; other rules pay nothing."""
+        """Whether there is something to choose, to bound, to check or to try again.
+
+        A group that rules share is balanced with one server, too: it may be drained, and have more
+        after a reload. Other rules pay nothing.
+        """
+        group = self.group
         return (
             len(self.upstreams) > 1
-            or self.group.check is not None
+            or bool(group.name or group.retries)
+            or group.check is not None
             or any(upstream.max_sessions for upstream in self.upstreams)
         )
 
@@ -439,6 +447,8 @@ class Settings:
     the workers. ``drain_timeout_s`` bounds how long sessions go on after their rule, their worker
     or the instance has to end; None means 30 s for a stop and no limit else, 0 none at all.
     ``cut_denied``: changed access rules also end open sessions that they do not allow.
+    ``runs_commands``: checks may be commands. ``state_file`` keeps what operators have ordered of
+    servers over a restart.
     """
 
     workers: int = 0
@@ -452,6 +462,8 @@ class Settings:
     drain_timeout_s: float | None = None
     hang_timeout_s: float = HANG_TIMEOUT_S
     cut_denied: bool = False
+    runs_commands: bool = False
+    state_file: str | None = None
     # As in rinetd.conf: a pid file that cannot be written costs nothing else.
     is_pid_file_optional: bool = field(default=False, compare=False)
 

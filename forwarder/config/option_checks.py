@@ -37,7 +37,8 @@ class Kinds:
         protocol = rule.protocol
         self.listens = _kind(rule.listen.value, is_udp=protocol.listens_on_udp)
         self.connects = {
-            _kind(upstream.value, is_udp=protocol.connects_by_udp) for upstream in rule.upstreams
+            _kind(upstream.value, is_udp=protocol.connects_by_udp)
+            for upstream in rule.upstream_ends
         }
         self.either = {self.listens, *self.connects}
 
@@ -116,7 +117,7 @@ class _Check:
         if "source_address" in rule.keys:
             self._error("transparent", "transparent and source_address exclude each other")
         listens = _family(rule.listen.value)
-        for upstream in rule.upstreams:
+        for upstream in rule.upstream_ends:
             family = _family(upstream.value)
             if listens and family and listens != family:
                 self._error(

@@ -14,7 +14,7 @@ from forwarder.config.address import (
     split_transport,
 )
 from forwarder.config.loading import Loaded
-from forwarder.config.model import Protocol
+from forwarder.config.model import Protocol, Upstream
 from forwarder.config.raw import Issues, Placed, RawConfig, RawRule
 from forwarder.config.resolve import resolve
 from forwarder.errors import Place
@@ -65,7 +65,7 @@ def from_pairs(listens: Sequence[str], remotes: Sequence[str], *, is_udp: bool =
                 RawRule(
                     place=here,
                     listen=Placed(listen.address, here),
-                    upstreams=(Placed(remote.address, there),),
+                    upstreams=(Placed(Upstream(remote.address), there),),
                     protocol=_protocol(listen.transport, remote.transport, is_udp=is_udp),
                 )
             )

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Generic, TypeAlias, TypeVar
 
-from forwarder.config.model import AccessRule, Protocol, Settings
+from forwarder.config.model import AccessRule, Check, Protocol, Settings, Upstream
 from forwarder.errors import ConfigError, Issue, Place
 
 if TYPE_CHECKING:
@@ -30,21 +30,57 @@ class Placed(Generic[T_co]):
     place: Place
 
 
-Value: TypeAlias = bool | int | float | str | Enum
+Value: TypeAlias = (
+    bool
+    | int
+    | float
+    | str
+    | Enum
+    | tuple[str, ...]
+    | tuple[int, int]
+    | tuple[tuple[int, int], ...]
+)
 RawKeys: TypeAlias = dict[str, Placed[Value]]
 """Values by key, as in the documentation; ``keys`` has what there may be."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RawCheck:
+    """A check as written. ``is_dns``: by UDP or TCP, whatever the rules have.
+
+    ``is_broken``: there is one, and what is wrong with it has been reported.
+    """
+
+    check: Check
+    place: Place
+    is_dns: bool = False
+    is_broken: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RawGroup:
+    """One group that rules share, as written."""
+
+    place: Place
+    name: Placed[str]
+    servers: tuple[Placed[Upstream], ...]
+    keys: RawKeys = field(default_factory=dict)
+    check: RawCheck | None = None
 
 
 @dataclass(slots=True, kw_only=True)
 class RawRule:
     """One rule as written: ``keys`` are those that have one value each.
 
+    ``leads_to`` is the name of a group, in which case ``upstreams`` is empty until it is resolved.
     ``access`` grows while the lines behind a rinetd rule are read.
     """
 
     place: Place
     listen: Placed[Endpoint]
-    upstreams: tuple[Placed[Endpoint], ...]
+    upstreams: tuple[Placed[Upstream], ...]
+    leads_to: Placed[str] | None = None
+    check: RawCheck | None = None
     protocol: Protocol = Protocol.TCP
     name: Placed[str] | None = None
     keys: RawKeys = field(default_factory=dict)
@@ -55,17 +91,26 @@ class RawRule:
         if value is not None:
             self.keys[key] = value
 
+    @property
+    def upstream_ends(self) -> tuple[Placed[Endpoint], ...]:
+        """The addresses of the upstreams, where nothing else of them counts."""
+        return tuple(Placed(upstream.value.end, upstream.place) for upstream in self.upstreams)
+
 
 @dataclass(slots=True, kw_only=True)
 class RawConfig:
     """A file as written; ``defaults`` are keys of its rules.
 
     ``rules_seen`` counts the rules begun, those with errors included: a file whose only rule is
-    broken does not lack one. ``dropped_access`` holds the access rules of broken rules: they are
-    checked, because all problems are reported at once, and dropped.
+    broken does not lack one. For the same reason ``broken_groups`` are the names of groups with
+    errors, and ``led_to`` those of the groups of all rules. ``dropped_access`` holds the access
+    rules of broken rules: they are checked, because all problems are reported at once, and dropped.
     """
 
     rules: list[RawRule] = field(default_factory=list)
+    groups: list[RawGroup] = field(default_factory=list)
+    broken_groups: set[str] = field(default_factory=set)
+    led_to: set[str] = field(default_factory=set)
     rules_seen: int = 0
     may_lack_rules: bool = False
     access: list[AccessRule] = field(default_factory=list)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from forwarder.config.address_checks import check_endpoints, check_listeners, transport
+from forwarder.config.groups import Groups
 from forwarder.config.keys import OF_A_RULE, values_of
 from forwarder.config.model import (
     UDP_TIMEOUT_S,
@@ -19,13 +20,13 @@ from forwarder.config.model import (
     Protocol,
     Rule,
     SocketOptions,
-    Upstream,
 )
 from forwarder.config.option_checks import Kinds, check_options
 from forwarder.config.patterns import PATTERN_FORMS, PatternError, parse_pattern
 from forwarder.errors import Place
 
 if TYPE_CHECKING:
+    from forwarder.config.model import Group
     from forwarder.config.raw import Issues, RawConfig, RawKeys, RawRule
 
 MAX_NAME_LENGTH = 100
@@ -51,22 +52,26 @@ def resolve(raw: RawConfig, source: str, issues: Issues) -> Config:
     check_listeners(raw.rules, issues)
     names = _Names(issues)
     for rule in raw.rules:
+        _check_access(rule.access, issues)
         names.claim(rule)
-    rules = tuple(_finish(rule, names.name_of(rule), raw, issues) for rule in raw.rules)
+    groups = Groups(raw, issues)
+    rules = tuple(
+        _finish(rule, names.name_of(rule), groups.of(rule), raw, issues) for rule in groups.rules
+    )
+    groups.check_names(rules)
     return Config(rules=rules, access=tuple(raw.access), settings=raw.settings)
 
 
-def _finish(rule: RawRule, name: str, raw: RawConfig, issues: Issues) -> Rule:
-    _check_access(rule.access, issues)
+def _finish(rule: RawRule, name: str, group: Group, raw: RawConfig, issues: Issues) -> Rule:
     check_endpoints(rule, issues)
     _check_udp_timeout(rule, issues)
-    made = _made(rule, name, raw.defaults)
+    made = _made(rule, name, group, raw.defaults)
     _check_datagram_keys(rule, made, issues)
     check_options(rule, made.options, issues)
     return made
 
 
-def _made(rule: RawRule, name: str, defaults: RawKeys) -> Rule:
+def _made(rule: RawRule, name: str, group: Group, defaults: RawKeys) -> Rule:
     """The rule with ``defaults`` for the keys that it has not itself.
 
     Not with those that do nothing there: a change of one would be a change of the rule.
@@ -83,7 +88,8 @@ def _made(rule: RawRule, name: str, defaults: RawKeys) -> Rule:
     return Rule(
         name=name,
         listen=rule.listen.value,
-        upstreams=tuple(Upstream(upstream.value) for upstream in rule.upstreams),
+        upstreams=tuple(upstream.value for upstream in rule.upstreams),
+        group=group,
         protocol=rule.protocol,
         access=tuple(rule.access),
         limits=limits,

@@ -18,7 +18,7 @@ from typing import ClassVar
 
 from forwarder.config.address import MAX_PORT, Address, AddressError, is_ip, parse_host
 from forwarder.config.durations import MAX_DURATION_S
-from forwarder.config.model import AccessRule, LogFormat, LogPlace, Protocol, Verdict
+from forwarder.config.model import AccessRule, LogFormat, LogPlace, Protocol, Upstream, Verdict
 from forwarder.config.raw import Issues, Placed, RawConfig, RawRule
 from forwarder.errors import Place
 
@@ -177,7 +177,10 @@ class Reader:
             place=self._place(start),
             listen=Placed(Address(listen_host, listen_port[0]), self._place(start)),
             upstreams=(
-                Placed(Address(upstream_host, upstream_port[0]), self._place(match.start(3))),
+                Placed(
+                    Upstream(Address(upstream_host, upstream_port[0])),
+                    self._place(match.start(3)),
+                ),
             ),
             protocol=_PROTOCOLS[listen_port[1], upstream_port[1]],
             access=self._access,

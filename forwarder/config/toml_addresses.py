@@ -17,7 +17,6 @@ from forwarder.config.address import (
     parse_upstream,
 )
 from forwarder.config.raw import Placed
-from forwarder.config.toml_table import describe
 from forwarder.config.toml_values import host as host_of
 
 if TYPE_CHECKING:
@@ -27,46 +26,19 @@ if TYPE_CHECKING:
 
 def read_listen(table: Table) -> Placed[Endpoint] | None:
     """Where a rule listens; None when that is missing or wrong."""
-    if not _is_one_way(table, "listen", "bind_address", "bind_port"):
+    if not is_one_way(table, "listen", "bind_address", "bind_port"):
         return None
     if "listen" not in table:
-        return _host_and_port(table, "bind_address", "bind_port")
+        return read_host_and_port(table, "bind_address", "bind_port")
     value = table.get("listen")
     if isinstance(value, int) and not isinstance(value, bool):
         table.bad("listen", "a text in quotes", f'write "*:{value}" for all addresses')
         return None
     text = table.text("listen", ADDRESS_FORMS)
-    return _address(table, text, is_upstream=False) if text else None
+    return read_address(table, text, is_upstream=False) if text else None
 
 
-def read_upstreams(table: Table) -> tuple[Placed[Endpoint], ...]:
-    """Where a rule leads, as far as that is right."""
-    if not _is_one_way(table, "upstream", "connect_address", "connect_port"):
-        return ()
-    if "upstream" not in table:
-        single = _host_and_port(table, "connect_address", "connect_port")
-        return (single,) if single else ()
-    value = table.get("upstream")
-    if not isinstance(value, list):
-        text = table.text("upstream", f"{UPSTREAM_FORMS}, or a list of them")
-        texts = [text] if text else []
-    elif not value:
-        table.issues.error(table.place("upstream"), "upstream is empty", allowed="one or more")
-        return ()
-    else:
-        texts = []
-        for index, item in enumerate(value):
-            place = table.place("upstream", index)
-            if isinstance(item, str):
-                texts.append(Placed(item, place))
-            else:
-                what = f"element {index + 1} of upstream is {describe(item)}"
-                table.issues.error(place, what, allowed='a text such as "10.0.0.1:80"')
-    addresses = [_address(table, text, is_upstream=True) for text in texts]
-    return tuple(address for address in addresses if address)
-
-
-def _is_one_way(table: Table, joint: str, host: str, port: str) -> bool:
+def is_one_way(table: Table, joint: str, host: str, port: str) -> bool:
     """Check that an address is written in exactly one of the two ways, and completely."""
     both = f"either {joint}, or {host} and {port}"
     split = [key for key in (host, port) if key in table]
@@ -86,7 +58,7 @@ def _is_one_way(table: Table, joint: str, host: str, port: str) -> bool:
     return False
 
 
-def _address(table: Table, text: Placed[str], *, is_upstream: bool) -> Placed[Endpoint] | None:
+def read_address(table: Table, text: Placed[str], *, is_upstream: bool) -> Placed[Endpoint] | None:
     try:
         address = parse_upstream(text.value) if is_upstream else parse_listen(text.value)
     except AddressError as error:
@@ -98,7 +70,7 @@ def _address(table: Table, text: Placed[str], *, is_upstream: bool) -> Placed[En
     return Placed(address, text.place)
 
 
-def _host_and_port(table: Table, host_key: str, port_key: str) -> Placed[Endpoint] | None:
+def read_host_and_port(table: Table, host_key: str, port_key: str) -> Placed[Endpoint] | None:
     host = host_of(table, host_key)
     ports = table.ports(port_key)
     if host is None or ports is None:

@@ -9,13 +9,22 @@ from __future__ import annotations
 import re
 import tomllib
 
-from forwarder.config.keys import AT_THE_TOP, DEFAULTS, OF_A_RULE, read_keys, values_of
+from forwarder.config.keys import (
+    AT_THE_TOP,
+    DEFAULTS,
+    OF_A_RULE,
+    OF_CHECKS,
+    read_keys,
+    values_of,
+)
 from forwarder.config.model import AccessRule, LogFormat, LogPlace, Protocol, Settings, Verdict
 from forwarder.config.raw import Issues, RawConfig, RawRule
-from forwarder.config.toml_addresses import read_listen, read_upstreams
+from forwarder.config.toml_addresses import read_listen
+from forwarder.config.toml_check import read_check
 from forwarder.config.toml_limits import finish_limits
 from forwarder.config.toml_places import Places
 from forwarder.config.toml_table import Table
+from forwarder.config.toml_upstreams import read_groups, read_upstreams
 from forwarder.errors import Place
 
 TOP_KEYS = tuple(
@@ -23,8 +32,10 @@ TOP_KEYS = tuple(
         (
             *AT_THE_TOP,
             *DEFAULTS,
+            "checks",
             "forwarding_rules",
             "global_rules",
+            "groups",
             "log_file",
             "log_format",
             "logs",
@@ -37,6 +48,7 @@ RULE_KEYS = tuple(
             *OF_A_RULE,
             "bind_address",
             "bind_port",
+            "check",
             "connect_address",
             "connect_port",
             "listen",
@@ -78,6 +90,7 @@ def parse(text: str, source: str, issues: Issues) -> RawConfig:
         access=_access(top, "global_rules"),
         defaults=read_keys(top, DEFAULTS),
     )
+    read_groups(top, raw)
     rules = top.get("forwarding_rules")
     if rules is None:
         issues.error(
@@ -108,11 +121,11 @@ def _report_syntax(message: str, text: str, source: str, issues: Issues) -> None
 
 
 def _settings(top: Table) -> Settings:
-    given = read_keys(top, AT_THE_TOP)
-    return Settings(
-        logs=_logs(top),
-        **values_of(Settings, given, AT_THE_TOP),  # type: ignore[arg-type]  # as each is read
-    )
+    fields = values_of(Settings, read_keys(top, AT_THE_TOP), AT_THE_TOP)
+    checks = top.table("checks", tuple(OF_CHECKS), "a table: [checks]")
+    if checks:
+        fields |= values_of(Settings, read_keys(checks, OF_CHECKS), OF_CHECKS)
+    return Settings(logs=_logs(top), **fields)  # type: ignore[arg-type]  # as each is read
 
 
 def _logs(top: Table) -> tuple[LogPlace, ...]:
@@ -175,22 +188,26 @@ def _access(table: Table, key: str) -> list[AccessRule]:
 def _rule(table: Table, raw: RawConfig) -> RawRule | None:
     """Read one rule; None when it has no usable listen address or upstream."""
     listen = read_listen(table)
-    upstreams = read_upstreams(table)
+    upstreams, group = read_upstreams(table)
+    if group:
+        raw.led_to.add(group.value)
     found = table.choice("protocol", Protocol)
     protocol = found.value if found else Protocol.TCP
     name = table.text("name")
-    keys = read_keys(table, OF_A_RULE)
+    keys, check = read_keys(table, OF_A_RULE), read_check(table)
     finish_limits(
         table, keys, is_udp=protocol.listens_on_udp, has_total=bool(raw.settings.max_sessions)
     )
     access = _access(table, "rules")
-    if listen is None or not upstreams:
+    if listen is None or not (upstreams or group):
         raw.dropped_access += access
         return None
     return RawRule(
         place=table.place(),
         listen=listen,
         upstreams=upstreams,
+        leads_to=group,
+        check=check,
         protocol=protocol,
         name=name,
         keys=keys,

@@ -189,6 +189,24 @@ class Table:
         )
         return None
 
+    def table(self, key: str, known: Sequence[str], allowed: str = "a table") -> Table | None:
+        """Read the one table of a key."""
+        value = self._data.get(key)
+        if isinstance(value, dict):
+            return Table(value, (*self._path, key), self._places, self.issues, known)
+        if value is not None:
+            is_array = isinstance(value, list) and all(isinstance(item, dict) for item in value)
+            self.bad(key, allowed, "write it with single brackets" if is_array and value else "")
+        return None
+
+    def item(self, key: str, index: int, known: Sequence[str]) -> Table | None:
+        """Read a table that is an element of a list; None for anything else."""
+        value = self._data.get(key)
+        item = value[index] if isinstance(value, list) else None
+        if not isinstance(item, dict):
+            return None
+        return Table(item, (*self._path, key, index), self._places, self.issues, known)
+
     def tables(self, key: str, known: Sequence[str]) -> Iterator[Table]:
         """Read an array of tables, one by one."""
         value = self._data.get(key)

@@ -6,7 +6,7 @@ Which keys they are for is in ``keys``; what values mean together is checked in 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
 
 from forwarder.config.address import AddressError, parse_host
 from forwarder.config.model import MAX_WORKERS, BindPolicy, Sides
@@ -39,6 +39,8 @@ _DEVICE: Final = re.compile(r"(?!\.{1,2}$)[^\s/:]{1,15}")
 _CONGESTION: Final = re.compile(r"[a-z0-9_-]{1,15}")
 _MODE: Final = re.compile(r"0?[0-7]{3}")
 
+V = TypeVar("V")
+
 Reader: TypeAlias = "Callable[[Table, str], Placed[Value] | None]"
 """Takes a key that the table has; returns None if its value is wrong, once that is reported."""
 
@@ -53,10 +55,12 @@ def choice(choices: type[Enum]) -> Reader:
     return lambda table, key: table.choice(key, choices)
 
 
-def quantity(parse: Callable[[object], float], allowed: str) -> Reader:
+def quantity(
+    parse: Callable[[object], V], allowed: str
+) -> Callable[[Table, str], Placed[V] | None]:
     """What ``parse`` takes, which raises ValueError; ``allowed`` says what that is."""
 
-    def read(table: Table, key: str) -> Placed[float] | None:
+    def read(table: Table, key: str) -> Placed[V] | None:
         value = table.get(key)
         try:
             return Placed(parse(value), table.place(key))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from forwarder.config import rinetd_conf
 from forwarder.config.address import Address, AddressError, parse_unix
-from forwarder.config.model import Protocol
+from forwarder.config.model import Protocol, Upstream
 from forwarder.config.raw import Placed, RawRule
 from forwarder.errors import Place
 from forwarder.migrate import uv_words
@@ -124,7 +124,9 @@ class _UvReader(rinetd_conf.Reader):
         rule = RawRule(
             place=self._place(start),
             listen=Placed(endpoint, self._place(start)),
-            upstreams=(Placed(upstream[0], self._place(match.start(4 if match[4] else 5))),),
+            upstreams=(
+                Placed(Upstream(upstream[0]), self._place(match.start(4 if match[4] else 5))),
+            ),
             protocol=Protocol.UDP if kind == "udp" else Protocol.TCP,
         )
         rule.put("source_address", options.get("src"))

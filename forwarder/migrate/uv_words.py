@@ -122,7 +122,7 @@ def backlog(draft: Draft, name: str, value: str, place: Place) -> None:
 
 def keepalive(draft: Draft, rule: RawRule, written: str, place: Place, *, is_on: bool) -> None:
     """Keepalive is on by default, there and here."""
-    ends = (rule.listen.value, *(upstream.value for upstream in rule.upstreams))
+    ends = (rule.listen.value, *(end.value for end in rule.upstream_ends))
     is_tcp = rule.protocol is Protocol.TCP and any(isinstance(end, Address) for end in ends)
     if is_on:
         return
@@ -147,7 +147,7 @@ def finish_rule(draft: Draft, rule: RawRule, connect_kind: str, connect_place: P
             hint='for a rule between the two set protocol to "udptotcp" or "tcptoudp"',
         )
     source = rule.keys.get("source_address")
-    if source and all(isinstance(there.value, UnixAddress) for there in rule.upstreams):
+    if source and all(isinstance(there.value, UnixAddress) for there in rule.upstream_ends):
         why = "the upstream is a unix socket"
         draft.leave_out(source.place, f"src {source.value}", why, in_rule=True)
         del rule.keys["source_address"]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 import yaml
 
 from forwarder.config.address import Address, AddressError, parse_host, parse_port, parse_unix
-from forwarder.config.model import AccessRule, LogFormat, LogPlace, Protocol, Verdict
+from forwarder.config.model import AccessRule, LogFormat, LogPlace, Protocol, Upstream, Verdict
 from forwarder.config.raw import Placed, RawRule
 from forwarder.errors import Place
 from forwarder.migrate import uv_words
@@ -144,7 +144,7 @@ class _UvReader(NodeReader):
             rule = RawRule(
                 place=start,
                 listen=listen,
-                upstreams=upstreams,
+                upstreams=tuple(Placed(Upstream(end.value), end.place) for end in upstreams),
                 protocol=Protocol.UDP if listen_kind == "udp" else Protocol.TCP,
                 name=self._name(keys, index),
                 access=list(access),

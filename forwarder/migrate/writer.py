@@ -122,7 +122,7 @@ def _value(value: Value) -> str:
         return "true" if value else "false"
     if isinstance(value, int | float):
         return str(int(value)) if value == int(value) else repr(value)
-    return text(str(value.value) if isinstance(value, Enum) else value)
+    return text(str(value.value if isinstance(value, Enum) else value))
 
 
 # -- comments

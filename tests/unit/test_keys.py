@@ -7,8 +7,25 @@ from dataclasses import fields
 import pytest
 
 from forwarder.config import toml_values as read
-from forwarder.config.keys import AT_THE_TOP, DEFAULTS, OF_A_RULE, Key, key_of
-from forwarder.config.model import Limits, Rule, Settings, SocketOptions
+from forwarder.config.keys import (
+    AT_THE_TOP,
+    DEFAULTS,
+    OF_A_CHECK,
+    OF_A_RULE,
+    OF_A_SERVER,
+    OF_CHECKS,
+    Key,
+    key_of,
+)
+from forwarder.config.model import (
+    Check,
+    Group,
+    Limits,
+    Rule,
+    Settings,
+    SocketOptions,
+    Upstream,
+)
 
 
 @pytest.mark.parametrize(
@@ -16,10 +33,23 @@ from forwarder.config.model import Limits, Rule, Settings, SocketOptions
     [
         (
             Rule,
-            {"name", "listen", "upstreams", "protocol", "access", "limits", "options", "place"},
+            {
+                "name",
+                "listen",
+                "upstreams",
+                "group",
+                "protocol",
+                "access",
+                "limits",
+                "options",
+                "place",
+            },
         ),
         (Limits, set()),
         (SocketOptions, {"places"}),
+        (Group, {"name", "check"}),
+        (Upstream, {"end"}),
+        (Check, {"kind", "send", "expect", "is_pattern"}),
         (Settings, {"logs", "is_pid_file_optional"}),
     ],
 )
@@ -29,7 +59,8 @@ def test_every_field_has_a_key_but_those_that_several_make(part: type, without: 
 
 
 def test_no_two_keys_fill_one_field() -> None:
-    every = [*OF_A_RULE.values(), *AT_THE_TOP.values()]
+    tables = (OF_A_RULE, OF_A_SERVER, OF_A_CHECK, AT_THE_TOP, OF_CHECKS)
+    every = [key for table in tables for key in table.values()]
     assert len({(key.of, key.field) for key in every}) == len(every)
 
 
