@@ -94,7 +94,8 @@ def show_expected(expected: Expected) -> str:
     """What an answer has to contain, as a file has it."""
     if expected.is_pattern:
         return _PATTERN + expected.text.decode(errors="backslashreplace")
-    return show_bytes(expected.text)
+    shown = show_bytes(expected.text)
+    return f"\\x72{shown[1:]}" if shown.startswith(_PATTERN) else shown
 
 
 def parse_status(value: object) -> tuple[tuple[int, int], ...]:

@@ -10,6 +10,7 @@ import pytest
 from forwarder import __version__
 from forwarder.config import Dialect, load
 from forwarder.config.advice import advise
+from forwarder.config.keys import OF_CHECKS
 from forwarder.config.model import (
     CONNECT_TIMEOUT_S,
     HALF_CLOSE_TIMEOUT_S,
@@ -18,7 +19,9 @@ from forwarder.config.model import (
     Protocol,
 )
 from forwarder.config.rinetd_conf import KEYWORDS
+from forwarder.config.toml_check import CHECK_KEYS
 from forwarder.config.toml_conf import ACCESS_KEYS, LOG_KEYS, RULE_KEYS, TOP_KEYS
+from forwarder.config.toml_upstreams import GROUP_KEYS, SERVER_KEYS
 from forwarder.stats.reasons import REASONS
 from forwarder.stats.rows import COUNTERS
 
@@ -30,7 +33,21 @@ TOP = "### Top level"
 RULE = "### In a `[[forwarding_rules]]` table"
 ACCESS = "### In a `[[global_rules]]` or `[[forwarding_rules.rules]]` table"
 LOGS = "### In a `[[logs]]` table"
+GROUP = "### In a `[[groups]]` table"
+SERVER = "### In a server table"
+CHECK = "### In a `check` table"
+CHECKS = "### In the `[checks]` table"
 RINETD = "## rinetd.conf"
+KEYS = {
+    TOP: TOP_KEYS,
+    RULE: RULE_KEYS,
+    GROUP: GROUP_KEYS,
+    SERVER: SERVER_KEYS,
+    CHECK: CHECK_KEYS,
+    CHECKS: tuple(OF_CHECKS),
+    ACCESS: ACCESS_KEYS,
+    LOGS: LOG_KEYS,
+}
 FIRST_VERSION = (0, 1, 0)
 
 
@@ -61,10 +78,11 @@ def test_there_is_an_example_of_each_dialect() -> None:
     assert [path.name for path in EXAMPLES] == ["forwarder.toml", "rinetd.conf"]
 
 
-@pytest.mark.parametrize("key", sorted({*TOP_KEYS, *RULE_KEYS, *ACCESS_KEYS, *LOG_KEYS}))
+@pytest.mark.parametrize("key", sorted({key for keys in KEYS.values() for key in keys}))
 def test_the_toml_example_shows_every_key(key: str) -> None:
     example = (ROOT / "deploy" / "examples" / "forwarder.toml").read_text()
-    assert re.search(rf"^(# )?({key} = |\[\[(\w+\.)?{key}\]\]$)", example, flags=re.MULTILINE)
+    alone = rf"{key} = |\[{{1,2}}(\w+\.)?{key}\]{{1,2}}$"
+    assert re.search(rf"^(# )?({alone})|[{{,] {key} = ", example, flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize("keyword", KEYWORDS)
@@ -76,19 +94,13 @@ def test_the_rinetd_example_shows_every_keyword(keyword: str) -> None:
 
 @pytest.mark.parametrize(
     ("heading", "keys"),
-    [
-        (TOP, TOP_KEYS),
-        (RULE, RULE_KEYS),
-        (ACCESS, ACCESS_KEYS),
-        (LOGS, LOG_KEYS),
-        (RINETD, (*KEYWORDS, "timeout", "src")),
-    ],
+    [*KEYS.items(), (RINETD, (*KEYWORDS, "timeout", "src"))],
 )
 def test_the_documentation_has_every_key_and_no_other(heading: str, keys: tuple[str, ...]) -> None:
     assert set(rows_under(heading)) == set(keys)
 
 
-@pytest.mark.parametrize("heading", [TOP, RULE, ACCESS, LOGS, RINETD])
+@pytest.mark.parametrize("heading", [*KEYS, RINETD])
 def test_the_documentation_says_since_when_there_is_a_key(heading: str) -> None:
     """None is told to be older than the first version, or to come with one that is not there."""
     for key, (_, _, _, since, *_) in rows_under(heading).items():

@@ -12,7 +12,10 @@ import pytest
 from support.programs import debian
 
 from forwarder.cli.main import cli
+from forwarder.config.keys import OF_CHECKS
+from forwarder.config.toml_check import CHECK_KEYS
 from forwarder.config.toml_conf import ACCESS_KEYS, LOG_KEYS, RULE_KEYS, TOP_KEYS
+from forwarder.config.toml_upstreams import GROUP_KEYS, SERVER_KEYS
 
 MAN = Path(__file__).parents[2] / "docs" / "man"
 PAGES = ["forwarder.8", "forwarder.toml.5"]
@@ -56,6 +59,10 @@ def plain(text: str) -> str:
     [
         ("Top level", TOP_KEYS),
         ("In a [[forwarding_rules]] table", RULE_KEYS),
+        ("In a [[groups]] table", GROUP_KEYS),
+        ("In a server table", SERVER_KEYS),
+        ("In a check table", CHECK_KEYS),
+        ("In the [checks] table", tuple(OF_CHECKS)),
         ("In a [[logs]] table", LOG_KEYS),
         ("In a [[global_rules]] or [[forwarding_rules.rules]] table", ACCESS_KEYS),
     ],
