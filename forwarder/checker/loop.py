@@ -134,11 +134,11 @@ class Loop:
 
         Blocks.
         """
-        asleep_at = time.monotonic()
-        due_at = min(self._timers[0][0] if self._timers else math.inf, asleep_at + limit_s)
-        events = self._epoll.poll(max(0.0, due_at - asleep_at))
+        woken_at = self.now
+        due_at = min(self._timers[0][0] if self._timers else math.inf, woken_at + limit_s)
+        events = self._epoll.poll(max(0.0, due_at - time.monotonic()))
         self.now = now = time.monotonic()
-        late_s = now - max(due_at, asleep_at)
+        late_s = now - max(due_at, woken_at)  # counted from then: it may be stopped at any time
         self.stopped_s = late_s if late_s > STOPPED_S else 0.0
         watches = self._watches
         # By watch, not by descriptor: one that is closed here may be another's a moment later.
