@@ -9,7 +9,7 @@ from __future__ import annotations
 from itertools import product
 from typing import TYPE_CHECKING
 
-from forwarder.config import advice_access
+from forwarder.config import advice_access, advice_groups
 from forwarder.config.address import Address, UnixAddress
 from forwarder.config.address_checks import WILDCARDS, listens_for, spelling, transport
 from forwarder.config.model import Dialect
@@ -26,6 +26,7 @@ def advise(config: Config, dialect: Dialect) -> tuple[Issue, ...]:
     """Everything that its author should look at again, by place."""
     found = [
         *advice_access.advise(config),
+        *advice_groups.advise(config),
         *_own_listeners(config),
         *_taken_clients(config),
         *(_of_rinetd(config) if dialect is Dialect.RINETD else ()),

@@ -165,7 +165,7 @@ OF_A_GROUP: Final = _table(
     Key("slow_start", _between(*_SLOW_START_S, or_none=True), Group, said="slow start {} s"),
     Key("max_queue", read.number(0, _MOST_SESSIONS), Group, said="at most {} waiting"),
     Key("queue_timeout", read.duration, Group),
-    Key("retries", read.number(0, _MOST_RETRIES), Group, said="{} retries"),
+    Key("retries", read.number(0, _MOST_RETRIES), Group, said="retries {}"),
     Key("attempt_delay", _between(*_ATTEMPT_DELAY_S, or_none=True), Group),
     Key("fail", read.number(0, _MOST_CHECKS), Group, said="ejects after {} failures"),
     Key("fail_within", _between(*_INTERVAL_S), Group),

@@ -16,6 +16,7 @@ import pytest
 from forwarder.config import Dialect, load
 from forwarder.config.address import Address, UnixAddress
 from forwarder.config.advice import advise
+from forwarder.config.check_values import show_bytes
 from forwarder.config.model import Upstream
 from forwarder.errors import ConfigError, Issue, Place
 
@@ -32,6 +33,8 @@ def plain(value: object) -> object:
         return str(value)
     if isinstance(value, Upstream) and value == Upstream(value.end):
         return str(value)
+    if isinstance(value, bytes):
+        return show_bytes(value)
     if isinstance(value, Place):
         return f"{value.line}:{value.column}"
     if isinstance(value, tuple):
