@@ -107,13 +107,23 @@ class ServerTable:
 
     # -- everybody
 
+    def orders(self, seat: int, configured: int) -> tuple[int, bool]:
+        """What weight a server has, unless it is down, and whether it is to get no session at all.
+
+        ``configured`` is its weight unless an operator has given it another one.
+        """
+        order = self.words[seat * SEAT_WORDS]
+        return (
+            order & _WEIGHT if order & HAS_WEIGHT else configured,
+            bool(order & (DRAINS | DISABLED)),
+        )
+
+    def share(self, seat: int) -> int:
+        """What part of its weight a server has by what was found out, 0 to FULL; 0: none at all."""
+        health = self.words[seat * SEAT_WORDS + HEALTH]
+        return health - 1 if health else FULL
+
     def weight(self, seat: int, configured: int) -> int:
         """The weight of a server now, in thousandths; 0: it gets no session while others can."""
-        at = seat * SEAT_WORDS
-        order, health = self.words[at], self.words[at + HEALTH]
-        if order:
-            if order & DRAINS:
-                return 0
-            if order & HAS_WEIGHT:
-                configured = order & _WEIGHT
-        return configured * (health - 1 if health else FULL)
+        weight, is_out = self.orders(seat, configured)
+        return 0 if is_out else weight * self.share(seat)

@@ -154,12 +154,16 @@ class Restrictions:
         if key is not None:
             session.held_as = None
             self.holder.let_go(row, key)
-            if not self._is_settling:
-                self._is_settling = True
-                self._defer(self._settle)
+            self.settle_soon()
             admission = self.admissions.get(row)
             if admission is not None:
                 admission.wake_one()
+
+    def settle_soon(self) -> None:
+        """Count what the holder owes at the end of the batch, or when the lock is free."""
+        if not self._is_settling:
+            self._is_settling = True
+            self._defer(self._settle)
 
     def decide_later(self, decide: Callable[[], None]) -> None:
         """The lock cannot be taken: call again. Listeners rest meanwhile, so these are few.

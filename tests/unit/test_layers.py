@@ -63,6 +63,8 @@ PURE = {
     "system.backoff",
     "system.rarely",
     "limits.tables",
+    "balancing.choose",
+    "balancing.tiers",
 }
 # Arbitrary; what grows beyond it has had two subjects each time.
 MOST_LINES = 500

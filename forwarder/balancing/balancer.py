@@ -1,0 +1,436 @@
+"""The servers of one group as a worker uses them: choosing one for a session, counting it there.
+
+Theory of operation
+-------------------
+What the table of servers says is read again when its revision has moved; in between a choice looks
+at nothing but what was worked out then. ``choose`` decides among servers, ``tiers`` which ones are
+there to decide among; here it is put together with what all workers share.
+
+Sessions are counted at the gate only where somebody has to know how many there are: in groups that
+choose by sessions, or that limit them. The count is read, decided upon and raised under one lock,
+so that no limit is ever exceeded, and two workers never choose the same gap. Giving back is owed,
+and done at the end of a batch.
+
+While another process keeps the lock, servers without a limit are chosen by the counts as they are;
+where all have one nothing can be decided, and :class:`Busy` is raised.
+"""
+
+from __future__ import annotations
+
+import random
+import socket
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Protocol
+
+from forwarder.balancing.choose import First, Hash, Least, Random, Turn, indices, mask_of
+from forwarder.balancing.table import CUTS, FULL, ORDER, SINCE_NS, STATE, Standing
+from forwarder.balancing.tiers import PRIMARIES, TIERS, State, standings
+from forwarder.config.model import Balance, OnDown, OnUp
+from forwarder.limits.gate import Busy
+from forwarder.stats.board import ROWS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from forwarder.balancing.choose import Chooser
+    from forwarder.balancing.table import ServerTable
+    from forwarder.config.model import Group, Upstream
+    from forwarder.limits.gate import Holdings
+    from forwarder.net.sockets import SockAddr
+    from forwarder.stats.rows import Row
+
+# How long sessions of backups are cut, some at a time, when a primary is back (on_up = "return").
+RETURN_S: Final = 10.0
+_BY_SESSIONS: Final = frozenset({Balance.LEAST, Balance.RANDOM})
+
+
+class Counting(Protocol):
+    """The gate, see :class:`forwarder.limits.gate.Gate`; the last two under its lock."""
+
+    def sessions(self, row: int) -> int:
+        """How many sessions a server has."""
+
+    def unlock(self) -> None:
+        """Let the others decide."""
+
+    def take_server(self, mine: Holdings, row: int) -> None:
+        """Count a session of a server."""
+
+    def leave_server(self, mine: Holdings, row: int) -> None:
+        """A session of a server that was counted has ended."""
+
+
+class Owing(Protocol):
+    """The gate as one worker uses it, see :class:`forwarder.limits.gate.Holder`."""
+
+    mine: Holdings
+
+    @property
+    def gate(self) -> Counting:
+        """The gate itself."""
+
+    def __enter__(self) -> Counting:
+        """Begin to decide alone, and count what is owed. Raises Busy."""
+
+    def __exit__(self, *_: object) -> None:
+        """Let the others decide."""
+
+    def take_server(self, row: int) -> None:
+        """Owe a session of a server."""
+
+    def leave_server(self, row: int) -> None:
+        """Owe the end of one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surroundings:
+    """What all balancers of a worker share.
+
+    ``row_of`` gives the row of a number on the worker's board. ``settle_soon`` makes the gate count
+    what the ``holder`` owes when the batch of events is over. ``part`` is the worker's slot divided
+    by how many there are: workers do not all begin with the same server.
+    """
+
+    table: ServerTable
+    row_of: Callable[[int], Row]
+    holder: Owing
+    settle_soon: Callable[[], None]
+    part: float = 0.0
+    draw: Callable[[], float] = random.random
+    clock: Callable[[], float] = time.monotonic
+
+
+class Server:
+    """What a worker knows of one server of a group.
+
+    ``name`` is its end as configured, ``index`` its place in the group. ``row`` is the number of
+    its row, ``counts`` that row on the worker's board. ``is_counted``: its sessions are counted at
+    the gate, too.
+    """
+
+    __slots__ = (
+        "counts",
+        "index",
+        "is_backup",
+        "is_counted",
+        "max_sessions",
+        "name",
+        "row",
+        "weight",
+    )
+
+    def __init__(
+        self,
+        upstream: Upstream,
+        index: int,
+        row: int,
+        counts: Row,
+        is_counted: bool,  # noqa: FBT001
+    ) -> None:
+        self.name = str(upstream)
+        self.index = index
+        self.row = row
+        self.counts = counts
+        self.weight = upstream.weight
+        self.is_backup = upstream.is_backup
+        self.max_sessions = upstream.max_sessions
+        self.is_counted = is_counted
+
+    @property
+    def seat(self) -> int:
+        """Where it stands in the table of servers."""
+        return self.row - ROWS
+
+    def is_like(self, other: Server) -> bool:
+        """Whether it has the same place, and the same is configured for it."""
+        return all(
+            getattr(self, one) == getattr(other, one) for one in self.__slots__ if one != "counts"
+        )
+
+
+class Balancer:
+    """One for each group and worker, shared by the rules of the group.
+
+    ``row`` is the group's own. ``needs_key``: choices depend on the client. About the last choice
+    that was None: ``is_full`` if all usable servers have ``max_sessions``, ``is_unknown`` if none
+    has been checked yet and the first check is awaited; then the session may wait and ask again.
+    """
+
+    __slots__ = (
+        "_choosers",
+        "_counts",
+        "_cut",
+        "_has_primaries",
+        "_limits",
+        "_returns_from",
+        "_returns_until",
+        "_revision",
+        "_surroundings",
+        "_table",
+        "_tiers",
+        "_unknown_until",
+        "group",
+        "is_full",
+        "is_unknown",
+        "needs_key",
+        "row",
+        "servers",
+    )
+
+    def __init__(
+        self,
+        group: Group,
+        upstreams: Sequence[Upstream],
+        rows: Sequence[int],
+        surroundings: Surroundings,
+        former: Balancer | None = None,
+    ) -> None:
+        """``rows`` are those of the upstreams, in order, and last that of the group.
+
+        ``former`` is the balancer that the group had before a reload, and is not asked any more.
+        """
+        self.group = group
+        *of_servers, self.row = rows
+        self._surroundings = surroundings
+        self._table = surroundings.table
+        self._counts = group.balance in _BY_SESSIONS or any(one.max_sessions for one in upstreams)
+        self.servers = tuple(
+            self._server(upstream, index, row, former)
+            for index, (upstream, row) in enumerate(zip(upstreams, of_servers, strict=True))
+        )
+        self.needs_key = group.balance is Balance.HASH
+        self.is_full = self.is_unknown = False
+        self._choosers = tuple(self._chooser() for _ in range(TIERS))
+        # What may be chosen from, in order: sets of servers that are not empty.
+        self._tiers: tuple[tuple[int, Chooser], ...] = ()
+        self._limits: list[int] = []  # by server; 0 is none
+        self._unknown_until: float | None = None  # until when the first check is awaited
+        self._revision = -1
+        # For each server that was found down: since when, of those whose sessions were cut.
+        self._cut: dict[str, int] = {}
+        self._has_primaries = True
+        self._returns_from = self._returns_until = 0.0
+        if former is None:
+            self.expelled()  # there are no sessions yet
+        else:
+            self._go_on_from(former)
+        self._refresh()
+
+    def _go_on_from(self, former: Balancer) -> None:
+        if former.group.on_down is self.group.on_down:
+            self._cut = former._cut
+        self._has_primaries = former._has_primaries
+        self._returns_from = former._returns_from
+        self._returns_until = former._returns_until
+
+    def _server(self, upstream: Upstream, index: int, row: int, former: Balancer | None) -> Server:
+        server = Server(upstream, index, row, self._surroundings.row_of(row), self._counts)
+        for old in () if former is None else former.servers:
+            if old.is_like(server):
+                return old
+        return server
+
+    def _chooser(self) -> Chooser:
+        balance, part = self.group.balance, self._surroundings.part
+        sessions = self._surroundings.holder.gate.sessions
+        rows = [server.row for server in self.servers]
+        match balance:
+            case Balance.TURN:
+                return Turn(part)
+            case Balance.LEAST:
+                return Least(sessions, rows, part)
+            case Balance.RANDOM:
+                return Random(sessions, rows, self._surroundings.draw)
+            case Balance.HASH:
+                return Hash([server.name for server in self.servers], self.group.hash_prefix, part)
+            case Balance.FIRST:
+                return First()
+
+    # -- choosing
+
+    def choose(self, key: bytes, tried: int, avoid: int) -> Server | None:
+        """Choose the server of a session, and count the session there. See :meth:`let_go`.
+
+        ``key``: the client's address, see :func:`key_of`; only looked at if :attr:`needs_key`.
+        ``tried``: set of servers that the session has tried, ``avoid``: of those without a usable
+        address now, which are chosen only if there is no other. None: none is left, see
+        :attr:`is_full`. Raises Busy if the gate is, and only it can decide: ask again later. Blocks
+        for PATIENCE_S at most.
+        """
+        if self._table.revision != self._revision:
+            self._refresh()
+        if not self._tiers and self._is_awaiting():
+            self.is_full, self.is_unknown = False, True
+            return None
+        skip = tried | avoid
+        for members, chooser in self._tiers:
+            allowed = members & ~skip
+            if allowed:
+                if self._counts:
+                    return self._take(chooser, allowed, key)
+                return self.servers[chooser.pick(allowed, key)]
+        if avoid:
+            return self.choose(key, tried, 0)
+        self.is_full = self.is_unknown = False
+        return None
+
+    def _is_awaiting(self) -> bool:
+        """Whether the first check of the servers is still awaited; if not, use what there is."""
+        if self._unknown_until is None or self._surroundings.clock() < self._unknown_until:
+            return self._unknown_until is not None
+        self._refresh()
+        return False
+
+    def _take(self, chooser: Chooser, allowed: int, key: bytes) -> Server | None:
+        """Choose one that has room, and count the session there."""
+        holder, servers = self._surroundings.holder, self.servers
+        try:
+            with holder as gate:
+                server = servers[chooser.pick(allowed, key)]
+                if self._is_full(gate, server):
+                    for index in indices(allowed):
+                        if self._is_full(gate, servers[index]):
+                            allowed ^= 1 << index
+                    if not allowed:
+                        self.is_full, self.is_unknown = True, False
+                        return None
+                    server = servers[chooser.pick(allowed, key)]
+                gate.take_server(holder.mine, server.row)
+                return server
+        except Busy:
+            return self._take_uncertain(chooser, allowed, key)
+
+    def _is_full(self, gate: Counting, server: Server) -> bool:
+        limit = self._limits[server.index]
+        return limit > 0 and gate.sessions(server.row) >= limit
+
+    def _take_uncertain(self, chooser: Chooser, allowed: int, key: bytes) -> Server:
+        """The same while the lock is stuck: a server without a limit, by counts that may change."""
+        for index in indices(allowed):
+            if self._limits[index]:
+                allowed ^= 1 << index
+        if not allowed:
+            raise Busy
+        server = self.servers[chooser.pick(allowed, key)]
+        self._surroundings.holder.take_server(server.row)
+        self._surroundings.settle_soon()
+        return server
+
+    def let_go(self, server: Server) -> None:
+        """A session of a server has ended, or goes to another one. Never blocks."""
+        if server.is_counted:
+            self._surroundings.holder.leave_server(server.row)
+            self._surroundings.settle_soon()
+
+    def take_over(self, server: Server) -> Server:
+        """What a session from before a reload has to refer to: the server of the same name, if any.
+
+        Counts the session if the group counts now and has not before, or the reverse.
+        """
+        for new in self.servers:
+            if new is server or new.name == server.name:
+                if new.is_counted and not server.is_counted:
+                    self._surroundings.holder.take_server(new.row)
+                    self._surroundings.settle_soon()
+                elif server.is_counted and not new.is_counted:
+                    self.let_go(server)
+                return new
+        return server
+
+    # -- what the table says
+
+    def _refresh(self) -> None:
+        """Work out what may be chosen now."""
+        table, group = self._table, self.group
+        self._revision = table.revision
+        states, self._limits = [], []
+        is_unknown = False
+        for server in self.servers:
+            seat, share = server.seat, table.share(server.seat)
+            weight, is_out = table.orders(seat, server.weight)
+            states.append(State(weight, share, server.is_backup, is_out))
+            standing = table.word(seat, STATE)
+            is_unknown |= standing == Standing.UNKNOWN and not is_out
+            limit = server.max_sessions
+            if limit and standing == Standing.SLOW:
+                limit = max(limit * share // FULL, 1)
+            self._limits.append(limit)
+        found = standings(states, group.panic, fails_open=group.fails_open)
+        self._watch_returns(is_up=not found.is_open and any(found.tiers[PRIMARIES]))
+        if is_unknown and (found.is_open or found.is_empty) and not self._has_waited():
+            self._tiers = ()
+            return
+        if not is_unknown:
+            self._unknown_until = None
+        tiers = []
+        for chooser, weights in zip(self._choosers, found.tiers, strict=True):
+            if any(weights):
+                chooser.reweigh(weights)
+                tiers.append((mask_of(weights), chooser))
+        self._tiers = tuple(tiers)
+
+    def _has_waited(self) -> bool:
+        """Whether sessions have waited for a first check as long as they have to."""
+        now = self._surroundings.clock()
+        if self._unknown_until is None:
+            check = self.group.check
+            self._unknown_until = now + (check.timeout_s if check is not None else 0.0)
+        return now >= self._unknown_until
+
+    # -- sessions that have to go
+
+    def expelled(self) -> list[Server]:
+        """The servers whose sessions have to be cut now. Ask when the table has changed.
+
+        By an order, each time; because a check has found it down, once: sessions that come to it
+        later know that it is down.
+        """
+        table, found = self._table, []
+        for server in self.servers:
+            seat = server.seat
+            if self.group.on_down is OnDown.RESET:
+                since = table.word(seat, SINCE_NS)
+                if table.word(seat, STATE) != Standing.DOWN:
+                    self._cut.pop(server.name, None)
+                elif self._cut.get(server.name) != since:
+                    self._cut[server.name] = since
+                    found.append(server)
+                    continue
+            if table.word(seat, ORDER) & CUTS:
+                found.append(server)
+        return found
+
+    def returning(self, now: float) -> float:
+        """What part of the sessions of backups has to be cut now, as a primary is back. 0 to 1.
+
+        ``now`` is that of the clock. Ask at each beat: all are cut within RETURN_S.
+        """
+        if self._table.revision != self._revision:
+            self._refresh()
+        if not self._returns_until:
+            return 0.0
+        passed, left = now - self._returns_from, self._returns_until - self._returns_from
+        self._returns_from = now
+        if now >= self._returns_until:
+            self._returns_until = 0.0
+            return 1.0
+        return max(passed, 0.0) / left
+
+    def _watch_returns(self, *, is_up: bool) -> None:
+        if self.group.on_up is OnUp.RETURN and is_up and not self._has_primaries:
+            self._returns_from = self._surroundings.clock()
+            self._returns_until = self._returns_from + RETURN_S
+        elif not is_up:
+            self._returns_until = 0.0
+        self._has_primaries = is_up
+
+
+def key_of(address: SockAddr) -> bytes:
+    """What a client is hashed by: its address, packed; empty for a client of a unix socket."""
+    if not isinstance(address, tuple):
+        return b""
+    host = address[0]
+    if ":" in host:
+        return socket.inet_pton(socket.AF_INET6, host.partition("%")[0])
+    return socket.inet_pton(socket.AF_INET, host)
