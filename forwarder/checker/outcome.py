@@ -42,13 +42,15 @@ class Outcome(NamedTuple):
     """How a check ended.
 
     ``why`` says what was wrong, in a few words for one line: ``http 503``, ``refused``; for a good
-    one it may say something worth knowing. ``advice`` is that of an agent.
+    one it may say something worth knowing. ``advice`` is that of an agent. ``is_ours``: nothing was
+    learned of the server, as something was missing on this host: descriptors, say.
     """
 
     is_good: bool
     why: str
     took_s: float
     advice: Advice | None = None
+    is_ours: bool = False
 
 
 class Probe(Protocol):
