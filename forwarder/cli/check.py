@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -14,15 +15,17 @@ from forwarder.cli.absent import absent_addresses, absent_interfaces
 from forwarder.cli.arguments import FILE
 from forwarder.cli.files import STDIN, config_options, load
 from forwarder.config.advice import advise
-from forwarder.config.describe import describe, plural
+from forwarder.config.describe import check, describe, plural
+from forwarder.config.keys import OF_A_GROUP, OF_A_SERVER
 from forwarder.errors import ConfigError, Issue, Place
 from forwarder.serving import probing
 from forwarder.upstream.unresolved import unresolved_names
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
-    from forwarder.config.model import Config
+    from forwarder.config.keys import Key
+    from forwarder.config.model import Config, Rule
 
 
 # Where services have their configuration.
@@ -93,8 +96,8 @@ def unreadable(name: str) -> list[Issue]:
 
 
 def _as_json(config: Config | None, issues: Sequence[Issue]) -> dict[str, object]:
-    """Everything for a program: whether it can be used, its rules, and all problems."""
-    rules = [] if config is None else config.rules
+    """Everything for a program: whether it can be used, rules, groups, and all problems."""
+    rules = () if config is None else config.rules
     return {
         "ok": config is not None,
         "rules": [
@@ -103,9 +106,11 @@ def _as_json(config: Config | None, issues: Sequence[Issue]) -> dict[str, object
                 "protocol": rule.protocol.value,
                 "listen": str(rule.listen),
                 "upstreams": [str(upstream) for upstream in rule.upstreams],
+                "group": rule.group_name if rule.is_balanced else None,
             }
             for rule in rules
         ],
+        "groups": _groups(rules),
         "issues": [
             {
                 "file": issue.place.source,
@@ -119,3 +124,29 @@ def _as_json(config: Config | None, issues: Sequence[Issue]) -> dict[str, object
             for issue in issues
         ],
     }
+
+
+def _groups(rules: Sequence[Rule]) -> list[dict[str, object]]:
+    rules_of: dict[str, list[Rule]] = {}
+    for rule in rules:
+        if rule.is_balanced:
+            rules_of.setdefault(rule.group_name, []).append(rule)
+    return [
+        {
+            "name": name,
+            "rules": [rule.name for rule in those],
+            **_keys(OF_A_GROUP, those[0].group),
+            "check": check(those[0].group.check) if those[0].group.check else None,
+            "servers": [
+                {"server": str(upstream), **_keys(OF_A_SERVER, upstream)}
+                for upstream in those[0].upstreams
+            ],
+        }
+        for name, those in rules_of.items()
+    ]
+
+
+def _keys(rows: Mapping[str, Key], part: object) -> dict[str, object]:
+    """Values as a file has them, by key."""
+    values = {name: key.shown(getattr(part, key.field)) for name, key in rows.items()}
+    return {name: one.value if isinstance(one, Enum) else one for name, one in values.items()}

@@ -271,7 +271,8 @@ def test_a_program_gets_the_same_as_json(tmp_path: Path) -> None:
     found = json.loads(run_command("check", "--json", "--format", "toml", str(path)).stdout)
     assert (found["ok"], found["issues"]) == (True, [])
     rule = {"name": "tcp [::]:80", "protocol": "tcp", "listen": "[::]:80", "upstreams": ["a:1"]}
-    assert found["rules"] == [rule]
+    assert found["rules"] == [rule | {"group": None}]
+    assert found["groups"] == []
     path.write_text("worker = 1\n")
     ended = run_command("check", "--json", str(path))
     found = json.loads(ended.stdout)
@@ -279,6 +280,25 @@ def test_a_program_gets_the_same_as_json(tmp_path: Path) -> None:
     (unknown, _) = sorted(found["issues"], key=lambda issue: -issue["line"])
     assert (unknown["line"], unknown["severity"]) == (1, "error")
     assert unknown["hint"] == "did you mean workers?"
+
+
+def test_json_has_groups_with_all_their_keys(tmp_path: Path) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text(
+        '[[forwarding_rules]]\nname = "db"\nlisten = ":80"\nupstream = "group:pg"\n'
+        '[[groups]]\nname = "pg"\nservers = ["a:1", { at = "b:1", weight = 3 }]\n'
+        'balance = "hash"\nhash_prefix = "24/56"\ncheck = "http://:8008/primary"\n'
+    )
+    found = json.loads(run_command("check", "--json", str(path)).stdout)
+    assert found["rules"][0]["group"] == "pg"
+    (group,) = found["groups"]
+    assert (group["name"], group["rules"]) == ("pg", ["db"])
+    assert (group["balance"], group["hash_prefix"], group["fail"]) == ("hash", "24/56", 3)
+    assert group["check"] == "http, port 8008, path /primary"
+    assert group["servers"] == [
+        {"server": "a:1", "weight": 1, "backup": False, "max_sessions": 0},
+        {"server": "b:1", "weight": 3, "backup": False, "max_sessions": 0},
+    ]
 
 
 @pytest.mark.parametrize("where", ["/dev/full", "a closed pipe"])
