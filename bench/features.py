@@ -61,14 +61,15 @@ def print_report(part: Part, results: Results) -> None:
     """A table for each measure, with the ratio of each setting to the first."""
     for measure in part.measures:
         compared = [figure for figure in measure.columns if figure.has_ratio]
-        heads = [f"{figure.heading} | against off" for figure in compared]
+        first = part.peers[0].name
+        heads = [f"{figure.heading} | against {first}" for figure in compared]
         print(f"### {measure.name}: {measure.title}\n\n| | {' | '.join(heads)} |")
         print("|---" * (1 + 2 * len(compared)) + "|")
         for peer in part.peers:
             cells = [peer.name]
             for figure in compared:
                 values = results.values(measure.name, peer.name, figure.key)
-                off = results.values(measure.name, part.peers[0].name, figure.key)
+                off = results.values(measure.name, first, figure.key)
                 ratios = [value / off[number] for number, value in values.items()]
                 cells += [spread(list(values.values()), figure.digits), f"{median(ratios):.3f}"]
             print(f"| {' | '.join(cells)} |")

@@ -69,15 +69,7 @@ class Instance:
 
     def ask(self, op: str, **more: str) -> dict[str, object]:
         """Ask over the control socket and wait. Raises BenchError when the answer is no."""
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-            sock.settimeout(ANSWER_S)
-            sock.connect(str(self.control))
-            sock.sendall(json.dumps({"op": op, **more}).encode() + b"\n")
-            with sock.makefile("rb") as file:
-                answer = json.loads(file.readline() or b"{}")
-        if not isinstance(answer, dict) or answer.get("ok") is not True:
-            raise BenchError(f"{op}: {answer}")
-        return answer
+        return ask(self.control, op, **more)
 
     def status(self) -> dict[str, object]:
         """What it says of itself."""
@@ -125,6 +117,19 @@ class Instance:
                     os.kill(proc.pid, signal.SIGKILL)
             process.wait()
         self._output.close()
+
+
+def ask(control: Path, op: str, **more: str) -> dict[str, object]:
+    """Ask over a control socket and wait. Raises BenchError when the answer is no."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(ANSWER_S)
+        sock.connect(str(control))
+        sock.sendall(json.dumps({"op": op, **more}).encode() + b"\n")
+        with sock.makefile("rb") as file:
+            answer = json.loads(file.readline() or b"{}")
+    if not isinstance(answer, dict) or answer.get("ok") is not True:
+        raise BenchError(f"{op}: {answer}")
+    return answer
 
 
 def size_of(pid: int) -> Size | None:

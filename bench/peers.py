@@ -188,9 +188,9 @@ def nginx_stream_command(directory: Path) -> list[str]:
     return _nginx(directory, "nginx-stream.conf", head + NGINX_STREAM_CONF)
 
 
-def nginx_http_command(directory: Path) -> list[str]:
+def nginx_http_command(directory: Path, conf: str = NGINX_HTTP_CONF) -> list[str]:
     """Write the configuration of nginx as the HTTP upstream."""
-    text = NGINX_HEAD.format(directory=directory) + _fill(NGINX_HTTP_CONF, directory)
+    text = NGINX_HEAD.format(directory=directory) + _fill(conf, directory)
     return _nginx(directory, "nginx-http.conf", text)
 
 
