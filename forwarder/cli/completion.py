@@ -5,9 +5,10 @@ from __future__ import annotations
 import click
 from click.shell_completion import ShellComplete, get_completion_class
 
+from forwarder.cli.group import PROGRAM
+
 SHELLS = ("bash", "zsh", "fish")
 
-PROGRAM = "forwarder"
 VARIABLE = "_FORWARDER_COMPLETE"
 
 

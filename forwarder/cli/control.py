@@ -9,20 +9,16 @@ import json
 import socket
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import click
 
 from forwarder.cli import status
-from forwarder.cli.arguments import FILE
+from forwarder.cli.arguments import control_option
 from forwarder.control.path import find as find_socket
-from forwarder.control.requests import REJECTED
-from forwarder.control.server import MAX_ANSWER_BYTES
+from forwarder.control.protocol import MAX_ANSWER_BYTES, REJECTED
 from forwarder.errors import ExitCode, ForwarderError
 from forwarder.system.printable import visible
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 STATUS_TIMEOUT_S: Final = 10.0
 # Longer than the limits of the master itself: reading takes at most 60 s, and a worker that does
@@ -102,14 +98,6 @@ def ask(path: str | None, message: dict[str, object], timeout_s: float | None) -
     return request(Path(path) if path else find_socket(), message, timeout_s)
 
 
-def control_option(command: Callable[..., None]) -> Callable[..., None]:
-    """The option that says where the control socket is."""
-    option = click.option(
-        "--control", metavar="PATH", type=FILE, help="The control socket of the instance."
-    )
-    return option(command)
-
-
 def preview(control: str | None, *, shows_all: bool) -> dict[str, object]:
     """What a reload would change now.
 
@@ -183,12 +171,3 @@ def workers_command(control: str | None, count: str) -> None:
     """Change the number of workers; wait until all are ready."""
     answer = ask(control, {"op": "workers", "count": count}, _RELOAD_TIMEOUT_S)
     click.echo(f"{answer.get('workers')} workers")
-
-
-COMMANDS: Final = (
-    reload_command,
-    status_command,
-    stop_command,
-    upgrade_command,
-    workers_command,
-)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from forwarder.cli.arguments import FILE
-from forwarder.cli.control import control_option, preview, preview_lines
+from forwarder.cli.arguments import FILE, control_option
+from forwarder.cli.control import preview, preview_lines
 from forwarder.cli.files import format_option, load
 from forwarder.config.compare import as_lines, as_object, compare
 from forwarder.errors import ConfigError, ExitCode

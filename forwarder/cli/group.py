@@ -1,14 +1,24 @@
-"""The command line as a whole: ``run`` may be left out, and a wrong word gets a hint."""
+"""The command line as a whole: ``run`` may be left out, and a wrong word gets a hint.
+
+Commands are imported when they are called.
+"""
 
 from __future__ import annotations
 
-from difflib import get_close_matches
+from collections.abc import MutableMapping
+from importlib import import_module
 from typing import TYPE_CHECKING, Final
 
 import click
 
+from forwarder.cli.arguments import most_like
+
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
     from click.shell_completion import CompletionItem
+
+PROGRAM: Final = "forwarder"
 
 # Words of other programs, and the command for that here. Likeness would lead from "top" to "stop".
 _MEANT: Final = {
@@ -33,6 +43,48 @@ _MEANT: Final = {
 _NEVER_GUESSED: Final = frozenset({"kill", "stop"})
 
 
+class Commands(MutableMapping[str, click.Command]):
+    """Commands by name, each imported when it is wanted."""
+
+    def __init__(self, modules: Mapping[str, str]) -> None:
+        """``modules``: for each command the module of this folder that has ``NAME_command``."""
+        self._modules = dict(modules)
+        self._known: dict[str, click.Command] = {}
+
+    def __getitem__(self, name: str) -> click.Command:
+        if name not in self._known:
+            module = import_module(f"forwarder.cli.{self._modules[name]}")
+            self._known[name] = getattr(module, f"{name}_command")
+        return self._known[name]
+
+    def __setitem__(self, name: str, command: click.Command) -> None:
+        self._known[name] = command
+
+    def __delitem__(self, name: str) -> None:
+        del self._known[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._known or name in self._modules
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**self._modules, **self._known})
+
+    def __len__(self) -> int:
+        return len({**self._modules, **self._known})
+
+
+def with_control(command: click.Command, control: str, ctx: click.Context) -> dict[str, object]:
+    """Defaults of a command, or of each of a group, that asks the instance at ``control``.
+
+    The command's own option wins over it. Raises click.UsageError for one that asks no instance.
+    """
+    if isinstance(command, click.Group):
+        return {name: with_control(one, control, ctx) for name, one in command.commands.items()}
+    if all(parameter.name != "control" for parameter in command.params):
+        raise click.UsageError(f"{command.name} asks no instance: leave out --control", ctx)
+    return {"control": control}
+
+
 class RunByDefault(click.Group):
     """``forwarder -c FILE`` means ``forwarder run -c FILE``, as users of rinetd and oi type it."""
 
@@ -55,7 +107,7 @@ class RunByDefault(click.Group):
         of_run = {opt for parameter in self.commands["run"].params for opt in parameter.opts}
         if not name.startswith("--") or any(option.startswith(name) for option in of_run):
             return
-        near = get_close_matches(name, own | of_run, 1)
+        near = most_like(name, own | of_run)
         if near and near[0] in own - of_run:
             raise click.NoSuchOption(name, possibilities=near, ctx=ctx)
 
@@ -67,9 +119,9 @@ class RunByDefault(click.Group):
         if word in self.commands or ctx.resilient_parsing:
             return super().resolve_command(ctx, args)
         guessed = sorted(self.commands.keys() - _NEVER_GUESSED)
-        near = [_MEANT[word]] if word in _MEANT else get_close_matches(word, guessed, 1)
+        near = [_MEANT[word]] if word in _MEANT else most_like(word, guessed)
         # A slip of one letter, and no word of its own.
-        near = near or get_close_matches(word, _NEVER_GUESSED, 1, 0.85)
+        near = near or most_like(word, _NEVER_GUESSED, cutoff=0.85)
         hint = (
             f"did you mean {near[0]!r}?"
             if near

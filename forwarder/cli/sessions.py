@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Final
 
 import click
 
 from forwarder.cli import status
-from forwarder.cli.control import STATUS_TIMEOUT_S, ControlError, ask, control_option
-from forwarder.config.address import is_ip
-from forwarder.control.requests import MAX_LISTED
+from forwarder.cli.arguments import control_option, most_like
+from forwarder.cli.control import STATUS_TIMEOUT_S, ControlError, ask
+from forwarder.control.protocol import MAX_LISTED
 from forwarder.errors import ExitCode, ForwarderError
 
 if TYPE_CHECKING:
@@ -51,7 +50,11 @@ class _Choice:
     @property
     def is_narrow(self) -> bool:
         """Whether it names its sessions, or a single client."""
-        return bool(self.ids) or (self.client is not None and is_ip(self.client))
+        if self.ids or self.client is None:
+            return bool(self.ids)
+        from forwarder.config.address import is_ip  # noqa: PLC0415 - it imports a lot
+
+        return is_ip(self.client)
 
     def asked(self, op: str, ids: tuple[str, ...]) -> dict[str, object]:
         """The request to the instance about them."""
@@ -205,7 +208,7 @@ def _unknown_ids(control: str | None, ids: tuple[str, ...]) -> str:
     if not unknown:
         return ""
     every = _Choice(control=control).find().sessions
-    near = get_close_matches(unknown[0], [str(session.get("id")) for session in every], 3)
+    near = most_like(unknown[0], [str(session.get("id")) for session in every], 3)
     hint = f"did you mean {' or '.join(near)}?" if near else "`forwarder sessions` lists them"
     more = len(unknown) - _MOST_NAMED
     names = ", ".join(unknown[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
@@ -222,7 +225,7 @@ def _check_rule(control: str | None, rule: str | None) -> None:
     names = _rule_names(control)
     if rule in names:
         return
-    near = get_close_matches(rule, names, 3, 0.5)
+    near = most_like(rule, names, 3, 0.5)
     more = len(names) - _MOST_NAMED
     known = ", ".join(names[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are: {known}"
@@ -244,6 +247,3 @@ def _tell_silent(answer: dict[str, object]) -> set[str]:
     pids = list(map(str, silent))
     click.echo(f"no answer in time from the workers with these pids: {', '.join(pids)}", err=True)
     return set(pids)
-
-
-COMMANDS: Final = (kill_command, sessions_command)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from forwarder.config.patterns import parse_pattern
 from forwarder.control import path as control_path
+from forwarder.control.protocol import MAX_LISTED, REJECTED
 from forwarder.control.server import ControlServer, refusal
 
 if TYPE_CHECKING:
@@ -37,13 +38,10 @@ OPERATIONS: Final = (
     "upgrade",
     "workers",
 )
-# Sessions in one answer, whatever a client asks for.
-MAX_LISTED: Final = 10_000
 LOOK_S: Final = 1.0  # how often to see whether the name of the default place is free
 MAX_COUNT: Final = 1 << 32  # no worker has that many sessions
 STOPPING: Final = "the forwarder is stopping"
 UNDER_WAY: Final = "an upgrade is under way; ask the new one when it serves"
-REJECTED: Final = "the configuration was rejected"
 # A question to the workers has to fit into a message to each of them.
 MAX_CHOICE_BYTES: Final = 24 * 1024
 _COUNT: Final = re.compile(r"[+-]?[0-9]{1,4}")

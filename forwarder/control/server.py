@@ -25,6 +25,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, TypeAlias
 
+from forwarder.control.protocol import MAX_ANSWER_BYTES, MAX_LINE_BYTES
 from forwarder.net.sockets import peer_credentials
 from forwarder.system.daemonlog import warn_rarely
 
@@ -36,11 +37,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# All four arbitrary; a request of ours has 20 bytes, a rule in an answer 400 to 1,000, and there
-# may be 10,000 of them.
-MAX_CLIENTS: Final = 16
-MAX_LINE_BYTES: Final = 64 * 1024
-MAX_ANSWER_BYTES: Final = 16 * 1024 * 1024
+MAX_CLIENTS: Final = 16  # arbitrary, as is the next one
 IDLE_S: Final = 30.0
 PAUSE_S: Final = 1.0  # without accepting, when descriptors have run out
 

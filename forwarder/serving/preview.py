@@ -10,7 +10,8 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from forwarder.config.compare import as_lines, as_object, compare
-from forwarder.control.requests import REJECTED, STOPPING
+from forwarder.control.protocol import REJECTED
+from forwarder.control.requests import STOPPING
 from forwarder.control.server import refusal
 from forwarder.serving.loader import Candidate, Loader, Rejected
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Final
 
 from forwarder.ipc.channel import channel_kind, from_memory_file, to_memory_file
 from forwarder.net.sockets import LentSocket
+from forwarder.succession import line
 from forwarder.succession.inherit import FDS_VARIABLE, LENT_VARIABLE, numbers_as_text
 from forwarder.system.pidfile import FD_VARIABLE
 
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
     from forwarder.system.pidfile import PidFile
 
-READY_VARIABLE: Final = "FORWARDER_READY_FD"
 _CONTROL_VARIABLE: Final = "FORWARDER_CONTROL"
 _NAMES_VARIABLE: Final = "FORWARDER_NAMES_FD"
 # A successor that is not ready by then has failed: it is ended, and the old one goes on.
@@ -44,7 +44,6 @@ _GIVING_UP_S: Final = 3.0  # between two of them; a master kills its own workers
 # which a master reads no more, and a successor of older code sends these.
 _READY: Final = b"R"
 _READY_WITHOUT_SOME: Final = b"r"  # it has no rule for some of the sockets
-_ENDING: Final = b"E"  # an exit status follows
 _MOST_BYTES: Final = 16  # of one message
 
 
@@ -85,7 +84,7 @@ class Successor:
             LENT_VARIABLE: numbers_as_text(
                 sock.fileno() for sock in listeners if isinstance(sock, LentSocket)
             ),
-            READY_VARIABLE: str(theirs.fileno()),
+            line.READY_VARIABLE: str(theirs.fileno()),
             _CONTROL_VARIABLE: control or "",
             _NAMES_VARIABLE: str(names_fd),
         }
@@ -117,7 +116,7 @@ class Successor:
                 said = b""
             if not said:
                 self.end = self._said_of_end
-            elif said[:1] == _ENDING:
+            elif said[:1] == line.ENDING:
                 self._said_of_end = f"exit status {said[1:].decode(errors='replace')}"
             elif said in (_READY, _READY_WITHOUT_SOME):
                 self.is_ready = True
@@ -191,37 +190,18 @@ def tell_predecessor(*, has_dropped_some: bool) -> socket.socket | None:
 
     Returns our end of the line, which becomes the caller's; None if there is none.
     """
-    fd = _take_line()
+    fd = line.take()
     if fd is None:
         return None
     with suppress(OSError):  # a predecessor that has died meanwhile needs no answer
         os.write(fd, _READY_WITHOUT_SOME if has_dropped_some else _READY)
     try:
-        line = socket.socket(fileno=fd)
+        sock = socket.socket(fileno=fd)
     except OSError:  # the pipe of older code
         os.close(fd)
         return None
-    line.set_inheritable(False)
-    return line
-
-
-def tell_end(status: int) -> None:
-    """Report how we end to a predecessor that waits for us to serve; it is not our parent."""
-    fd = _take_line()
-    if fd is not None:
-        with suppress(OSError):
-            os.write(fd, _ENDING + str(status).encode())
-        os.close(fd)
-
-
-def _take_line() -> int | None:
-    """Our end of the line to the master that started us, the first time; None if there is none."""
-    text = os.environ.pop(READY_VARIABLE, "")
-    try:
-        os.fstat(int(text))
-    except (ValueError, OSError):
-        return None
-    return int(text)
+    sock.set_inheritable(False)
+    return sock
 
 
 def control_of_predecessor() -> str | None:
@@ -242,4 +222,4 @@ def names_of_predecessor() -> bytes:
 
 def has_predecessor() -> bool:
     """Whether an upgrade has started us and waits to hear that we serve."""
-    return READY_VARIABLE in os.environ
+    return line.READY_VARIABLE in os.environ

@@ -38,7 +38,7 @@ MODULES = [
     "forwarder.relay.relay",
     "uvloop",
     "setproctitle",
-    "forwarder.cli.sessions",
+    "forwarder.cli.run",
 ]
 
 

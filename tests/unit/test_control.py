@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from forwarder.control.path import ControlListener
+from forwarder.control.protocol import MAX_ANSWER_BYTES
 from forwarder.control.requests import Requests, new_size
 from forwarder.control.server import (
     IDLE_S,
-    MAX_ANSWER_BYTES,
     MAX_CLIENTS,
     ControlServer,
     RequestError,

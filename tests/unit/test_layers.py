@@ -205,13 +205,24 @@ def test_the_package_itself_is_only_a_version_and_a_name() -> None:
     assert imports(modules()["__init__"]) == set()
 
 
-def test_a_command_that_serves_nobody_does_not_load_the_service() -> None:
-    """Probes and scripts ask often, and would spend half of their time on that."""
-    code = "import sys, forwarder.cli.main; print(*sys.modules)"
+@pytest.mark.parametrize("module", ["control", "sessions"])
+def test_a_command_that_asks_an_instance_loads_neither_service_nor_configuration(
+    module: str,
+) -> None:
+    """Probes and scripts ask often, and would spend most of their time on that."""
+    code = f"import sys, forwarder.cli.main, forwarder.cli.{module}; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split())
-    assert "forwarder.cli.control" in loaded
-    assert not loaded & {"forwarder.master", "forwarder.relay", "forwarder.worker", "asyncio"}
+    needless = {"forwarder.master", "forwarder.relay", "forwarder.worker", "asyncio", "subprocess"}
+    assert not loaded & {*needless, "forwarder.config", "forwarder.cli.run", "difflib"}
+
+
+def test_the_command_line_loads_no_command_before_it_is_called() -> None:
+    code = "import sys, forwarder.cli.main; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name for name in done.stdout.split() if name.startswith("forwarder.cli.")}
+    own = {"main", "group", "arguments", "interrupt"}
+    assert loaded == {f"forwarder.cli.{name}" for name in own}
 
 
 def test_no_module_is_longer_than_one_can_keep_in_mind() -> None:
