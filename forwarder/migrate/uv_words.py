@@ -23,7 +23,7 @@ NO_ADDRESS: Final = "clients of a unix socket have no address, and rinetd-uv doe
 _BUFFERS: Final = "buffers need no setting"
 _NAMES: Final = "names are looked up again every 30 s"
 _STATUS: Final = "`forwarder status --json` shows it at any time"
-_BALANCE: Final = "new sessions go to the upstreams in turn"
+UNKNOWN: Final = "rinetd-uv does not know it either"
 
 # Of the .conf.
 CONF_WORDS: Final = {
@@ -56,17 +56,10 @@ YAML_GLOBAL_GAPS: Final = {
     "stats_log_interval": _STATUS,
     "status": _STATUS,
 }
-YAML_BALANCE_GAPS: Final = {
-    "affinity_max_entries": _BALANCE,
-    "affinity_ttl": _BALANCE,
-    "algorithm": _BALANCE,
-    "health_threshold": "an upstream that cannot be connected to is passed over by each session",
-    "recovery_timeout": "an upstream that cannot be connected to is passed over by each session",
-}
+YAML_BALANCE_GAPS: Final = {"affinity_max_entries": "nothing is kept of clients"}
 YAML_UPSTREAM_GAPS: Final = {
     "dns_refresh": _NAMES,
     "name": "upstreams are called by their address",
-    "weight": "all upstreams get as many sessions",
 }
 
 

@@ -13,21 +13,31 @@ from forwarder.config.address import Address, AddressError, parse_host, parse_po
 from forwarder.config.model import AccessRule, LogFormat, LogPlace, Protocol, Upstream, Verdict
 from forwarder.config.raw import Placed, RawRule
 from forwarder.errors import Place
-from forwarder.migrate import uv_words
+from forwarder.migrate import uv_balance, uv_words
 from forwarder.migrate.yaml_nodes import NodeReader, last_line, written
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from forwarder.config.address import Endpoint
+    from forwarder.config.raw import RawKeys
     from forwarder.migrate.draft import Draft
 
 _TRUE: Final = frozenset({"true", "yes", "on", "1"})
 _FALSE: Final = frozenset({"false", "no", "off", "0"})
 _ADDRESS_FORMS: Final = "HOST:PORT, HOST:PORT/udp, unix:/PATH or unix:@NAME"
-_UNKNOWN: Final = "rinetd-uv does not know it either"
 _RULE_KEYS: Final = frozenset(
-    {"access", "bind", "connect", "connect_timeout", "keepalive", "mode", "name", "timeout"}
+    {
+        "access",
+        "bind",
+        "connect",
+        "connect_timeout",
+        "keepalive",
+        "load_balancing",
+        "mode",
+        "name",
+        "timeout",
+    }
 )
 
 
@@ -68,7 +78,7 @@ class _UvReader(NodeReader):
             for node in self.items(found.pop("rules")[1]):
                 self._read_rule(node)
         for key, (place, _) in found.items():
-            self.draft.leave_out(place, key, _UNKNOWN)
+            self.draft.leave_out(place, key, uv_words.UNKNOWN)
 
     def _read_global(self, node: yaml.Node) -> None:
         is_common = False
@@ -106,13 +116,13 @@ class _UvReader(NodeReader):
         elif key == "listen_backlog":
             uv_words.backlog(draft, key, text, place)
         else:
-            draft.leave_out(place, f"{key}: {text}", _UNKNOWN)
+            draft.leave_out(place, f"{key}: {text}", uv_words.UNKNOWN)
 
     def _access(self, node: yaml.Node) -> list[AccessRule]:
         rules = []
         for key, place, value in self.pairs(node, "access"):
             if key not in {"allow", "deny"}:
-                self.draft.leave_out(place, key, _UNKNOWN)
+                self.draft.leave_out(place, key, uv_words.UNKNOWN)
                 continue
             for item in self.items(value):
                 pattern = self.text(item, key)
@@ -134,6 +144,8 @@ class _UvReader(NodeReader):
         binds = self._listens(keys, start)
         upstreams, source, kind = self._upstreams(keys, start)
         access = self._access(keys["access"][1]) if "access" in keys else []
+        balance = self._balance(keys, is_alone=len(upstreams) == 1)
+        uv_balance.report_weights(self.draft, upstreams, balance)
         self._note_gaps(keys)
         if not binds or not upstreams:
             raw.dropped_access += access
@@ -144,9 +156,10 @@ class _UvReader(NodeReader):
             rule = RawRule(
                 place=start,
                 listen=listen,
-                upstreams=tuple(Placed(Upstream(end.value), end.place) for end in upstreams),
+                upstreams=upstreams,
                 protocol=Protocol.UDP if listen_kind == "udp" else Protocol.TCP,
                 name=self._name(keys, index),
+                keys=dict(balance),
                 access=list(access),
             )
             rule.put("source_address", source)
@@ -175,41 +188,49 @@ class _UvReader(NodeReader):
 
     def _upstreams(
         self, keys: dict[str, tuple[Place, yaml.Node]], start: Place
-    ) -> tuple[tuple[Placed[Endpoint], ...], Placed[str] | None, str]:
+    ) -> tuple[tuple[Placed[Upstream], ...], Placed[str] | None, str]:
         """Upstreams, the source address that they share, and the transport of the first one."""
         if "connect" not in keys:
             self.draft.issues.error(start, "the rule has no connect", allowed="an upstream")
             return (), None, ""
-        found: list[tuple[Placed[Endpoint], str]] = []
+        found: list[tuple[Placed[Upstream], str]] = []
         sources: list[Placed[str] | None] = []
         for item in self.items(keys["connect"][1]):
+            weight, source = 1, None
             if isinstance(item, yaml.MappingNode):
-                address, source = self._upstream(item)
+                address, source, weight = self._upstream(item)
             else:
-                address, source = self._address(item), None
+                address = self._address(item)
             if address:
-                found.append(address)
+                end, kind = address
+                found.append((Placed(Upstream(end.value, weight), end.place), kind))
                 sources.append(source)
         if not found:
             return (), None, ""
-        return tuple(address for address, _ in found), self._source_of(sources), found[0][1]
+        upstreams = uv_balance.joined(self.draft, [upstream for upstream, _ in found])
+        return upstreams, self._source_of(sources), found[0][1]
 
     def _upstream(
         self, node: yaml.Node
-    ) -> tuple[tuple[Placed[Endpoint], str] | None, Placed[str] | None]:
-        address, source = None, None
+    ) -> tuple[tuple[Placed[Endpoint], str] | None, Placed[str] | None, int]:
+        """The address, its transport, the source address and the weight of one upstream."""
+        address, source, weight = None, None, 1
         for key, place, value in self.pairs(node, "an upstream"):
             if key == "dest":
                 address = self._address(value)
             elif key == "src":
                 text = self.text(value, key)
                 source = Placed(text.strip("[]"), place) if text else None
+            elif key == "weight":
+                most = uv_balance.MOST_WEIGHT
+                text = self.text(value, key) or ""
+                weight = uv_words.whole(self.draft, key, text, place, 1, most) or 1
             else:
-                why = uv_words.YAML_UPSTREAM_GAPS.get(key, _UNKNOWN)
+                why = uv_words.YAML_UPSTREAM_GAPS.get(key, uv_words.UNKNOWN)
                 self.draft.leave_out(place, f"{key}: {written(value)}", why, in_rule=True)
         if address is None:
             self.bad(node, "an upstream without dest", 'dest: "HOST:PORT"')
-        return address, source
+        return address, source, weight
 
     def _source_of(self, sources: list[Placed[str] | None]) -> Placed[str] | None:
         """The one source address of all upstreams; several are an error."""
@@ -252,16 +273,22 @@ class _UvReader(NodeReader):
             self.bad(node, f"{port!r} is not a known {kind} service", _ADDRESS_FORMS)
         return None
 
+    def _balance(self, keys: dict[str, tuple[Place, yaml.Node]], *, is_alone: bool) -> RawKeys:
+        """How sessions are spread."""
+        if "load_balancing" not in keys:
+            return {}
+        words = [
+            (word, place, text)
+            for word, place, node in self.pairs(keys["load_balancing"][1], "load_balancing")
+            if (text := self.text(node, word)) is not None
+        ]
+        return uv_balance.read(self.draft, words, is_alone=is_alone)
+
     def _note_gaps(self, keys: dict[str, tuple[Place, yaml.Node]]) -> None:
         """Note what a rule has without an equivalent here."""
-        for key, (place, node) in keys.items():
-            if key == "load_balancing":
-                for word, word_place, value in self.pairs(node, key):
-                    why = uv_words.YAML_BALANCE_GAPS.get(word, _UNKNOWN)
-                    text = f"{word}: {written(value)}"
-                    self.draft.leave_out(word_place, text, why, in_rule=True)
-            elif key not in _RULE_KEYS:
-                self.draft.leave_out(place, key, _UNKNOWN, in_rule=True)
+        for key, (place, _) in keys.items():
+            if key not in _RULE_KEYS:
+                self.draft.leave_out(place, key, uv_words.UNKNOWN, in_rule=True)
 
     def _apply(self, rule: RawRule, keys: dict[str, tuple[Place, yaml.Node]]) -> None:
         draft = self.draft

@@ -14,14 +14,14 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from forwarder.config.keys import OF_A_RULE
+from forwarder.config.keys import OF_A_RULE, OF_A_SERVER
 from forwarder.config.model import LogFormat, Protocol
 from forwarder.migrate.draft import LEFT_OUT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from forwarder.config.model import AccessRule
+    from forwarder.config.model import AccessRule, Upstream
     from forwarder.config.raw import RawRule, Value
     from forwarder.errors import Place
     from forwarder.migrate.draft import Draft, Remark
@@ -103,13 +103,25 @@ def _keys(rule: RawRule) -> Iterator[tuple[str, str]]:
     if rule.name:
         yield "name", text(rule.name.value)
     yield "listen", text(str(rule.listen.value))
-    upstreams = [text(str(upstream.value)) for upstream in rule.upstreams]
+    upstreams = [_server(upstream.value) for upstream in rule.upstreams]
     yield "upstream", upstreams[0] if len(upstreams) == 1 else f"[{', '.join(upstreams)}]"
     if rule.protocol is not Protocol.TCP:
         yield "protocol", text(rule.protocol.value)
     for key in OF_A_RULE.values():
         if placed := rule.keys.get(key.name):
             yield key.name, _value(key.shown(placed.value))
+
+
+def _server(upstream: Upstream) -> str:
+    """An upstream as its address, or as a table with what it has besides."""
+    values = {name: getattr(upstream, key.field) for name, key in OF_A_SERVER.items()}
+    said = [
+        f"{name} = {_value(value)}"
+        for name, value in values.items()
+        if value != OF_A_SERVER[name].default
+    ]
+    at = text(str(upstream))
+    return f"{{ at = {at}, {', '.join(said)} }}" if said else at
 
 
 def text(value: str) -> str:
