@@ -275,6 +275,22 @@ class Balancer:
         self.is_full = self.is_unknown = False
         return None
 
+    def choose_beside(self, server: Server, key: bytes, skip: int) -> Server | None:
+        """Choose one as good as ``server``, of the same tier, to be tried beside it.
+
+        ``skip``: set of servers that are not chosen. Else as :meth:`choose`.
+        """
+        if self._table.revision != self._revision:
+            self._refresh()
+        own = 1 << server.index
+        for members, chooser in self._tiers:
+            allowed = members & ~(skip | own)
+            if members & own and allowed:
+                if self._counts:
+                    return self._take(chooser, allowed, key)
+                return self.servers[chooser.pick(allowed, key)]
+        return None
+
     def _is_awaiting(self) -> bool:
         """Whether the first check of the servers is still awaited; if not, use what there is."""
         if self._unknown_until is None or self._surroundings.clock() < self._unknown_until:

@@ -63,7 +63,8 @@ def standings(states: Sequence[State], panic: int, *, fails_open: bool) -> Stand
     found = Standings(_tiers(states, shares), is_open=False)
     if fails_open and found.is_empty:
         shares = [0 if state.is_out else FULL for state in states]
-        return Standings(_tiers(states, shares), is_open=True)
+        opened = Standings(_tiers(states, shares), is_open=True)
+        return found if opened.is_empty else opened
     return found
 
 
