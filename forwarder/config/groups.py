@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from difflib import get_close_matches
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from forwarder.config import presets
 from forwarder.config.group_checks import check_group
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from forwarder.config.model import Check, Rule, Upstream
     from forwarder.config.raw import Issues, RawCheck, RawConfig, RawGroup, RawKeys, RawRule
+
+_ORDINARY: Final = Group()
 
 
 class Groups:
@@ -102,6 +104,8 @@ class Groups:
         if rule.leads_to is not None:
             return self._made[rule.leads_to.value]
         own = {key: placed for key, placed in rule.keys.items() if key in OF_A_GROUP}
+        if not own and rule.check is None and len(rule.upstreams) == 1:
+            return _ORDINARY  # of most rules, of which there may be ten thousand
         is_udp = rule.protocol.connects_by_udp
         return self._make("", rule.upstreams, own, rule.check, is_udp=is_udp)
 
