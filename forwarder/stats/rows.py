@@ -1,14 +1,16 @@
 """What is counted, where each number stands, and sums over the workers. Pure.
 
 A worker counts in rows of WORDS unsigned 64-bit numbers, of which it is the only writer; any
-process may read them at any time. There is one row per rule, and one for the worker itself. The
-rows are in memory that the master owns (see ``board``), so counts outlive a worker.
+process may read them at any time. There is one row per rule, one per server of a group, and one for
+the worker itself. The rows are in memory that the master owns (see ``board``), so counts outlive a
+worker.
 """
 
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING, Final, TypeAlias
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, Final, Generic, TypeAlias, TypeVar
 
 from forwarder.stats.reasons import REASONS
 
@@ -17,10 +19,10 @@ if TYPE_CHECKING:
 
 Row: TypeAlias = "memoryview[int]"
 
-# Counters of one rule in one worker. SESSIONS are open now; all others only grow. REFUSED are
-# clients that were turned away and got no session. ATTEMPTS_FAILED: connects to one address that
-# were refused, or not answered in time. SESSIONS_CUT: sessions reset by a stop or by drain_timeout,
-# or lost with their worker. BYTES_* include open sessions as of the last beat.
+# Counters of one rule, or one server, in one worker. SESSIONS are open now; all others only grow.
+# REFUSED are clients that were turned away and got no session. ATTEMPTS_FAILED: connects to one
+# address that were refused, or not answered in time. SESSIONS_CUT: sessions reset by a stop or by
+# drain_timeout, or lost with their worker. BYTES_* include open sessions as of the last beat.
 # At any time, sum of ENDS + SESSIONS = SESSIONS_TOTAL + REFUSED.
 (
     SESSIONS,
@@ -111,50 +113,76 @@ def worker_counters(row: Sequence[int]) -> dict[str, int]:
     return dict(zip(COUNTERS, row, strict=False))
 
 
-class Rows:
-    """Which rule is counted in which row, for as long as it is served or has sessions.
+_Key = TypeVar("_Key", bound=Hashable)
 
-    The last row is for all rules that come when no other is left; the first is the worker's own.
+
+class Rows(Generic[_Key]):
+    """What is counted in which row, for as long as it is served or has sessions.
+
+    The rows are those from ``first`` to ``end``, without the latter. The first is not given to
+    anybody; the last is for all that come when no other is left.
     """
 
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._rows: dict[str, int] = {}
+    def __init__(self, first: int, end: int) -> None:
+        self._shared = end - 1
+        self._rows: dict[_Key, int] = {}
         self._free: list[int] = []
-        self._next = 1
+        self._next = first + 1
 
-    def of(self, name: str) -> int:
-        """The row of a rule, which gets one if it has none."""
-        row = self._rows.get(name)
+    def of(self, key: _Key) -> int:
+        """The row of a rule or server, which gets one if it has none."""
+        row = self._rows.get(key)
         if row is None:
             if self._free:
                 row = self._free.pop()
-            elif self._next < self._size - 1:
+            elif self._next < self._shared:
                 row = self._next
                 self._next += 1
             else:
-                row = self._size - 1
-            self._rows[name] = row
+                row = self._shared
+            self._rows[key] = row
         return row
 
+    def find(self, key: _Key) -> int | None:
+        """The row that it has, if it has one."""
+        return self._rows.get(key)
+
+    def adopt(self, key: _Key, row: int) -> bool:
+        """Give it this row, if both are free; the shared row always is. Returns whether it has."""
+        if key in self._rows:
+            return self._rows[key] == row
+        if self._next <= row < self._shared:
+            self._free += range(self._next, row)
+            self._next = row + 1
+        elif row in self._free:
+            self._free.remove(row)
+        elif row != self._shared:
+            return False
+        self._rows[key] = row
+        return True
+
     def used(self) -> Iterable[int]:
-        """All rows in use, except the worker's own."""
+        """All rows in use."""
         return set(self._rows.values())
 
-    def forgettable(self, known: Iterable[str]) -> dict[str, int]:
-        """Rows of rules that are not ``known`` any more."""
-        return {name: self._rows[name] for name in self._rows.keys() - set(known)}
+    def items(self) -> Iterable[tuple[_Key, int]]:
+        """What has a row, and which."""
+        return self._rows.items()
+
+    def forgettable(self, known: Iterable[_Key]) -> dict[_Key, int]:
+        """Rows of what is not ``known`` any more."""
+        return {key: self._rows[key] for key in self._rows.keys() - set(known)}
 
     def is_shared(self, row: int) -> bool:
-        """Whether it is the one for all rules that have none of their own."""
-        return row == self._size - 1
+        """Whether it is the one for all that have none of their own."""
+        return row == self._shared
 
-    def forget(self, name: str) -> None:
-        """Give the row of a rule to the next one that comes; it must be zero everywhere.
+    def forget(self, key: _Key) -> None:
+        """Give the row to the next one that comes; it must be zero everywhere.
 
         The shared row is not given away.
         """
-        row = self._rows.pop(name)
+        row = self._rows.pop(key)
         if not self.is_shared(row):
             self._free.append(row)
 
@@ -190,7 +218,7 @@ class Tally:
         return found
 
     def sum(self, column: int) -> int:
-        """One counter of rules, over all rules and all workers that are gone."""
+        """One counter over all rows, but the workers' own, and all workers that are gone."""
         return sum(row[column] for number, row in self._gone.items() if number)
 
     def forget(self, number: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,6 +24,16 @@ from forwarder.stats.rows import (
     connect_bucket,
     connect_label,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture
+def ledger() -> Iterator[Ledger]:
+    it = Ledger()
+    yield it
+    it.end()
 
 
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 2), st.booleans())))
@@ -50,18 +62,19 @@ def test_what_was_counted_outlives_workers_and_what_was_open_does_not(
         assert found["sessions"] == still_open
         lost = {"us/error": total[name] - still_open} if total[name] > still_open else {}
         assert found["ends"] == lost
+    ledger.end()
 
 
-def test_bytes_outlive_the_worker_that_moved_them() -> None:
-    ledger = Ledger()
+def test_bytes_outlive_the_worker_that_moved_them(ledger: Ledger) -> None:
     board = ledger.open()
     board.row(ledger.row("a"))[BYTES_C2U] = 5
     ledger.close(board)
     assert ledger.rule("a")["bytes_c2u"] == 5
 
 
-def test_a_row_that_is_forgotten_can_still_be_counted_down_by_a_worker_that_is_late() -> None:
-    ledger = Ledger()
+def test_a_row_that_is_forgotten_can_still_be_counted_down_by_a_worker_that_is_late(
+    ledger: Ledger,
+) -> None:
     board = ledger.open()
     row = board.row(ledger.row("a"))
     row[SESSIONS_TOTAL] = 7
@@ -72,8 +85,7 @@ def test_a_row_that_is_forgotten_can_still_be_counted_down_by_a_worker_that_is_l
     assert row[SESSIONS_TOTAL] == 0
 
 
-def test_rules_that_are_gone_are_forgotten_when_their_sessions_have_ended() -> None:
-    ledger = Ledger()
+def test_rules_that_are_gone_are_forgotten_when_their_sessions_have_ended(ledger: Ledger) -> None:
     board = ledger.open()
     number = ledger.row("a")
     board.row(number)[SESSIONS] = 1
@@ -87,7 +99,7 @@ def test_rules_that_are_gone_are_forgotten_when_their_sessions_have_ended() -> N
 
 
 def test_rules_beyond_the_last_row_share_it() -> None:
-    rows = Rows(4)
+    rows: Rows[str] = Rows(0, 4)
     assert [rows.of(name) for name in "abcdab"] == [1, 2, 3, 3, 1, 2]
     assert rows.forgettable("d").keys() == {"a", "b", "c"}
     for name in "abc":
@@ -95,8 +107,9 @@ def test_rules_beyond_the_last_row_share_it() -> None:
     assert [rows.of(name) for name in "defg"] == [3, 2, 1, 3]
 
 
-def test_names_of_rules_that_share_a_row_are_forgotten_and_its_counts_are_not() -> None:
-    ledger = Ledger()
+def test_names_of_rules_that_share_a_row_are_forgotten_and_its_counts_are_not(
+    ledger: Ledger,
+) -> None:
     board = ledger.open()
     for number in range(ROWS + 5):
         ledger.row(f"rule {number}")
