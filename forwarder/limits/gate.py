@@ -69,7 +69,7 @@ class Holdings:
     """What one worker holds: its part of the shared counts. Made by the master before it forks."""
 
     def __init__(self) -> None:
-        self.rows = _words(ROWS)
+        self.rows = _words(2 * ROWS)
         self.clients = CountTable(_words(table_words(CLIENTS)))
 
 
@@ -81,7 +81,7 @@ class Gate:
     """The shared side. Made by the master, inherited by every worker."""
 
     def __init__(self) -> None:
-        self._rows = _words(ROWS)  # sessions by row; the first is of all rules
+        self._rows = _words(2 * ROWS)  # sessions by row, see Board; the first is of all rules
         self._dues = _times(ROWS)
         self._clients = CountTable(_words(table_words(CLIENTS)))
         self._rated = RateTable(_words(RATED_CLIENTS), _times(RATED_CLIENTS))
@@ -180,7 +180,7 @@ class Gate:
     # -- all of these under the lock
 
     def sessions(self, row: int) -> int:
-        """How many sessions a rule has; row 0 is of all rules."""
+        """How many sessions a rule or a server has; row 0 is of all rules."""
         return self._rows[row]
 
     def sessions_of(self, key: int) -> int:
@@ -232,6 +232,17 @@ class Gate:
             if count := rows[0]:
                 rows[0] = count - 1
 
+    def take_server(self, mine: Holdings, row: int) -> None:
+        """Count a session of a server, beside that of its rule; or one that waits in a group."""
+        for rows in (mine.rows, self._rows):
+            rows[row] += 1
+
+    def leave_server(self, mine: Holdings, row: int) -> None:
+        """What :meth:`take_server` has counted is over."""
+        for rows in (mine.rows, self._rows):
+            if count := rows[row]:
+                rows[row] = count - 1
+
     def _count(self, mine: Holdings, row: int) -> None:
         # Our own first: whenever we are killed, the shared count is not below that of the others.
         for rows in (mine.rows, self._rows):
@@ -270,7 +281,8 @@ class Holder:
     def __init__(self, gate: Gate, mine: Holdings) -> None:
         self.gate = gate
         self.mine = mine
-        # Row, key, whether it begins, and the rate of which one is given back; 0: none.
+        # Row, key, whether it begins, and the rate of which one is given back; 0: none. A server
+        # has no key and no rate.
         self._owed: deque[tuple[int, int, bool, float]] = deque()
 
     def __enter__(self) -> Gate:
@@ -293,6 +305,14 @@ class Holder:
         """
         self._owed.append((row, key, False, rate))
 
+    def take_server(self, row: int) -> None:
+        """Count a session of a server, or one that waits, at :meth:`settle`."""
+        self._owed.append((row, 0, True, 0.0))
+
+    def leave_server(self, row: int) -> None:
+        """What was counted in the row of a server or a group is over; as :meth:`take_server`."""
+        self._owed.append((row, 0, False, 0.0))
+
     def settle(self) -> bool:
         """Count what is owed. Returns whether all of it is counted."""
         while self._owed:
@@ -307,6 +327,9 @@ class Holder:
         owed, gate, mine = self._owed, self.gate, self.mine
         for _ in range(min(len(owed), _PART)):
             row, key, begins, rate = owed.popleft()
+            if row >= ROWS:
+                (gate.take_server if begins else gate.leave_server)(mine, row)
+                continue
             (gate.hold_anyway if begins else gate.let_go)(mine, row, key)
             if rate:
                 gate.unpass_row(row, rate)
