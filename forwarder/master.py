@@ -428,7 +428,7 @@ class Master:
         self._naming.learn(candidate.answers)
         self._take_serving()
         # Rules that go now are still served for a moment; the next reload forgets them.
-        self._fleet.forget_rules()
+        self._fleet.forget_rules(with_servers=self._handover.is_alone)
         self._fleet.resize(size)
         self._handover.on_configuration(candidate.config)
         return report

@@ -6,28 +6,35 @@ A server has a *seat*, eight words. Each word has one writer: the master writes 
 the configuration wants, the checker what it has found out. All zero means: as configured, and
 usable. So a table that nobody has written to, or whose checker is dead, keeps nobody from serving.
 
-Seat 0 is no server: its words count changes, so that a worker reads a word or two per session and
-looks at the servers only when something has changed. A writer writes first, and counts then.
+Seat 0 is no server: its words say when something was changed last, so that a worker reads a word
+or two per session and looks at the servers only when there is something new. A writer writes first,
+and the time then. It is a time and no count, as during an upgrade two masters may write there, and
+no change may get lost. The last seat is shared by all servers that found no other free, so nothing
+is ever said there.
 
 An aligned 8-byte store cannot be seen half done on any machine that CPython runs on.
 """
 
 from __future__ import annotations
 
-import mmap
 import os
+import time
 from enum import IntEnum
 from typing import Final
 
 from forwarder.stats.board import ROWS
+from forwarder.system import memfile
 
 # As many as there are rows of servers on a board: the seat of a server is its row less ROWS.
 SEATS: Final = ROWS
+SHARED: Final = SEATS - 1
 SEAT_WORDS: Final = 8
 TABLE_BYTES: Final = SEATS * SEAT_WORDS * 8
+# What a successor must know to read the words of its predecessor: another number, another meaning.
+LAYOUT: Final = 1
 # The words of a seat. ORDER is the master's, all others are the checker's.
 ORDER, HEALTH, STATE, SINCE_NS, CHECKS_PASSED, CHECKS_FAILED, EJECTIONS = range(7)
-# The words of seat 0: how often the master, and the checker, has changed something.
+# The words of seat 0: when the master, and the checker, has changed something last.
 ORDERS, FINDINGS = range(2)
 # HEALTH is 0 or one more than the part of its weight that a server has, in thousandths.
 FULL: Final = 1000
@@ -56,12 +63,21 @@ class ServerTable:
     """The memory. Made by the master before it forks; owns its file until :meth:`close`."""
 
     def __init__(self, fd: int | None = None) -> None:
-        """Make a table, or map that of ``fd``, which becomes ours. Raises OSError."""
+        """Make a table, or map that of ``fd``, which becomes ours.
+
+        Raises OSError, and ValueError for a file that is no table; the descriptor is closed then.
+        """
         if fd is None:
-            fd = os.memfd_create("forwarder-servers", os.MFD_CLOEXEC)
-            os.ftruncate(fd, TABLE_BYTES)
+            fd = memfile.make("forwarder-servers", TABLE_BYTES)
+        if not memfile.is_made(fd, TABLE_BYTES):
+            os.close(fd)
+            raise ValueError("not a table of servers")
+        try:
+            self.words = memfile.words_of(fd, TABLE_BYTES, writable=True)
+        except BaseException:
+            os.close(fd)
+            raise
         self._fd = fd
-        self.words: memoryview[int] = memoryview(mmap.mmap(fd, TABLE_BYTES)).cast("Q")
 
     def fileno(self) -> int:
         """The file, for one that is to share it."""
@@ -85,25 +101,28 @@ class ServerTable:
 
     def order(self, seat: int, order: int) -> None:
         """Say what an operator wants of a server; 0: nothing but what is configured."""
-        self.words[seat * SEAT_WORDS + ORDER] = order
-        self.words[ORDERS] += 1
+        if seat != SHARED:
+            self.words[seat * SEAT_WORDS + ORDER] = order
+            self.words[ORDERS] = time.monotonic_ns()
 
     def clear(self, seat: int) -> None:
         """Make a seat free for another server. The checker must not know the old one any more."""
         at = seat * SEAT_WORDS
         self.words[at : at + SEAT_WORDS] = memoryview(bytes(8 * SEAT_WORDS)).cast("Q")
-        self.words[ORDERS] += 1
+        self.words[ORDERS] = time.monotonic_ns()
 
     # -- the checker
 
     def find(self, seat: int, standing: Standing, share: int, since_ns: int) -> None:
         """Say what was found out. ``share``: what part of its weight it has, 0 to FULL."""
+        if seat == SHARED:
+            return
         at = seat * SEAT_WORDS
         words = self.words
         words[at + HEALTH] = 0 if share >= FULL else share + 1
         words[at + STATE] = standing
         words[at + SINCE_NS] = since_ns
-        words[FINDINGS] += 1
+        words[FINDINGS] = time.monotonic_ns()
 
     # -- everybody
 
@@ -122,6 +141,11 @@ class ServerTable:
         """What part of its weight a server has by what was found out, 0 to FULL; 0: none at all."""
         health = self.words[seat * SEAT_WORDS + HEALTH]
         return health - 1 if health else FULL
+
+    def standing(self, seat: int) -> Standing:
+        """What the checker thinks of a server; UP for what only newer code knows."""
+        state = self.words[seat * SEAT_WORDS + STATE]
+        return Standing(state) if state < len(Standing) else Standing.UP
 
     def weight(self, seat: int, configured: int) -> int:
         """The weight of a server now, in thousandths; 0: it gets no session while others can."""

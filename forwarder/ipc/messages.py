@@ -69,6 +69,8 @@ class Assignment:
 
     ``routes`` maps the id of a listening socket to an index into ``config.rules``.
     ``rows`` are the rows of the board that count the rules, in the order of the rules.
+    ``seats`` are, for each rule, the rows that count its upstreams, in their order, and last that
+    of its group; nothing for a rule that has nothing to choose.
     ``workers`` is the number of workers, ``pipe_budget_pages`` this one's share of the kernel's
     pipe memory.
     ``serial`` grows with every assignment of a master; the worker acknowledges it.
@@ -79,6 +81,7 @@ class Assignment:
     config: Config
     routes: Mapping[int, int]
     rows: tuple[int, ...]
+    seats: tuple[tuple[int, ...], ...]
     workers: int
     pipe_budget_pages: int
 

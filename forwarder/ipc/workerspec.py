@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from forwarder.balancing.table import ServerTable
     from forwarder.config.model import RelayMode
     from forwarder.ipc.channel import Channel
     from forwarder.ipc.heartbeat import Heartbeats
@@ -25,6 +26,7 @@ class WorkerSpec:
     board: Board
     gate: Gate
     holdings: Holdings
+    table: ServerTable
     relay: RelayMode
     identity: Identity | None
     capabilities: int  # kept by the worker

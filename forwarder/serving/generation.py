@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from forwarder.config.model import Config
+    from forwarder.config.model import Config, Rule
     from forwarder.serving.addresses import BindAddress
     from forwarder.serving.listeners import ListenerTable
 
@@ -31,6 +31,11 @@ class Serving:
         """Under which name each rule is counted, in their order."""
         alias = self.counted_as
         return [alias.get(rule.name, rule.name) for rule in self.config.rules]
+
+    def groups(self) -> list[tuple[Rule, str]]:
+        """The rules, in their order, each with the name by which its group is known."""
+        names = zip(self.config.rules, self.counted_names(), strict=True)
+        return [(rule, rule.group.name or name) for rule, name in names]
 
     def share(
         self, table: ListenerTable, slots: Iterable[int]

@@ -162,6 +162,12 @@ class Handover:
         if self._pid_file is not None and not upgrade.has_predecessor():
             self._pid_file.remove()
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether no old master has workers that may read what we share with them."""
+        is_before_us = self.predecessor is not None and self.predecessor.is_open
+        return not (is_before_us or upgrade.has_predecessor())
+
     # -- a successor
 
     @property

@@ -24,6 +24,7 @@ from forwarder.limits.gate import STUCK_S, Busy, Gate, Holdings
 from forwarder.stats.ledger import Ledger
 from forwarder.stats.reasons import Phase
 from forwarder.supervision import policy
+from forwarder.supervision.servers import Servers
 from forwarder.supervision.slot import (
     Slot,
     WorkerProcess,
@@ -61,9 +62,10 @@ class Fleet:
         self.capabilities = 0  # kept by workers all the same
         self.logs = LogFiles()
         self.ledger = Ledger()
+        self.servers = Servers(self.ledger)
         self.questions = Questions()
         self.names = KnownNames()
-        self.telling = Telling(selector, table, self.names, self.logs, self.ledger)
+        self.telling = Telling(selector, table, self.names, self.logs, self.ledger, self.servers)
         self.refusal = ""  # why a worker cannot serve its last assignment
         self._table = table
         self._selector = selector
@@ -201,10 +203,15 @@ class Fleet:
         limit_s = self.serving.config.settings.drain_timeout_s if is_alone else None
         self.telling.leave(process, op, limit_s, phase, is_last=is_last)
 
-    def forget_rules(self) -> None:
-        """Drop what was counted for rules that are served no more and have no session left."""
+    def forget_rules(self, *, with_servers: bool) -> None:
+        """Drop what was counted for rules that are served no more and have no session left.
+
+        ``with_servers``: their servers, too, whose seats then are for others.
+        """
         for row in self.ledger.forget(self.serving.counted_names()):
             self._gate.forget(row)
+        if with_servers:
+            self.servers.forget(self.serving.groups(), lambda row: not self._gate.sessions(row))
 
     def _recount(self) -> None:
         """What a dead worker held is free again."""
@@ -257,6 +264,8 @@ class Fleet:
         """Give up what is not the workers', at the end."""
         self.logs.close()
         self._gate.close()
+        self.servers.close()
+        self.ledger.end()
 
     def on_exit(self, pid: int, status: int) -> None:
         """Note that a child has ended; one that is no worker is ignored."""
@@ -304,6 +313,7 @@ class Fleet:
             board=tables.board,
             gate=self._gate,
             holdings=tables.holdings,
+            table=self.servers.table,
             relay=self.serving.config.settings.relay,
             identity=self.identity,
             capabilities=self.capabilities,

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from forwarder.serving.listeners import ListenerTable
     from forwarder.stats.ledger import Ledger
     from forwarder.stats.reasons import Phase
+    from forwarder.supervision.servers import Servers
     from forwarder.supervision.slot import WorkerProcess
     from forwarder.upstream.known import KnownNames
 
@@ -41,6 +42,7 @@ class Telling:
         names: KnownNames,
         logs: LogFiles,
         ledger: Ledger,
+        servers: Servers,
     ) -> None:
         """The selector watches the channels; their sockets come from ``table``."""
         self._selector = selector
@@ -48,6 +50,7 @@ class Telling:
         self._names = names
         self._logs = logs
         self._ledger = ledger
+        self._servers = servers
         self._serial = 0
 
     def watch(self, process: WorkerProcess) -> None:
@@ -124,6 +127,7 @@ class Telling:
                     config=serving.config,
                     routes=routes,
                     rows=tuple(map(self._ledger.row, serving.counted_names())),
+                    seats=tuple(self._servers.rows(*one) for one in serving.groups()),
                     workers=workers,
                     pipe_budget_pages=pipes.budget_pages(workers),
                 ),

@@ -54,7 +54,8 @@ def test_who_could_not_be_told_is_told_again_in_time_however_long_a_worker_may_h
     fleet.serving = Serving(revision=1, generation=1, config=config, binds={}, counted_as={})
     ours, theirs = channel_pair()
     now = time.monotonic()
-    process = WorkerProcess(0, os.getpid(), WorkerTables(Board(), Holdings()), ours, now)
+    tables = WorkerTables(fleet.ledger.open(), Holdings())
+    process = WorkerProcess(0, os.getpid(), tables, ours, now)
     fleet._retiring.append(process)
     assert fleet.next_look() > now + 100
     process.deaf_until = now + RETRY_S
@@ -72,7 +73,8 @@ def test_a_worker_that_is_told_again_what_it_refused_has_time_to_answer() -> Non
     earlier one.
     """
     ours, theirs = channel_pair()
-    process = WorkerProcess(0, os.getpid(), WorkerTables(Board(), Holdings()), ours, 0.0)
+    board = Board()
+    process = WorkerProcess(0, os.getpid(), WorkerTables(board, Holdings()), ours, 0.0)
     wanted = (1, 1, (0,))
     refused: dict[str, object] = {"missing": [], "refusal": "RuntimeError: planted"}
     process.told, process.sent_serial = wanted, 1
@@ -86,3 +88,4 @@ def test_a_worker_that_is_told_again_what_it_refused_has_time_to_answer() -> Non
     assert process.must_be_told(wanted, process.retry_at)
     ours.close()
     theirs.close()
+    board.close()

@@ -30,7 +30,6 @@ from forwarder.ipc.messages import (
 )
 from forwarder.limits.gate import Holdings
 from forwarder.serving.listeners import ListenerTable
-from forwarder.stats.board import Board
 from forwarder.supervision.fleet import Fleet
 from forwarder.supervision.sessions import Sessions
 from forwarder.supervision.slot import WorkerProcess, WorkerTables
@@ -49,7 +48,7 @@ class Worker:
         self.selector = selectors.DefaultSelector()
         self.fleet = Fleet(ListenerTable(), self.selector)
         now = time.monotonic()
-        tables = WorkerTables(Board(), Holdings())
+        tables = WorkerTables(self.fleet.ledger.open(), Holdings())
         self.process = WorkerProcess(0, self.child.pid, tables, Channel(ours), now)
         self.selector.register(self.process.channel, selectors.EVENT_READ, self.process)
         self.fleet._retiring.append(self.process)
@@ -83,7 +82,7 @@ class Worker:
         self.child.kill()
         self.child.wait()
         self.sock.close()
-        self.fleet._gate.close()
+        self.fleet.close()
         self.process.channel.close()
         self.selector.close()
 
