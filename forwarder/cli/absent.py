@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 from typing import TYPE_CHECKING, Final
 
@@ -58,6 +59,24 @@ def absent_interfaces(rules: Iterable[Rule]) -> list[Issue]:
         for rule in rules
         for what, interface, place in _interfaces(rule)
         if not index_of(interface)
+    ]
+
+
+def absent_commands(rules: Iterable[Rule]) -> list[Issue]:
+    """A warning for each command of a check that this host lacks, or that cannot be run."""
+    first: dict[str, Rule] = {}
+    for rule in rules:
+        if rule.group.check and rule.group.check.argv:
+            first.setdefault(rule.group.check.argv[0], rule)
+    return [
+        Issue(
+            rule.place,
+            f"the check of this rule runs {command}, which is no command here now",
+            hint="until it can be run, its servers are down",
+            is_warning=True,
+        )
+        for command, rule in first.items()
+        if shutil.which(command) is None
     ]
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from forwarder.cli.absent import absent_addresses, absent_interfaces
+from forwarder.cli.absent import absent_addresses, absent_commands, absent_interfaces
 from forwarder.cli.arguments import FILE
 from forwarder.cli.files import STDIN, config_options, load
 from forwarder.config.advice import advise
@@ -65,7 +65,12 @@ def check_command(  # noqa: PLR0913 - one parameter per option is click's way
             click.echo(json.dumps(_as_json(None, err.issues)))
         raise
     found = loaded.config
-    issues = [*loaded.warnings, *advise(found, loaded.dialect), *absent_interfaces(found.rules)]
+    issues = [
+        *loaded.warnings,
+        *advise(found, loaded.dialect),
+        *absent_interfaces(found.rules),
+        *absent_commands(found.rules),
+    ]
     if name is not None and name != STDIN and os.geteuid() == 0 and not found.settings.user:
         issues += unreadable(name)
     if asks_names:

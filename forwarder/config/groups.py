@@ -29,7 +29,15 @@ class Groups:
         self._raw = raw
         self._shared = self._by_name()
         self.rules = [led for rule in raw.rules if (led := self._led(rule))]
-        self._made = {name: self._make_shared(group) for name, group in self._shared.items()}
+        by_udp = {
+            rule.leads_to.value
+            for rule in raw.rules
+            if rule.leads_to and rule.protocol.connects_by_udp
+        }
+        self._made = {
+            name: self._make(name, group.servers, group.keys, group.check, is_udp=name in by_udp)
+            for name, group in self._shared.items()
+        }
 
     def _by_name(self) -> dict[str, RawGroup]:
         found: dict[str, RawGroup] = {}
@@ -90,17 +98,8 @@ class Groups:
                 hint="move it to [[groups]]",
             )
 
-    def _make_shared(self, raw: RawGroup) -> Group:
-        name = raw.name.value
-        is_udp = any(
-            rule.protocol.connects_by_udp
-            for rule in self._raw.rules
-            if rule.leads_to and rule.leads_to.value == name
-        )
-        return self._make(name, raw.servers, raw.keys, raw.check, is_udp=is_udp)
-
     def of(self, rule: RawRule) -> Group:
-        """The group of one of ``rules``; nothing of its own is looked at twice."""
+        """The group of one of ``rules``. Reports what is wrong with it; to be called once each."""
         if rule.leads_to is not None:
             return self._made[rule.leads_to.value]
         own = {key: placed for key, placed in rule.keys.items() if key in OF_A_GROUP}

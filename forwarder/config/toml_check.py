@@ -113,11 +113,7 @@ def _from_table(table: Table) -> RawCheck | None:
         if not check.host:  # wrong, and reported
             return None
         check = presets.by_tls(check)
-    return RawCheck(
-        check=check,
-        place=table.place(),
-        is_dns=kind.value == presets.DNS,
-    )
+    return RawCheck(check=check, place=table.place(), is_dns=kind.value == presets.DNS)
 
 
 def _texts(table: Table) -> tuple[bytes, Expected | None]:

@@ -282,6 +282,22 @@ def test_a_program_gets_the_same_as_json(tmp_path: Path) -> None:
     assert unknown["hint"] == "did you mean workers?"
 
 
+def test_a_command_that_is_not_there_is_warned_of_once(tmp_path: Path) -> None:
+    path, command = tmp_path / "a.toml", tmp_path / "is-up"
+    rules = "".join(
+        f'[[forwarding_rules]]\nlisten = ":{port}"\nupstream = "10.0.0.1:1"\n'
+        f'check = {{ kind = "command", command = ["{command}"] }}\n'
+        for port in (80, 81)
+    )
+    path.write_text("[checks]\ncommands = true\n" + rules)
+    warning = f"the check of this rule runs {command}, which is no command here now"
+    assert run_command("check", str(path)).stderr.count(warning) == 1
+    command.touch(0o600)
+    assert run_command("check", str(path)).stderr.count(warning) == 1
+    command.chmod(0o700)
+    assert run_command("check", str(path)).stderr == ""
+
+
 def test_json_has_groups_with_all_their_keys(tmp_path: Path) -> None:
     path = tmp_path / "a.toml"
     path.write_text(
