@@ -8,6 +8,7 @@ import socket
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from bench.instance import ANSWER_S, ask
@@ -91,8 +92,17 @@ def forwarder_config(group: Group, _directory: Path) -> str:
 HAPROXY_WORDS: Final = {"turn": "roundrobin", "least": "leastconn"}
 
 
-def haproxy_config(group: Group, directory: Path) -> str:
-    """As its manual advises: a retry goes to another server; listeners survive a reload."""
+def haproxy_config(group: Group, directory: Path, *, keeps_state: bool = False) -> str:
+    """As its manual advises: a retry goes to another server; listeners survive a reload.
+
+    ``keeps_state``: it reads the states of servers from a file when it starts.
+    """
+    state = ("", "")
+    if keeps_state:
+        state = (
+            f"    server-state-file {directory}/state\n",
+            "    load-server-state-from-file global\n",
+        )
     server = f"inter {EVERY_S}s fall 3 rise 2"
     if group.check_port:
         server += f" check port {group.check_port}"
@@ -112,9 +122,9 @@ global
     nbthread {group.workers}
     maxconn {HAPROXY_SESSIONS}
     stats socket {directory}/haproxy.sock mode 600 level admin expose-fd listeners
-defaults
+{state[0]}defaults
     mode tcp
-    maxconn {HAPROXY_SESSIONS}
+{state[1]}    maxconn {HAPROXY_SESSIONS}
     timeout connect {CONNECT_S}s
     timeout queue {CONNECT_S}s
     timeout client 1h
@@ -156,6 +166,12 @@ def _reload_forwarder(directory: Path) -> None:
     ask(directory / "control.sock", "reload")
 
 
+def _reload_haproxy_with_state(pid: int, directory: Path) -> None:
+    """What it knows of servers is written to the file first, as its manual says."""
+    (directory / "state").write_text(_ask_haproxy(directory, "show servers state"))
+    _reload_haproxy(pid, directory)
+
+
 def _reload_haproxy(pid: int, directory: Path) -> None:
     """Another worker than before answers. A signal that comes amid a reload is lost: once more."""
     before = _haproxy_worker(directory)
@@ -173,12 +189,18 @@ def _reload_haproxy(pid: int, directory: Path) -> None:
 
 def _haproxy_worker(directory: Path) -> str:
     """The process id of the worker that answers at the stats socket; "" if none does."""
+    lines = _ask_haproxy(directory, "show info").splitlines()
+    return next((line for line in lines if line.startswith("Pid:")), "")
+
+
+def _ask_haproxy(directory: Path, what: str) -> str:
+    """What it answers at its stats socket; "" if it does not."""
     with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.settimeout(1.0)
         sock.connect(f"{directory}/haproxy.sock")
-        sock.sendall(b"show info\n")
+        sock.sendall(f"{what}\n".encode())
         with sock.makefile() as answer:
-            return next((line for line in answer if line.startswith("Pid:")), "")
+            return answer.read()
     return ""
 
 
@@ -200,6 +222,14 @@ def contenders(forwarder: list[str]) -> dict[str, Contender]:
             haproxy_config,
             lambda d: ["haproxy", "-W", "-db", "-f", f"{d}/haproxy.cfg"],
             _reload_haproxy,
+        ),
+        Contender(
+            "haproxy-state",
+            "haproxy",
+            "haproxy.cfg",
+            partial(haproxy_config, keeps_state=True),
+            lambda d: ["haproxy", "-W", "-db", "-f", f"{d}/haproxy.cfg"],
+            _reload_haproxy_with_state,
         ),
         Contender(
             "nginx",
