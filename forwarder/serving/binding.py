@@ -34,9 +34,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Of master and worker each, besides listening sockets: channels, epoll, loop, log, pipes, and room
-# for a few sessions. Arbitrary, above the 16 that an idle worker has.
+# Of master and worker each, besides listening sockets: epoll, loop, log, pipes, and room for a few
+# sessions. Arbitrary, above the 16 that an idle worker has.
 RESERVED_DESCRIPTORS: Final = 24
+# Of the master, for each worker: the channel to it, and its board.
+DESCRIPTORS_OF_A_WORKER: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +206,8 @@ class Binding:
         for host in _by_host(candidate.binds.get(rule.name, ())):
             try:
                 _check_taken(rule, host, taken)
-                check_descriptors(self._table.count(host, slots), f"{len(host)} addresses more")
+                needed = self._table.count(host, slots)
+                check_descriptors(needed, slots, f"{len(host)} addresses more")
                 self._table.add(dict.fromkeys(host, rule), slots)
             except BindError as err:
                 if err.is_shortage:
@@ -268,11 +271,11 @@ def _has_file(rule: Rule) -> bool:
     return isinstance(rule.listen, UnixAddress) and rule.listen.path.startswith("/")
 
 
-def check_descriptors(listening: int, what: str) -> None:
+def check_descriptors(listening: int, workers: int, what: str) -> None:
     """Refuse more sockets than there are descriptors, before any is bound. Raises StartupError."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     # The master has all sockets. A worker that adopts those of all others has them all, too.
-    needed = listening + RESERVED_DESCRIPTORS
+    needed = listening + workers * DESCRIPTORS_OF_A_WORKER + RESERVED_DESCRIPTORS
     if limit != resource.RLIM_INFINITY and limit < needed:
         raise StartupError(
             f"{what} need at least {needed} file descriptors "

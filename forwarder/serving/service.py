@@ -84,7 +84,8 @@ class Service:
         self._start.expect(self.config.rules, known, time.monotonic())
         wanted = _by_address(self.config, candidate.binds)
         slots = self.config.settings.workers
-        check_descriptors(len(wanted) * slots, f"{len(wanted)} addresses for {slots} workers")
+        needed = len(wanted) * slots
+        check_descriptors(needed, slots, f"{len(wanted)} addresses for {slots} workers")
         self.table.inherit(inherited(lambda sock: address_of(sock) in wanted))
         with start_lock():
             had = self._binding.require(candidate, slots, lambda _: False)
@@ -100,9 +101,8 @@ class Service:
     def grow(self, slots: int) -> None:
         """Make sockets for ``slots`` workers. Raises StartupError; made ones are kept unused."""
         wanted = self._rules_by_address()
-        check_descriptors(
-            self.table.count(wanted, slots), f"{len(wanted)} addresses for {slots} workers"
-        )
+        needed = self.table.count(wanted, slots)
+        check_descriptors(needed, slots, f"{len(wanted)} addresses for {slots} workers")
         self.table.grow(wanted, slots)
 
     def candidate(self) -> Candidate:
@@ -122,7 +122,7 @@ class Service:
         before = self._rules_by_address()
         every = _by_address(new, candidate.binds)
         needed = self.table.count(every, slots)
-        check_descriptors(needed, f"{len(every)} addresses for {slots} workers")
+        check_descriptors(needed, slots, f"{len(every)} addresses for {slots} workers")
         added = [address for address in every if address not in self.table]
         listens = {rule.name: rule.listen for rule in old.rules}
         kept_names = {r.name for r in new.rules if listens.get(r.name) == r.listen}

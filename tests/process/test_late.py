@@ -322,4 +322,4 @@ def test_too_few_descriptors_are_an_error_all_the_same(site: Site) -> None:
     site.path.write_text(site.text("127.0.0.1:20000-20199"))
     done = run_command("-c", str(site.path), prefix=["prlimit", "--nofile=100:100"])
     assert done.returncode == 69
-    assert "need at least 426 file descriptors" in done.stderr
+    assert "need at least 430 file descriptors" in done.stderr

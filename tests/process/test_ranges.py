@@ -233,7 +233,7 @@ def test_a_start_that_needs_too_many_descriptors_says_how_many_before_it_binds()
             prefix=["prlimit", "--nofile=5000:5000"],
         )
     assert ended.returncode == 69
-    assert "3000 addresses for 2 workers need at least 6024 file descriptors" in ended.stderr
+    assert "3000 addresses for 2 workers need at least 6028 file descriptors" in ended.stderr
     assert "the limit is 5000" in ended.stderr
     assert "Address already in use" not in ended.stderr
 
@@ -249,10 +249,10 @@ def test_a_reload_and_a_resize_that_need_too_many_change_nothing(
     )
     more = rule(f"{ranges.here}:7000-7099", f'"{ranges.there}:9000"')
     assert "stays in force" in it.reload(path.read_text() + more)
-    it.forwarder.wait_logged("200 addresses for 2 workers need at least 424 file descriptors")
+    it.forwarder.wait_logged("200 addresses for 2 workers need at least 428 file descriptors")
     assert listeners((ranges.here, 7000)) == 0
     it.forwarder.signal(signal.SIGTTIN)
-    it.forwarder.wait_logged("cannot have 3 workers: 100 addresses .* at least 324 ")
+    it.forwarder.wait_logged("cannot have 3 workers: 100 addresses .* at least 330 ")
     assert len(it.forwarder.workers()) == 2
     ranges.assert_leads(8050, upstream)
     assert stop(it.forwarder, signal.SIGTERM) == 0
