@@ -82,7 +82,7 @@ class Master:
         self._handover = Handover(
             self,
             self._service,
-            self._fleet.names,
+            self._estate,
             self._fleet.questions,
             self._selector,
             self._requests,
@@ -161,6 +161,7 @@ class Master:
         self._signals = SignalQueue(OF_A_MASTER)
         self._selector.register(self._signals.fileno(), selectors.EVENT_READ, self._hear_signals)
         self._naming.inherit(upgrade.names_of_predecessor())
+        self._fleet.servers.inherit(upgrade.servers_of_predecessor())
         inherited = partial(inherited_sockets, self._fleet.identity)
         self._service.open(inherited, self._fleet.names.answers)
         if not upgrade.has_predecessor():
@@ -188,6 +189,16 @@ class Master:
     def _drop(self) -> None:
         """Keep no more rights than a worker."""
         drop(self._fleet.identity, self._fleet.capabilities)
+
+    def _estate(self) -> upgrade.Estate:
+        """What a successor needs to go on where we are."""
+        servers = self._fleet.servers
+        return upgrade.Estate(
+            control=self._requests.path,
+            names=self._fleet.names.as_text(),
+            servers=servers.as_text(),
+            table=servers.table.fileno(),
+        )
 
     def _open_control(self) -> None:
         if self._spec.has_control:

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from forwarder.config.model import Config, Settings
     from forwarder.ipc.questions import Questions
     from forwarder.serving.service import Service
+    from forwarder.succession.upgrade import Estate
     from forwarder.system.privileges import Identity
-    from forwarder.upstream.known import KnownNames
 
 log = logging.getLogger(__name__)
 
@@ -60,10 +60,6 @@ class Incumbent(Protocol):
 class Askers(Protocol):
     """Those who have asked for an upgrade, and the control socket through which they did."""
 
-    @property
-    def path(self) -> str | None:
-        """Where clients connect, if they can."""
-
     def take_back(self) -> None:
         """Listen there again if a successor, which has failed, has taken it."""
 
@@ -78,19 +74,19 @@ class Handover:
         self,
         master: Incumbent,
         service: Service,
-        names: KnownNames,
+        estate: Callable[[], Estate],
         questions: Questions,
         selector: selectors.BaseSelector,
         askers: Askers,
     ) -> None:
-        """``questions``: where answers of a predecessor go."""
+        """``estate``: what a successor gets. ``questions``: where answers of a predecessor go."""
         self._has_heir = False
         self._heir: Heir | None = None  # the master that serves after an upgrade
         self._master = master
         self._selector = selector
         self._askers = askers
         self._service = service
-        self._names = names
+        self._estate = estate
         self.predecessor: Predecessor | None = None  # stays after its end
         self._questions = questions
         self._pid_file: PidFile | None = None
@@ -239,9 +235,7 @@ class Handover:
 
     def _execute(self) -> None:
         sockets = self._service.table.all_sockets()
-        path = self._askers.path
-        names = self._names.as_text()
-        successor = Successor(sockets, self._pid_file, path, names, time.monotonic())
+        successor = Successor(sockets, self._pid_file, self._estate(), time.monotonic())
         try:
             self._selector.register(successor, selectors.EVENT_READ, self._hear)
         except OSError:  # ENOMEM, ENOSPC: it would take the place of a master that does not hear it

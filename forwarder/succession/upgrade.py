@@ -18,13 +18,21 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from forwarder.balancing.table import TABLE_BYTES
 from forwarder.ipc.channel import channel_kind, from_memory_file, to_memory_file
 from forwarder.net.sockets import LentSocket
 from forwarder.succession import line
-from forwarder.succession.inherit import FDS_VARIABLE, LENT_VARIABLE, numbers_as_text
+from forwarder.succession.inherit import (
+    FDS_VARIABLE,
+    LENT_VARIABLE,
+    numbers_as_text,
+    numbers_in,
+)
+from forwarder.system import memfile
 from forwarder.system.pidfile import FD_VARIABLE
 
 if TYPE_CHECKING:
@@ -35,6 +43,9 @@ if TYPE_CHECKING:
 
 _CONTROL_VARIABLE: Final = "FORWARDER_CONTROL"
 _NAMES_VARIABLE: Final = "FORWARDER_NAMES_FD"
+_SERVERS_VARIABLE: Final = "FORWARDER_SERVERS_FDS"  # of the table, and of who has which seat
+# Some 200 bytes for each seat of the table, and as much again for what was said of it. Arbitrary.
+_MOST_ABOUT_SERVERS: Final = 32 * 1024 * 1024
 # A successor that is not ready by then has failed: it is ended, and the old one goes on.
 UPGRADE_TIMEOUT_S: Final = 60.0
 # The first lets its workers' sessions end, the second does not, the third kills it.
@@ -47,6 +58,21 @@ _READY_WITHOUT_SOME: Final = b"r"  # it has no rule for some of the sockets
 _MOST_BYTES: Final = 16  # of one message
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estate:
+    """What a successor gets beside sockets and pid file.
+
+    ``control`` is the path of our control socket, which it may replace. ``names`` is what is known
+    of names, ``servers`` who has which seat of the table of servers, both as text. ``table`` is the
+    file of that, which stays its owner's.
+    """
+
+    control: str | None
+    names: bytes
+    servers: bytes
+    table: int
+
+
 class Successor:
     """The process of the new code. Owns our end of the line to it."""
 
@@ -54,14 +80,11 @@ class Successor:
         self,
         listeners: Sequence[socket.socket],
         pid_file: PidFile | None,
-        control: str | None,
-        names: bytes,
+        estate: Estate,
         now: float,
     ) -> None:
         """Execute the same command line again. What it inherits stays ours, too.
 
-        ``control`` is the path of our control socket, which it may replace; ``names`` is what is
-        known of names, as text.
         Raises OSError. Blocks until the new program is being executed.
         """
         self.deadline = now + UPGRADE_TIMEOUT_S
@@ -70,36 +93,33 @@ class Successor:
         self.end: str | None = None  # how it has ended, as far as that is known
         self._said_of_end = "without a word"
         self._signals = list(_GIVING_UP)
-        names_fd = to_memory_file(names)
-        try:
-            self.line, theirs = socket.socketpair(socket.AF_UNIX, channel_kind())
-        except OSError:
-            os.close(names_fd)
-            raise
-        self.line.setblocking(False)
         numbers = [sock.fileno() for sock in listeners]
-        environment = {
-            **os.environ,
-            FDS_VARIABLE: numbers_as_text(numbers),
-            LENT_VARIABLE: numbers_as_text(
-                sock.fileno() for sock in listeners if isinstance(sock, LentSocket)
-            ),
-            line.READY_VARIABLE: str(theirs.fileno()),
-            _CONTROL_VARIABLE: control or "",
-            _NAMES_VARIABLE: str(names_fd),
-        }
-        kept = [*numbers, theirs.fileno(), names_fd]
-        if pid_file is not None:
-            environment[FD_VARIABLE] = str(pid_file.fileno())
-            kept.append(pid_file.fileno())
-        try:
-            self.pid = _execute_apart([sys.executable, *sys.orig_argv[1:]], environment, kept)
-        except OSError:
-            self.line.close()
-            raise
-        finally:
-            theirs.close()
-            os.close(names_fd)
+        with ExitStack() as stack:
+            names_fd = _lent(estate.names, stack)
+            servers = [estate.table, _lent(estate.servers, stack)]
+            self.line, theirs = socket.socketpair(socket.AF_UNIX, channel_kind())
+            stack.enter_context(theirs)
+            self.line.setblocking(False)
+            environment = {
+                **os.environ,
+                FDS_VARIABLE: numbers_as_text(numbers),
+                LENT_VARIABLE: numbers_as_text(
+                    sock.fileno() for sock in listeners if isinstance(sock, LentSocket)
+                ),
+                line.READY_VARIABLE: str(theirs.fileno()),
+                _CONTROL_VARIABLE: estate.control or "",
+                _NAMES_VARIABLE: str(names_fd),
+                _SERVERS_VARIABLE: numbers_as_text(servers),
+            }
+            kept = [*numbers, theirs.fileno(), names_fd, *servers]
+            if pid_file is not None:
+                environment[FD_VARIABLE] = str(pid_file.fileno())
+                kept.append(pid_file.fileno())
+            try:
+                self.pid = _execute_apart([sys.executable, *sys.orig_argv[1:]], environment, kept)
+            except OSError:
+                self.line.close()
+                raise
 
     def fileno(self) -> int:
         """Readable when it has sent something or has ended."""
@@ -142,6 +162,13 @@ class Successor:
     def close(self) -> None:
         """Close our end of the line."""
         self.line.close()
+
+
+def _lent(content: bytes, stack: ExitStack) -> int:
+    """A memory file with ``content`` that is closed with the stack. Raises OSError."""
+    fd = to_memory_file(content)
+    stack.callback(os.close, fd)
+    return fd
 
 
 def _execute_apart(
@@ -218,6 +245,29 @@ def names_of_predecessor() -> bytes:
         return from_memory_file(int(text))
     except OSError:  # no such descriptor: another program has set the variable
         return b""
+
+
+def servers_of_predecessor() -> tuple[int, bytes] | None:
+    """The table of servers of the master that started us, and who has which seat; once.
+
+    The table is a descriptor, which becomes the caller's, of a file of the right kind and size; the
+    text is as it came. None if there is no table: older code has none, and passes on a variable of
+    code before it, whose numbers mean nothing any more.
+    """
+    text = os.environ.pop(_SERVERS_VARIABLE, "")
+    try:
+        table, seats = numbers_in(text)
+        # What this process has opened itself is not.
+        is_given = os.get_inheritable(table) and os.get_inheritable(seats)
+    except (ValueError, OSError):
+        return None
+    if not (is_given and has_predecessor() and memfile.is_made(table, TABLE_BYTES)):
+        return None
+    os.set_inheritable(table, False)
+    try:
+        return table, from_memory_file(seats, _MOST_ABOUT_SERVERS)
+    except ValueError:
+        return table, b""
 
 
 def has_predecessor() -> bool:

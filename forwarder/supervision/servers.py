@@ -91,17 +91,25 @@ class Servers:
         seats = [[*names, row - ROWS] for names, row in self._ledger.servers()]
         return json.dumps({"layout": LAYOUT, "seats": seats}).encode()
 
-    def inherit(self, fd: int, text: bytes) -> None:
-        """Use the table and the seats of a predecessor, whose workers go on reading it.
+    def inherit(self, given: tuple[int, bytes] | None) -> None:
+        """Use the table of a predecessor, whose workers go on reading it; before any worker starts.
 
-        The descriptor becomes ours; it is of the size of a table. If the text makes no sense we go
-        on with a table of our own, in which nothing is said of any server.
+        ``given``: its file, which becomes ours, and a text of :meth:`as_text`. If that makes no
+        sense, or there is none, the table stays a new one, in which nothing is said of any server.
         """
+        if given is None:
+            return
+        fd, text = given
+        try:
+            table = ServerTable(fd)
+        except (OSError, ValueError) as err:
+            log.warning("servers: cannot map the table of the predecessor: %s", err)
+            return
         try:
             seats = _read(text)
-            table = ServerTable(fd)
-        except (ValueError, TypeError, KeyError, RecursionError, OSError) as err:
-            log.warning("servers: cannot use the table of the predecessor: %s", err)
+        except (ValueError, TypeError, KeyError, RecursionError) as err:
+            log.warning("servers: cannot read the seats of the predecessor: %s", err)
+            table.close()
             return
         self.table.close()
         self.table = table

@@ -15,7 +15,7 @@ from forwarder.ipc.questions import Questions
 from forwarder.serving.service import Service
 from forwarder.succession.handover import Handover
 from forwarder.succession.lineage import Heir
-from forwarder.upstream.known import KnownNames
+from forwarder.succession.upgrade import Estate
 
 if TYPE_CHECKING:
     import pytest
@@ -40,13 +40,16 @@ class Replaced:
 class Nobody:
     """Who has asked for an upgrade, and the control socket of ours: the heir has that."""
 
-    path: str | None = None
-
     def take_back(self) -> None:
         """The heir has not failed."""
 
     def on_upgraded(self, report: str, *, is_done: bool) -> None:
         """Nobody has asked."""
+
+
+def estate() -> Estate:
+    """Nothing."""
+    return Estate(control=None, names=b"{}", servers=b"{}", table=-1)
 
 
 class Running(Replaced):
@@ -79,7 +82,7 @@ def test_a_successor_that_cannot_be_watched_does_not_go_on(monkeypatch: pytest.M
     monkeypatch.setattr("forwarder.succession.handover.Successor", lambda *_: successor)
     with Unwatched() as selector:
         service = Service(Config(rules=()), lambda: None)
-        handover = Handover(Running(), service, KnownNames(), Questions(), selector, Nobody())
+        handover = Handover(Running(), service, estate, Questions(), selector, Nobody())
         assert "No space left on device" in handover.start()
         assert successor.was_killed
         assert not handover.is_under_way
@@ -95,7 +98,7 @@ def test_a_reload_is_passed_on_to_the_heir_as_long_as_that_lives(
     with selectors.DefaultSelector() as selector, theirs:
         service = Service(Config(rules=()), lambda: None)
         master = Replaced()
-        handover = Handover(master, service, KnownNames(), Questions(), selector, Nobody())
+        handover = Handover(master, service, estate, Questions(), selector, Nobody())
         handover._heir = Heir(12345, ours, selector, master.elder)
         handover.note_reload()
         assert killed == [12345]
