@@ -15,9 +15,10 @@ from support.waiting import eventually
 
 from forwarder.limits.gate import PATIENCE_S, STUCK_S, Busy, Gate, Holder, Holdings
 from forwarder.limits.tables import CountTable, table_words
+from forwarder.stats.board import ROWS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 LIMIT = 7
 ROW = 3
@@ -70,12 +71,12 @@ class Crowd:
         os.kill(pid, signal.SIGKILL)
         self.wait(pid)
 
-    def recount(self) -> None:
+    def recount(self, rows: Sequence[int] = (ROW,)) -> None:
         """As the master does after a death; it tries again as that does."""
 
         def is_done() -> bool:
             try:
-                self.gate.recount(self.holdings.values(), [ROW])
+                self.gate.recount(self.holdings.values(), rows)
             except Busy:
                 return False
             return True
@@ -333,3 +334,119 @@ def test_after_a_stuck_lock_there_is_time_for_what_others_owe(crowd: Crowd) -> N
     gate.unlock()
     assert (gate.is_stuck, gate.is_settled) == (False, False)
     eventually(lambda: gate.is_settled)
+
+
+# -- servers, whose sessions are counted beside those of their rules
+
+SERVERS = tuple(ROWS + seat for seat in (1, 2, 65535))
+MOST = 4  # sessions of each
+
+
+def take_one(holder: Holder, server: int) -> bool:
+    """Take a place at a server that has room, if the lock is to be had."""
+    try:
+        with holder as gate:
+            if gate.sessions(server) >= MOST:
+                return False
+            gate.take_server(holder.mine, server)
+            return True
+    except Busy:
+        time.sleep(STUCK_S)
+        return False
+
+
+def crowd_servers(holder: Holder, seen: Shared, cell: int, goal: int | None) -> None:
+    """Take places at servers, ``goal`` of them or for ever, and give them back.
+
+    ``seen``: what each has of each server, and behind that the most that there were at once.
+    """
+    chance = random.Random(cell)
+    mine: list[int] = []
+    while goal is None or goal > 0:
+        index = chance.randrange(len(SERVERS))
+        at = index * PROCESSES
+        if mine and chance.random() < 0.5:
+            index = mine.pop()
+            seen[index * PROCESSES + cell] -= 1  # before it is free for others
+            holder.leave_server(SERVERS[index])
+            holder.settle()
+        elif take_one(holder, SERVERS[index]):
+            mine.append(index)
+            seen[at + cell] += 1
+            total = sum(seen[at + other] for other in range(PROCESSES))
+            most = len(SERVERS) * PROCESSES + index
+            seen[most] = max(seen[most], total)
+            goal = None if goal is None else goal - 1
+    for index in mine:
+        seen[index * PROCESSES + cell] -= 1
+        holder.leave_server(SERVERS[index])
+    while not holder.settle():
+        time.sleep(STUCK_S)
+
+
+def test_no_server_ever_has_more_than_it_may(crowd: Crowd) -> None:
+    pids = [
+        crowd.fork(lambda holder, cell=cell: crowd_servers(holder, crowd.seen, cell, 1000))  # type: ignore[misc]
+        for cell in range(PROCESSES)
+    ]
+    for pid in pids:
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    for server in SERVERS:
+        assert crowd.gate.sessions(server) == 0
+        assert all(mine.rows[server] == 0 for mine in crowd.holdings.values())
+    assert [crowd.wait(pid) for pid in pids] == [0] * PROCESSES
+    most = [crowd.seen[len(SERVERS) * PROCESSES + index] for index in range(len(SERVERS))]
+    assert most == [MOST] * len(SERVERS), "exceeded, or never reached"
+
+
+def test_a_server_counts_beside_its_rule_and_not_for_all_rules(crowd: Crowd) -> None:
+    gate, mine = crowd.gate, Holdings()
+    gate.hold(mine, ROW, 0)
+    gate.take_server(mine, SERVERS[0])
+    gate.take_server(mine, SERVERS[0])
+    assert [gate.sessions(row) for row in (0, ROW, SERVERS[0], SERVERS[1])] == [1, 1, 2, 0]
+    gate.leave_server(mine, SERVERS[0])
+    gate.let_go(mine, ROW, 0)
+    assert [gate.sessions(row) for row in (0, ROW, SERVERS[0])] == [0, 0, 1]
+    gate.leave_server(mine, SERVERS[0])
+    gate.leave_server(mine, SERVERS[0])  # once too often is no debt of others
+    assert gate.sessions(SERVERS[0]) == mine.rows[SERVERS[0]] == 0
+
+
+def test_whoever_is_killed_gives_its_servers_back(crowd: Crowd) -> None:
+    """*Result*: the shared counts are those of the living, and servers are not full for ever."""
+    chance = random.Random(7)
+    for cell in range(PROCESSES):
+        crowd.fork(lambda holder, cell=cell: crowd_servers(holder, crowd.seen, cell, None))  # type: ignore[misc]
+    for _ in range(10):
+        victims = chance.sample(sorted(crowd.holdings), 2)
+        time.sleep(chance.random() * 0.004)  # not to wait for something: anywhere in its life
+        for pid in victims:
+            crowd.kill(pid)
+        crowd.recount(SERVERS)
+        for cell in range(2):
+            crowd.fork(lambda holder, cell=cell: crowd_servers(holder, crowd.seen, cell, None))  # type: ignore[misc]
+    stop_outside_the_lock(crowd)
+    for server in SERVERS:
+        living = sum(mine.rows[server] for mine in crowd.holdings.values())
+        assert crowd.gate.sessions(server) == living <= MOST
+    for pid in tuple(crowd.holdings):
+        crowd.kill(pid)
+    crowd.recount(SERVERS)
+    assert [crowd.gate.sessions(server) for server in SERVERS] == [0, 0, 0]
+
+
+def test_sessions_of_servers_are_owed_beside_a_stuck_lock(crowd: Crowd) -> None:
+    holder = Holder(crowd.gate, Holdings())
+    with holder as gate:
+        gate.take_server(holder.mine, SERVERS[0])
+    pid = stop_with_lock(crowd)
+    holder.leave_server(SERVERS[0])
+    holder.take_server(SERVERS[1])
+    holder.hold(ROW, 0)
+    assert not holder.settle()
+    assert [crowd.gate.sessions(server) for server in SERVERS[:2]] == [1, 0]
+    crowd.kill(pid)
+    assert holder.settle()
+    assert [crowd.gate.sessions(row) for row in (*SERVERS[:2], ROW, 0)] == [0, 1, 1, 1]
+    assert [holder.mine.rows[row] for row in (*SERVERS[:2], ROW, 0)] == [0, 1, 1, 1]

@@ -152,3 +152,108 @@ def test_durations_and_sizes_for_people() -> None:
 
 def test_a_status_without_anything_is_still_text() -> None:
     assert as_text({})[0].startswith("forwarder None")
+
+
+def test_a_session_is_counted_for_its_rule_and_its_server_and_once_in_sums(ledger: Ledger) -> None:
+    boards = [ledger.open(), ledger.open()]
+    rule, server = ledger.row("a"), ledger.server_row("pg", "10.0.0.1:5432")
+    for board in boards:
+        for row in (rule, server):
+            board.row(row)[SESSIONS_TOTAL] += 3
+            board.row(row)[SESSIONS] += 1
+            board.row(row)[BYTES_C2U] += 10
+    ledger.close(boards[0])
+    assert ledger.sum(SESSIONS_TOTAL) == 6
+    assert ledger.sum(SESSIONS) == 1
+    assert ledger.sum(BYTES_C2U) == 20
+    for found in (ledger.rule("a"), ledger.server("pg", "10.0.0.1:5432")):
+        assert found["sessions_total"] == 6
+        assert found["sessions"] == 1
+        assert found["bytes_c2u"] == 20
+        assert found["ends"] == {"us/error": 1}, "lost with its worker"
+
+
+def test_servers_have_rows_of_their_own_by_group(ledger: Ledger) -> None:
+    """The first of the range is none of theirs: workers count failed connects to all there."""
+    names = [("pg", "h:1"), ("pg", "h:2"), ("pg", ""), ("web", "h:1")]
+    rows = [ledger.server_row(*one) for one in names]
+    assert rows == list(range(ROWS + 1, ROWS + 5))
+    assert [ledger.server_row(*one) for one in names] == rows
+    assert ledger.row("pg") < ROWS
+    assert sorted(ledger.rows_in_use()) == [ledger.row("pg"), *rows]
+    assert ledger.find_server("web", "h:2") is None
+
+
+def test_failed_connects_to_any_server_are_no_sessions(ledger: Ledger) -> None:
+    board = ledger.open()
+    ledger.server_row("pg", "h:1")
+    board.row(ROWS)[SESSIONS] = 5
+    ledger.close(board)
+    assert ledger.sum(SESSIONS) == 0
+    assert ledger.server("pg", "h:1")["sessions"] == 0
+    assert ledger.server("pg", "h:1")["ends"] == {}
+
+
+def test_a_server_without_a_row_has_counted_nothing_and_gets_none(ledger: Ledger) -> None:
+    assert ledger.server("pg", "h:1")["sessions_total"] == 0
+    assert ledger.servers() == []
+
+
+def test_servers_are_forgotten_when_nothing_of_them_is_left(ledger: Ledger) -> None:
+    board = ledger.open()
+    names = [("pg", f"h:{port}") for port in range(4)]
+    rows = [ledger.server_row(*one) for one in names]
+    board.row(rows[0])[SESSIONS] = 1
+    board.row(rows[3])[SESSIONS_TOTAL] = 7
+    busy = rows[1]
+    forgotten = ledger.forget_servers([names[2]], lambda row: row != busy)
+    assert forgotten == {names[3]: rows[3]}
+    assert ledger.server_row("web", "h:1") == rows[3]
+    assert ledger.server("web", "h:1")["sessions_total"] == 0
+    board.row(rows[0])[SESSIONS] = 0
+    assert ledger.forget_servers([names[2], ("web", "h:1")]).keys() == {names[0], names[1]}
+
+
+def test_rules_are_forgotten_without_their_servers(ledger: Ledger) -> None:
+    ledger.row("pg")
+    row = ledger.server_row("pg", "h:1")
+    ledger.forget([])
+    assert ledger.find_server("pg", "h:1") == row
+
+
+@given(
+    st.lists(
+        st.one_of(
+            st.tuples(st.just("of"), st.sampled_from("abcdef"), st.just(0)),
+            st.tuples(st.just("adopt"), st.sampled_from("abcdef"), st.integers(0, 9)),
+            st.tuples(st.just("forget"), st.sampled_from("abcdef"), st.just(0)),
+        )
+    )
+)
+def test_no_two_have_one_row_but_the_shared_one(steps: list[tuple[str, str, int]]) -> None:
+    """Rows from 3, five of them: 3 is nobody's, 7 is shared, 4 to 6 are given."""
+    rows: Rows[str] = Rows(3, 8)
+    has: dict[str, int] = {}
+    for what, key, number in steps:
+        if what == "of":
+            had = has.get(key)
+            has[key] = rows.of(key)
+            assert had in (None, has[key])
+        elif what == "adopt":
+            is_free = number == 7 or (4 <= number <= 6 and number not in has.values())
+            may = has[key] == number if key in has else is_free
+            assert rows.adopt(key, number) == may
+            if may:
+                has[key] = number
+        elif key in has:
+            rows.forget(key)
+            del has[key]
+        own = [row for row in has.values() if row != 7]
+        assert len(set(own)) == len(own)
+        assert set(own) <= {4, 5, 6}
+        assert dict(rows.items()) == has
+        assert set(rows.used()) == set(has.values())
+    own = [row for row in has.values() if row != 7]
+    while len(own) < 3:  # nothing is lost: all rows can be had
+        own.append(rows.of(f"new {len(own)}"))
+    assert sorted(own) == [4, 5, 6]
