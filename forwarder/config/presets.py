@@ -45,6 +45,7 @@ KINDS: Final = (*(kind.value for kind in CheckKind), HTTPS, *PRESETS, DNS)
 _SHORT: Final = [f'"{kind}"' for kind in KINDS if kind not in {"agent", "command", HTTPS}]
 SHORT_FORMS: Final = f'{", ".join(_SHORT)}, a URL such as "http://:8008/health", or a table'
 
+_HTTPS_PORT: Final = 443
 _BY_TLS: Final = Check(kind=CheckKind.TLS)
 _URL: Final = re.compile(
     r"(https?)://(\[[^\]/?#]*\]|[^:/?#\[\]]*)(?::([0-9]*))?((?:/[^#]*)?)", re.ASCII
@@ -103,6 +104,8 @@ def by_tls(check: Check) -> Check:
     if not check.host:
         raise ValueError("does not say which host to ask for, which https needs")
     host = f"[{check.host}]" if ":" in check.host else check.host
+    if check.port not in (0, _HTTPS_PORT):
+        host += f":{check.port}"  # RFC 9110 7.2
     request = f"GET {check.path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
     return replace(
         check,

@@ -31,7 +31,7 @@ _OF_KIND: Final = {
     presets.HTTPS: {"port", "host", "path", "status", "verify"},
     "udp": {"port", "send", "expect"},
     "command": {"command"},
-    "agent": {"port"},
+    "agent": {"port", "send"},
 }
 _OF_A_PRESET: Final = {"port"}
 # What there is no default for.

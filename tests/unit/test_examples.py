@@ -6,9 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
+from support.pages import Block, blocks, pages
 
 from forwarder import __version__
-from forwarder.config import Dialect, load
+from forwarder.config import Dialect, load, parse
 from forwarder.config.advice import advise
 from forwarder.config.keys import OF_CHECKS
 from forwarder.config.model import (
@@ -72,6 +73,16 @@ def test_an_example_loads_without_a_warning(path: Path) -> None:
     assert advise(loaded.config, Dialect.of(path)) == ()
     assert loaded.config.rules
     assert {rule.protocol for rule in loaded.config.rules} >= {Protocol.TCP, Protocol.UDP}
+
+
+BLOCKS = [block for page in pages() for block in blocks(page) if block.name.endswith(".toml")]
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"{block.page.name}:{block.line}")
+def test_a_configuration_in_the_documentation_loads_without_a_warning(block: Block) -> None:
+    loaded = parse(block.text, block.name, Dialect.TOML)
+    assert loaded.warnings == ()
+    assert advise(loaded.config, Dialect.TOML) == ()
 
 
 def test_there_is_an_example_of_each_dialect() -> None:

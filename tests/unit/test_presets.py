@@ -112,7 +112,10 @@ def test_a_url_that_is_none_says_why(url: str, why: str) -> None:
 def test_https_is_the_same_request_by_tls() -> None:
     check = presets.parse_url("https://app.example:8443/health")
     assert (check.kind, check.port, check.host) == (CheckKind.TLS, 8443, "app.example")
-    assert check.send == b"GET /health HTTP/1.1\r\nHost: app.example\r\nConnection: close\r\n\r\n"
+    rest = b"\r\nConnection: close\r\n\r\n"
+    assert check.send == b"GET /health HTTP/1.1\r\nHost: app.example:8443" + rest
+    for url in ("https://[::1]/health", "https://[::1]:443/health"):
+        assert presets.parse_url(url).send == b"GET /health HTTP/1.1\r\nHost: [::1]" + rest
     assert is_good(check, b"HTTP/1.1 200 OK\r\n")
     assert is_good(check, b"HTTP/1.0 299 \r\n")
     assert not is_good(check, b"HTTP/1.1 503 Service Unavailable\r\n\r\nHTTP/1.1 200 OK")
