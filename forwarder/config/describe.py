@@ -34,7 +34,8 @@ def describe(config: Config, title: str) -> list[str]:
     lines += [f"global {rule.verdict.value} {rule.pattern}" for rule in config.access]
     lines += _groups(config)
     for rule in config.rules:
-        lines.append(f"{label(rule, ': ')}{way(rule)}{_unusual(rule)}")
+        there = f"group:{rule.group.name}" if rule.group.name else _servers(rule.upstreams)
+        lines.append(f"{label(rule, ': ')}{_way(rule, there)}{_unusual(rule)}")
         lines += [f"{rule.name}: {entry.verdict.value} {entry.pattern}" for entry in rule.access]
     return lines
 
@@ -48,7 +49,11 @@ def _groups(config: Config) -> Iterator[str]:
 
 def way(rule: Rule, most: int | None = None) -> str:
     """What a rule forwards: protocol, where it listens, where it leads, to ``most`` of them."""
-    there = f"group:{rule.group.name}" if rule.group.name else _servers(rule.upstreams, most)
+    servers = _servers(rule.upstreams, most)
+    return _way(rule, f"group:{rule.group.name} ({servers})" if rule.group.name else servers)
+
+
+def _way(rule: Rule, there: str) -> str:
     return f"{rule.protocol.value} {rule.listen} -> {there}"
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from forwarder.config import Dialect, parse
-from forwarder.config.compare import compare
+from forwarder.config.compare import as_lines, compare
 from forwarder.config.describe import describe
 from forwarder.config.model import Balance, Check, CheckKind, Config, Group, Rule
 from forwarder.errors import ConfigError, Issue
@@ -181,6 +181,14 @@ def test_a_rule_whose_servers_become_a_group_is_changed() -> None:
     old = RULE + 'upstream = ["10.0.0.1:5", "10.0.0.2:5"]\n'
     assert [str(change) for change in compare(config(old), config(RULE + LED + PG)).rules["a"]] == [
         "upstream 10.0.0.1:5, 10.0.0.2:5 -> group:pg (10.0.0.1:5, 10.0.0.2:5)"
+    ]
+
+
+def test_a_new_rule_is_shown_with_the_servers_of_its_group() -> None:
+    old, new = config(RULE + LED + PG), config(RULE + LED + OTHER + LED + PG)
+    assert as_lines(compare(old, new), new, shows_all=False) == [
+        "+ b: tcp 127.0.0.1:2 -> group:pg (10.0.0.1:5, 10.0.0.2:5)",
+        "+1 -0 ~0 =1 rules",
     ]
 
 
