@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address, IPv6Address
 from typing import TYPE_CHECKING, Final
 
@@ -25,13 +25,15 @@ class Answer:
     ``addresses`` have port 0; those of the last look-up that found some, or none. ``why``: why the
     last look-up found none, "" if it found some; ``is_final``: because the name does not exist, not
     because no name server answered. ``since``: when that began, in monotonic seconds, which are the
-    same for all processes.
+    same for all processes. ``good_for_s``: how long DNS says that it holds, None if that is not
+    known; not told to others.
     """
 
     addresses: tuple[Target, ...]
     why: str = ""
     is_final: bool = False
     since: float = 0.0
+    good_for_s: float | None = field(default=None, compare=False)
 
     def after(self, known: Answer | None) -> Answer:
         """What is known of the name now, if ``known`` was before.

@@ -24,6 +24,8 @@ from forwarder.upstream.schedule import MAX_AT_ONCE
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+    from forwarder.upstream.ttl import Lifetime
+
 log = logging.getLogger(__name__)
 
 # The name does not exist, or has no address; all other errors may be over the next time.
@@ -42,6 +44,32 @@ def look_up(host: str) -> Answer:
         return Answer((), err.strerror or str(err), is_final=err.errno in _FINAL)
     addresses = targets_of((family, address) for family, _, _, _, address in found)
     return Answer(addresses, "" if addresses else "it has no address")
+
+
+def with_lifetime(
+    look: Callable[[str], Answer], lifetime: Callable[[str], Lifetime | None] | None
+) -> Callable[[str], Answer]:
+    """``look`` with answers that know how long they are good, if ``lifetime`` can tell."""
+    if lifetime is None:
+        return look
+
+    def look_up_with(host: str) -> Answer:
+        answer = look(host)
+        said = lifetime(host) if answer.addresses else None
+        if said is None:
+            return answer
+        if not said.addresses & _texts(answer):
+            # The name has moved between the two questions; or it is not DNS that the system asks.
+            answer = look(host)
+            if not said.addresses & _texts(answer):
+                return answer
+        return replace(answer, good_for_s=said.seconds)
+
+    return look_up_with
+
+
+def _texts(answer: Answer) -> set[str]:
+    return {str(target.sockaddr[0]).partition("%")[0] for target in answer.addresses}
 
 
 def look_up_all(hosts: Iterable[str], limit_s: float) -> dict[str, Answer]:

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Final
 
 from forwarder.ipc.channel import ChannelClosed
 from forwarder.upstream.answers import Answer
-from forwarder.upstream.lookup import Lookups, look_up
+from forwarder.upstream.lookup import Lookups, look_up, with_lifetime
 from forwarder.upstream.messages import read_hosts, say_answers
 from forwarder.upstream.schedule import LIMIT_S, Schedule
+from forwarder.upstream.ttl import lifetimes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,13 +41,13 @@ class NamesProcess:
         self,
         channel: Channel,
         beat: Callable[[float], None],
-        look: Callable[[str], Answer] = look_up,
+        look: Callable[[str], Answer] | None = None,
     ) -> None:
-        """``channel`` leads to the master; ``beat`` gives it a sign of life."""
+        """``channel`` leads to the master; ``beat`` gives it a sign of life; ``look`` looks up."""
         self._channel = channel
         self._beat = beat
         self._schedule = Schedule()
-        self._lookups = Lookups(look)
+        self._lookups = Lookups(look or with_lifetime(look_up, lifetimes()))
         self._answers: dict[str, Answer] = {}  # not sent yet
         self._no_thread_until = 0.0
 
@@ -69,7 +70,10 @@ class NamesProcess:
     def _turn(self, now: float) -> None:
         self._hear(now)
         for host, answer in self._lookups.take():
-            if self._schedule.done(host, now, has_failed=bool(answer.why)):
+            is_wanted = self._schedule.done(
+                host, now, has_failed=bool(answer.why), good_for_s=answer.good_for_s
+            )
+            if is_wanted:
                 self._answers[host] = replace(answer, since=now)
         for host in self._schedule.overdue(now):
             why = f"no answer within {LIMIT_S:.0f} s"

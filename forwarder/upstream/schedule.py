@@ -18,9 +18,13 @@ from typing import Final
 
 from forwarder.system.backoff import backoff
 
-# How old an answer may be before it is refreshed (getaddrinfo gives no TTL). Arbitrary; dynamic DNS
-# names use 30 to 300 s.
+# How old an answer may be before it is refreshed, if nothing is known of its TTL (getaddrinfo gives
+# none). Arbitrary; dynamic DNS names use 30 to 300 s.
 NAME_TTL_S: Final = 30.0
+# A TTL beyond it is cut: who has moved a name wants it to be seen some time. Arbitrary.
+LONGEST_TTL_S: Final = 3600.0
+# An answer is refreshed when it is so old, so that the next one is there when it ends.
+_EARLY: Final = 0.9
 # After a failure: each further one doubles the wait, up to the longest. Arbitrary.
 FIRST_RETRY_S: Final = 1.0
 LONGEST_RETRY_S: Final = NAME_TTL_S
@@ -130,8 +134,14 @@ class Schedule:
             name.is_overdue = True
         return [name.host for name in found if name.is_wanted]
 
-    def done(self, host: str, now: float, *, has_failed: bool) -> bool:
-        """A look-up has ended. Returns whether the name is still wanted."""
+    def done(
+        self, host: str, now: float, *, has_failed: bool, good_for_s: float | None = None
+    ) -> bool:
+        """A look-up has ended. Returns whether the name is still wanted.
+
+        ``good_for_s`` is how long its answer holds, if that is known; it is asked for again before
+        that is over, but not within REST_S.
+        """
         name = self._running.pop(host)
         self._counts[name.kind] -= 1
         took_s = now - (name.started_at or 0.0)
@@ -142,6 +152,8 @@ class Schedule:
             del self._names[host]
             return False
         delay = NAME_TTL_S
+        if good_for_s is not None:
+            delay = max(REST_S, min(good_for_s, LONGEST_TTL_S) * _EARLY)
         if has_failed:
             delay = backoff(name.failures, FIRST_RETRY_S, LONGEST_RETRY_S)
         self._enqueue(name, now + delay)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from forwarder.upstream.schedule import (
     LIMIT_S,
     LONGEST_RETRY_S,
+    LONGEST_TTL_S,
     MAX_AT_ONCE,
     MAX_OF_A_KIND,
     NAME_TTL_S,
@@ -50,6 +52,16 @@ def test_a_name_is_asked_for_at_once_and_again_when_its_answer_is_old() -> None:
     assert schedule.deadline() == 5.1 + NAME_TTL_S
     assert take_all(schedule, 5.0 + NAME_TTL_S) == []
     assert take_all(schedule, 5.1 + NAME_TTL_S) == ["a"]
+
+
+def test_an_answer_is_asked_for_again_shortly_before_its_ttl_is_over() -> None:
+    schedule = Schedule()
+    schedule.want("a", 0.0)
+    for ttl_s, due_s in ((100.0, 90.0), (0.0, REST_S), (1e9, 0.9 * LONGEST_TTL_S)):
+        now = schedule.deadline()
+        assert schedule.take(now) == "a"
+        schedule.done("a", now, has_failed=False, good_for_s=ttl_s)
+        assert schedule.deadline() == pytest.approx(now + due_s)
 
 
 def test_failures_are_tried_again_less_and_less_often() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ def _getaddrinfo(
 
 
 if _directory.is_dir():
+    sys.modules["dns"] = None  # type: ignore[assignment]  # no such extra: nobody else is asked
     socket.getaddrinfo = _getaddrinfo  # type: ignore[assignment]  # more precise there
 if "FORWARDER_TEST_TTL" in os.environ:
     from forwarder.upstream import schedule
