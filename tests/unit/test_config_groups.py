@@ -151,6 +151,34 @@ def test_what_does_not_go_with_a_rule_is_reported_at_the_rule() -> None:
     assert "unix:/run/a" in issue.what
 
 
+@pytest.mark.parametrize(
+    ("servers", "keys", "what"),
+    [
+        ('["10.0.0.1:5", "[::1]:5"]', "transparent = true", "the upstream [::1]:5 is IPv6"),
+        ('["[::1]:5"]', 'source_address = "10.0.0.9"', "the upstream [::1]:5 is IPv6"),
+        ('["10.0.0.1:5", "unix:@x"]', 'source_address = "10.0.0.9"', "cannot connect to unix:@x"),
+        ('["10.0.0.1:5-6"]', "", "upstream 10.0.0.1:5-6 has 2 ports and 127.0.0.1:1 has 1"),
+        ('["127.0.0.1:1"]', "", "is where this rule listens"),
+        ('["224.0.0.1:5"]', "", "is a multicast or broadcast address"),
+        ('["unix:@x"]', 'protocol = "tcptoudp"', "unix:@x is a stream socket"),
+        ('["unix:@x"]', "upstream_mark = 1", "upstream_mark is an option of IP sockets"),
+    ],
+)
+def test_servers_of_a_group_have_to_go_with_each_rule(servers: str, keys: str, what: str) -> None:
+    """As if they were the rule's own. Result: an error at the rule, and none at another one."""
+    group = f'[[groups]]\nname = "pg"\nservers = {servers}\n'
+    other = OTHER.replace("127.0.0.1:2", "unix:/run/b") + LED if "unix" in servers else ""
+    (issue,) = errors_of(f"{group}{other}{RULE}{LED}{keys}\n")
+    assert what in issue.what
+    assert issue.place.line > (group + other + RULE).count("\n")
+
+
+def test_a_range_of_ports_may_be_a_server_of_rules_that_listen_on_as_many() -> None:
+    rule = RULE.replace(":1", ":8000-8009") + LED
+    group = PG.replace("10.0.0.1:5", "10.0.0.1:9000-9009")
+    assert str(only_rule(rule + group).upstreams[0]) == "10.0.0.1:9000-9009"
+
+
 def test_a_group_may_be_called_as_a_rule_that_leads_to_it() -> None:
     text = RULE + LED.replace("pg", "a") + PG.replace('"pg"', '"a"')
     assert only_rule(text).group_name == "a"
