@@ -34,9 +34,9 @@ from forwarder.stats.reasons import Phase
 from forwarder.succession import upgrade
 from forwarder.succession.handover import Handover, inherited_sockets
 from forwarder.succession.inherit import foreign_descriptors
+from forwarder.supervision.checking import Checking
 from forwarder.supervision.ending import Ending
 from forwarder.supervision.fleet import Fleet
-from forwarder.supervision.naming import Naming
 from forwarder.supervision.spec import MasterSpec, MasterState
 from forwarder.supervision.status import Status
 from forwarder.system import notify
@@ -49,7 +49,6 @@ from forwarder.system.privileges import (
 )
 from forwarder.system.signals import OF_A_MASTER, SignalQueue
 from forwarder.system.surviving import survive
-from forwarder.upstream.wanted import all_names
 
 if TYPE_CHECKING:
     from forwarder.ipc.questions import Answered
@@ -71,11 +70,12 @@ class Master:
         self._service = Service(spec.config, on_changed=self._take_serving)
         self._selector = selectors.DefaultSelector()
         self._fleet = Fleet(self._service.table, self._selector)
-        self._naming = Naming(
-            self._fleet.names,
+        self._checking = Checking(
+            self._fleet,
             self._selector,
-            drop=lambda: drop(self._fleet.identity),
+            drop=self._drop,
             on_answers=self._service.on_answers,
+            may_check=lambda: not (self._handover.has_heir or upgrade.has_predecessor()),
         )
         self._signals: SignalQueue | None = None
         self._requests = Requests(self)
@@ -100,7 +100,7 @@ class Master:
             spec.title,
             self._service,
             self._fleet,
-            self._naming,
+            self._checking,
             self._requests,
             self._handover,
         )
@@ -113,7 +113,7 @@ class Master:
             self._handover,
             self._requests,
             self._reloading,
-            self._naming,
+            self._checking,
             Surroundings(
                 self._service,
                 self._selector,
@@ -160,7 +160,7 @@ class Master:
         probing.check(config, self._drop)
         self._signals = SignalQueue(OF_A_MASTER)
         self._selector.register(self._signals.fileno(), selectors.EVENT_READ, self._hear_signals)
-        self._naming.inherit(upgrade.names_of_predecessor())
+        self._checking.naming.inherit(upgrade.names_of_predecessor())
         self._fleet.servers.inherit(upgrade.servers_of_predecessor())
         inherited = partial(inherited_sockets, self._fleet.identity)
         self._service.open(inherited, self._fleet.names.answers)
@@ -294,7 +294,7 @@ class Master:
                 if pid == 0:
                     return
                 self._fleet.on_exit(pid, status)
-                self._naming.helper.on_exit(pid, status)
+                self._checking.helper.on_exit(pid, status)
 
     def _settle(self, now: float) -> None:
         """Check whether all workers have acknowledged their assignments, and what that ends."""
@@ -333,11 +333,9 @@ class Master:
         return self.is_running and not is_busy
 
     def _take_serving(self) -> None:
-        """Let the workers serve, and the helper look up, what the service serves now."""
+        """Let the workers serve, and the checker check, what the service serves now."""
         self._fleet.serving = self._service.serving()
-        serving = self._fleet.serving.config
-        self._naming.helper.hang_s = serving.settings.hang_timeout_s
-        self._naming.use(all_names(serving.rules), time.monotonic())
+        self._checking.use(self._fleet.serving, time.monotonic())
 
     # -- what clients of the control socket may ask, see requests.Instance
 
@@ -436,7 +434,7 @@ class Master:
             discard(logs)
             raise
         self._fleet.logs.use(logs)
-        self._naming.learn(candidate.answers)
+        self._checking.naming.learn(candidate.answers)
         self._take_serving()
         # Rules that go now are still served for a moment; the next reload forgets them.
         self._fleet.forget_rules(with_servers=self._handover.is_alone)

@@ -124,6 +124,10 @@ class ServerTable:
         words[at + SINCE_NS] = since_ns
         words[FINDINGS] = time.monotonic_ns()
 
+    def count(self, seat: int, which: int) -> None:
+        """Count one more of something: CHECKS_PASSED, CHECKS_FAILED or EJECTIONS."""
+        self.words[seat * SEAT_WORDS + which] += 1
+
     # -- everybody
 
     def orders(self, seat: int, configured: int) -> tuple[int, bool]:

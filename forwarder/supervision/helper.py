@@ -26,7 +26,7 @@ from forwarder.system.children import keep_only
 from forwarder.system.signals import describe_end, leave_to_the_master
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from forwarder.ipc.channel import Message, Received
 
@@ -129,12 +129,18 @@ class Helper:
                 log.error("helper.hung name=%s pid=%d; killing it", self._name, self._pid)
                 self._kill()
 
-    def send(self, message: Message) -> None:
-        """Send it a message, now or when it reads; one that has gone gets nothing."""
-        if self._channel is not None:
-            with suppress(ChannelClosed):  # SIGCHLD follows
-                self._channel.send(message)
-                self._watch()
+    def send(self, message: Message, fds: Sequence[int] = ()) -> None:
+        """Send it a message, now or when it reads; one that has gone gets nothing.
+
+        The descriptors become the channel's, which closes them.
+        """
+        if self._channel is None:
+            for fd in fds:
+                os.close(fd)
+            return
+        with suppress(ChannelClosed):  # SIGCHLD follows
+            self._channel.send(message, fds, gives=True)
+            self._watch()
 
     def on_exit(self, pid: int, status: int) -> None:
         """Note that a child has ended; another one is ignored."""

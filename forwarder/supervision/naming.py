@@ -1,26 +1,24 @@
-"""The master's part in names: which are wanted, what was found, and the helper that asks.
+"""The master's part in names: which are wanted, and what was found. The checker looks them up.
 
-What was found once stays, also when the helper dies or no name server answers. The master itself
+What was found once stays, also when the checker dies or no name server answers. The master itself
 never looks a name up.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
-from forwarder.supervision.helper import Helper
 from forwarder.system.printable import field
 from forwarder.upstream.answers import Answer
+from forwarder.upstream.asking import FORGET, HURRY, WANT
 from forwarder.upstream.messages import read_answers, say_hosts
-from forwarder.upstream.process import FORGET, HURRY, WANT, NamesProcess
 from forwarder.upstream.schedule import LIMIT_S
 
 if TYPE_CHECKING:
-    import selectors
     from collections.abc import Callable, Collection, Mapping
 
-    from forwarder.ipc.channel import Channel, Received
+    from forwarder.ipc.channel import Message
     from forwarder.upstream.known import KnownNames
 
 log = logging.getLogger(__name__)
@@ -34,23 +32,34 @@ MOST_LINES: Final = 5
 MOST_RULES: Final = 5
 
 
+class Asked(Protocol):
+    """The helper that looks names up, see :class:`forwarder.supervision.helper.Helper`."""
+
+    @property
+    def is_started(self) -> bool:
+        """Whether there is one."""
+
+    @property
+    def is_free(self) -> bool:
+        """Whether there is one that takes a message at once."""
+
+    def send(self, message: Message) -> None:
+        """Send it a message."""
+
+
 class Naming:
-    """The names of the rules, and the helper that looks them up."""
+    """The names of the rules, and what is known of them."""
 
     def __init__(
-        self,
-        known: KnownNames,
-        selector: selectors.BaseSelector,
-        drop: Callable[[], None],
-        on_answers: Callable[[Collection[str]], None],
+        self, known: KnownNames, asked: Asked, on_answers: Callable[[Collection[str]], None]
     ) -> None:
-        """``drop`` as for Helper. ``on_answers`` gets the names that have changed."""
+        """``asked`` looks them up. ``on_answers`` gets the names that have changed."""
         self.known = known
-        self.helper = Helper("names", self, selector, drop)
+        self._asked = asked
         self._on_answers = on_answers
         self._rules: dict[str, list[str]] = {}  # that have a name
         self._unanswered: dict[str, float] = {}  # until when that is no failure
-        self._told: set[str] = set()  # what the helper looks up
+        self._told: set[str] = set()  # what is looked up
 
     def inherit(self, text: bytes) -> None:
         """Take in what a predecessor knew; what cannot be read is looked up again."""
@@ -74,32 +83,22 @@ class Naming:
             for host in rules
             if host not in self.known.answers
         }
-        self.helper.want(is_wanted=bool(rules))
         self._tell()
 
     def turn(self, now: float) -> None:
-        """Keep the helper alive, pass on what workers ask for, give up waiting for a dead one."""
-        self.helper.turn(now)
-        if self.known.hurried and self.helper.is_free:
+        """Pass on what workers ask for, and give up waiting for a helper that is dead."""
+        if self.known.hurried and self._asked.is_free:
             for message in say_hosts(HURRY, self.known.hurried):
-                self.helper.send(message)
+                self._asked.send(message)
             self.known.hurried.clear()
         silent = [host for host, until in self._unanswered.items() if now >= until]
         why = "not looked up yet: the process that does that is busy or dead"
         self._take({host: Answer((), why, since=now) for host in silent})
 
-    def cancel(self) -> None:
-        """Go on: flows that drain follow names, too."""
-
-    def close(self) -> None:
-        """End the helper. Blocks for a moment, until it has gone."""
-        self.helper.end()
-
     @property
     def deadline(self) -> float | None:
         """When :meth:`turn` has something to do without an event; None for never."""
-        deadlines = [*self._unanswered.values(), self.helper.deadline]
-        return min((one for one in deadlines if one is not None), default=None)
+        return min(self._unanswered.values(), default=None)
 
     def describe(self, rules: Collection[dict[str, object]], now: float) -> list[dict[str, object]]:
         """Rules as in the status, each with those of its names that have no good answer now."""
@@ -111,28 +110,22 @@ class Naming:
                     troubled.setdefault(rule, []).append(_describe(host, answer, now))
         return [{**rule, "names": troubled.get(str(rule["name"]), [])} for rule in rules]
 
-    # -- see helper.Job
-
-    def run(self, channel: Channel, beat: Callable[[float], None]) -> None:
-        """In the helper: look names up until the master has gone."""
-        NamesProcess(channel, beat).run()
-
     def on_started(self) -> None:
         """There is a new helper: send it all names."""
         self._told.clear()
         self._tell()
 
-    def on_message(self, received: Received) -> None:
+    def on_found(self, message: Message) -> None:
         """Take in what the helper has found. Raises KeyError, TypeError or ValueError."""
-        answers = read_answers(received.message)
+        answers = read_answers(message)
         self._take({host: answer for host, answer in answers.items() if host in self._rules})
 
     def _tell(self) -> None:
-        if self.helper.is_started:
+        if self._asked.is_started:
             for message in say_hosts(WANT, self._rules.keys() - self._told):
-                self.helper.send(message)
+                self._asked.send(message)
             for message in say_hosts(FORGET, self._told - self._rules.keys()):
-                self.helper.send(message)
+                self._asked.send(message)
             self._told = set(self._rules)
 
     def _take(self, answers: Mapping[str, Answer]) -> None:

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from forwarder.control.requests import Requests
     from forwarder.serving.service import Service
     from forwarder.succession.handover import Handover
+    from forwarder.supervision.checking import Checking
     from forwarder.supervision.fleet import Fleet
-    from forwarder.supervision.naming import Naming
     from forwarder.supervision.spec import MasterState
 
 
@@ -25,7 +25,7 @@ class Status:
         title: str,
         service: Service,
         fleet: Fleet,
-        naming: Naming,
+        checking: Checking,
         requests: Requests,
         handover: Handover,
     ) -> None:
@@ -33,7 +33,7 @@ class Status:
         self._title = title
         self._service = service
         self._fleet = fleet
-        self._naming = naming
+        self._checking = checking
         self._requests = requests
         self._handover = handover
         self._started_at = time.monotonic()
@@ -53,7 +53,7 @@ class Status:
             "totals": self._fleet.ledger.totals(),
             "rates": self._fleet.ledger.rates(now),
             "workers": self._fleet.describe(now),
-            "helpers": self._naming.helper.describe(now),
-            "rules": self._naming.describe(self._fleet.describe_rules(rules, now), now),
+            "helpers": self._checking.helper.describe(now),
+            "rules": self._checking.naming.describe(self._fleet.describe_rules(rules, now), now),
             "predecessors": self._handover.describe(),
         }

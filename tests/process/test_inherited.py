@@ -55,7 +55,7 @@ class Rich(Site):
         """Workers of the master, and its helper."""
         found = {pid: procfs.title(pid) for pid in procfs.children(self.master())}
         workers = [pid for pid, title in found.items() if title.startswith("forwarder: worker")]
-        (helper,) = (pid for pid, title in found.items() if title == "forwarder: names")
+        (helper,) = (pid for pid, title in found.items() if title == "forwarder: checker")
         return sorted(workers), helper
 
     def born_now(self) -> tuple[int, int]:
@@ -71,7 +71,7 @@ class Rich(Site):
 
     def _has_helper(self) -> bool:
         """A master that has just taken over may have begun with it, and no more."""
-        return "forwarder: names" in map(procfs.title, procfs.children(self.master()))
+        return "forwarder: checker" in map(procfs.title, procfs.children(self.master()))
 
     def _is_whole(self, worker: int, helper: int, count: int) -> bool:
         try:

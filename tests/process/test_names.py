@@ -293,7 +293,7 @@ def test_a_helper_that_dies_or_hangs_is_replaced_and_nobody_notices(
     os.kill(old, number)
     site.assert_serves("web", 20)
     eventually(lambda: it.forwarder.helpers() not in ([], [old]))
-    it.forwarder.wait_logged("helper.died name=names")
+    it.forwarder.wait_logged("helper.died name=checker")
     site.names.give("new.example", "127.0.0.1")
     site.reload("hang_timeout = 3", web="db.example", new="new.example")
     site.assert_serves("new")

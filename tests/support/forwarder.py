@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 # Titles of the children that serve nobody.
-_HELPERS = ("forwarder: names",)
+_HELPERS = ("forwarder: checker",)
 _TROUBLE = re.compile(r"WARNING|ERROR|CRITICAL|Traceback|relay\.bug|Exception|never retrieved")
 
 
@@ -82,7 +82,7 @@ class Forwarder:
         return [pid for pid, title in self._titles().items() if title not in others]
 
     def helpers(self) -> list[int]:
-        """Process ids of children that serve nobody: those that look names up."""
+        """Process ids of children that serve nobody: the checker."""
         return [pid for pid, title in self._titles().items() if title in _HELPERS]
 
     def _titles(self) -> dict[int, str]:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import selectors
 import socket
 from typing import TYPE_CHECKING
 
 import pytest
 
-from forwarder.ipc.channel import Received
 from forwarder.net.sockets import Target
 from forwarder.supervision.naming import Naming
 from forwarder.upstream.answers import Answer
@@ -17,19 +15,26 @@ from forwarder.upstream.known import KnownNames
 from forwarder.upstream.messages import say_answers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from forwarder.ipc.channel import Message
+
+
+class Nobody:
+    """No helper: the test says what that would say."""
+
+    is_started = is_free = False
+
+    def send(self, message: Message) -> None:
+        raise AssertionError(message)
 
 
 @pytest.fixture
-def naming() -> Iterator[Naming]:
-    """One without a helper: the test says what that would say."""
-    with selectors.DefaultSelector() as selector:
-        yield Naming(KnownNames(), selector, lambda: None, lambda _: None)
+def naming() -> Naming:
+    return Naming(KnownNames(), Nobody(), lambda _: None)
 
 
 def hear(naming: Naming, host: str, answer: Answer) -> None:
     (message,) = say_answers("found", {host: answer})
-    naming.on_message(Received(message, []))
+    naming.on_found(message)
 
 
 def test_a_line_about_a_name_has_some_of_its_rules(

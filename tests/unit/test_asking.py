@@ -1,4 +1,4 @@
-"""The process that looks names up, here as a thread of the test with a master of its own."""
+"""Names are looked up by the checker, here as a thread of the test with a master of its own."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 import pytest
 from support.waiting import PATIENCE_S, eventually
 
+from forwarder.balancing.table import ServerTable
+from forwarder.checker.process import CheckerProcess
 from forwarder.ipc.channel import Channel, channel_pair
 from forwarder.net.sockets import Target
-from forwarder.upstream import process, schedule
+from forwarder.upstream import asking, schedule
 from forwarder.upstream.answers import Answer
+from forwarder.upstream.asking import FORGET, HURRY, WANT
 from forwarder.upstream.messages import read_answers, read_hosts, say_answers, say_hosts
-from forwarder.upstream.process import FORGET, HURRY, WANT, NamesProcess
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,7 +38,9 @@ class Master:
         self._thread.start()
 
     def _run(self) -> None:
-        NamesProcess(self._theirs, self._beat, self._look).run()
+        table = ServerTable()
+        CheckerProcess(self._theirs, self._beat, table, self._look).run()
+        table.close()
         self._theirs.close()
 
     def _beat(self, now: float) -> None:
@@ -136,7 +140,7 @@ def test_no_thread_to_be_had_is_waited_for(
     def start(_: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(process, "NO_THREAD_S", 0.05)
+    monkeypatch.setattr(asking, "NO_THREAD_S", 0.05)
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", start)
         master.say(WANT, "live", "other")

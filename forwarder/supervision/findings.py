@@ -1,0 +1,89 @@
+"""What the checker has found out, as the master reports it: lines of the log, and reasons kept.
+
+The state of a server is in the table; here is why it is in it.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from forwarder.balancing.table import Standing
+from forwarder.checker.standing import What
+from forwarder.system.printable import field, visible
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from forwarder.checker.messages import Checked, News
+    from forwarder.stats.ledger import Ledger, Server
+    from forwarder.supervision.servers import Servers
+
+log = logging.getLogger(__name__)
+
+_TROUBLES: Final = frozenset({What.DOWN, What.EJECTED})
+# What only says that something may be about to change.
+_HINTS: Final = frozenset({What.FAILING, What.RECOVERING})
+_USABLE: Final = frozenset({Standing.UP, Standing.SLOW})
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """The last change of a server: what it was, why, and when, in monotonic seconds."""
+
+    what: What
+    why: str
+    at: float
+
+
+class Findings:
+    """Why servers are as they are, by group and name."""
+
+    def __init__(self, servers: Servers, ledger: Ledger) -> None:
+        """The table of ``servers`` and the counters of ``ledger`` are read for what is logged."""
+        self._servers = servers
+        self._ledger = ledger
+        self._found: dict[Server, Finding] = {}
+        self._groups: dict[str, Checked] = {}
+
+    def use(self, groups: Iterable[Checked]) -> None:
+        """Forget what was found of all servers but those of these groups."""
+        self._groups = {group.name: group for group in groups}
+        known = {(it.name, str(up)) for it in self._groups.values() for up, _ in it.servers}
+        self._found = {one: found for one, found in self._found.items() if one in known}
+
+    def of(self, group: str, server: str) -> Finding | None:
+        """The last change of a server; None if there was none."""
+        return self._found.get((group, server))
+
+    def take(self, news: Iterable[News]) -> None:
+        """Take in what the checker has found, and log it."""
+        for one in news:
+            if one.group not in self._groups:
+                continue  # it did not know that yet
+            if one.what not in _HINTS:
+                self._found[one.group, one.server] = Finding(one.what, one.why, one.at)
+            level = logging.WARNING if one.what in _TROUBLES else logging.INFO
+            log.log(level, "upstream.%s %s", one.what.value, self._line(one))
+
+    def usable(self, group: str) -> int:
+        """How many servers of a group get sessions now, by what was found and ordered."""
+        checked = self._groups.get(group)
+        servers = checked.servers if checked is not None else ()
+        table = self._servers.table
+        return sum(
+            table.standing(seat) in _USABLE and table.weight(seat, upstream.weight) > 0
+            for upstream, seat in servers
+        )
+
+    def _line(self, one: News) -> str:
+        parts = [f"group={field(visible(one.group))} server={field(visible(one.server))}"]
+        if one.why:
+            parts.append(f"why={field(visible(one.why))}")
+        if one.after:
+            parts.append(f"after={one.after}")
+        if one.what not in _HINTS:
+            sessions = self._ledger.server(one.group, one.server)["sessions"]
+            parts.append(f"sessions={sessions} left={self.usable(one.group)}")
+        return " ".join(parts)
