@@ -40,11 +40,7 @@ def remark(der: bytes | None, now: float) -> str:
         return ""
     days = int((end - now) // _DAY_S)
     if days < 0:
-        return (
-            f"its certificate has ended {-days} days ago"
-            if days < -1
-            else "its certificate has ended"
-        )
+        return f"its certificate ended {-days} days ago"
     return f"its certificate ends in {days} days"
 
 

@@ -70,7 +70,7 @@ class Expecting:
         """See :class:`Reader`."""
         heard = self._data
         # What is new, and as much before it as a text may begin in.
-        start = max(0, len(heard) + 1 - len(self._expect))
+        start = max(0, len(heard) - len(self._expect))
         heard += data[: MOST_BYTES - len(heard)]
         if self._pattern:
             is_found = self._pattern.search(heard) is not None
