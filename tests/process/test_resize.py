@@ -232,7 +232,7 @@ def test_a_resize_that_cannot_be_done_leaves_no_socket_unserved(site: Site) -> N
     with ExitStack() as stack:
         others = [stack.enter_context(reserve_port()).getsockname() for _ in range(11)]
         more = "".join(rule(other, site.upstream.getsockname()) for other in others)
-        it = site.start(2, more, prefix=["prlimit", "--nofile=50:50"])
+        it = site.start(2, more, prefix=["prlimit", "--nofile=54:54"])
         for _ in range(4):
             before = len(it.forwarder.lines)
             it.forwarder.signal(MORE)
