@@ -39,6 +39,7 @@ from forwarder.supervision.ending import Ending
 from forwarder.supervision.fleet import Fleet
 from forwarder.supervision.spec import MasterSpec, MasterState
 from forwarder.supervision.status import Status
+from forwarder.supervision.upstreams import OrderError, Upstreams
 from forwarder.system import notify
 from forwarder.system.privileges import (
     drop,
@@ -51,6 +52,8 @@ from forwarder.system.signals import OF_A_MASTER, SignalQueue
 from forwarder.system.surviving import survive
 
 if TYPE_CHECKING:
+    from forwarder.control.orders import Wanted
+    from forwarder.control.server import Reply
     from forwarder.ipc.questions import Answered
     from forwarder.serving.loader import Candidate
     from forwarder.succession.lineage import Elder
@@ -96,6 +99,7 @@ class Master:
             self._requests,
             foreign,
         )
+        self._upstreams = Upstreams(self._fleet, self._selector, why=lambda *_: "")
         self._status = Status(
             spec.title,
             self._service,
@@ -103,6 +107,7 @@ class Master:
             self._checking,
             self._requests,
             self._handover,
+            self._upstreams,
         )
         self._report: str | None = None  # of a reload that not all workers have acknowledged yet
         # In the order of a turn: parts that change what is served come before the fleet, which
@@ -129,6 +134,7 @@ class Master:
             ),
             self._service,
             self._fleet,
+            self._upstreams,
             self._ending,
         )
 
@@ -162,9 +168,11 @@ class Master:
         self._selector.register(self._signals.fileno(), selectors.EVENT_READ, self._hear_signals)
         self._checking.naming.inherit(upgrade.names_of_predecessor())
         self._fleet.servers.inherit(upgrade.servers_of_predecessor())
+        has_predecessor = upgrade.has_predecessor()
+        self._upstreams.begin(config.settings, has_predecessor=has_predecessor)
         inherited = partial(inherited_sockets, self._fleet.identity)
         self._service.open(inherited, self._fleet.names.answers)
-        if not upgrade.has_predecessor():
+        if not has_predecessor:
             self._open_control()
         self._fleet.logs.use(self._fleet.logs.prepare(config.settings.logs))
         self._take_serving()
@@ -322,7 +330,10 @@ class Master:
                 len(self._service.config.rules),
                 self._service.generation,
             )
+            is_successor = upgrade.has_predecessor()
             self._handover.take_place(self._open_control)
+            if is_successor:
+                self._upstreams.take_place()
 
     def _is_quiet(self) -> bool:
         """Whether rules may begin to listen, or stop, by themselves.
@@ -359,6 +370,22 @@ class Master:
     def kill_sessions(self, choice: dict[str, object], callback: Answered) -> None:
         """Let the workers, and old masters that drain, end some of their sessions."""
         self._ending.sessions.ask(Op.KILL, choice, callback)
+
+    def describe_upstreams(self) -> list[dict[str, object]]:
+        """Describe the groups of upstreams with their servers."""
+        return self._upstreams.describe()
+
+    def order(self, wanted: Wanted, uid: int, reply: Reply) -> str:
+        """Carry out an order of a user about some servers. Returns why not; "": it is answered."""
+        if self._state is not MasterState.RUNNING:
+            return STOPPING
+        if self.is_upgrading:  # the successor has the orders of before
+            return UNDER_WAY
+        try:
+            self._upstreams.order(wanted, uid, reply)
+        except OrderError as err:
+            return str(err)
+        return ""
 
     def resize(self, size: int) -> str:
         """Begin to change to ``size`` workers. Returns why not, or ""."""
@@ -434,6 +461,7 @@ class Master:
             discard(logs)
             raise
         self._fleet.logs.use(logs)
+        self._upstreams.use(candidate.config.settings)
         self._checking.naming.learn(candidate.answers)
         self._take_serving()
         # Rules that go now are still served for a moment; the next reload forgets them.

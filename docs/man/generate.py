@@ -275,7 +275,7 @@ def page_command() -> str:
     context = click.Context(cli, info_name="forwarder")
     lines = []
     for name in cli.list_commands(context):
-        lines += command(cli.commands[name])
+        lines += command(cli.commands[name], "forwarder")
     lines += [".SS Options without a command", *options(cli)]
     lines += [".TP", ".B \\-h, \\-\\-help", "Show the options, also behind a command."]
     lines += [".SH SIGNALS", *section_of(page, "Signals to the master")]
@@ -284,15 +284,22 @@ def page_command() -> str:
 
 
 # Written out here, and not as click does, which has changed its ways from version to version.
-def command(found: click.Command) -> list[str]:
-    """A command: how it is called, what it says of itself, its options."""
+def command(found: click.Command, of: str) -> list[str]:
+    """A command of ``of``: how it is called, what it says of itself, its options.
+
+    After a group come its commands, in the order in which they are defined.
+    """
     arguments = [
         metavar(parameter) for parameter in found.params if isinstance(parameter, click.Argument)
     ]
-    usage = escape(" ".join(("forwarder", str(found.name), *arguments)))
+    name = f"{of} {found.name}"
+    usage = escape(" ".join((name, *arguments)))
     told = inspect.cleandoc(found.help or "").split("\n\n")
     text = [line for part in told for line in (".PP", *paragraph(part.split("\n")))][1:]
-    return [f'.SS "{usage}"', *text, *options(found)]
+    lines = [f'.SS "{usage}"', *text, *options(found)]
+    for one in found.commands.values() if isinstance(found, click.Group) else ():
+        lines += command(one, name)
+    return lines
 
 
 def options(found: click.Command) -> list[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -141,7 +142,7 @@ def status_command(control: str | None, *, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(answer))
         return
-    for line in status.as_text(answer):
+    for line in status.as_text(answer, time.time()):
         click.echo(line)
 
 

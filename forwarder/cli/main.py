@@ -33,6 +33,7 @@ _COMMANDS: Final = {
     "status": "control",
     "stop": "control",
     "upgrade": "control",
+    "upstream": "upstream",
     "workers": "control",
 }
 _EXAMPLES: Final = """\b

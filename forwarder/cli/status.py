@@ -1,21 +1,22 @@
-"""The answers to ``forwarder status``, ``sessions`` and ``stop`` as text. Pure."""
+"""The answers to ``forwarder status``, ``sessions``, ``upstream`` and ``stop`` as text. Pure."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _MOST = 1 << 64
 _WORKER_COLUMNS = ("slot", "pid", "state", "generation", "uptime", "sessions", "total", "bytes")
 _RULE_COLUMNS = ("rule", "listens on", "upstreams", "sessions", "total", "failed", "queued")
+_SERVER_COLUMNS = ("group", "server", "state", "weight", "sessions", "total", "failed", "why")
 _SESSION_COLUMNS = ("id", "rule", "client", "upstream", "state", "to", "from", "age", "silent")
 
 
-def as_text(status: Mapping[str, object]) -> list[str]:
-    """The status as lines for people."""
+def as_text(status: Mapping[str, object], now: float) -> list[str]:
+    """The status as lines for people. ``now``: seconds since 1970."""
     totals, rates = _table(status.get("totals")), _table(status.get("rates"))
     lines = [
         f"forwarder {status.get('version')}, pid {status.get('pid')}, {status.get('state')}, "
@@ -38,6 +39,8 @@ def as_text(status: Mapping[str, object]) -> list[str]:
     names = _names_as_text(_table(rule) for rule in _list(status.get("rules")))
     failing = _failing_as_text(_table(rule) for rule in _list(status.get("rules")))
     tables = [*_columns(_WORKER_COLUMNS, workers), "", *_columns(_RULE_COLUMNS, rules)]
+    groups = groups_as_text(_list(status.get("groups")), now)
+    tables += ["", *groups] if groups else []
     return [*lines, *tables, *_unserved_as_text(status), *names, *failing]
 
 
@@ -82,6 +85,90 @@ def _failing_as_text(rules: Iterable[Mapping[str, object]]) -> list[str]:
                 f"{failing.get('why')}"
             )
     return ["", *lines] if lines else []
+
+
+# -- groups of upstreams
+
+
+def groups_as_text(groups: Sequence[object], now: float) -> list[str]:
+    """The servers of groups, one a line; nothing if there are none. ``now``: seconds since 1970."""
+    rows = [
+        _server_row(str(group.get("name")), server, now)
+        for group in map(_table, groups)
+        for server in map(_table, _list(group.get("servers")))
+    ]
+    if not rows:
+        return []
+    waiting = [
+        f"group {group.get('name')}: {_sessions(_count(group, 'waiting'))} wait for a server"
+        for group in map(_table, groups)
+        if _count(group, "waiting")
+    ]
+    return [*_columns(_SERVER_COLUMNS, rows), *waiting]
+
+
+def _server_row(group: str, server: Mapping[str, object], now: float) -> list[str]:
+    state = str(server.get("state"))
+    if server.get("backup") is True:
+        state += " backup"
+    if server.get("since_s") is not None:
+        state += f" {as_duration(_number(server.get('since_s')))}"
+    said = (_order_text(_table(server.get("order")), now), str(server.get("why") or ""))
+    return [
+        group,
+        str(server.get("server")),
+        state,
+        _weight_text(server),
+        *(str(_count(server, key)) for key in ("sessions", "sessions_total", "failed")),
+        "; ".join(filter(None, said)),
+    ]
+
+
+def _weight_text(server: Mapping[str, object]) -> str:
+    """The weight now, and the configured one if that differs."""
+    if "weight" not in server:
+        return "-"
+    weight, weight_now = _number(server.get("weight")), _number(server.get("weight_now"))
+    return f"{weight:g}" if weight == weight_now else f"{weight_now:.3g} of {weight:g}"
+
+
+def _order_text(order: Mapping[str, object], now: float) -> str:
+    """What was ordered of a server, by whom, and when; "" for nothing."""
+    if not order:
+        return ""
+    weight = "" if order.get("weight") is None else f"weight {_count(order, 'weight')}"
+    what = {"drain": "drained", "disable": "disabled"}.get(str(order.get("what")), "")
+    if what and order.get("reset") is True:
+        what += " with reset"
+    ago = as_duration(max(0.0, now - _number(order.get("at"))))
+    return f"{', '.join(filter(None, (what, weight)))} by {order.get('by')} {ago} ago"
+
+
+def order_as_text(answer: Mapping[str, object], now: float) -> list[str]:
+    """What became of an order, a line for each server."""
+    lines = []
+    for server in map(_table, _list(answer.get("servers"))):
+        said = _order_text(_table(server.get("order")), now) or "as configured"
+        if server.get("changed") is not True:
+            said = f"already {said}"
+        else:
+            said = said.rpartition(" by ")[0] or said
+        if server.get("state") not in {"up", "absent"}:
+            said += f", {server.get('state')}"
+        count = _sessions(_count(server, "sessions"))
+        lines.append(f"{answer.get('group')} {server.get('server')}: {said}, {count}")
+    return lines
+
+
+def servers_in(group: Mapping[str, object]) -> list[str]:
+    """The names of the servers of a group, or of an answer to an order."""
+    return [str(_table(one).get("server")) for one in _list(group.get("servers"))]
+
+
+def sessions_of(group: Mapping[str, object], servers: Collection[str]) -> int:
+    """How many sessions some servers of a group have together."""
+    found = [_table(one) for one in _list(group.get("servers"))]
+    return sum(_count(one, "sessions") for one in found if one.get("server") in servers)
 
 
 def stop_as_text(answer: Mapping[str, object]) -> str:

@@ -16,6 +16,7 @@ from forwarder.config import check_values as values
 from forwarder.config import toml_values as read
 from forwarder.config.address import MAX_PORT
 from forwarder.config.model import (
+    MAX_WEIGHT,
     Answers,
     Balance,
     Check,
@@ -54,7 +55,6 @@ _MOST_BACKLOG: Final = 1 << 20
 _BUFFER_BYTES: Final = (4096, (1 << 30) - 1)
 _MOST_MARK: Final = (1 << 32) - 1
 # As HAProxy has it.
-_MOST_WEIGHT: Final = 256
 _MOST_RETRIES: Final = 16
 # Arbitrary; a server is judged by more checks than that within hours only.
 _MOST_CHECKS: Final = 1000
@@ -178,7 +178,7 @@ OF_A_GROUP: Final = _table(
 """Those of a group with one value; a rule may have them for its own upstreams."""
 
 OF_A_SERVER: Final = _table(
-    Key("weight", read.number(0, _MOST_WEIGHT), Upstream, said="weight {}"),
+    Key("weight", read.number(0, MAX_WEIGHT), Upstream, said="weight {}"),
     Key("backup", read.flag, Upstream, "is_backup", said="backup"),
     Key("max_sessions", read.number(1, _MOST_SESSIONS), Upstream, said="at most {} sessions"),
 )

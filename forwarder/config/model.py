@@ -27,6 +27,7 @@ MAX_FLOWS = 65536  # of a rule; each has one or two descriptors
 EVERY_S = 2.0  # from one check of a server to the next; HAProxy's
 UNIX_MODE = 0o660
 BACKLOG = 4096  # the kernel caps it at net.core.somaxconn, whose default is 4096
+MAX_WEIGHT = 256  # of a server, as in HAProxy
 FAST_OPEN_QUEUE = 256  # clients whose handshake is not over; arbitrary, HAProxy's is the backlog
 STOP_TIMEOUT_S = 30.0  # for sessions at a graceful stop; arbitrary, below systemd's 90 s
 HANG_TIMEOUT_S = 10.0  # without a sign of life of a worker; arbitrary

@@ -12,18 +12,20 @@ import logging
 import math
 import re
 import time
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
+from forwarder.config.model import MAX_WEIGHT
 from forwarder.config.patterns import parse_pattern
 from forwarder.control import path as control_path
+from forwarder.control.orders import Action, Wanted, is_weight
 from forwarder.control.protocol import MAX_LISTED, REJECTED
 from forwarder.control.server import ControlServer, refusal
 
 if TYPE_CHECKING:
     import selectors
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
-    from forwarder.control.server import Handler, Message, Reply
+    from forwarder.control.server import Message, Reply
     from forwarder.ipc.questions import Answered
 
 log = logging.getLogger(__name__)
@@ -36,6 +38,8 @@ OPERATIONS: Final = (
     "status",
     "stop",
     "upgrade",
+    "upstream",
+    "upstreams",
     "workers",
 )
 LOOK_S: Final = 1.0  # how often to see whether the name of the default place is free
@@ -45,6 +49,9 @@ UNDER_WAY: Final = "an upgrade is under way; ask the new one when it serves"
 # A question to the workers has to fit into a message to each of them.
 MAX_CHOICE_BYTES: Final = 24 * 1024
 _COUNT: Final = re.compile(r"[+-]?[0-9]{1,4}")
+
+
+Preview: TypeAlias = "Callable[[Message, Reply], None]"
 
 
 class Instance(Protocol):
@@ -61,6 +68,12 @@ class Instance(Protocol):
 
     def reload(self) -> str:
         """Begin a reload. Returns why not, or ""."""
+
+    def describe_upstreams(self) -> list[Message]:
+        """Describe the groups of upstreams with their servers."""
+
+    def order(self, wanted: Wanted, uid: int, reply: Reply) -> str:
+        """Carry out an order of a user about some servers. Returns why not; "": it is answered."""
 
     def resize(self, size: int) -> str:
         """Begin to change to ``size`` workers. Returns why not, or ""."""
@@ -103,6 +116,32 @@ def read_choice(message: Message) -> tuple[Message, int]:
     return choice, limit
 
 
+def read_order(message: Message) -> Wanted:
+    """What a client orders of which servers. Raises ValueError."""
+    what, group, servers = (message.get(key) for key in ("what", "group", "servers"))
+    cuts, weight = message.get("reset", False), message.get("weight")
+    actions = [one.value for one in Action]
+    if what not in actions:
+        raise ValueError(f"what is one of {', '.join(actions)}")
+    if not (isinstance(group, str) and group):
+        raise ValueError("group is the name of a group, a text")
+    names = servers if isinstance(servers, list) else []
+    if not names or not all(isinstance(one, str) and one for one in names):
+        raise ValueError("servers is a list of texts, as `forwarder upstream list` shows them")
+    action = Action(what)
+    if not isinstance(cuts, bool) or (cuts and action not in {Action.DRAIN, Action.DISABLE}):
+        raise ValueError("reset is true or false, for drain and disable")
+    if (action is Action.WEIGHT) != is_weight(weight):
+        raise ValueError(f"weight is a number from 0 to {MAX_WEIGHT}, for weight alone")
+    return Wanted(
+        action=action,
+        group=group,
+        servers=tuple(names),
+        cuts=cuts,
+        weight=weight if isinstance(weight, int) else None,
+    )
+
+
 def _listing(found: list[object], silent: list[int], limit: int) -> Message:
     """The answers of the workers, none of which is trusted."""
     parts = [part for part in found if isinstance(part, list)]
@@ -132,13 +171,15 @@ class Requests:
         self._settling: list[tuple[Reply, Message]] = []
         self._upgrading: list[Reply] = []
         self._stopping: list[Reply] = []
-        self._preview: Handler = lambda _, reply: reply(refusal("nothing can be reloaded"))
+        self._preview: Callable[[Message, Reply], None] = lambda _, reply: reply(
+            refusal("nothing can be reloaded")
+        )
         self._server: ControlServer | None = None
         self._is_beside = False  # another instance has the default place
         self._is_displaced = False  # a failed successor may have our place
         self._look_at = math.inf  # when to check whether one of these is free
 
-    def preview_by(self, handler: Handler) -> None:
+    def preview_by(self, handler: Preview) -> None:
         """Let ``handler`` answer what a reload would change."""
         self._preview = handler
 
@@ -209,11 +250,11 @@ class Requests:
 
     # -- requests
 
-    def handle(self, message: Message, reply: Reply) -> None:
-        """Begin what ``message`` asks for; ``reply`` is called once, now or later."""
+    def handle(self, message: Message, reply: Reply, uid: int) -> None:
+        """Begin what ``message`` of a user asks for; ``reply`` is called once, now or later."""
         op = message.get("op")
-        if op == "status":
-            reply({"ok": True, **self._instance.status()})
+        if op in {"status", "upstreams"}:
+            reply({"ok": True, **self._describe(is_whole=op == "status")})
         elif op == "reload":
             self._asked.append(reply)
             problem = self._instance.reload()
@@ -224,6 +265,8 @@ class Requests:
             self._preview(message, reply)
         elif op in {"sessions", "kill"}:
             self._choose(message, reply)
+        elif op == "upstream":
+            self._order(message, reply, uid)
         elif op == "workers":
             self._resize(message.get("count"), reply)
         elif op == "upgrade":
@@ -233,6 +276,12 @@ class Requests:
             self._instance.stop()
         else:
             reply(refusal(f"unknown operation; there are {', '.join(OPERATIONS)}"))
+
+    def _describe(self, *, is_whole: bool) -> Message:
+        """The whole instance, or its groups alone, which costs less."""
+        if is_whole:
+            return self._instance.status()
+        return {"groups": self._instance.describe_upstreams()}
 
     def _choose(self, message: Message, reply: Reply) -> None:
         """Begin to list or to end the sessions that a message describes."""
@@ -253,6 +302,16 @@ class Requests:
             )
         else:
             reply(refusal("kill wants ids, a rule or a client: it does not end all sessions"))
+
+    def _order(self, message: Message, reply: Reply, uid: int) -> None:
+        try:
+            wanted = read_order(message)
+        except ValueError as err:
+            reply(refusal(str(err)))
+            return
+        problem = self._instance.order(wanted, uid, reply)
+        if problem:
+            reply(refusal(problem))
 
     def _upgrade(self, reply: Reply) -> None:
         self._upgrading.append(reply)

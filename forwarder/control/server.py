@@ -45,7 +45,7 @@ DENIED: Final = "permission denied: only root and the user of the forwarder may"
 
 Message: TypeAlias = dict[str, object]
 Reply: TypeAlias = "Callable[[Message], None]"
-Handler: TypeAlias = "Callable[[Message, Reply], None]"
+Handler: TypeAlias = "Callable[[Message, Reply, int], None]"
 
 
 class RequestError(Exception):
@@ -76,6 +76,7 @@ def encode(message: Message) -> bytes:
 @dataclass(slots=True, eq=False)
 class _Client:
     sock: socket.socket
+    uid: int  # of the user at the other end
     active_at: float
     received: bytearray = field(default_factory=bytearray)
     unsent: memoryview = field(default_factory=lambda: memoryview(b""))
@@ -98,7 +99,10 @@ class ControlServer:
         handler: Handler,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Accept from now on. ``handler`` gets each request and a function that answers it once."""
+        """Accept from now on.
+
+        ``handler`` gets each request, a function that answers it once, and the user that asks.
+        """
         self._listener = listener
         self._selector = selector
         self._handler = handler
@@ -182,8 +186,9 @@ class ControlServer:
             self._paused_until = self._clock() + PAUSE_S
             return
         sock.setblocking(False)
-        client = _Client(sock, self._clock())
-        if not _is_trusted(sock):
+        uid = _user_of(sock)
+        client = _Client(sock, uid, self._clock())
+        if uid not in (0, os.geteuid()):
             _turn_away(sock, refusal(DENIED, denied=True))
         elif len(self._clients) >= MAX_CLIENTS and not self._make_room():
             _turn_away(sock, _CROWDED)
@@ -272,7 +277,7 @@ class ControlServer:
             return
         client.is_busy = True
         try:
-            self._handler(message, lambda answer: self._answer(client, answer))
+            self._handler(message, lambda answer: self._answer(client, answer), client.uid)
         except Exception:  # a bug in a request must not end the master
             log.exception("control: internal error")
             self._answer(client, refusal("internal error; see the log of the forwarder"))
@@ -318,10 +323,10 @@ def _turn_away(sock: socket.socket, answer: Message) -> None:
     sock.close()
 
 
-def _is_trusted(sock: socket.socket) -> bool:
-    """Whether the other end runs as us or as root."""
+def _user_of(sock: socket.socket) -> int:
+    """The user at the other end; -1 if that is not known."""
     try:
         _, uid = peer_credentials(sock)
     except OSError:
-        return False
-    return uid in (0, os.geteuid())
+        return -1
+    return uid

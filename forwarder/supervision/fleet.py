@@ -117,6 +117,11 @@ class Fleet:
         rules = describe_unserved(rules, sockets, self.processes())
         return failing.describe(rules, (it.failing for it in self.processes()), now)
 
+    def waiting(self, group: str) -> int:
+        """How many sessions wait for a server of a group."""
+        row = self.ledger.find_server(group, "")
+        return 0 if row is None else self._gate.sessions(row)
+
     @property
     def deadline(self) -> float | None:
         """When :meth:`turn` has something to do without an event."""

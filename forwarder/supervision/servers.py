@@ -11,12 +11,14 @@ import logging
 from typing import TYPE_CHECKING
 
 from forwarder.balancing.table import LAYOUT, SEATS, SHARED, ServerTable
+from forwarder.control.orders import Orders, read_json
 from forwarder.stats.board import ROWS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
     from forwarder.config.model import Rule
+    from forwarder.control.orders import Order
     from forwarder.stats.ledger import Ledger, Server
 
 log = logging.getLogger(__name__)
@@ -32,6 +34,7 @@ class Servers:
     def __init__(self, ledger: Ledger) -> None:
         """The rows of servers are those of ``ledger``. Raises OSError."""
         self.table = ServerTable()
+        self.orders = Orders()
         # Those of which the checker may still write: a part of the master that tells it says so,
         # and takes a name back when the checker has confirmed that it knows it no more.
         self.watched: Collection[Server] = ()
@@ -82,24 +85,46 @@ class Servers:
             if self._ledger.has_own_row(row):
                 # A successor that failed may have used it: we share the table with it.
                 self.table.clear(row - ROWS)
+                self.table.order(row - ROWS, self.orders.word((group, server)))
         return row
+
+    # -- orders
+
+    def order(self, server: Server, order: Order) -> bool:
+        """Put an order in force, or an empty one in its place. Returns whether that is a change."""
+        if not self.orders.put(server, order):
+            return False
+        seat = self.seat(*server)
+        if seat is not None:
+            self.table.order(seat, order.word)
+        return True
+
+    def take_orders(self, given: Mapping[Server, Order]) -> None:
+        """Put orders of a former master in force, before any worker starts."""
+        self.orders.take(given)
 
     # -- from one master to the next
 
     def as_text(self) -> bytes:
-        """Who has which seat, for a successor that gets the table as well."""
+        """Who has which seat, and all orders, for a successor that gets the table as well."""
         seats = [[*names, row - ROWS] for names, row in self._ledger.servers()]
-        return json.dumps({"layout": LAYOUT, "seats": seats}).encode()
+        content = {"layout": LAYOUT, "seats": seats, "orders": self.orders.as_json()}
+        return json.dumps(content).encode()
 
     def inherit(self, given: tuple[int, bytes] | None) -> None:
         """Use the table of a predecessor, whose workers go on reading it; before any worker starts.
 
         ``given``: its file, which becomes ours, and a text of :meth:`as_text`. If that makes no
-        sense, or there is none, the table stays a new one, in which nothing is said of any server.
+        sense, or there is none, the table stays a new one, in which nothing is said of any server
+        but what was ordered.
         """
         if given is None:
             return
         fd, text = given
+        try:
+            self.orders.take(read_json(json.loads(text).get("orders", [])))
+        except (ValueError, AttributeError, RecursionError) as err:
+            log.warning("servers: cannot read the orders of the predecessor: %s", err)
         try:
             table = ServerTable(fd)
         except (OSError, ValueError) as err:

@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     from forwarder.supervision.checking import Checking
     from forwarder.supervision.fleet import Fleet
     from forwarder.supervision.spec import MasterState
+    from forwarder.supervision.upstreams import Upstreams
 
 
 class Status:
     """The status, put together from the parts of the master."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - all that know some of it
         self,
         title: str,
         service: Service,
@@ -28,6 +29,7 @@ class Status:
         checking: Checking,
         requests: Requests,
         handover: Handover,
+        upstreams: Upstreams,
     ) -> None:
         """``title`` names the instance; it is up from now on."""
         self._title = title
@@ -36,6 +38,7 @@ class Status:
         self._checking = checking
         self._requests = requests
         self._handover = handover
+        self._upstreams = upstreams
         self._started_at = time.monotonic()
 
     def describe(self, state: MasterState) -> dict[str, object]:
@@ -55,5 +58,6 @@ class Status:
             "workers": self._fleet.describe(now),
             "helpers": self._checking.helper.describe(now),
             "rules": self._checking.naming.describe(self._fleet.describe_rules(rules, now), now),
+            "groups": self._upstreams.describe(),
             "predecessors": self._handover.describe(),
         }

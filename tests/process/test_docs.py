@@ -17,6 +17,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+import click
 import pytest
 from support.echo import Echo
 from support.namespaces import needs_network, network
@@ -266,6 +267,9 @@ def test_commands_in_running_text_exist() -> None:
             words = text.replace("[", " ").replace("]", " ").split()
             command = cli.commands.get(words[0] if not words[0].startswith("-") else "run")
             assert command is not None, (name_of(page), text)
+            if isinstance(command, click.Group):
+                known_names = [word for word in words[1:2] if word in command.commands]
+                command = command.commands[known_names[0]] if known_names else command
             known = {option for param in command.params for option in param.opts} | {"--version"}
             given = {word for word in words if re.match(r"--?[a-z]", word)}
             assert given <= known, (name_of(page), text)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from forwarder.control.orders import Wanted
     from forwarder.control.server import Message, Reply
     from forwarder.ipc.questions import Answered
 
@@ -56,6 +57,15 @@ class Instance:
     def upgrade(self) -> str:
         return self.problem
 
+    def describe_upstreams(self) -> list[Message]:
+        return [{"name": "pg"}]
+
+    def order(self, wanted: Wanted, uid: int, reply: Reply) -> str:
+        self.ordered = wanted, uid
+        if not self.problem:
+            reply({"ok": True})
+        return self.problem
+
     def stop(self) -> None:
         pass
 
@@ -79,9 +89,9 @@ def test_what_is_no_request(line: bytes) -> None:
 
 def test_a_reload_is_answered_by_the_loading_that_began_after_it() -> None:
     requests, first, second = Requests(Instance()), list[object](), list[object]()
-    requests.handle({"op": "reload"}, lambda answer: first.append(answer["ok"]))
+    requests.handle({"op": "reload"}, lambda answer: first.append(answer["ok"]), 0)
     requests.on_loading()
-    requests.handle({"op": "reload"}, lambda answer: second.append(answer["ok"]))
+    requests.handle({"op": "reload"}, lambda answer: second.append(answer["ok"]), 0)
     requests.on_accepted("report", 2)
     assert (first, second) == ([], [])
     requests.on_settled()
@@ -94,8 +104,10 @@ def test_a_reload_is_answered_by_the_loading_that_began_after_it() -> None:
 def test_a_stop_answers_everybody() -> None:
     requests, answers = Requests(Instance()), list[object]()
     for op in ("reload", "stop"):
-        requests.handle({"op": op}, lambda answer: answers.append(answer["ok"]))
-    requests.handle({"op": "workers", "count": "+1"}, lambda answer: answers.append(answer["ok"]))
+        requests.handle({"op": op}, lambda answer: answers.append(answer["ok"]), 0)
+    requests.handle(
+        {"op": "workers", "count": "+1"}, lambda answer: answers.append(answer["ok"]), 0
+    )
     requests.cancel()
     assert answers == [False, False]
     requests.on_stopped({})
@@ -114,7 +126,7 @@ class Bench:
         self.server = ControlServer(
             self.listener,
             self.selector,
-            lambda message, reply: self.asked.append((message, reply)),
+            lambda message, reply, _: self.asked.append((message, reply)),
             lambda: self.now,
         )
 
@@ -232,7 +244,7 @@ def test_all_who_wait_for_an_upgrade_are_told_how_it_ended(is_done: bool) -> Non
     answers: list[Message] = []
     requests = Requests(Instance())
     for _ in range(2):
-        requests.handle({"op": "upgrade"}, answers.append)
+        requests.handle({"op": "upgrade"}, answers.append, 0)
     assert answers == []
     requests.on_upgraded("as it was", is_done=is_done)
     requests.cancel()
@@ -244,13 +256,13 @@ def test_an_upgrade_that_cannot_begin_is_refused_at_once() -> None:
     answers: list[Message] = []
     instance = Instance()
     instance.problem = "no"
-    Requests(instance).handle({"op": "upgrade"}, answers.append)
+    Requests(instance).handle({"op": "upgrade"}, answers.append, 0)
     assert answers == [{"ok": False, "error": "no"}]
 
 
 def answer_to(message: Message, instance: Instance | None = None) -> Message:
     answers: list[Message] = []
-    Requests(instance or Instance()).handle(message, answers.append)
+    Requests(instance or Instance()).handle(message, answers.append, 1000)
     (answer,) = answers
     return answer
 

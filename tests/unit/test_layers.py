@@ -46,6 +46,8 @@ PURE = {
     "errors",
     "relay.access",
     "config.model",
+    "control.orders",
+    "control.protocol",
     "config.patterns",
     "stats.reasons",
     "stats.rows",

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from itertools import takewhile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import pytest
@@ -16,6 +18,9 @@ from forwarder.config.keys import OF_CHECKS
 from forwarder.config.toml_check import CHECK_KEYS
 from forwarder.config.toml_conf import ACCESS_KEYS, LOG_KEYS, RULE_KEYS, TOP_KEYS
 from forwarder.config.toml_upstreams import GROUP_KEYS, SERVER_KEYS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 MAN = Path(__file__).parents[2] / "docs" / "man"
 PAGES = ["forwarder.8", "forwarder.toml.5"]
@@ -76,16 +81,29 @@ def test_the_page_of_the_file_has_every_key_and_no_other(
 
 def test_the_page_of_the_command_has_every_command_and_option_and_no_other() -> None:
     found = {
-        title.split()[1]: options_in(body)
+        " ".join(takewhile(is_a_name, title.split()[1:])): options_in(body)
         for title, body in subsections("forwarder.8").items()
         if title.startswith("forwarder ")
     }
-    assert found == {name: options_of(command) for name, command in cli.commands.items()}
+    assert found == {name: options_of(command) for name, command in commands_of(cli)}
     assert options_in(subsections("forwarder.8")["Options without a command"]) == {
         *options_of(cli),
         "-h",
         "--help",
     }
+
+
+def is_a_name(word: str) -> bool:
+    """Whether a word of a usage is a part of the name of a command, and no argument."""
+    return word.isalpha() and word.islower()
+
+
+def commands_of(group: click.Group, before: str = "") -> Iterator[tuple[str, click.Command]]:
+    """All commands by their names, those of groups too."""
+    for name, command in group.commands.items():
+        yield before + name, command
+        if isinstance(command, click.Group):
+            yield from commands_of(command, f"{before}{name} ")
 
 
 def options_in(body: str) -> set[str]:
@@ -99,7 +117,7 @@ def options_of(command: click.Command) -> set[str]:
 
 
 def test_every_option_says_what_it_does() -> None:
-    for command in cli.commands.values():
+    for _, command in commands_of(cli):
         for parameter in command.params:
             if isinstance(parameter, click.Option):
                 assert parameter.help, (command.name, parameter.name)

@@ -151,7 +151,7 @@ def test_durations_and_sizes_for_people() -> None:
 
 
 def test_a_status_without_anything_is_still_text() -> None:
-    assert as_text({})[0].startswith("forwarder None")
+    assert as_text({}, 0.0)[0].startswith("forwarder None")
 
 
 def test_a_session_is_counted_for_its_rule_and_its_server_and_once_in_sums(ledger: Ledger) -> None:

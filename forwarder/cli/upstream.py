@@ -1,0 +1,220 @@
+"""Commands about the servers of groups: listing them, and ordering which of them get sessions."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from typing import TYPE_CHECKING, Final
+
+import click
+
+from forwarder.cli import status
+from forwarder.cli.arguments import control_option, most_like
+from forwarder.cli.control import STATUS_TIMEOUT_S, ControlError, ask
+from forwarder.errors import ForwarderError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+# Between two looks while a command waits for sessions to end. Arbitrary.
+_LOOK_S: Final = 0.5
+_MOST_WEIGHT: Final = 256  # as in the configuration, which takes long to import
+_MOST_NAMED: Final = 10  # groups in a message
+
+
+def _asked(ctx: click.Context) -> str | None:
+    """The control socket that the command line names so far."""
+    found = ctx.params.get("control") or ctx.find_root().params.get("control")
+    return found if isinstance(found, str) else None
+
+
+def _known(ctx: click.Context) -> list[dict[str, object]]:
+    """The groups of the instance, for a shell; none where no instance answers."""
+    try:
+        return _groups(_asked(ctx))
+    except ForwarderError:
+        return []
+
+
+def _complete_group(ctx: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
+    names = [str(group.get("name")) for group in _known(ctx)]
+    return [name for name in names if name.startswith(incomplete)]
+
+
+def _complete_server(ctx: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
+    """Servers of the group that was given, those not named yet."""
+    group, given = ctx.params.get("group"), ctx.params.get("servers") or ()
+    names = [
+        name for one in _known(ctx) if one.get("name") == group for name in status.servers_in(one)
+    ]
+    return [name for name in names if name.startswith(incomplete) and name not in given]
+
+
+_group_argument = click.argument("group", metavar="GROUP", shell_complete=_complete_group)
+_servers_argument = click.argument(
+    "servers", metavar="SERVER...", nargs=-1, required=True, shell_complete=_complete_server
+)
+
+
+def _waiting_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of an order after which sessions have to end."""
+    for option in (
+        click.option("--reset", is_flag=True, help="Reset its open sessions as well."),
+        click.option("--wait", is_flag=True, help="Return when its last session has ended."),
+        click.option(
+            "--timeout",
+            type=click.FloatRange(min=0),
+            metavar="SECONDS",
+            help="Give up waiting after this time; the order stays.",
+        ),
+    )[::-1]:
+        command = option(command)
+    return command
+
+
+@click.group("upstream", short_help="List servers of groups, drain them, bring them back.")
+def upstream_command() -> None:
+    """List the servers of groups, keep new sessions from some of them, and bring these back.
+
+    GROUP is the name of a group, or of a rule with upstreams of its own. SERVER is an upstream as
+    configured, or its host, or another part of it that no other one has.
+
+    What is ordered here holds over reloads and upgrades, and over restarts if the configuration
+    names a state_file, until it is taken back by `enable`.
+    """
+
+
+@upstream_command.command("list", short_help="List servers with their states and orders.")
+@control_option
+@click.option("--json", "as_json", is_flag=True, help="One line of JSON with everything.")
+@click.argument("group", metavar="[GROUP]", required=False, shell_complete=_complete_group)
+def list_command(control: str | None, group: str | None, *, as_json: bool) -> None:
+    """List servers with their states and sessions, and what was ordered of them, by whom."""
+    found = _groups(control)
+    if group is not None:
+        known = [str(one.get("name")) for one in found]
+        found = [one for one in found if one.get("name") == group]
+        if not found:
+            raise _unknown_group(group, known)
+    if as_json:
+        click.echo(json.dumps({"groups": found}))
+        return
+    lines = status.groups_as_text(found, time.time())
+    for line in lines or ["no rule has upstreams to choose from"]:
+        click.echo(line)
+
+
+@upstream_command.command("drain", short_help="Send no new sessions to servers.")
+@control_option
+@_waiting_options
+@_group_argument
+@_servers_argument
+def drain_command(
+    control: str | None,
+    group: str,
+    servers: tuple[str, ...],
+    timeout: float | None,
+    *,
+    reset: bool,
+    wait: bool,
+) -> None:
+    """Send no new sessions to servers; open ones go on. Checks go on as well."""
+    ordered = _order(control, "drain", group, servers, reset=reset)
+    if wait:
+        _wait(control, group, ordered, timeout)
+
+
+@upstream_command.command("disable", short_help="Neither use nor check servers.")
+@control_option
+@_waiting_options
+@_group_argument
+@_servers_argument
+def disable_command(
+    control: str | None,
+    group: str,
+    servers: tuple[str, ...],
+    timeout: float | None,
+    *,
+    reset: bool,
+    wait: bool,
+) -> None:
+    """Send no new sessions to servers, and check them no more; open sessions go on."""
+    ordered = _order(control, "disable", group, servers, reset=reset)
+    if wait:
+        _wait(control, group, ordered, timeout)
+
+
+@upstream_command.command("enable", short_help="Use servers as configured again.")
+@control_option
+@_group_argument
+@_servers_argument
+def enable_command(control: str | None, group: str, servers: tuple[str, ...]) -> None:
+    """Use servers as configured again: takes back drain, disable and weight.
+
+    A server that a check has found down stays so until a check finds it up.
+    """
+    _order(control, "enable", group, servers)
+
+
+@upstream_command.command("weight", short_help="Change the part of sessions that servers get.")
+@control_option
+@_group_argument
+@_servers_argument
+@click.argument("weight", metavar="N", type=click.IntRange(0, _MOST_WEIGHT))
+def weight_command(control: str | None, group: str, servers: tuple[str, ...], weight: int) -> None:
+    """Give servers the weight N, from 0 to 256, in place of the configured one.
+
+    A server of weight 0 gets sessions only while there is no other. A drained or disabled server
+    stays so.
+    """
+    _order(control, "weight", group, servers, weight=weight)
+
+
+# -- asking the instance
+
+
+def _groups(control: str | None) -> list[dict[str, object]]:
+    """The groups of the instance. Raises ControlError."""
+    found = ask(control, {"op": "upstreams"}, STATUS_TIMEOUT_S).get("groups")
+    return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+
+
+def _order(
+    control: str | None, what: str, group: str, servers: tuple[str, ...], **more: object
+) -> list[str]:
+    """Order something, and print what came of it. Returns the servers. Raises ControlError."""
+    asked: dict[str, object] = {"op": "upstream", "what": what, "group": group, **more}
+    answer = ask(control, {**asked, "servers": list(servers)}, STATUS_TIMEOUT_S)
+    for line in status.order_as_text(answer, time.time()):
+        click.echo(line)
+    if answer.get("is_empty"):
+        click.echo(f"no server of the group {group} gets new sessions now", err=True)
+    if problem := answer.get("problem"):
+        click.echo(f"in force, but not kept for a restart: {problem}", err=True)
+    return status.servers_in(answer)
+
+
+def _wait(control: str | None, group: str, servers: list[str], timeout: float | None) -> None:
+    """Return when servers have no session left. Raises ControlError."""
+    until = math.inf if timeout is None else time.monotonic() + timeout
+    while left := _sessions(control, group, servers):
+        rest = until - time.monotonic()
+        if rest <= 0:
+            what = f"{left} session{'' if left == 1 else 's'}"
+            raise ControlError(f"after {timeout:g} s {what} are left; the order stays")
+        time.sleep(min(_LOOK_S, rest))
+
+
+def _sessions(control: str | None, group: str, servers: list[str]) -> int:
+    """How many sessions servers have."""
+    found = next((one for one in _groups(control) if one.get("name") == group), {})
+    return status.sessions_of(found, servers)
+
+
+def _unknown_group(group: str, known: list[str]) -> ControlError:
+    near = most_like(group, known)
+    if not known:
+        return ControlError(f"there is no group {group!r}: no rule has upstreams to choose from")
+    hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known[:_MOST_NAMED])}"
+    return ControlError(f"there is no group {group!r}; hint: {hint}")

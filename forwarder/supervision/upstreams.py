@@ -1,0 +1,301 @@
+"""What operators see of the servers of groups, and what they order of them.
+
+Orders are the master's: they are in the table of servers for the workers, by name in ``servers``
+for what comes later, and in a file for the next start if one is configured.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pwd
+import time
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Final
+
+from forwarder.balancing.table import (
+    CHECKS_FAILED,
+    CHECKS_PASSED,
+    EJECTIONS,
+    FULL,
+    SINCE_NS,
+)
+from forwarder.control.orders import (
+    MOST_ORDERS,
+    Action,
+    find,
+    follow,
+    listed,
+    read_text,
+)
+from forwarder.supervision import statefile
+from forwarder.system.printable import field, visible
+
+if TYPE_CHECKING:
+    import selectors
+    from collections.abc import Callable, Collection, Mapping
+
+    from forwarder.config.model import Rule, Settings, Upstream
+    from forwarder.control.orders import Order, Wanted
+    from forwarder.supervision.fleet import Fleet
+
+log = logging.getLogger(__name__)
+
+# What of the counters of a server is shown. The others are of no use there, see Ledger.server.
+_SHOWN: Final = ("sessions", "sessions_total", "bytes_c2u", "bytes_u2c", "connect_ms")
+
+
+class OrderError(Exception):
+    """An order that cannot be carried out; nothing was changed. Says why, for people."""
+
+
+class Upstreams:
+    """The servers in force with what was ordered of them. Owns the state file."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        selector: selectors.BaseSelector,
+        why: Callable[[str, str], str],
+    ) -> None:
+        """``why``: what the checker has said last of a server of a group."""
+        self._fleet = fleet
+        self._servers = fleet.servers
+        self._ledger = fleet.ledger
+        self._why = why
+        self._file = statefile.StateFile(selector)
+        # Now, as a directory of users may be far away, and a master that serves must not wait.
+        self._own = _own_name()
+
+    # -- over reloads, upgrades and restarts
+
+    def begin(self, settings: Settings, *, has_predecessor: bool) -> None:
+        """Read the state file, before anything is served; of a predecessor we have its orders."""
+        path = settings.state_file
+        self._file.use(path)
+        if path is None or has_predecessor:
+            return
+        try:
+            text = statefile.read(path)
+            if text:
+                self._servers.take_orders(read_text(text))
+                log.info("state.read file=%s orders=%d", path, len(self._servers.orders.given))
+        except OSError as err:
+            log.error("state.failed cannot read %s: %s; starting without", path, err.strerror)
+        except ValueError as err:
+            log.error("state.failed %s: %s; starting without what it says", path, visible(str(err)))
+
+    def use(self, settings: Settings) -> None:
+        """Keep orders at the place of a configuration that is in force from now on."""
+        if self._file.use(settings.state_file):
+            self._keep()
+
+    def take_place(self) -> None:
+        """A predecessor has left us its place: from now on the file is ours to write."""
+        self._keep()
+
+    def _keep(self, done: Callable[[str], None] = lambda _: None) -> None:
+        self._file.keep(self._servers.orders.as_text(), done)
+
+    # -- see Undertaking
+
+    @property
+    def deadline(self) -> float | None:
+        """When :meth:`turn` has something to do without an event; None or infinite for never."""
+        return self._file.deadline
+
+    def turn(self, now: float) -> None:
+        """Go on with the state file."""
+        self._file.turn(now)
+
+    def cancel(self) -> None:
+        """Go on: what was ordered shall be kept."""
+
+    def close(self) -> None:
+        """Wait for the state file, for a moment."""
+        self._file.close()
+
+    # -- orders
+
+    def order(self, wanted: Wanted, uid: int, done: Callable[[dict[str, object]], None]) -> None:
+        """Carry out an order, on all its servers or none.
+
+        ``done`` is called once, with the answer: now or, with a state file, when it is written, a
+        few seconds later at most. Raises OrderError.
+        """
+        groups = self._groups()
+        group, names = self._choose(wanted, groups)
+        now, by = time.time(), self._name_of(uid)
+        changed = []
+        for name in names:
+            before = self._servers.orders.given.get((group, name))
+            order = follow(
+                before, wanted.action, cuts=wanted.cuts, weight=wanted.weight, by=by, at=now
+            )
+            if self._servers.order((group, name), order):
+                changed.append(name)
+                self._log(wanted.action, group, name, order)
+        known = groups.get(group)
+        shown = [self._describe_one(group, name, known) for name in names]
+        answer = {
+            "ok": True,
+            "group": group,
+            "servers": [{**one, "changed": one["server"] in changed} for one in shown],
+            "is_empty": known is not None and self._is_empty(group, known),
+        }
+        if changed:
+            self._keep(lambda problem: done({**answer, "problem": problem}))
+        else:
+            done({**answer, "problem": self._file.problem})
+
+    def _choose(self, wanted: Wanted, groups: Mapping[str, Rule]) -> tuple[str, list[str]]:
+        """The group, and the servers that the words of an operator mean. Raises OrderError."""
+        group = wanted.group
+        orders = self._servers.orders.given
+        ordered = [name for at, name in orders if at == group]
+        if group not in groups and not ordered:
+            raise OrderError(_no_group(group, groups))
+        rule = groups.get(group)
+        in_force = [str(one) for one in rule.upstreams] if rule is not None else []
+        # An order outlives its server, and may be taken back all the same.
+        known = list(dict.fromkeys([*in_force, *ordered]))
+        chosen = [_one_of(word, known, group) for word in wanted.servers]
+        for name in chosen:
+            if name not in in_force and wanted.action is not Action.ENABLE:
+                raise OrderError(f"{name} is no server of the group {group!r} any more")
+            if name in in_force and self._servers.seat(group, name) is None:
+                raise OrderError(f"{name}: there are more servers than can be ordered something")
+        if len(orders) + len(chosen) > MOST_ORDERS and wanted.action is not Action.ENABLE:
+            raise OrderError(f"there are {len(orders)} orders; hint: take some back by enable")
+        return group, list(dict.fromkeys(chosen))
+
+    def _log(self, action: Action, group: str, server: str, order: Order) -> None:
+        sessions = self._ledger.server(group, server)["sessions"]
+        more = f" weight={order.weight}" if action is Action.WEIGHT else ""
+        if action in {Action.DRAIN, Action.DISABLE}:
+            more = f" reset={'yes' if order.cuts else 'no'}"
+        log.info(
+            "upstream.%s group=%s server=%s%s by=%s sessions=%s",
+            action.value,
+            field(group),
+            field(server),
+            more,
+            field(order.by),
+            sessions,
+        )
+
+    def _name_of(self, uid: int) -> str:
+        """The name of one of the two users that may ask: root, or the one that we run as."""
+        if uid == os.geteuid():
+            return self._own
+        return "root" if uid == 0 else str(uid)
+
+    def _is_empty(self, group: str, rule: Rule) -> bool:
+        """Whether orders keep every server of a group from new sessions."""
+        given = self._servers.orders.given
+        return all(
+            (order := given.get((group, str(one)))) is not None and order.is_out
+            for one in rule.upstreams
+        )
+
+    # -- what there is
+
+    def describe(self) -> list[dict[str, object]]:
+        """All groups with their servers, as in the status; also servers that only have an order."""
+        groups = self._groups()
+        ordered: dict[str, list[str]] = {}
+        for group, name in sorted(self._servers.orders.given):
+            rule = groups.get(group)
+            if rule is None or name not in map(str, rule.upstreams):
+                ordered.setdefault(group, []).append(name)
+        found: list[dict[str, object]] = []
+        for group in [*groups, *(one for one in ordered if one not in groups)]:
+            rule = groups.get(group)
+            names = [str(one) for one in rule.upstreams] if rule is not None else []
+            names += ordered.get(group, [])
+            found.append(
+                {
+                    "name": group,
+                    "balance": rule.group.balance.value if rule is not None else None,
+                    "is_checked": rule is not None and rule.group.check is not None,
+                    "waiting": self._fleet.waiting(group),
+                    "servers": [self._describe_one(group, name, rule) for name in names],
+                }
+            )
+        return found
+
+    def _groups(self) -> dict[str, Rule]:
+        """For each group in force one of its rules."""
+        found: dict[str, Rule] = {}
+        for rule, group in self._fleet.serving.groups():
+            if rule.is_balanced:
+                found.setdefault(group, rule)
+        return found
+
+    def _describe_one(self, group: str, name: str, rule: Rule | None) -> dict[str, object]:
+        order = self._servers.orders.given.get((group, name))
+        counters = self._ledger.server(group, name)
+        found: dict[str, object] = {
+            "server": name,
+            "state": "absent",
+            "order": order.as_json() if order is not None else None,
+            **{key: counters[key] for key in _SHOWN},
+            "failed": counters["connects_failed"],
+        }
+        upstreams = rule.upstreams if rule is not None else ()
+        upstream = next((one for one in upstreams if str(one) == name), None)
+        if upstream is not None:
+            found |= self._describe_standing(group, upstream)
+        return found
+
+    def _describe_standing(self, group: str, upstream: Upstream) -> dict[str, object]:
+        """What is configured, and what the table says now."""
+        name, table = str(upstream), self._servers.table
+        seat = self._servers.seat(group, name)
+        found: dict[str, object] = {
+            "weight": upstream.weight,
+            "backup": upstream.is_backup,
+            "max_sessions": upstream.max_sessions or None,
+            "why": self._why(group, name),
+        }
+        if seat is None:  # as configured, see ServerTable
+            return {**found, "state": "up", "weight_now": float(upstream.weight), "share": 1.0}
+        since_ns = table.word(seat, SINCE_NS)
+        age_s = (time.monotonic_ns() - since_ns) / 1e9
+        return {
+            **found,
+            "state": table.standing(seat).name.lower(),
+            "since_s": round(max(0.0, age_s), 1) if since_ns else None,
+            "weight_now": table.weight(seat, upstream.weight) / FULL,
+            "share": table.share(seat) / FULL,
+            "checks_passed": table.word(seat, CHECKS_PASSED),
+            "checks_failed": table.word(seat, CHECKS_FAILED),
+            "ejections": table.word(seat, EJECTIONS),
+        }
+
+
+def _own_name() -> str:
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return str(os.geteuid())
+
+
+def _no_group(group: str, groups: Collection[str]) -> str:
+    if not groups:
+        return f"there is no group {group!r}; hint: no rule has upstreams to choose from"
+    near = get_close_matches(group, groups, 1)
+    hint = f"did you mean {near[0]!r}?" if near else f"there are: {listed(sorted(groups))}"
+    return f"there is no group {group!r}; hint: {hint}"
+
+
+def _one_of(word: str, known: Collection[str], group: str) -> str:
+    """The one server that a word means. Raises OrderError."""
+    found = find(word, known)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise OrderError(f"{word!r} may be {listed(found)}; hint: name each")
+    near = get_close_matches(word, known, 1)
+    hint = f"did you mean {near[0]}?" if near else f"there are: {listed(known)}"
+    raise OrderError(f"the group {group!r} has no server {word!r}; hint: {hint}")
