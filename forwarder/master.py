@@ -99,7 +99,7 @@ class Master:
             self._requests,
             foreign,
         )
-        self._upstreams = Upstreams(self._fleet, self._selector, why=lambda *_: "")
+        self._upstreams = Upstreams(self._fleet, self._checking.findings, self._selector)
         self._status = Status(
             spec.title,
             self._service,

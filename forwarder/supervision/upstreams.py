@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from forwarder.config.model import Rule, Settings, Upstream
     from forwarder.control.orders import Order, Wanted
+    from forwarder.supervision.findings import Findings
     from forwarder.supervision.fleet import Fleet
 
 log = logging.getLogger(__name__)
@@ -55,14 +56,14 @@ class Upstreams:
     def __init__(
         self,
         fleet: Fleet,
+        findings: Findings,
         selector: selectors.BaseSelector,
-        why: Callable[[str, str], str],
     ) -> None:
-        """``why``: what the checker has said last of a server of a group."""
+        """Whose servers these are, and what the checker has found of them."""
         self._fleet = fleet
         self._servers = fleet.servers
         self._ledger = fleet.ledger
-        self._why = why
+        self._findings = findings
         self._file = statefile.StateFile(selector)
         # Now, as a directory of users may be far away, and a master that serves must not wait.
         self._own = _own_name()
@@ -251,12 +252,13 @@ class Upstreams:
     def _describe_standing(self, group: str, upstream: Upstream) -> dict[str, object]:
         """What is configured, and what the table says now."""
         name, table = str(upstream), self._servers.table
+        finding = self._findings.of(group, name)
         seat = self._servers.seat(group, name)
         found: dict[str, object] = {
             "weight": upstream.weight,
             "backup": upstream.is_backup,
             "max_sessions": upstream.max_sessions or None,
-            "why": self._why(group, name),
+            "why": finding.why if finding is not None else "",
         }
         if seat is None:  # as configured, see ServerTable
             return {**found, "state": "up", "weight_now": float(upstream.weight), "share": 1.0}
