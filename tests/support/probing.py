@@ -67,8 +67,15 @@ class Asking:
     ) -> None:
         self.loop = Loop()
         self.outcomes: list[Outcome] = []
-        aim = Aim(target, how, source, server or str(target))
-        self.probe = BEGIN[check.kind](check, aim, self.loop, self.outcomes.append)
+        self._aim = Aim(target, how, source, server or str(target))
+        self._check = check
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin it, for the first time or again."""
+        self.outcomes.clear()
+        begin = BEGIN[self._check.kind]
+        self.probe = begin(self._check, self._aim, self.loop, self.outcomes.append)
         assert self.outcomes == [], "reported before its caller has the probe"
 
     def turn(self) -> None:

@@ -141,6 +141,7 @@ def _become(
     os.setsid()
     os.dup2(output_fd, 1)
     os.dup2(output_fd, 2)
+    os.close(output_fd)  # perhaps there is no other one left
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number in _IGNORED:
         signal.signal(number, signal.SIG_DFL)
