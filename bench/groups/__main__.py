@@ -61,10 +61,10 @@ def main(argv: Sequence[str]) -> int:
     wanted, programs = args.only.split(","), args.programs.split(",")
     if unknown := ({*wanted} - {*SCENARIOS, RATE}) | ({*programs} - {*all_programs}):
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
+    signal.signal(signal.SIGTERM, exit_on_signal)
     if not args.inside:
         command = ["unshare", *SPACES, sys.executable, "-m", "bench.groups", *argv, "--inside"]
         return subprocess.run(command, check=False).returncode
-    signal.signal(signal.SIGTERM, exit_on_signal)
     every = [all_programs[name] for name in programs]
     failures: list[str] = []
     try:
