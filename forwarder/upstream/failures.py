@@ -81,6 +81,11 @@ class Failures:
         for target in [one for one, how in self._known.items() if now >= how.last + FORGET_S]:
             self.forget(target)
 
+    def is_avoided(self, target: Target, now: float) -> bool:
+        """Whether others are tried before ``target``."""
+        failure = self._known.get(target)
+        return failure is not None and now < failure.until
+
     def is_worth_a_try(self, target: Target, now: float) -> bool:
         """Whether ``target`` has not failed within the last moments."""
         failure = self._known.get(target)

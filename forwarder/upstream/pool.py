@@ -1,4 +1,4 @@
-"""The upstreams of one rule as socket addresses, and which is tried first.
+"""The upstreams of one rule as socket addresses, and which cannot be used just now.
 
 Reads the table of names; looks nothing up and connects to nothing.
 """
@@ -20,6 +20,7 @@ from forwarder.upstream.failures import Failures
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from forwarder.balancing.balancer import Balancer
     from forwarder.config.address import Endpoint
     from forwarder.config.model import Rule
     from forwarder.net.options import How
@@ -32,31 +33,37 @@ _Named: TypeAlias = tuple[str, int]
 
 
 class Pool:
-    """Where the sessions of a rule go. Each new session starts at the next upstream in turn.
+    """Where the sessions of a rule go: to its one upstream, or to one that a balancer chooses.
 
     ``counts`` is the row of the rule, shared with its earlier pools; ``row`` is its number.
     ``origin`` is the pool of the whole rule, which this one is itself unless :meth:`at` has made
-    it. ``has_unix``: one end of the sessions is a unix socket, or may be. ``listen_host`` and
-    ``upstream_text`` (host and port of the first) are as written. ``local`` is the address that all
-    clients connect to, or None if only their sockets know it. ``how`` says how upstream sockets are
-    made, by family; ``opens_fast``: connect with data in the first segment, where there is some.
-    ``failures``: the addresses that failed just now, of all ports of the rule. ``takes_ports``:
-    each upstream socket takes a local port that others need, too: for UDP, unless it is a client's.
-    ``has_unanswered``: some name had no answer yet when :meth:`targets` was last asked.
+    it, for the port that is ``offset`` behind the first. ``has_unix``: one end of the sessions is a
+    unix socket, or may be. ``listen_host`` and ``upstream_text`` (host and port of the first) are
+    as written. ``local`` is the address that all clients connect to, or None if only their sockets
+    know it. ``how`` says how upstream sockets are made, by family; ``opens_fast``: connect with
+    data in the first segment, where there is some. ``failures``: the addresses that failed just
+    now, of all ports of the rule. ``takes_ports``: each upstream socket takes a local port that
+    others need, too: for UDP, unless it is a client's. ``race_after_s``: how long an address may
+    not answer until the next one is tried beside it; 0: none is. ``balancer`` chooses among the
+    upstreams, by their index; None: there is nothing to choose.
+
+    As of when :meth:`targets` was last asked: ``has_unanswered``: some name had no answer yet;
+    ``without_address``: the upstreams that had none, as a set of bits.
     """
 
     __slots__ = (
+        "_all",
+        "_found",
         "_hosts",
         "_names",
         "_origin",
         "_revision",
-        "_rounds",
         "_source",
-        "_turn",
         "_upstreams",
         "_zoned",
         "_zoned_source",
         "_zones",
+        "balancer",
         "counts",
         "failures",
         "has_unanswered",
@@ -64,11 +71,14 @@ class Pool:
         "how",
         "listen_host",
         "local",
+        "offset",
         "opens_fast",
+        "race_after_s",
         "row",
         "rule",
         "takes_ports",
         "upstream_text",
+        "without_address",
     )
 
     def __init__(
@@ -77,13 +87,17 @@ class Pool:
         names: Names,
         row: int,
         counts: Row,
-        offset: int = 0,
-        origin: Pool | None = None,
+        balancer: Balancer | None = None,
+        port_of: tuple[Pool, int] | None = None,
     ) -> None:
-        """The pool of a whole rule; the last two arguments are for :meth:`at`."""
+        """The pool of a whole rule; the last argument is for :meth:`at`: another one's offset."""
+        origin, offset = port_of or (None, 0)
         self.rule = rule
         self.row = row
         self.counts = counts
+        self.balancer = balancer
+        self.offset = offset
+        self.race_after_s = rule.group.attempt_delay_s
         self.has_unanswered = False
         ends = rule.upstream_ends
         self.has_unix = any(isinstance(end, UnixAddress) for end in (rule.listen, *ends))
@@ -97,7 +111,6 @@ class Pool:
         self.failures: Failures = origin.failures if origin is not None else Failures()
         self._names = names
         self._revision = -1
-        self._turn = 0
         source = literal(rule.source, 0) if rule.source else None
         self._source = source if isinstance(source, Target) else None
         self._zoned_source = source if isinstance(source, Zoned) else None
@@ -105,8 +118,10 @@ class Pool:
         self._hosts = tuple(dict.fromkeys(up[0] for up in upstreams if isinstance(up, tuple)))
         self._zoned = tuple(up for up in upstreams if isinstance(up, Zoned))
         self._zones: tuple[Target | None, ...] = ()  # as they were last used
-        # For each turn what to try in which order; None while sessions have to wait for a name.
-        self._rounds: tuple[tuple[Target, ...], ...] | None = None
+        # For each upstream its addresses; None while its name has no answer.
+        self._found: tuple[tuple[Target, ...] | None, ...] = (None,) * len(upstreams)
+        self._all: tuple[Target, ...] | None = None
+        self.without_address = 0
         if not self._hosts:
             self._look_up()
 
@@ -119,20 +134,21 @@ class Pool:
         """The pool for sessions of the port that is ``offset`` behind the first one of the rule.
 
         Upstreams that are ranges move by as much; self when that changes nothing. Made each time;
-        it has a turn of its own and the counts of the rule.
+        it has the counts and the balancer of the rule.
         """
         if not offset or all(
             isinstance(end, UnixAddress) or end.ports == 1 for end in self.rule.upstream_ends
         ):
             return self
-        return Pool(self.rule, self._names, self.row, self.counts, offset, self.origin)
+        whole = self.origin
+        return Pool(self.rule, self._names, self.row, self.counts, self.balancer, (whole, offset))
 
     def at_port(self, port: int) -> Pool:
         """The same for a port that the rule listens on."""
         return self.at(port - self.rule.first_port)
 
     def targets(self) -> tuple[Target, ...] | None:
-        """Addresses to try, in order; those of names as far as they are known. Never blocks.
+        """All addresses, in order; those of names as far as they are known. Never blocks.
 
         None while there is no address at all and some name has no answer yet; empty if there is
         none though all names have one, see :meth:`why_no_target`.
@@ -142,11 +158,35 @@ class Pool:
         if self._hosts and self._revision != self._names.revision:
             self._revision = self._names.revision
             self._look_up()
-        if self._rounds is None:
-            return None
-        turn = self._turn
-        self._turn = turn + 1 if turn + 1 < len(self._upstreams) else 0
-        return self._rounds[turn]
+        return self._all
+
+    def addresses(self, index: int) -> tuple[Target, ...] | None:
+        """The addresses of one upstream, as :meth:`targets` has found them last; None: not yet."""
+        return self._found[index]
+
+    def choosable(self) -> tuple[Target, ...]:
+        """The addresses that a session may be sent to now, in order."""
+        targets = self.targets() or ()
+        if self.balancer is None:
+            return targets
+        usable = self.balancer.usable
+        found: list[Target] = []
+        for index in range(len(self.rule.upstreams)):
+            if usable >> index & 1:
+                found += self.addresses(index) or ()
+        return tuple(found)
+
+    def avoided(self, now: float) -> int:
+        """The upstreams all of whose addresses have failed just now, as a set of bits."""
+        failures = self.failures
+        if not failures:
+            return 0
+        found = 0
+        for index in range(len(self.rule.upstreams)):
+            addresses = self.addresses(index)
+            if addresses and all(failures.is_avoided(one, now) for one in addresses):
+                found |= 1 << index
+        return found
 
     def wait_for_targets(self, callback: Callable[[tuple[Target, ...]], None]) -> None:
         """Call back as soon as there is an address, or all names turn out to have none."""
@@ -198,7 +238,7 @@ class Pool:
             yield f"upstream_device {device}", _why_absent(device)
 
     def _look_up(self) -> None:
-        """Work out what to try at each turn, from the addresses that the names have now."""
+        """Work out what to try, from the addresses that the names have now."""
         before, self._zones = self._zones, tuple(one.target() for one in self._zoned)
         for target in before:
             if target is not None and target not in self._zones:
@@ -213,13 +253,12 @@ class Pool:
                 found.append(() if target is None else (target,))
             else:
                 found.append(self._names.at(*upstream))
-        self._rounds = None
+        self._found = tuple(found)
         self.has_unanswered = None in found
+        self.without_address = sum(1 << index for index, one in enumerate(found) if not one)
+        self._all = None
         if any(found) or not self.has_unanswered:
-            self._rounds = tuple(
-                tuple(target for one in (*found[turn:], *found[:turn]) for target in one or ())
-                for turn in range(len(found))
-            )
+            self._all = tuple(target for one in found for target in one or ())
 
     def client_how(self, family: int) -> How:
         """How further sockets for UDP clients are made."""
