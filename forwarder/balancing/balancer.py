@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 # How long sessions of backups are cut, some at a time, when a primary is back (on_up = "return").
 RETURN_S: Final = 10.0
+_NOT_USABLE: Final = frozenset({Standing.DOWN, Standing.EJECTED})
 _BY_SESSIONS: Final = frozenset({Balance.LEAST, Balance.RANDOM})
 
 
@@ -393,6 +394,20 @@ class Balancer:
             check = self.group.check
             self._unknown_until = now + (check.timeout_s if check is not None else 0.0)
         return now >= self._unknown_until
+
+    @property
+    def usable(self) -> int:
+        """The servers that may be chosen now, whoever asks, as a set of bits."""
+        if self._table.revision != self._revision:
+            self._refresh()
+        found = 0
+        for members, _ in self._tiers:
+            found |= members
+        return found
+
+    def is_down(self, server: Server) -> bool:
+        """Whether a check, or failed connects, have found a server unusable."""
+        return self._table.word(server.seat, STATE) in _NOT_USABLE
 
     # -- sessions that have to go
 
