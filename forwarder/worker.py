@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Final
 import setproctitle
 import uvloop
 
+from forwarder.balancing.balancers import Balancers
 from forwarder.config.address import UnixAddress
 from forwarder.connlog.log import FLUSH_S
 from forwarder.ipc.channel import ChannelClosed, Received
@@ -34,6 +35,7 @@ from forwarder.relay.listing import denied_by, denied_sessions
 from forwarder.relay.relay import Relay
 from forwarder.relay.session import SessionState
 from forwarder.relay.tcp_listener import listener_class
+from forwarder.stats.board import ROWS
 from forwarder.stats.reasons import Phase
 from forwarder.succession.orphans import OrphanDoor
 from forwarder.system import privileges
@@ -48,6 +50,7 @@ from forwarder.upstream.wanted import all_names
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from forwarder.balancing.balancer import Balancer
     from forwarder.config.model import Config, Rule
     from forwarder.ipc.channel import Message
     from forwarder.ipc.messages import Assignment
@@ -117,6 +120,9 @@ class Worker:
         self._is_flushing = False
         self._names = Names(self._ask_for_name, loop.time)
         self._pools: dict[str, Pool] = {}
+        self._balancers = Balancers(
+            spec.table, spec.board.row, holder, self._relay.restrictions.settle_soon
+        )
         self._listeners: dict[int, AnyListener] = {}
         self._sockets: dict[int, socket.socket] = {}
         self._unreceived: list[int] = []  # ids of sockets for which there was no descriptor
@@ -124,6 +130,7 @@ class Worker:
         self._has_said_failing = False
         self._needing: list[Pool] = []  # those that name interfaces for their upstreams
         self._board = spec.board
+        self._relay.servers.alarm = spec.board.row(ROWS)
         self._done: asyncio.Future[WorkerExit] = loop.create_future()
         self._is_draining = False
         self._last_phase = Phase.SHUTDOWN  # why sessions end that are left when we leave
@@ -297,6 +304,7 @@ class Worker:
     def _look_at_upstreams(self) -> None:
         """Notice interfaces that come and go, and report which addresses fail, if some do."""
         relay = self._relay
+        relay.look_at_servers(self._balancers, self._balancers.revision)
         if self._needing:
             relay.poller.read_clock()
             relay.outages.look_at_interfaces(self._needing)
@@ -342,10 +350,13 @@ class Worker:
         before = set(self._pools.values())
         accesses = [access_of(assignment.config, rule) for rule in rules]
         # From here on something may be half done if this fails.
+        part = self._slot % assignment.workers / assignment.workers
+        balancers = self._balancers.apply(rules, assignment.seats, part)
         self._pools = {
-            rule.name: self._pool(rule, row)
-            for rule, row in zip(rules, assignment.rows, strict=True)
+            rule.name: self._pool(rule, row, balancer)
+            for rule, row, balancer in zip(rules, assignment.rows, balancers, strict=True)
         }
+        self._relay.servers.apply(self._pools, self._relay.sessions)
         self._relay.bench.pipes.budget_pages = assignment.pipe_budget_pages
         self._relay.flows.workers = assignment.workers
         self._needing = [pool for pool in self._pools.values() if pool.needs_interfaces]
@@ -415,12 +426,13 @@ class Worker:
             abort = self._relay.abort_sessions
             self._loop.call_later(limit_s, lambda: abort(Phase.DRAIN, "drain_timeout", doomed))
 
-    def _pool(self, rule: Rule, row: int) -> Pool:
-        """The pool of an unchanged rule goes on, with its turn and its names; others are new."""
+    def _pool(self, rule: Rule, row: int, balancer: Balancer | None) -> Pool:
+        """The pool of an unchanged rule goes on, with its names; others are new."""
         known = self._pools.get(rule.name)
-        if known is not None and known.rule == rule and known.row == row:
+        is_same = known is not None and (known.rule, known.row) == (rule, row)
+        if known is not None and is_same and known.balancer is balancer:
             return known
-        return Pool(rule, self._names, row, self._board.row(row))
+        return Pool(rule, self._names, row, self._board.row(row), balancer)
 
     def drain(self) -> None:
         """Accept no more, and leave when the last session has ended."""

@@ -97,6 +97,13 @@ class Books:
         about = f"connect.failed rule={field(rule)}: cannot connect{upstream}: {why}"
         self._bench.warn_rarely(rule, about)
 
+    def on_no_server(self, session: Session, why: str, phase: Phase) -> None:
+        """A session gets no server, though none has failed; its end follows."""
+        if phase is Phase.LIMIT:
+            self.on_limit(session.pool, why)
+        else:
+            self.on_no_upstream(session, why)
+
     def on_end(self, session: Session, reason: CloseReason) -> None:
         """A session has ended: once for each."""
         counts = session.pool.counts
@@ -114,20 +121,27 @@ class Books:
     def count_moved(self, session: Session) -> None:
         """Count what a session has moved since the last call."""
         c2u, u2c, counts = session.c2u, session.u2c, session.pool.counts
+        server = session.server
         if c2u.moved != c2u.counted:
             new = c2u.moved - c2u.counted
             c2u.counted = c2u.moved
             counts[BYTES_C2U] += new
             self.bytes_c2u += new
+            if server is not None:
+                server.counts[BYTES_C2U] += new
         if u2c.moved != u2c.counted:
             new = u2c.moved - u2c.counted
             u2c.counted = u2c.moved
             counts[BYTES_U2C] += new
             self.bytes_u2c += new
+            if server is not None:
+                server.counts[BYTES_U2C] += new
         if spliced := c2u.spliced + u2c.spliced:
             c2u.spliced = u2c.spliced = 0
             counts[BYTES_SPLICED] += spliced
             self.bytes_spliced += spliced
+            if server is not None:
+                server.counts[BYTES_SPLICED] += spliced
 
     def _log_session(self, session: Session, reason: CloseReason) -> None:
         log.debug(

@@ -6,7 +6,7 @@ Theory of operation
 -------------------
 An *attempt* is one address that is being tried. It ends when it is connected, fails, or has taken
 ``connect_timeout``; then the next address has its turn, at once. One that has not been answered
-within ``RACE_AFTER_S`` goes on, but the next one is tried beside it (RFC 8305, section 5): the
+within ``attempt_delay`` goes on, but the next one is tried beside it (RFC 8305, section 5): the
 first that is connected wins, and the others are closed. Each attempt has all of its time.
 
 An attempt that the kernel has not begun *waits*, and is tried again at every tick: when descriptors
@@ -38,13 +38,12 @@ from forwarder.relay.wheel import TICK_S
 from forwarder.stats.reasons import Who
 
 if TYPE_CHECKING:
+    from forwarder.balancing.balancer import Server
     from forwarder.net.sockets import SockAddr, Target
     from forwarder.relay.outages import Outages
     from forwarder.relay.poller import Poller
     from forwarder.upstream.pool import Pool
 
-# RFC 8305, section 8: the Connection Attempt Delay; 0.25 s is what it recommends.
-RACE_AFTER_S: Final = 0.25
 # Attempts that are under way at once; each has a descriptor. Arbitrary.
 MAX_ATTEMPTS: Final = 4
 _UNDER_WAY: Final = frozenset({0, errno.EINPROGRESS})
@@ -105,13 +104,17 @@ class Caller(Protocol):
 
 
 class Attempt:
-    """One address that is tried. Owns ``sock``, which is None while it waits for one."""
+    """One address that is tried. Owns ``sock``, which is None while it waits for one.
 
-    __slots__ = ("deadline", "dialer", "error", "is_noted", "sock", "target")
+    ``server``: whose address it is, where the dialer chooses.
+    """
+
+    __slots__ = ("deadline", "dialer", "error", "is_noted", "server", "sock", "target")
 
     def __init__(self, dialer: Dialer, target: Target, deadline: float) -> None:
         self.dialer = dialer
         self.target = target
+        self.server = dialer.server
         self.deadline = deadline
         self.error = errno.ETIMEDOUT  # why it fails, if it ends by time
         self.is_noted = False  # as failed
@@ -133,7 +136,8 @@ class Dialer:
     """Tries ``targets`` for ``caller``, within the batch of events that :meth:`start` is called in.
 
     ``early``: bytes of the client that went with the SYN of the attempt under way, and are still in
-    the client's queue.
+    the client's queue. ``server``: whose addresses are tried; None where there is no choice.
+    ``adds_rivals``: there may be more to try beside what is under way than is known by now.
     """
 
     __slots__ = (
@@ -147,8 +151,10 @@ class Dialer:
         "_poller",
         "_race_at",
         "_targets",
+        "adds_rivals",
         "caller",
         "early",
+        "server",
     )
 
     def __init__(
@@ -156,6 +162,8 @@ class Dialer:
     ) -> None:
         self.caller = caller
         self.early = 0
+        self.server: Server | None = None
+        self.adds_rivals = False
         self._poller = poller
         self._outages = outages
         self._targets = targets
@@ -202,9 +210,10 @@ class Dialer:
             self._next += 1
             if not self._open(attempt):
                 continue
-            if self._next < len(self._targets) or self._more_until:
-                self._race_at = now + RACE_AFTER_S
-                limit_s = min(limit_s or RACE_AFTER_S, RACE_AFTER_S)
+            has_more = self._next < len(self._targets) or self._more_until or self.adds_rivals
+            if has_more and (race_s := caller.pool.race_after_s):
+                self._race_at = now + race_s
+                limit_s = min(limit_s or race_s, race_s)
             else:
                 self._race_at = math.inf
             if not self._is_over:
@@ -368,7 +377,7 @@ class Dialer:
 
     def _race(self, now: float) -> None:
         """Wait no longer for what was not answered by now, though it may still win."""
-        self._race_at = now + RACE_AFTER_S
+        self._race_at = now + (self.caller.pool.race_after_s or math.inf)
         is_starved = False
         for attempt in self._attempts:
             if attempt.error in sockets.OUT_OF_RESOURCES:

@@ -21,6 +21,7 @@ from forwarder.relay.books import Books
 from forwarder.relay.descriptors import Descriptors
 from forwarder.relay.outages import Outages
 from forwarder.relay.pauses import Pauses
+from forwarder.relay.servers import Servers
 from forwarder.relay.session import SessionState
 from forwarder.relay.tcp.stream import Stream
 from forwarder.relay.udp.bridge import Bridge
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Iterable
 
+    from forwarder.balancing.balancer import Balancer, Server
     from forwarder.limits.admission import Admission
     from forwarder.limits.gate import Holder
     from forwarder.net.sockets import SockAddr
@@ -79,6 +81,8 @@ class Relay:
         self.flows = FlowTables(self.books.on_limit)
         self.descriptors = Descriptors(loop, bench, self.flows)
         self.restrictions = Restrictions(loop, holder, bench.poller.defer)
+        self._servers_as_of = 0  # a revision of their table
+        self.servers = Servers(loop, bench.poller, self.restrictions)
         # Used for every client, so it is not one step further away.
         self.admissions = self.restrictions.admissions
         self.pauses = Pauses(loop, lambda: len(self.sessions))
@@ -184,6 +188,35 @@ class Relay:
         for session in tuple(self.sessions):
             if isinstance(session, Flow):
                 session.follow()
+
+    def look_at_servers(self, balancers: Iterable[Balancer], revision: int) -> None:
+        """End the sessions of servers that have to be left at once; flows take another server.
+
+        ``revision`` is that of the table of servers.
+        """
+        self.poller.read_clock()
+        for balancer in balancers:
+            if expelled := balancer.expelled():
+                self._cut(self._with(expelled), "the server is down, or was taken out of use")
+            if part := balancer.returning(self.poller.now):
+                on_backup = self._with(one for one in balancer.servers if one.is_backup)
+                count = -(-len(on_backup) * part // 1)
+                self._cut(on_backup[: int(count)], "another server than a backup is up again")
+        if revision != self._servers_as_of:
+            self._servers_as_of = revision
+            for session in tuple(self.sessions):
+                if isinstance(session, Flow):
+                    session.leave_if_down()
+
+    def _with(self, servers: Iterable[Server]) -> list[Session]:
+        rows = {server.row for server in servers}
+        sessions = self.sessions
+        return [one for one in sessions if one.server is not None and one.server.row in rows]
+
+    def _cut(self, sessions: Iterable[Session], why: str) -> None:
+        for session in sessions:
+            if not (isinstance(session, Flow) and session.leave_server()):
+                session.abort(CloseReason(Who.US, Phase.UPSTREAM_DOWN, why))
 
     def _on_report(self, fd: int, number: int) -> None:
         """The kernel reports that a peer is not there, or why nothing can be sent to it."""

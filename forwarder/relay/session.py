@@ -11,17 +11,20 @@ from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
 from forwarder.relay.dialer import Dialer
+from forwarder.relay.group_dialer import GroupDialer
 from forwarder.relay.wheel import TICK_S
 from forwarder.stats.reasons import CloseReason, Phase, Who
 
 if TYPE_CHECKING:
     import socket
 
+    from forwarder.balancing.balancer import Server
     from forwarder.limits.meter import Meter
     from forwarder.limits.restrictions import Restrictions
     from forwarder.net.sockets import SockAddr, Target
     from forwarder.relay.outages import Outages
     from forwarder.relay.poller import Poller
+    from forwarder.relay.servers import Servers
     from forwarder.relay.workbench import Workbench
     from forwarder.upstream.pool import Pool
 
@@ -68,6 +71,9 @@ class Journal(Protocol):
     def on_no_upstream(self, session: Session, why: str) -> None:
         """A session has found no upstream; its end follows."""
 
+    def on_no_server(self, session: Session, why: str, phase: Phase) -> None:
+        """A session gets no server, though none has failed; its end follows."""
+
     def on_end(self, session: Session, reason: CloseReason) -> None:
         """A session has ended: once for each."""
 
@@ -88,6 +94,7 @@ class Home(Protocol):
     bench: Workbench
     outages: Outages
     restrictions: Restrictions
+    servers: Servers
     sessions: dict[Session, None]
 
     @property
@@ -113,6 +120,7 @@ class Session:
         "id",
         "pool",
         "relay",
+        "server",
         "started_at",
         "state",
         "target",
@@ -140,6 +148,7 @@ class Session:
         self.dialer: Dialer | None = None  # while CONNECTING
         self.target: Target | None = None  # what was tried last, then what is connected
         self.held_as: int | None = None  # by the gate; None: not at all
+        self.server: Server | None = None  # where there is a choice: what it is connected to
 
     def local(self) -> Target:
         """The address of ours that the client uses. Raises OSError when it is closed."""
@@ -172,14 +181,27 @@ class Session:
         return 0.0
 
     def dial(self, targets: tuple[Target, ...]) -> None:
-        """Connect to one of ``targets``; none means that no name could be resolved."""
+        """Connect to one of ``targets``; none means that no name could be resolved.
+
+        Where there is a balancer, it chooses among them.
+        """
         if not targets:
             self.fail(f"no upstream address could be resolved: {self.pool.why_no_target()}")
+            return
+        if self.pool.balancer is not None:
+            self.choose()
             return
         if self.pool.failures:
             targets = self.pool.failures.order(targets, self.relay.poller.now)
         self.state = _CONNECTING
         self.dialer = Dialer(self, targets, self.relay.poller, self.relay.outages)
+        self.dialer.start()
+
+    def choose(self, tried: int = 0) -> None:
+        """Let the balancer choose a server, none of ``tried``, a set of bits; and connect to it."""
+        relay = self.relay
+        self.state = _CONNECTING
+        self.dialer = GroupDialer(self, relay.servers, relay.poller, relay.outages, tried)
         self.dialer.start()
 
     def make_socket(
@@ -217,6 +239,11 @@ class Session:
         self.relay.books.on_no_upstream(self, why)
         self.abort(CloseReason(who, Phase.CONNECT, why))
 
+    def turn_away(self, why: str, phase: Phase) -> None:
+        """No server, though none has failed: they are full, or not to be used."""
+        self.relay.books.on_no_server(self, why, phase)
+        self.abort(CloseReason(Who.US, phase, why))
+
     # -- limits
 
     def put_under(self, meters: tuple[Meter, Meter]) -> None:
@@ -251,10 +278,13 @@ class Session:
         """Break the reference cycles, so that the memory is free at once, without the collector.
 
         Called after the batch in which this has ended. The place among the sessions is free only
-        now: before, its sockets were open.
+        now: before, its sockets were open. So is the one among those of its server.
         """
         if self.held_as is not None:
             self.relay.restrictions.let_go(self)
+        if self.server is not None and self.pool.balancer is not None:
+            server, self.server = self.server, None
+            self.relay.servers.let_go(self.pool.balancer, server)
 
     def on_bug(self) -> None:
         """An event handler failed: end this, the worker goes on."""

@@ -31,6 +31,7 @@ class Phase(Enum):
     SHUTDOWN = "shutdown"
     KILL = "kill"
     ERROR = "error"
+    UPSTREAM_DOWN = "upstream-down"
 
 
 # Every way a session can end. docs/operations.md explains each.
@@ -52,6 +53,7 @@ REASONS: Final = (
     "us/drain",
     "us/shutdown",
     "us/kill",
+    "us/upstream-down",
     "us/error",
 )
 _INDEX: Final = {code: index for index, code in enumerate(REASONS)}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from support import procfs
-from support.by_hand import RULE, Bench, StubPool, UdpBench, pool_of, target_of
+from support.by_hand import RACE_AFTER_S, RULE, Bench, StubPool, UdpBench, pool_of, target_of
 from support.clogged import CloggedUpstream
 from support.datagrams import drain, numbered, udp
 from support.ends import accept, listen, receive_exactly, receive_to_end, receive_to_reset, reset
@@ -21,7 +21,6 @@ from support.waiting import eventually
 
 from forwarder.config.model import Protocol, RelayMode
 from forwarder.net.sockets import unix_target
-from forwarder.relay.dialer import RACE_AFTER_S
 from forwarder.relay.wheel import TICK_S
 from forwarder.stats.reasons import REASONS, Phase
 from forwarder.stats.rows import ATTEMPTS_FAILED, CONNECTS_FAILED, ENDS, SESSIONS_TOTAL

@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING
 
 import pytest
 from support import procfs, sockdiag
-from support.by_hand import RULE, Bench, StubPool, UdpBench, accepted, pool_of, target_of
+from support.by_hand import (
+    RACE_AFTER_S,
+    RULE,
+    Bench,
+    StubPool,
+    UdpBench,
+    accepted,
+    pool_of,
+    target_of,
+)
 from support.clogged import CloggedUpstream
 from support.ends import accept, listen, listen_unix, receive_to_reset, reset
 from support.waiting import eventually
@@ -22,7 +31,7 @@ from support.waiting import eventually
 from forwarder.config.address import parse_listen
 from forwarder.config.model import Protocol, RelayMode, Upstream
 from forwarder.net import sockets
-from forwarder.relay.dialer import MAX_ATTEMPTS, RACE_AFTER_S
+from forwarder.relay.dialer import MAX_ATTEMPTS
 from forwarder.relay.poller import Poller
 from forwarder.relay.tcp import fast_open
 from forwarder.relay.wheel import TICK_S

@@ -84,6 +84,9 @@ RULE = Rule(
 )
 
 
+RACE_AFTER_S = RULE.group.attempt_delay_s
+
+
 def no_names() -> Names:
     """A table of names that nobody looks up."""
     return Names(lambda _: None, lambda: 0.0)

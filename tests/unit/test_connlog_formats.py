@@ -270,6 +270,7 @@ def test_rinetds_word_for_every_way_to_end() -> None:
         "us/shutdown": "done-local-closed",
         "us/kill": "done-local-closed",
         "us/error": "done-local-closed",
+        "us/upstream-down": "done-local-closed",
     }
     assert set(words) == set(REASONS)
     assert rinetd_result(CLIENT_HAD_ENDED) == "done-remote-closed"

@@ -45,18 +45,23 @@ class Bridge(Flow):
             raise OSError(errno.ENOTCONN, "no client")
         return self.pool.local or sockets.bound_to(self.client)
 
-    def connect(self, upstream: socket.SocketType, target: Target) -> int:
-        """Watch the client as well. What it has sent already is reported at once."""
+    def on_dialing(self) -> None:
+        """Watch the client, which may go while it waits. What it has sent is reported at once."""
         client = self.client
         if client is None:
             raise OSError(errno.ENOTCONN, "the client has gone")
+        if self.c2u.src is None:  # else it is watched already
+            self.relay.poller.register(client.fileno(), self.c2u)
+            self.c2u.src = client
+
+    def connect(self, upstream: socket.SocketType, target: Target) -> int:
+        """Watch the client as well."""
         error = super().connect(upstream, target)
-        if not self.connected_at:  # else it is watched already, and another upstream was left
-            try:
-                self.relay.poller.register(client.fileno(), self.c2u)
-            except OSError:
-                self.relay.poller.unregister(upstream.fileno())  # the dialer closes it
-                raise
+        try:
+            self.on_dialing()
+        except OSError:
+            self.relay.poller.unregister(upstream.fileno())  # the dialer closes it
+            raise
         return error
 
     def on_connected(self, upstream: socket.SocketType, mask: int) -> None:
@@ -66,12 +71,10 @@ class Bridge(Flow):
         self.join_upstream(upstream, Destination(upstream.fileno()))
         client = self.client
         assert client is not None  # noqa: S101 - it was when this connected, just now
-        self.c2u.src = client
         self.on_open()
         if is_first:
             self.u2c.open(client)
-        else:
-            self.c2u.resume()
+        self.c2u.resume()
 
     @property
     def silence_limit_s(self) -> float:
@@ -91,7 +94,8 @@ class Bridge(Flow):
 
     def on_stream_broken(self, why: str) -> None:
         """The client has reset the connection."""
-        self.abort(CloseReason(Who.CLIENT, Phase.DATA, why, is_reset=True))
+        phase = Phase.DATA if self.connected_at else Phase.CONNECT
+        self.abort(CloseReason(Who.CLIENT, phase, why, is_reset=True))
 
     @property
     def to_stream(self) -> DatagramToStream:

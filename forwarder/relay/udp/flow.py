@@ -34,6 +34,7 @@ from forwarder.stats.reasons import CloseReason, Phase, Who
 if TYPE_CHECKING:
     import socket
 
+    from forwarder.balancing.balancer import Balancer, Server
     from forwarder.limits.meter import Meter
     from forwarder.net.datagrams import Destination
     from forwarder.net.sockets import SockAddr, Target
@@ -125,6 +126,8 @@ class Flow(Session):
         if not self.connected_at:
             self.connected_at = self.active_at
             self.relay.books.on_open(self)
+        if self.server is not None and not self.is_answered and self.c2u.trial is None:
+            self.relay.servers.on_worked(self.server, 0.0)
 
     # -- an upstream that is reached by UDP, as all are unless a subclass says otherwise
 
@@ -167,8 +170,11 @@ class Flow(Session):
         upstream = self.upstream
         self.c2u.trial = None
         if upstream is not None and self.target is not None:
-            self.relay.poller.hand_over(upstream.fileno(), self.u2c)
-            self.relay.outages.on_attempt_worked(self.pool, self.target)
+            relay = self.relay
+            relay.poller.hand_over(upstream.fileno(), self.u2c)
+            relay.outages.on_attempt_worked(self.pool, self.target)
+            if self.server is not None:
+                relay.servers.on_worked(self.server, relay.poller.now - self.active_at)
 
     def on_report(self, number: int) -> None:
         """The upstream refuses; reported within a send or a receive."""
@@ -195,6 +201,8 @@ class Flow(Session):
         else:
             why = os.strerror(number)
             relay.outages.on_attempt_failed(self.pool, target, why, has_others=True)
+            if self.server is not None:
+                relay.servers.on_failed(self.server)
             may_leave = self._has_other_than(target)
         if may_leave:
             self.move_on(again)
@@ -210,7 +218,7 @@ class Flow(Session):
         now = self.relay.poller.now
         return any(
             other != target and self.pool.failures.is_worth_a_try(other, now)
-            for other in self.pool.targets() or ()
+            for other in self.pool.choosable()
         )
 
     def move_on(self, again: deque[bytes]) -> None:
@@ -240,9 +248,26 @@ class Flow(Session):
         elif trial is not None and target in pool.failures.known and self._has_other_than(target):
             self.move_on(trial.take())
 
+    def leave_if_down(self) -> None:
+        """Take another server at the next datagram if this one is down, and there is one."""
+        server, balancer = self.server, self.pool.balancer
+        if server is None or balancer is None or not balancer.is_down(server):
+            return
+        if balancer.usable & ~(1 << server.index):
+            self.leave_server()
+
+    def leave_server(self) -> bool:
+        """Take another server at the next datagram. False: the upstream is not reached by UDP."""
+        if not self.pool.rule.protocol.connects_by_udp:
+            return False
+        if self.state is _OPEN and not self._is_detached:
+            self.move_on(deque())
+        return True
+
     def _go_elsewhere(self) -> None:
         upstream = self.upstream
         now = self.relay.poller.now
+        server, balancer = self.server, self.pool.balancer
         targets = sorted(  # stable, so that they still have their turns
             self.pool.targets() or (),
             key=lambda target: (
@@ -257,7 +282,23 @@ class Flow(Session):
         self.relay.flows.ports.give(self.pool)
         self.relay.poller.release(upstream)
         self.upstream = self.u2c.src = None
-        self.dial(tuple(targets))
+        if server is None or balancer is None:
+            self.dial(tuple(targets))
+            return
+        self.server = None
+        self.relay.servers.give_back(balancer, server)
+        self.choose(self._spent(server, balancer, now))
+
+    def _spent(self, server: Server, balancer: Balancer, now: float) -> int:
+        """The server that is left, as a set of bits, unless it has another address to try."""
+        if server not in balancer.servers:
+            return 0
+        own = self.pool.addresses(server.index) or ()
+        if self.target not in own or any(
+            one != self.target and self.pool.failures.is_worth_a_try(one, now) for one in own
+        ):
+            return 0
+        return 1 << server.index
 
     @property
     def _is_detached(self) -> bool:

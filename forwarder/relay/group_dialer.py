@@ -1,0 +1,344 @@
+"""The search for a server of a group that answers: a server is chosen, then its addresses tried.
+
+Lives only while a session or a flow connects, as the dialer does that it is.
+
+Theory of operation
+-------------------
+A server is *taken* when it is chosen, and *given back* when all its addresses have failed, or when
+another one was faster; the one that is connected is the session's. If a server fails, another one
+is chosen, as often as ``retries`` says. If the group has only one, that is tried again, after a
+pause.
+
+A server none of whose addresses has been answered within ``attempt_delay`` goes on, but another one
+is tried beside it: a host that is dead must not cost a session ``connect_timeout``. It is of the
+same tier, and never of another: a backup is for when the others fail. Where the choice is more than
+a matter of chance (``hash``, ``first``) there is no race between servers.
+
+Servers whose names have no answer yet, and those whose addresses have all failed just now, are
+chosen only if there is no other one.
+
+If all that are usable have as many sessions as they may, the session waits in the queue of the
+group, if that has one, without a descriptor towards any of them. It waits as well for the outcome
+of the first check. A client that goes meanwhile ends its session.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final, Protocol
+
+from forwarder.balancing.balancer import key_of
+from forwarder.config.model import Balance
+from forwarder.limits.gate import Busy
+from forwarder.net import sockets
+from forwarder.relay.dialer import Caller, Dialer
+from forwarder.relay.wheel import TICK_S
+from forwarder.stats.reasons import Phase, Who
+
+if TYPE_CHECKING:
+    import socket
+
+    from forwarder.balancing.balancer import Balancer, Server
+    from forwarder.relay.dialer import Attempt
+    from forwarder.relay.outages import Outages
+    from forwarder.relay.poller import Poller
+    from forwarder.relay.servers import Queue, Servers
+
+# Others that are tried, unless ``retries`` says how many. As in HAProxy.
+MOST_OTHERS: Final = 3
+# How long until the only server of a group is tried again, unless ``connect_timeout`` is less.
+AGAIN_S: Final = 1.0
+# Servers that are as good as each other, so that the faster one may be had.
+_RACED: Final = frozenset({Balance.TURN, Balance.LEAST, Balance.RANDOM})
+# What this host lacks, or has been told to use and does not have. It says nothing of a server.
+_OURS: Final = sockets.OUT_OF_RESOURCES | {
+    sockets.NO_PORT,
+    errno.EADDRNOTAVAIL,
+    errno.EAFNOSUPPORT,
+    errno.ENODEV,
+}
+_FULL: Final = "max_sessions of every server"
+
+
+class GroupCaller(Caller, Protocol):
+    """The session that is connected. ``server`` is set to the one that it gets."""
+
+    server: Server | None
+    is_answered: bool
+
+    def turn_away(self, why: str, phase: Phase) -> None:
+        """There is no server for it, though none has failed."""
+
+
+class GroupDialer(Dialer):
+    """Chooses servers for ``caller``, and tries their addresses."""
+
+    __slots__ = (
+        "_again_at",
+        "_is_full",
+        "_key",
+        "_left",
+        "_pool",
+        "_queue",
+        "_queued_until",
+        "_servers",
+        "_taken",
+        "_tried",
+    )
+
+    caller: GroupCaller
+
+    def __init__(
+        self,
+        caller: GroupCaller,
+        servers: Servers,
+        poller: Poller,
+        outages: Outages,
+        tried: int = 0,
+    ) -> None:
+        """The pool of ``caller`` has a balancer. ``tried``: servers not to choose, as bits."""
+        super().__init__(caller, (), poller, outages)
+        self._servers = servers
+        self._pool = caller.pool
+        balancer = self._balancer
+        self._key = key_of(caller.client_address) if balancer.needs_key else b""
+        count, retries = len(balancer.servers), balancer.group.retries
+        # How many may still be chosen.
+        self._left = 1 + (min(count - 1, MOST_OTHERS) if retries is None else retries)
+        self.adds_rivals = count > 1 and balancer.group.balance in _RACED
+        self._tried = tried
+        self._taken: dict[Server, float] = {}  # and when
+        self._again_at = 0.0  # not to choose before
+        self._is_full = False  # all that could be chosen are
+        self._queue: Queue | None = None  # while it waits there
+        self._queued_until = math.inf
+
+    @property
+    def _balancer(self) -> Balancer:
+        balancer = self._pool.balancer
+        assert balancer is not None  # noqa: S101 - see __init__ and _follow
+        return balancer
+
+    @property
+    def has_others(self) -> bool:
+        """Whether there is another server, or the one that was chosen has other addresses."""
+        return len(self._balancer.servers) > 1 or super().has_others
+
+    # -- choosing
+
+    def _has_found_more(self) -> bool:
+        """Choose the next server: if one is being tried, a rival; else whichever there is."""
+        if not self._left or self._poller.now < self._again_at:
+            return False
+        if self._attempts:
+            return self.adds_rivals and self._has_chosen(is_rival=True)
+        self._is_full = False
+        if self._error in sockets.OUT_OF_RESOURCES or not self._follow():
+            self._left = 0
+            return False
+        if self._queue is None and not self._tried and self._balancer.group.max_queue:
+            self._is_full = self._servers.queue(self._balancer).is_waited_in
+            if self._is_full:
+                return False
+        return self._has_chosen(is_rival=False)
+
+    def _has_chosen(self, *, is_rival: bool) -> bool:
+        pool, balancer, now = self._pool, self._balancer, self._poller.now
+        pool.targets()  # names may have moved
+        if not pool.has_unanswered:
+            self._more_until = 0.0
+        tried, avoid = self._tried | pool.without_address, pool.avoided(now)
+        try:
+            if is_rival and self.server is not None:
+                beside = balancer.choose_beside
+                server = beside(self.server, self._key, tried | avoid)
+                if server is None and avoid:
+                    server = beside(self.server, self._key, tried)
+            else:
+                server = balancer.choose(self._key, tried, avoid)
+        except Busy:
+            self._again_at = now + TICK_S
+            return False
+        if server is not None:
+            self._take(server)
+            return True
+        if is_rival:
+            return False
+        if balancer.is_unknown:
+            self._again_at = now + TICK_S
+        self._is_full = balancer.is_full
+        if not self._is_full:
+            self._leave_queue()
+        return False
+
+    def _take(self, server: Server) -> None:
+        self._taken[server] = self._poller.now
+        self._servers.on_taken(server)
+        self._leave_queue()
+        self._left -= 1
+        self._tried |= 1 << server.index
+        self.server = server
+        pool = self._pool
+        addresses = pool.addresses(server.index) or ()
+        if pool.failures:
+            addresses = pool.failures.order(addresses, self._poller.now)
+        self._targets, self._next = addresses, 0
+
+    def _follow(self) -> bool:
+        """Choose as the configuration in force says. False: its rule is not in it any more."""
+        pool = self._servers.in_force(self._pool)
+        if pool is None:
+            self._leave_queue()
+            return False
+        if pool is not self._pool:
+            was_at = self._balancer.row
+            self._pool = pool
+            self._tried = 0
+            if self._balancer.row != was_at:
+                self._leave_queue()
+        return True
+
+    # -- how it goes on
+
+    def _note_failed(self, attempt: Attempt, error: int) -> None:
+        super()._note_failed(attempt, error)
+        server = attempt.server
+        if server is None or server not in self._taken:
+            return
+        if server is self.server and self._next < len(self._targets):
+            return
+        if any(one.server is server and one is not attempt for one in self._attempts):
+            return
+        self._give_back(server, has_failed=error not in _OURS)
+        if len(self._balancer.servers) == 1:
+            self._tried = 0
+            limit_s = self.caller.pool.rule.connect_timeout_s
+            self._again_at = self._poller.now + min(limit_s or AGAIN_S, AGAIN_S)
+
+    def _give_back(self, server: Server, *, has_failed: bool) -> None:
+        del self._taken[server]
+        if has_failed:
+            self._servers.on_failed(server)
+        self._servers.give_back(self._balancer, server)
+
+    def win(self, attempt: Attempt, sock: socket.SocketType, mask: int) -> None:
+        """The first that is connected; its server is the caller's from here on."""
+        others = self._attempts
+        server = attempt.server
+        assert server is not None  # noqa: S101 - it was chosen
+        taken_at = self._taken.pop(server)
+        self.caller.server = self._servers.as_in_force(self._pool, server)
+        if self.caller.is_answered:
+            self._servers.on_worked(server, self._poller.now - taken_at)
+        try:
+            super().win(attempt, sock, mask)
+        finally:
+            for one in tuple(self._taken):
+                is_noted = [other.is_noted for other in others if other.server is one]
+                self._give_back(one, has_failed=bool(is_noted) and all(is_noted))
+
+    def close(self, *, is_abort: bool) -> None:
+        """Give up everything."""
+        self._leave_queue()
+        super().close(is_abort=is_abort)
+        for server in tuple(self._taken):
+            self._give_back(server, has_failed=False)
+
+    def _wait_for_more(self) -> None:
+        now = self._poller.now
+        if self._is_full and self._queue is None:
+            self._wait_in_queue(now)
+        elif self._queue is not None:
+            pass  # it lets us on
+        elif self._left and now < self._again_at:
+            self._wait_until(self._again_at)
+        elif self._left and now < self._more_until:
+            self._wait_until(now + TICK_S)
+        else:
+            self._fail()
+
+    def _wait_until(self, when: float) -> None:
+        self._race_at = when
+        self.caller.arm(when - self._poller.now)
+        self._watch_client()
+
+    def _watch_client(self) -> None:
+        """Notice a client that goes while it waits, though nothing may be under way."""
+        if not self._has_begun:
+            with suppress(OSError):  # the poller takes no more for now
+                self.caller.on_dialing()
+                self._has_begun = True
+
+    def _fail(self) -> None:
+        """No server is left: all have failed, or none is usable."""
+        pool, name = self._pool, self._balancer.group.name or self._pool.rule.name
+        if self._error:
+            super()._fail()
+            return
+        self._is_over = True
+        if self._more_until:
+            self.caller.on_no_upstream("no name server answered in time", Who.US)
+            return
+        why = pool.why_no_target() if pool.without_address else ""
+        about = f"no server of group {name} is usable"
+        self.caller.turn_away(f"{about}: {why}" if why else about, Phase.UPSTREAM_DOWN)
+
+    # -- where all are full
+
+    def _wait_in_queue(self, now: float) -> None:
+        group = self._balancer.group
+        if not group.max_queue:
+            self._refuse(_FULL)
+            return
+        queue = self._servers.queue(self._balancer)
+        try:
+            has_joined = queue.join(self, group.max_queue)
+        except Busy:
+            self._wait_until(now + TICK_S)
+            return
+        if not has_joined:
+            self._refuse("max_queue")
+            return
+        self._queue = queue
+        self._tried = 0
+        self._race_at = math.inf
+        limit_s = group.queue_timeout_s
+        if limit_s is None:
+            limit_s = self.caller.pool.rule.connect_timeout_s
+        self._queued_until = now + (limit_s or math.inf)
+        self.caller.arm(limit_s)
+        self._watch_client()
+
+    def _refuse(self, limit: str) -> None:
+        if self._error:
+            self._fail()
+        else:
+            self._is_over = True
+            self.caller.turn_away(limit, Phase.LIMIT)
+
+    def _leave_queue(self) -> None:
+        if self._queue is not None:
+            self._queue.leave(self)
+            self._queue = None
+
+    def on_room(self) -> bool:
+        """There may be room. Returns whether this waits no longer."""
+        self.start()
+        return self._queue is None
+
+    def on_bug(self) -> None:
+        """There was a bug: end the session."""
+        self.caller.on_bug()
+
+    def on_timer(self, now: float) -> float:
+        """As there; and wait in the queue no longer than one may."""
+        if self._queue is None:
+            return super().on_timer(now)
+        if now < self._queued_until:
+            return self._queued_until if self._queued_until < math.inf else 0.0
+        self._leave_queue()
+        self._is_over = True
+        self.caller.turn_away("queue", Phase.LIMIT)
+        return 0.0

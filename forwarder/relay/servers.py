@@ -1,0 +1,218 @@
+"""The servers of groups as the sessions of one worker use them: taken, counted, waited for.
+
+Chooses none: a balancer does. Connects to none: the dialer does.
+
+A server is taken from the choice until its session has ended, or it has failed, or another one was
+faster. It is given back when the batch of events at hand is over, after the sockets towards it are
+closed: a server never has more sessions than it may have.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
+
+from forwarder.relay.wheel import TICK_S
+from forwarder.stats.rows import CONNECTS_FAILED, SESSIONS, SESSIONS_TOTAL, connect_bucket, new_row
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from forwarder.balancing.balancer import Balancer, Server
+    from forwarder.limits.restrictions import Restrictions
+    from forwarder.relay.poller import Poller
+    from forwarder.stats.rows import Row
+    from forwarder.system.loop import Clock
+    from forwarder.upstream.pool import Pool
+
+log = logging.getLogger(__name__)
+
+
+class Waiting(Protocol):
+    """A session's search for a server, while all have as many sessions as they may."""
+
+    def on_room(self) -> bool:
+        """There may be room. Returns whether this waits no longer."""
+
+    def on_bug(self) -> None:
+        """There was a bug: end."""
+
+
+class Served(Protocol):
+    """A session. ``server`` is the one that it has, if it has one; ``pool`` has chosen it."""
+
+    server: Server | None
+
+    @property
+    def pool(self) -> Pool:
+        """The upstreams of its rule."""
+
+
+class Queue:
+    """The sessions of one worker that wait for a server of a group, the longest first.
+
+    They are let on when a session of the group ends in this worker, and at every tick, as another
+    worker may have made room. ``row`` is that of the group: there the gate counts how many wait in
+    all workers.
+    """
+
+    __slots__ = (
+        "_is_armed",
+        "_is_looking",
+        "_loop",
+        "_poller",
+        "_restrictions",
+        "_row",
+        "_waiting",
+    )
+
+    def __init__(self, row: int, loop: Clock, poller: Poller, restrictions: Restrictions) -> None:
+        self._row = row
+        self._loop = loop
+        self._poller = poller
+        self._restrictions = restrictions
+        self._waiting: dict[Waiting, None] = {}
+        self._is_armed = self._is_looking = False
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def is_waited_in(self) -> bool:
+        """Whether a session waits, in this worker or another one: a new one goes behind it."""
+        return bool(self._waiting) or self._restrictions.holder.gate.sessions(self._row) > 0
+
+    def join(self, one: Waiting, most: int) -> bool:
+        """Wait; False if ``most`` wait already, in all workers together. Raises Busy."""
+        holder = self._restrictions.holder
+        with holder as gate:
+            if gate.sessions(self._row) >= most:
+                return False
+            gate.take_server(holder.mine, self._row)
+        self._waiting[one] = None
+        self._arm()
+        return True
+
+    def leave(self, one: Waiting) -> None:
+        """Wait no longer; nothing happens if this does not wait."""
+        if one in self._waiting:
+            del self._waiting[one]
+            self._restrictions.holder.leave_server(self._row)
+            self._restrictions.settle_soon()
+
+    def look(self) -> None:
+        """Let those go on for whom there is room, in order."""
+        if self._is_looking:  # what goes on may end at once, and so come here
+            return
+        self._is_looking = True
+        try:
+            for one in tuple(self._waiting):
+                if one in self._waiting and not self._lets_on(one):
+                    return
+        finally:
+            self._is_looking = False
+
+    def _lets_on(self, one: Waiting) -> bool:
+        try:
+            return one.on_room()
+        except Exception:  # as in Poller: a bug must cost one session, not those behind it
+            log.exception("relay.bug while waiting for a server")
+            one.on_bug()
+            return True
+
+    def _arm(self) -> None:
+        if not self._is_armed:
+            self._is_armed = True
+            self._loop.call_later(TICK_S, self._on_tick)
+
+    def _on_tick(self) -> None:
+        self._is_armed = False
+        self._poller.read_clock()
+        self.look()
+        if self._waiting:
+            self._arm()
+
+
+class Servers:
+    """All servers that the sessions of this worker have to do with.
+
+    ``alarm`` is the row whose first word counts failed connects to servers of any group.
+    """
+
+    __slots__ = ("_loop", "_poller", "_pools", "_queues", "_restrictions", "alarm")
+
+    def __init__(self, loop: Clock, poller: Poller, restrictions: Restrictions) -> None:
+        self._loop = loop
+        self._poller = poller
+        self._restrictions = restrictions
+        self._pools: Mapping[str, Pool] | None = None
+        self._queues: dict[int, Queue] = {}
+        self.alarm: Row = new_row()
+
+    def apply(self, pools: Mapping[str, Pool], sessions: Iterable[Served]) -> None:
+        """Choose servers as these pools do, by the names of their rules, from now on.
+
+        Sessions that have a server keep it, and are counted as its group wants it now.
+        """
+        self._pools = pools
+        for session in sessions:
+            if session.server is not None:
+                session.server = self.as_in_force(session.pool, session.server)
+        self._queues = {row: queue for row, queue in self._queues.items() if queue}
+
+    def in_force(self, pool: Pool) -> Pool | None:
+        """What chooses for the rule of a pool now; None if that is not served so any more."""
+        if self._pools is None:
+            return pool
+        now = self._pools.get(pool.rule.name)
+        if now is pool.origin:
+            return pool
+        if now is None or now.balancer is None or now.rule.protocol is not pool.rule.protocol:
+            return None
+        return now.at(pool.offset)
+
+    def as_in_force(self, pool: Pool, server: Server) -> Server:
+        """A server that a session of ``pool`` has, as its group knows it now."""
+        now = self.in_force(pool)
+        if now is None or now.balancer is None or now.balancer is pool.balancer:
+            return server
+        return now.balancer.take_over(server)
+
+    def queue(self, balancer: Balancer) -> Queue:
+        """Where sessions of a group wait."""
+        queue = self._queues.get(balancer.row)
+        if queue is None:
+            queue = Queue(balancer.row, self._loop, self._poller, self._restrictions)
+            self._queues[balancer.row] = queue
+        return queue
+
+    # -- counting
+
+    def on_taken(self, server: Server) -> None:
+        """A session was given this server by its balancer."""
+        counts = server.counts
+        counts[SESSIONS_TOTAL] += 1
+        counts[SESSIONS] += 1
+
+    def on_worked(self, server: Server, seconds: float) -> None:
+        """A server was connected to, or has answered, after so many seconds."""
+        server.counts[connect_bucket(seconds)] += 1
+
+    def on_failed(self, server: Server) -> None:
+        """No address of a server could be connected to, or it refuses datagrams."""
+        server.counts[CONNECTS_FAILED] += 1
+        self.alarm[SESSIONS] += 1
+
+    def give_back(self, balancer: Balancer, server: Server) -> None:
+        """A session has this server no longer; it is free when the batch at hand is over."""
+        self._poller.defer(partial(self.let_go, balancer, server))
+
+    def let_go(self, balancer: Balancer, server: Server) -> None:
+        """A session has this server no longer, and its sockets are closed."""
+        server.counts[SESSIONS] -= 1
+        balancer.let_go(server)
+        if self._queues:
+            queue = self._queues.get(balancer.row)
+            if queue:
+                queue.look()
