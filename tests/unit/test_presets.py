@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import re
+import struct
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from forwarder.config import presets
+from forwarder.config.check_values import parse_bytes
 from forwarder.config.model import Check, CheckKind
 
 DNS_UDP, DNS_TCP = presets.dns(is_udp=True), presets.dns(is_udp=False)
-# As recorded: redis 7.0, PostgreSQL 15, MariaDB 10.11, unbound 1.17, dnsmasq 2.90 without a server.
-MARIADB = b"d\x00\x00\x00\n5.5.5-10.11.19-MariaDB-0+deb12u1\x00\x03\x00\x00\x00})O2LhHn\x00\xfe\xf7"
-BLOCKED = b"D\x00\x00\x00\xffi\x04Host '10.0.0.1' is blocked because of many connection errors"
+# As recorded: redis 7.0, PostgreSQL 15, Postfix 3.7, unbound 1.17, dnsmasq 2.90 without a server.
 UNBOUND = b"fw\x85\x80\x00\x01\x00\x01\x00\x00\x00\x00\x00\x00\x02\x00\x01"
 REFUSED = b"fw\x81\x85\x00\x01\x00\x00\x00\x00\x00\x00\x00\x00\x02\x00\x01"
 SERVFAIL = b"fw\x81\x82\x00\x01\x00\x00\x00\x00\x00\x00\x00\x00\x02\x00\x01"
@@ -39,7 +40,6 @@ def is_good(check: Check, answer: bytes) -> bool:
             [b"421 4.3.2 too busy\r\n", b"554 no\r\n220 x", b"220"],
         ),
         (presets.PRESETS["pgsql"], [b"N", b"S"], [b"E\x00\x00\x00(could not fork", b"HTTP", b""]),
-        (presets.PRESETS["mysql"], [MARIADB], [BLOCKED, MARIADB[1:], b"5.5.5\n"]),
         (DNS_UDP, [UNBOUND, REFUSED], [SERVFAIL, DNS_UDP.send, UNBOUND[1:], UNBOUND[:3]]),
         (
             DNS_TCP,
@@ -47,7 +47,7 @@ def is_good(check: Check, answer: bytes) -> bool:
             [b"\x00\x11" + SERVFAIL, DNS_TCP.send, UNBOUND],
         ),
     ],
-    ids=["redis", "smtp", "pgsql", "mysql", "dns by UDP", "dns by TCP"],
+    ids=["redis", "smtp", "pgsql", "dns by UDP", "dns by TCP"],
 )
 def test_an_answer_is_good_or_bad(check: Check, good: list[bytes], bad: list[bytes]) -> None:
     assert [is_good(check, answer) for answer in good] == [True] * len(good)
@@ -59,8 +59,7 @@ def test_what_is_sent_is_as_the_protocols_have_it() -> None:
     # SSLRequest: eight bytes, of which the last four are 80877103.
     sent = presets.PRESETS["pgsql"].send
     assert (int.from_bytes(sent[:4]), int.from_bytes(sent[4:])) == (8, 80877103)
-    # Servers of these two speak first.
-    assert presets.PRESETS["smtp"].send == presets.PRESETS["mysql"].send == b""
+    assert presets.PRESETS["smtp"].send == b""  # its servers speak first
     # One question, for the root, of type NS and class IN; recursion is desired.
     question = DNS_UDP.send
     assert (question[2:12], question[12:]) == (
@@ -68,6 +67,23 @@ def test_what_is_sent_is_as_the_protocols_have_it() -> None:
         bytes([0, 0, 2, 0, 1]),
     )
     assert DNS_TCP.send == len(question).to_bytes(2) + question
+
+
+def test_a_check_of_mysql_is_not_seen_by_the_server() -> None:
+    """It would block this host, and so all clients."""
+    assert presets.PRESETS["mysql"] == Check(kind=CheckKind.TCP)
+
+
+def test_the_login_of_the_documentation_is_one() -> None:
+    """As MariaDB has it: a response to its greeting, of a user without a password, and goodbye."""
+    page = (Path(__file__).parents[2] / "docs/configuration.md").read_text()
+    found = re.search(r"^send = '(\+.*)'$", page, re.MULTILINE)
+    assert found is not None
+    sent = parse_bytes(found[1])
+    long_password, protocol_41, secure_connection, utf8 = 0x1, 0x200, 0x8000, 33
+    flags = long_password | protocol_41 | secure_connection
+    login = struct.pack("<IIB23x", flags, 1 << 24, utf8) + b"forwarder\0\0"
+    assert sent == struct.pack("<I", len(login) | 1 << 24) + login + b"\x01\0\0\0\x01"
 
 
 @given(st.integers(0, 255))
