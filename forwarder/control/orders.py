@@ -220,7 +220,7 @@ def _read_one(found: object, place: str) -> tuple[Server, Order]:
         names.append(name)
     group, server, by = names
     what, resets, weight, at = (found.get(key) for key in ("what", "reset", "weight", "at"))
-    if what not in {"drain", "disable", "weight"}:
+    if what not in ("drain", "disable", "weight"):
         raise NonsenseError(f"{place}.what: {_shown(what)} is none of drain, disable, weight")
     if not isinstance(resets, bool):
         raise NonsenseError(f"{place}.reset: {_shown(resets)} is neither true nor false")
@@ -261,7 +261,8 @@ def find(word: str, known: Collection[str]) -> list[str]:
     if word in known:
         return [word]
     of_host = [name for name in known if host_of(name) == word]
-    part = re.compile(rf"(?<!\w){re.escape(word)}(?!\w)")
+    # A word that begins or ends with a sign ends there by itself.
+    part = re.compile(rf"(?:(?<!\w)|(?!\w)){re.escape(word)}(?:(?!\w)|(?<!\w))")
     return of_host or [name for name in known if part.search(name)]
 
 
