@@ -21,7 +21,7 @@ import random
 import socket
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 from forwarder.balancing.choose import First, Hash, Least, Random, Turn, indices, mask_of
 from forwarder.balancing.table import CUTS, FULL, ORDER, SINCE_NS, STATE, Standing
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from forwarder.balancing.choose import Chooser
     from forwarder.balancing.table import ServerTable
     from forwarder.config.model import Group, Upstream
-    from forwarder.limits.gate import Holdings
+    from forwarder.limits.gate import Gate, Holder
     from forwarder.net.sockets import SockAddr
     from forwarder.stats.rows import Row
 
@@ -44,44 +44,6 @@ if TYPE_CHECKING:
 RETURN_S: Final = 10.0
 _NOT_USABLE: Final = frozenset({Standing.DOWN, Standing.EJECTED})
 _BY_SESSIONS: Final = frozenset({Balance.LEAST, Balance.RANDOM})
-
-
-class Counting(Protocol):
-    """The gate, see :class:`forwarder.limits.gate.Gate`; the last two under its lock."""
-
-    def sessions(self, row: int) -> int:
-        """How many sessions a server has."""
-
-    def unlock(self) -> None:
-        """Let the others decide."""
-
-    def take_server(self, mine: Holdings, row: int) -> None:
-        """Count a session of a server."""
-
-    def leave_server(self, mine: Holdings, row: int) -> None:
-        """A session of a server that was counted has ended."""
-
-
-class Owing(Protocol):
-    """The gate as one worker uses it, see :class:`forwarder.limits.gate.Holder`."""
-
-    mine: Holdings
-
-    @property
-    def gate(self) -> Counting:
-        """The gate itself."""
-
-    def __enter__(self) -> Counting:
-        """Begin to decide alone, and count what is owed. Raises Busy."""
-
-    def __exit__(self, *_: object) -> None:
-        """Let the others decide."""
-
-    def take_server(self, row: int) -> None:
-        """Owe a session of a server."""
-
-    def leave_server(self, row: int) -> None:
-        """Owe the end of one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +57,7 @@ class Surroundings:
 
     table: ServerTable
     row_of: Callable[[int], Row]
-    holder: Owing
+    holder: Holder
     settle_soon: Callable[[], None]
     part: float = 0.0
     draw: Callable[[], float] = random.random
@@ -318,7 +280,7 @@ class Balancer:
         except Busy:
             return self._take_uncertain(chooser, allowed, key)
 
-    def _is_full(self, gate: Counting, server: Server) -> bool:
+    def _is_full(self, gate: Gate, server: Server) -> bool:
         limit = self._limits[server.index]
         return limit > 0 and gate.sessions(server.row) >= limit
 

@@ -9,9 +9,9 @@ from forwarder.balancing.balancer import Balancer, Surroundings
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from forwarder.balancing.balancer import Owing
     from forwarder.balancing.table import ServerTable
     from forwarder.config.model import Group, Rule, Upstream
+    from forwarder.limits.gate import Holder
     from forwarder.stats.rows import Row
 
 
@@ -33,7 +33,7 @@ class Balancers:
         self,
         table: ServerTable,
         row_of: Callable[[int], Row],
-        holder: Owing,
+        holder: Holder,
         settle_soon: Callable[[], None],
     ) -> None:
         """See :class:`Surroundings`."""
