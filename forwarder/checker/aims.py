@@ -35,6 +35,15 @@ class Unknown(Exception):  # noqa: N818 - no fault
         self.is_ours = is_ours
 
 
+def is_fixed(upstream: Upstream, checked: Checked) -> bool:
+    """Whether :func:`aims_at` has always the same to say of a server."""
+    end = upstream.end
+    has_zone = checked.source is not None and "%" in checked.source
+    if isinstance(end, UnixAddress):
+        return not has_zone
+    return end.is_literal and "%" not in end.host and not has_zone
+
+
 def aims_at(
     upstream: Upstream, checked: Checked, check: Check, answer: Callable[[str], Answer | None]
 ) -> list[Aim]:
@@ -42,8 +51,8 @@ def aims_at(
 
     Raises Unknown.
     """
-    # Checks are not made in the name of a client.
-    options = replace(checked.options, transparent=False)
+    # Checks are not made in the name of a client, and last too short for two of the options.
+    options = replace(checked.options, transparent=False, nodelay=False, keepalive=False)
     how = to_connect(options, is_udp=check.kind is CheckKind.UDP)
     return [
         Aim(target, how[target.family], _source(checked.source, target.family), str(upstream))

@@ -30,12 +30,11 @@ from forwarder.balancing.table import (
     Standing,
 )
 from forwarder.checker import passive, standing
-from forwarder.checker.aims import MOST_ADDRESSES, Unknown, aims_at
+from forwarder.checker.aims import MOST_ADDRESSES, Unknown, aims_at, is_fixed
 from forwarder.checker.messages import News
 from forwarder.checker.outcome import Outcome
 from forwarder.checker.plan import Plan
 from forwarder.checker.probes import agent, command, http, tcp, tls, udp
-from forwarder.config.address import UnixAddress
 from forwarder.config.model import CheckKind
 from forwarder.system.daemonlog import warn_rarely
 from forwarder.system.printable import field
@@ -73,10 +72,10 @@ class Server:
 
     __slots__ = (
         "aims",
-        "aims_by",
         "began_at",
         "checked",
         "is_disabled",
+        "is_fixed",
         "left",
         "name",
         "probe",
@@ -97,7 +96,7 @@ class Server:
         self.is_disabled = False
         self.row: Row = ()  # failed connects
         self.aims: list[Aim] = []
-        self.aims_by: object = None  # what they were worked out from; None if it must be done again
+        self.is_fixed = is_fixed(upstream, checked)  # its addresses stay as they are
         self.left: list[Aim] = []  # to be tried by the check that is under way
         self.probe: Probe | None = None
         self.began_at = 0.0
@@ -188,11 +187,9 @@ class Checks:
     def _adapt(self, server: Server, upstream: Upstream, checked: Checked) -> None:
         """The same server, perhaps configured in another way."""
         old, server.checked, server.upstream = server.checked, checked, upstream
-        if old.group == checked.group and old.options == checked.options:
-            if old.source != checked.source:
-                server.aims_by = None
+        if old == checked:
             return
-        server.aims_by = None
+        server.aims, server.is_fixed = [], is_fixed(upstream, checked)
         self._change(server, standing.adapted(server.state, checked.group, self._loop.now))
         if old.group.check != checked.group.check:
             self._stop(server)
@@ -274,19 +271,16 @@ class Checks:
         self._try_next(server)
 
     def _aims(self, server: Server) -> list[Aim]:
-        """The addresses of a server, the last one first that was good."""
-        check, end = server.check, server.upstream.end
+        """The addresses of a server, the last one first that was good. Raises Unknown."""
+        check, aims = server.check, server.aims
         assert check is not None  # noqa: S101 - only those are planned
-        is_fixed = isinstance(end, UnixAddress) or (end.is_literal and "%" not in end.host)
-        by = is_fixed or (None if isinstance(end, UnixAddress) else self._answer(end.host))
-        if server.checked.source and "%" in server.checked.source:
-            by = None
-        if server.aims_by is None or by is not server.aims_by:
-            good = server.aims[0].target if server.aims else None
+        if not (aims and server.is_fixed):
+            good = aims[0].target if aims else None
             aims = aims_at(server.upstream, server.checked, check, self._answer)
-            server.aims = sorted(aims, key=lambda aim: aim.target != good)
-            server.aims_by = by
-        return list(server.aims)
+            if len(aims) > 1:
+                aims.sort(key=lambda aim: aim.target != good)
+            server.aims = aims
+        return aims[:]
 
     def _try_next(self, server: Server) -> None:
         check = server.check
