@@ -55,6 +55,7 @@ HAS_ORDER: Final = 1 << 32
 DRAINS: Final = 1 << 33  # no new sessions
 DISABLED: Final = 1 << 34  # and no checks
 CUTS: Final = 1 << 35  # and its sessions are reset
+_ALL: Final = (1 << 64) - 1
 _WEIGHT: Final = (1 << 16) - 1  # used if HAS_WEIGHT
 HAS_WEIGHT: Final = 1 << 36
 
@@ -126,7 +127,8 @@ class ServerTable:
 
     def count(self, seat: int, which: int) -> None:
         """Count one more of something: CHECKS_PASSED, CHECKS_FAILED or EJECTIONS."""
-        self.words[seat * SEAT_WORDS + which] += 1
+        at = seat * SEAT_WORDS + which
+        self.words[at] = (self.words[at] + 1) & _ALL  # a predecessor may have left anything
 
     # -- everybody
 

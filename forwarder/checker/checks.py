@@ -26,7 +26,6 @@ from forwarder.balancing.table import (
     ORDER,
     ORDERS,
     SINCE_NS,
-    STATE,
     Standing,
 )
 from forwarder.checker import passive, standing
@@ -173,10 +172,10 @@ class Checks:
     def _first_seen(self, upstream: Upstream, seat: int, checked: Checked) -> Server:
         """A server that this process knows nothing of; another one may have known it."""
         table, group, now = self._table, checked.group, self._loop.now
-        since_ns = table.word(seat, SINCE_NS)
+        since_ns = min(table.word(seat, SINCE_NS), int(now * _NS))
         if since_ns:
             was_checked = table.word(seat, CHECKS_PASSED) + table.word(seat, CHECKS_FAILED) > 0
-            found = Standing(table.word(seat, STATE))
+            found = table.standing(seat)
             state = standing.resumed(found, since_ns / _NS, group, now, is_checked=was_checked)
         else:
             state = standing.first(group, now)
