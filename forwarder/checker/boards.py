@@ -6,7 +6,7 @@ board says.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from forwarder.stats.board import ROWS
 from forwarder.stats.rows import (
@@ -18,12 +18,22 @@ from forwarder.stats.rows import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
-    from forwarder.checker.checks import Checks, Server
+    from forwarder.checker.checks import Server
     from forwarder.stats.board import Board
 
 _NOTHING: Final = (0, 0)
+
+
+class Concerned(Protocol):
+    """Whom failed connects concern, see :class:`forwarder.checker.checks.Checks`."""
+
+    def watched(self) -> Iterator[Server]:
+        """The servers whose failed connects count."""
+
+    def on_connects(self, server: Server, failed: int, worked: int, *, is_first: bool) -> bool:
+        """So many connects have failed and worked. Returns whether to look again soon."""
 
 
 class _Seen:
@@ -39,7 +49,7 @@ class _Seen:
 class Boards:
     """The boards of the workers that live."""
 
-    def __init__(self, checks: Checks) -> None:
+    def __init__(self, checks: Concerned) -> None:
         """What is found goes to ``checks``."""
         self._checks = checks
         self._boards: dict[int, _Seen] = {}
