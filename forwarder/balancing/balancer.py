@@ -196,7 +196,7 @@ class Balancer:
 
     def _chooser(self) -> Chooser:
         balance, part = self.group.balance, self._surroundings.part
-        sessions = self._surroundings.holder.gate.sessions
+        sessions = self._surroundings.holder.gate.sessions_by_row
         rows = [server.row for server in self.servers]
         match balance:
             case Balance.TURN:

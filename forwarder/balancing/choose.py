@@ -164,10 +164,8 @@ class Least:
 
     __slots__ = ("_last", "_mask", "_members", "_pairs", "_part", "_rows", "_sessions")
 
-    def __init__(
-        self, sessions: Callable[[int], int], rows: Sequence[int], part: float = 0.0
-    ) -> None:
-        """``sessions`` says how many a row has, ``rows`` which one each server has.
+    def __init__(self, sessions: Sequence[int], rows: Sequence[int], part: float = 0.0) -> None:
+        """``sessions`` is how many each row has now, ``rows`` which one each server has.
 
         ``part`` is as for :class:`Turn`.
         """
@@ -195,7 +193,7 @@ class Least:
         """See :class:`Chooser`."""
         del key
         sessions = self._sessions
-        loads = [(sessions(row) + 1) / weight for row, weight in self._pairs]
+        loads = [(sessions[row] + 1) / weight for row, weight in self._pairs]
         if allowed != self._mask:
             for place, index in enumerate(self._members):
                 if not allowed >> index & 1:
@@ -216,7 +214,7 @@ class Random:
     __slots__ = ("_draw", "_mask", "_members", "_rows", "_sessions", "_sums", "_weights")
 
     def __init__(
-        self, sessions: Callable[[int], int], rows: Sequence[int], draw: Callable[[], float]
+        self, sessions: Sequence[int], rows: Sequence[int], draw: Callable[[], float]
     ) -> None:
         """``draw`` returns a number from 0 to less than 1; the others are as for :class:`Least`."""
         self._sessions = sessions
@@ -254,7 +252,7 @@ class Random:
             drawn += weight
         other = members[bisect_right(sums, drawn)]
         sessions, rows = self._sessions, self._rows
-        if (sessions(rows[other]) + 1) * weight < (sessions(rows[one]) + 1) * weights[other]:
+        if (sessions[rows[other]] + 1) * weight < (sessions[rows[one]] + 1) * weights[other]:
             return other
         return one
 
@@ -267,7 +265,7 @@ class Hash:
     changes between two others. Clients without an address are taken in turn.
     """
 
-    __slots__ = ("_known", "_mask", "_members", "_prefix", "_seeds", "_turn")
+    __slots__ = ("_is_even", "_known", "_mask", "_members", "_prefix", "_seeds", "_turn")
 
     def __init__(
         self, names: Sequence[str], prefix: tuple[int, int] = (32, 128), part: float = 0.0
@@ -278,6 +276,7 @@ class Hash:
         self._turn = Turn(part)
         self._mask = 0
         self._members: list[tuple[int, int, int]] = []  # index, seed and weight
+        self._is_even = False  # all weights are the same
         self._known: dict[bytes, int] = {}
 
     def reweigh(self, weights: Sequence[int]) -> None:
@@ -287,6 +286,7 @@ class Hash:
         self._members = [
             (index, self._seeds[index], weight) for index, weight in enumerate(weights) if weight
         ]
+        self._is_even = len({weight for weight in weights if weight}) == 1
         self._known.clear()
 
     def pick(self, allowed: int, key: bytes) -> int:
@@ -305,15 +305,17 @@ class Hash:
 
     def _winner(self, key: bytes, members: Sequence[tuple[int, int, int]]) -> int:
         client = _number_of(network_of(key, self._prefix))
-        best, winner = math.inf, -1
+        best, winner, is_even = -math.inf, -1, self._is_even
         for index, seed, weight in members:
             number = client ^ seed  # the finalizer of splitmix64, by S. Vigna
             number = (number ^ number >> 30) * 0xBF58476D1CE4E5B9 & _64_BITS
             number = (number ^ number >> 27) * 0x94D049BB133111EB & _64_BITS
-            # Exponentially distributed with the weight as rate: the first to arrive wins.
-            arrival = -math.log(((number ^ number >> 31) + 1) * 2.0**-64) / weight
-            if arrival < best:
-                best, winner = arrival, index
+            number ^= number >> 31
+            # -ln(u)/w is exponentially distributed with rate w, so the least of several is that of
+            # each server as often as its weight says. Negated it has the order of the numbers.
+            score = number if is_even else math.log((number + 1) * 2.0**-64) / weight
+            if score > best:
+                best, winner = score, index
         return winner
 
 

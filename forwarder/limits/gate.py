@@ -183,6 +183,11 @@ class Gate:
         """How many sessions a rule or a server has; row 0 is of all rules."""
         return self._rows[row]
 
+    @property
+    def sessions_by_row(self) -> memoryview[int]:
+        """The same of all rows, only to be read."""
+        return self._rows.toreadonly()
+
     def sessions_of(self, key: int) -> int:
         """How many sessions a client has."""
         return self._clients.get(key)

@@ -42,8 +42,8 @@ def all_choosers(size: int, sessions: Sequence[int] | None = None) -> list[Choos
     rows = range(size)
     return [
         Turn(),
-        Least(counts.__getitem__, rows),
-        Random(counts.__getitem__, rows, random.Random(size).random),
+        Least(counts, rows),
+        Random(counts, rows, random.Random(size).random),
         Hash(names_of(size)),
         First(),
     ]
@@ -202,7 +202,7 @@ def test_a_cycle_that_is_too_long_is_not_kept(monkeypatch: pytest.MonkeyPatch) -
 def test_least_fills_up_to_the_weights(weights: list[int], clients: int, had: list[int]) -> None:
     """No session would be better off with another server than with the one that it got."""
     sessions = had[: len(weights)]
-    least = Least(sessions.__getitem__, range(len(weights)))
+    least = Least(sessions, range(len(weights)))
     least.reweigh(weights)
     for _ in range(clients):
         picked = least.pick(mask_of(weights))
@@ -214,7 +214,7 @@ def test_least_fills_up_to_the_weights(weights: list[int], clients: int, had: li
 
 def test_sessions_that_last_are_equally_many() -> None:
     sessions = [0] * 3
-    workers = [Least(sessions.__getitem__, range(3), slot / 4) for slot in range(4)]
+    workers = [Least(sessions, range(3), slot / 4) for slot in range(4)]
     for worker in workers:
         worker.reweigh([1000] * 3)
     chance = random.Random(1)
@@ -224,7 +224,7 @@ def test_sessions_that_last_are_equally_many() -> None:
 
 
 def test_of_equally_many_the_next_one_in_turn() -> None:
-    least = Least(lambda _: 0, range(4))
+    least = Least([0] * 4, range(4))
     least.reweigh([2, 2, 0, 2])
     assert [least.pick(0b1011) for _ in range(7)] == [0, 1, 3, 0, 1, 3, 0]
     least.reweigh([2, 0, 2, 2])  # 1 is gone, 2 has come
@@ -239,7 +239,7 @@ def test_of_equally_many_the_next_one_in_turn() -> None:
 def test_of_two_drawn_the_lesser(weights: list[int], seed: int) -> None:
     """By another way of drawing two: take the first out, then draw again."""
     sessions = [random.Random(seed + 1).randint(0, 3) for _ in weights]
-    chooser = Random(sessions.__getitem__, range(len(weights)), random.Random(seed).random)
+    chooser = Random(sessions, range(len(weights)), random.Random(seed).random)
     chooser.reweigh(weights)
     chance = random.Random(seed)
     for _ in range(20):
@@ -255,7 +255,7 @@ def test_of_two_drawn_the_lesser(weights: list[int], seed: int) -> None:
 
 
 def test_sessions_that_do_not_last_are_drawn_by_weight() -> None:
-    chooser = Random(lambda _: 0, range(3), random.Random(5).random)
+    chooser = Random([0] * 3, range(3), random.Random(5).random)
     chooser.reweigh([1000, 1000, 1000])
     picked = Counter(chooser.pick(0b111) for _ in range(9000))
     assert all(abs(count - 3000) < 6 * math.sqrt(2000) for count in picked.values())
@@ -317,6 +317,14 @@ def test_hashing_honours_weights(weights: list[int]) -> None:
         part = weight / sum(weights)
         due = len(CLIENTS) * part
         assert abs(picked[index] - due) < 4 * math.sqrt(due * (1 - part))
+
+
+def test_the_same_weight_for_all_is_no_weight() -> None:
+    """Whether or not logarithms are needed, the numbers that the servers draw are the same."""
+    even, uneven = Hash(names_of(6)), Hash(names_of(6))
+    even.reweigh([700] * 6)
+    uneven.reweigh([700] * 5 + [701])
+    assert places(even, 0b011111) == places(uneven, 0b011111)
 
 
 def test_more_weight_only_takes_clients() -> None:
