@@ -45,6 +45,8 @@ class _Choice:
     control: str | None
     rule: str | None = None
     client: str | None = None
+    group: str | None = None
+    server: str | None = None
     ids: tuple[str, ...] = ()
 
     @property
@@ -58,7 +60,8 @@ class _Choice:
 
     def asked(self, op: str, ids: tuple[str, ...]) -> dict[str, object]:
         """The request to the instance about them."""
-        return {"op": op, "rule": self.rule, "client": self.client, "ids": list(ids) or None}
+        asked: dict[str, object] = {"op": op, "rule": self.rule, "client": self.client}
+        return {**asked, "group": self.group, "server": self.server, "ids": list(ids) or None}
 
     def parts(self) -> list[tuple[str, ...]]:
         """Ids, as many as one request takes."""
@@ -101,14 +104,46 @@ def _complete_rule(ctx: click.Context, _parameter: click.Parameter, incomplete: 
     return [name for name in names if name.startswith(incomplete)]
 
 
+def _complete_group(ctx: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
+    """Names of groups, as above."""
+    return [name for name in _known(ctx) if name.startswith(incomplete)]
+
+
+def _complete_server(ctx: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
+    """Names of servers, of the group if one was given."""
+    group = ctx.params.get("group")
+    of = [names for name, names in _known(ctx).items() if group in (None, name)]
+    return [name for names in of for name in names if name.startswith(incomplete)]
+
+
+def _known(ctx: click.Context) -> dict[str, list[str]]:
+    control = ctx.params.get("control") or ctx.find_root().params.get("control")
+    try:
+        return _servers(control)
+    except ForwarderError:
+        return {}
+
+
 def _choice_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that choose sessions."""
+    """The options that choose sessions: the parameters of a :class:`_Choice`."""
     for option in (
         click.option(
             "--rule", metavar="NAME", shell_complete=_complete_rule, help="Sessions of one rule."
         ),
         click.option(
             "--client", metavar="PATTERN", help="An address, a network, or one with * and ?."
+        ),
+        click.option(
+            "--group",
+            metavar="NAME",
+            shell_complete=_complete_group,
+            help="Sessions of one group of servers.",
+        ),
+        click.option(
+            "--server",
+            metavar="NAME",
+            shell_complete=_complete_server,
+            help="Sessions of one server of a group, as configured.",
         ),
     )[::-1]:
         command = option(command)
@@ -127,13 +162,14 @@ def _choice_options(command: Callable[..., None]) -> Callable[..., None]:
 )
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON for each session.")
 def sessions_command(
-    control: str | None, rule: str | None, client: str | None, limit: int, *, as_json: bool
+    control: str | None, limit: int, *, as_json: bool, **conditions: str | None
 ) -> None:
     """List open sessions, with the bytes they moved and how long they have been silent."""
-    found = _Choice(control=control, rule=rule, client=client).find(limit)
+    choice = _Choice(control=control, **conditions)  # type: ignore[arg-type]  # options of these names
+    found = choice.find(limit)
     sessions = found.sessions
     if not sessions:
-        _check_rule(control, rule)
+        _check_names(choice)
     for line in map(json.dumps, sessions) if as_json else status.sessions_as_text(sessions):
         click.echo(line)
     if found.is_cut:
@@ -148,26 +184,26 @@ def sessions_command(
 @click.argument("ids", metavar="[ID]...", nargs=-1)
 def kill_command(
     control: str | None,
-    rule: str | None,
-    client: str | None,
     ids: tuple[str, ...],
     *,
     dry_run: bool,
     yes: bool,
+    **conditions: str | None,
 ) -> None:
-    """End open sessions by a reset: by ID, of a rule, of a client. Filters combine with AND.
+    """End open sessions by a reset: by ID, of a rule, a client, a server. Filters combine with AND.
 
     Unless IDs or the address of one client are given, it asks first at a terminal, and needs --yes
     elsewhere.
     """
-    if not ids and rule is None and client is None:
-        raise click.UsageError("give IDs (see `forwarder sessions`), --rule or --client")
-    choice = _Choice(control=control, rule=rule, client=client, ids=ids)
+    if not ids and all(one is None for one in conditions.values()):
+        what = "--rule, --client, --group or --server"
+        raise click.UsageError(f"give IDs (see `forwarder sessions`), {what}")
+    choice = _Choice(control=control, ids=ids, **conditions)
     unknown = _unknown_ids(control, ids)
     if dry_run:
         found = choice.find()
         if not found.sessions:
-            _check_rule(control, rule)
+            _check_names(choice)
         for line in status.sessions_as_text(found.sessions):
             click.echo(line)
         count = len(found.sessions)
@@ -180,7 +216,7 @@ def kill_command(
     if unknown:
         raise ControlError(unknown)
     if not count:
-        _check_rule(control, rule)
+        _check_names(choice)
 
 
 def _confirm(choice: _Choice) -> None:
@@ -215,21 +251,40 @@ def _unknown_ids(control: str | None, ids: tuple[str, ...]) -> str:
     return f"no open session is called {names}; hint: {hint}"
 
 
-def _check_rule(control: str | None, rule: str | None) -> None:
-    """Raise ControlError if no rule has this name.
+def _check_names(choice: _Choice) -> None:
+    """Raise ControlError if there is no rule, group or server of the names that were chosen.
 
-    Call it only if no session was found: sessions of a removed rule are found by its name.
+    Call it only if no session was found: sessions of what was removed are found by its name.
     """
-    if rule is None:
+    if choice.rule is not None:
+        _check_name("rule", choice.rule, _rule_names(choice.control))
+    servers = _servers(choice.control) if choice.group or choice.server else {}
+    if choice.group is not None:
+        _check_name("group", choice.group, list(servers))
+    if choice.server is not None:
+        of = [choice.group] if choice.group else list(servers)
+        _check_name("server", choice.server, [name for one in of for name in servers[one]])
+
+
+def _check_name(what: str, name: str, names: list[str]) -> None:
+    """Raise ControlError if a name is none of these."""
+    if name in names:
         return
-    names = _rule_names(control)
-    if rule in names:
-        return
-    near = most_like(rule, names, 3, 0.5)
+    near = most_like(name, names, 3, 0.5)
     more = len(names) - _MOST_NAMED
     known = ", ".join(names[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are: {known}"
-    raise ControlError(f"no rule is called {rule!r}; hint: {hint}")
+    if not names:
+        hint = "no rule has upstreams to choose from"
+    raise ControlError(f"no {what} is called {name!r}; hint: {hint}")
+
+
+def _servers(control: str | None) -> dict[str, list[str]]:
+    """The servers of each group of the instance. Raises ControlError."""
+    found = ask(control, {"op": "upstreams"}, STATUS_TIMEOUT_S).get("groups")
+    groups = found if isinstance(found, list) else []
+    tables = [group for group in groups if isinstance(group, dict)]
+    return {str(group.get("name")): status.servers_in(group) for group in tables}
 
 
 def _rule_names(control: str | None) -> list[str]:

@@ -29,7 +29,7 @@ def as_text(status: Mapping[str, object], now: float) -> list[str]:
         f"{as_bytes(_count(rates, 'bytes_c2u_per_s'))}/s to upstreams, "
         f"{as_bytes(_count(rates, 'bytes_u2c_per_s'))}/s to clients",
         *(
-            f"predecessor pid {one.get('pid')} drains, {_sessions(_count(one, 'sessions'))}"
+            f"predecessor pid {one.get('pid')} drains, {sessions(_count(one, 'sessions'))}"
             for one in map(_table, _list(status.get("predecessors")))
         ),
         "",
@@ -100,7 +100,7 @@ def groups_as_text(groups: Sequence[object], now: float) -> list[str]:
     if not rows:
         return []
     waiting = [
-        f"group {group.get('name')}: {_sessions(_count(group, 'waiting'))} wait for a server"
+        f"group {group.get('name')}: {sessions(_count(group, 'waiting'))} wait for a server"
         for group in map(_table, groups)
         if _count(group, "waiting")
     ]
@@ -155,7 +155,7 @@ def order_as_text(answer: Mapping[str, object], now: float) -> list[str]:
             said = said.rpartition(" by ")[0] or said
         if server.get("state") not in {"up", "absent"}:
             said += f", {server.get('state')}"
-        count = _sessions(_count(server, "sessions"))
+        count = sessions(_count(server, "sessions"))
         lines.append(f"{answer.get('group')} {server.get('server')}: {said}, {count}")
     return lines
 
@@ -180,23 +180,30 @@ def stop_as_text(answer: Mapping[str, object]) -> str:
     return f"stopped: {ended} ended, {cut} reset after {after_s:.{0 if after_s >= 10 else 1}f} s"
 
 
-def _sessions(count: int) -> str:
+def sessions(count: int) -> str:
+    """A number of sessions, for people."""
     return f"{count} session{'' if count == 1 else 's'}"
 
 
 def sessions_as_text(sessions: Sequence[object]) -> list[str]:
-    """Sessions as lines for people."""
+    """Sessions as lines for people; with their servers if some are of a group."""
+    found = list(map(_table, sessions))
+    has_groups = any(session.get("group") for session in found)
+    columns, more = list(_SESSION_COLUMNS), ["group", "server"] if has_groups else []
+    columns[4:4] = more
     rows = [
         [
-            *(str(session.get(key)) for key in ("id", "rule", "client", "upstream", "state")),
+            *(str(session.get(key)) for key in ("id", "rule", "client", "upstream")),
+            *(str(session.get(key) or "-") for key in more),
+            str(session.get("state")),
             as_bytes(_count(session, "bytes_c2u")),
             as_bytes(_count(session, "bytes_u2c")),
             as_duration(_number(session.get("age_s"))),
             as_duration(_number(session.get("idle_s"))),
         ]
-        for session in map(_table, sessions)
+        for session in found
     ]
-    return _columns(_SESSION_COLUMNS, rows)
+    return _columns(columns, rows)
 
 
 def as_duration(seconds: float) -> str:

@@ -198,18 +198,27 @@ def _order(
 def _wait(control: str | None, group: str, servers: list[str], timeout: float | None) -> None:
     """Return when servers have no session left. Raises ControlError."""
     until = math.inf if timeout is None else time.monotonic() + timeout
-    while left := _sessions(control, group, servers):
+    while left := _left(control, group, servers):
         rest = until - time.monotonic()
         if rest <= 0:
-            what = f"{left} session{'' if left == 1 else 's'}"
-            raise ControlError(f"after {timeout:g} s {what} are left; the order stays")
+            raise ControlError(f"after {timeout:g} s {left}; the order stays")
         time.sleep(min(_LOOK_S, rest))
 
 
-def _sessions(control: str | None, group: str, servers: list[str]) -> int:
-    """How many sessions servers have."""
+def _left(control: str | None, group: str, servers: list[str]) -> str:
+    """What sessions servers have, for people; "" if none are left, not in old instances either."""
     found = next((one for one in _groups(control) if one.get("name") == group), {})
-    return status.sessions_of(found, servers)
+    count = status.sessions_of(found, servers)
+    if count:
+        return f"there {'is' if count == 1 else 'are'} still {status.sessions(count)}"
+    for server in servers:  # what old instances have is not counted in ours
+        asked: dict[str, object] = {"op": "sessions", "group": group, "server": server, "limit": 1}
+        answer = ask(control, asked, STATUS_TIMEOUT_S)
+        if answer.get("sessions"):
+            return "there are still sessions in an instance that drains"
+        if answer.get("silent"):
+            return "a worker does not answer"
+    return ""
 
 
 def _unknown_group(group: str, known: list[str]) -> ControlError:

@@ -46,6 +46,8 @@ LOOK_S: Final = 1.0  # how often to see whether the name of the default place is
 MAX_COUNT: Final = 1 << 32  # no worker has that many sessions
 STOPPING: Final = "the forwarder is stopping"
 UNDER_WAY: Final = "an upgrade is under way; ask the new one when it serves"
+# What sessions may be chosen by; those that meet each one that is given.
+CONDITIONS: Final = ("ids", "rule", "client", "group", "server")
 # A question to the workers has to fit into a message to each of them.
 MAX_CHOICE_BYTES: Final = 24 * 1024
 _COUNT: Final = re.compile(r"[+-]?[0-9]{1,4}")
@@ -97,22 +99,23 @@ def new_size(text: str, size: int) -> int | None:
 
 
 def read_choice(message: Message) -> tuple[Message, int]:
-    """Which sessions a client asks for (ids, rule, client), and how many. Raises ValueError."""
-    ids, rule, client = (message.get(key) for key in ("ids", "rule", "client"))
+    """Which sessions a client asks for, see CONDITIONS, and how many. Raises ValueError."""
+    choice: Message = {key: message.get(key) for key in CONDITIONS}
+    ids, client = choice["ids"], choice["client"]
     limit = message.get("limit", MAX_LISTED)
     if ids is not None and not (isinstance(ids, list) and all(isinstance(i, str) for i in ids)):
         raise ValueError("ids is a list of texts, as `forwarder sessions` shows them")
-    if not (rule is None or isinstance(rule, str)):
-        raise ValueError("rule is the name of a rule, a text")
+    for key in ("rule", "group", "server"):
+        if not (choice[key] is None or isinstance(choice[key], str)):
+            raise ValueError(f"{key} is the name of a {key}, a text")
     if not (client is None or isinstance(client, str)):
         raise ValueError("client is an address, a network or a text with * and ?")
     if isinstance(client, str):
         parse_pattern(client)  # its error is a ValueError that says what is wrong
     if not isinstance(limit, int) or isinstance(limit, bool) or not 1 <= limit <= MAX_LISTED:
         raise ValueError(f"limit is a number from 1 to {MAX_LISTED}")
-    choice: Message = {"ids": ids, "rule": rule, "client": client}
     if len(json.dumps(choice)) > MAX_CHOICE_BYTES:
-        raise ValueError(f"ids, rule and client have more than {MAX_CHOICE_BYTES} bytes together")
+        raise ValueError(f"the conditions have more than {MAX_CHOICE_BYTES} bytes together")
     return choice, limit
 
 
@@ -296,12 +299,13 @@ class Requests:
                 {**choice, "limit": limit + 1},
                 lambda found, silent: reply(_listing(found, silent, limit)),
             )
-        elif any(choice[key] is not None for key in ("ids", "rule", "client")):
+        elif any(one is not None for one in choice.values()):
             self._instance.kill_sessions(
                 choice, lambda found, silent: reply(_killed(found, silent))
             )
         else:
-            reply(refusal("kill wants ids, a rule or a client: it does not end all sessions"))
+            what = ", ".join(CONDITIONS)
+            reply(refusal(f"kill wants one of {what}: it does not end all sessions"))
 
     def _order(self, message: Message, reply: Reply, uid: int) -> None:
         try:

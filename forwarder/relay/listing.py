@@ -20,20 +20,23 @@ class Choice:
     """Sessions that meet each condition that is not None.
 
     ``ids`` are those of :func:`identify`, ``client`` is an access pattern, ``rule`` a name.
+    ``group`` is the name of a group, ``server`` one of a server, as configured.
     """
 
     ids: frozenset[str] | None = None
     rule: str | None = None
     client: str | None = None
+    group: str | None = None
+    server: str | None = None
 
     @classmethod
     def read(cls, message: Mapping[str, object]) -> Choice:
         """The choice in a message of the master, which has checked it."""
-        ids, rule, client = (message.get(key) for key in ("ids", "rule", "client"))
+        ids = message.get("ids")
+        texts = {key: message.get(key) for key in ("rule", "client", "group", "server")}
         return cls(
             ids=frozenset(map(str, ids)) if isinstance(ids, list) else None,
-            rule=rule if isinstance(rule, str) else None,
-            client=client if isinstance(client, str) else None,
+            **{key: text for key, text in texts.items() if isinstance(text, str)},
         )
 
     def of(self, sessions: Iterable[Session]) -> Iterator[Session]:
@@ -44,6 +47,10 @@ class Choice:
                 continue
             if self.rule is not None and session.pool.rule.name != self.rule:
                 continue
+            if self.group is not None and group_of(session) != self.group:
+                continue
+            if self.server is not None and server_of(session) != self.server:
+                continue
             address = session.client_address
             # Clients of unix sockets have no address that a pattern could match.
             if is_client is None or (isinstance(address, tuple) and is_client(address[0])):
@@ -53,6 +60,16 @@ class Choice:
 def identify(session: Session) -> str:
     """The id of a session: unique on this machine while its worker lives."""
     return f"{session.relay.pid}.{session.id}"
+
+
+def group_of(session: Session) -> str | None:
+    """The name of the group that a session has its server from; None if there was no choice."""
+    return session.pool.rule.group_name if session.pool.balancer is not None else None
+
+
+def server_of(session: Session) -> str | None:
+    """The server of a session, as configured; None if it has none, or none of a group."""
+    return session.server.name if session.server is not None else None
 
 
 def denied_sessions(
@@ -88,6 +105,8 @@ def describe(session: Session, now: float) -> dict[str, object]:
         "rule": session.pool.rule.name,
         "client": client_text(session.client_address),
         "upstream": str(session.target) if session.target else None,
+        "group": group_of(session),
+        "server": server_of(session),
         "state": session.state.value,
         "bytes_c2u": session.c2u.moved,
         "bytes_u2c": session.u2c.moved,

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from forwarder.control.orders import Action, Wanted
 from forwarder.control.path import ControlListener
 from forwarder.control.protocol import MAX_ANSWER_BYTES
-from forwarder.control.requests import Requests, new_size
+from forwarder.control.requests import CONDITIONS, Requests, new_size
 from forwarder.control.server import (
     IDLE_S,
     MAX_CLIENTS,
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from forwarder.control.orders import Wanted
     from forwarder.control.server import Message, Reply
     from forwarder.ipc.questions import Answered
 
@@ -271,7 +271,7 @@ def test_a_listing_says_whether_there_is_more() -> None:
     instance = Instance()
     cut = answer_to({"op": "sessions", "limit": 2, "rule": "a"}, instance)
     assert cut == {"ok": True, "sessions": [{"id": 1}, {"id": 2}], "is_cut": True, "silent": [7]}
-    assert instance.choice == {"ids": None, "rule": "a", "client": None, "limit": 3}
+    assert instance.choice == {**dict.fromkeys(CONDITIONS), "rule": "a", "limit": 3}
     assert answer_to({"op": "sessions", "limit": 3})["is_cut"] is False
 
 
@@ -288,6 +288,8 @@ def test_killing_says_how_many_and_wants_to_know_which() -> None:
         {"ids": [1]},
         {"rule": 7},
         {"client": 7},
+        {"group": 7},
+        {"server": ["a"]},
         {"client": "10.0.0.0/33"},
         {"limit": 0},
         {"limit": True},
@@ -328,3 +330,53 @@ def test_a_question_is_answered_when_all_have_spoken_died_or_time_is_up() -> Non
     questions.expire(0.0)
     assert heard[1:] == [([], [1]), ([], [])]
     assert questions.deadline is None
+
+
+ORDER: dict[str, object] = {"op": "upstream", "what": "drain", "group": "pg", "servers": ["a", "b"]}
+
+
+def test_an_order_is_passed_on_with_who_gives_it() -> None:
+    instance = Instance()
+    assert answer_to({**ORDER, "reset": True}, instance) == {"ok": True}
+    assert instance.ordered == (
+        Wanted(action=Action.DRAIN, group="pg", servers=("a", "b"), cuts=True),
+        1000,
+    )
+    assert answer_to({**ORDER, "what": "weight", "weight": 0}, instance) == {"ok": True}
+    assert instance.ordered[0].weight == 0
+    instance.problem = "no such server"
+    assert answer_to(ORDER, instance) == {"ok": False, "error": "no such server"}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"what": "stop"}, "what is one of drain, disable, enable, weight"),
+        ({"what": ["drain"]}, "what is one of drain, disable, enable, weight"),
+        ({"what": None}, "what is one of drain, disable, enable, weight"),
+        ({"group": 7}, "group is the name of a group, a text"),
+        ({"servers": "a"}, "servers is a list of texts, as `forwarder upstream list` shows them"),
+        ({"servers": []}, "servers is a list of texts, as `forwarder upstream list` shows them"),
+        ({"servers": [""]}, "servers is a list of texts, as `forwarder upstream list` shows them"),
+        ({"reset": 1}, "reset is true or false, for drain and disable"),
+        ({"what": "enable", "reset": True}, "reset is true or false, for drain and disable"),
+        ({"weight": 1}, "weight is a number from 0 to 256, for weight alone"),
+        ({"what": "weight"}, "weight is a number from 0 to 256, for weight alone"),
+        (
+            {"what": "weight", "weight": 257},
+            "weight is a number from 0 to 256, for weight alone",
+        ),
+        (
+            {"what": "weight", "weight": True},
+            "weight is a number from 0 to 256, for weight alone",
+        ),
+    ],
+)
+def test_an_order_that_makes_no_sense_is_refused(wrong: Message, why: str) -> None:
+    instance = Instance()
+    assert answer_to({**ORDER, **wrong}, instance) == {"ok": False, "error": why}
+    assert not hasattr(instance, "ordered")
+
+
+def test_groups_are_described_alone() -> None:
+    assert answer_to({"op": "upstreams"}) == {"ok": True, "groups": [{"name": "pg"}]}
