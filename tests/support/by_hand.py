@@ -8,23 +8,31 @@ import socket
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from forwarder.config.address import Address
-from forwarder.config.model import AccessRule, Protocol, RelayMode, Rule, Upstream
+from forwarder.balancing.balancer import Balancer, Surroundings
+from forwarder.balancing.table import ServerTable
+from forwarder.config.address import Address, UnixAddress
+from forwarder.config.model import AccessRule, Group, Protocol, RelayMode, Rule, Upstream
 from forwarder.errors import Place
+from forwarder.limits.gate import Gate, Holder, Holdings
 from forwarder.net import udp as net_udp
 from forwarder.net.sockets import SockAddr, Target
 from forwarder.relay.access import AccessList
 from forwarder.relay.relay import Relay
 from forwarder.relay.udp_listener import UdpListener
+from forwarder.stats.board import ROWS
 from forwarder.stats.reasons import Phase
-from forwarder.stats.rows import COUNTERS, DATAGRAMS_DROPPED, new_row
+from forwarder.stats.rows import COUNTERS, DATAGRAMS_DROPPED, SESSIONS, new_row
 from forwarder.upstream.names import Names
 from forwarder.upstream.pool import Pool
 from support.datagrams import free_udp_address, udp, udp_client
 from support.ends import connect
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
+
+    from forwarder.stats.rows import Row
+
+    Changes = Mapping[int, Mapping[str, object]]
 
 
 class HandTimer:
@@ -128,6 +136,94 @@ class StubPool(Pool):
         return self
 
 
+class GroupPool(StubPool):
+    """A pool with a balancer over servers of the test, of which each has the addresses it says."""
+
+    def __init__(self, rule: Rule, balancer: Balancer, *servers: tuple[Target, ...] | None) -> None:
+        super().__init__(rule, None)
+        self.balancer: Balancer | None = balancer
+        self.found = [*servers]
+
+    def targets(self) -> tuple[Target, ...] | None:
+        self.has_unanswered = None in self.found
+        self.without_address = sum(1 << i for i, one in enumerate(self.found) if not one)
+        self.resolved = tuple(target for one in self.found for target in one or ())
+        return self.resolved or (None if self.has_unanswered else ())
+
+    def addresses(self, index: int) -> tuple[Target, ...] | None:
+        return self.found[index]
+
+
+class Shared:
+    """What workers share: the gate, the table of servers; and a board of which all rows are here.
+
+    :meth:`close` asserts that nobody holds anything any more.
+    """
+
+    def __init__(self) -> None:
+        self.gate = Gate()
+        self.table = ServerTable()
+        self.rows: dict[int, Row] = {}
+
+    def row(self, number: int) -> Row:
+        """A row of the board."""
+        return self.rows.setdefault(number, new_row())
+
+    def close(self) -> None:
+        """Nothing may be left of what has ended."""
+        held = {number: self.gate.sessions(number) for number in self.rows}
+        assert not any(held.values()), held
+        counted = {number: row[SESSIONS] for number, row in self.rows.items()}
+        assert not any(counted.values()), counted
+        self.gate.close()
+        self.table.close()
+
+
+def group_of(
+    relay: Relay,
+    shared: Shared,
+    clock: Callable[[], float],
+    servers: Sequence[tuple[Target, ...] | None],
+    rule: Rule,
+    *,
+    changes: Changes | None = None,
+    former: Balancer | None = None,
+    group: Mapping[str, object],
+) -> GroupPool:
+    """A pool of a group; ``group`` are its fields, ``changes`` fields of upstreams by index.
+
+    ``former``: what chose before a reload.
+    """
+    upstreams = tuple(
+        Upstream(
+            _end(servers[index], index),
+            **(changes or {}).get(index, {}),  # type: ignore[arg-type]  # fields of an upstream
+        )
+        for index in range(len(servers))
+    )
+    made = Group(name="some group", **group)  # type: ignore[arg-type]  # the fields of a group
+    rule = replace(rule, upstreams=upstreams, group=made)
+    surroundings = Surroundings(
+        table=shared.table,
+        row_of=shared.row,
+        holder=relay.restrictions.holder,
+        settle_soon=relay.restrictions.settle_soon,
+        clock=clock,
+    )
+    first = ROWS + 1
+    rows = range(first, first + len(servers) + 1)
+    shared.row(rows[-1])
+    return GroupPool(rule, Balancer(made, upstreams, rows, surroundings, former), *servers)
+
+
+def _end(addresses: tuple[Target, ...] | None, index: int) -> Address | UnixAddress:
+    """What the configuration might say of a server."""
+    if not addresses or len(addresses) > 1:
+        return Address(f"server{index}.example", 1)
+    sockaddr = addresses[0].sockaddr
+    return UnixAddress(sockaddr) if isinstance(sockaddr, str) else Address(*sockaddr[:2])
+
+
 def target_of(sock: socket.socket) -> Target:
     """Where a socket of the test is."""
     return Target(sock.family, sock.getsockname())
@@ -155,7 +251,30 @@ class Bench:
 
     def __init__(self) -> None:
         self.loop = HandLoop()
-        self.relay = Relay(self.loop, RelayMode.AUTO, 1024)
+        self.shared = Shared()
+        holder = Holder(self.shared.gate, Holdings())
+        self.relay = Relay(self.loop, RelayMode.AUTO, 1024, holder=holder)
+
+    def group(
+        self,
+        *servers: tuple[Target, ...] | None,
+        connect_timeout_s: float = 10.0,
+        changes: Changes | None = None,
+        former: Balancer | None = None,
+        **group: object,
+    ) -> GroupPool:
+        """A pool of a TCP rule with a group of these servers; see :func:`group_of`."""
+        rule = replace(RULE, connect_timeout_s=connect_timeout_s)
+        return group_of(
+            self.relay,
+            self.shared,
+            self.loop.time,
+            servers,
+            rule,
+            changes=changes,
+            former=former,
+            group=group,
+        )
 
     def open(self, pool: StubPool) -> socket.socket:
         """Give the relay a new client; returns the client's end."""
@@ -170,6 +289,7 @@ class Bench:
         self.loop.pass_time(0)
         assert not self.relay.bench.wheel
         self.relay.close()
+        self.shared.close()
 
 
 class UdpBench:
@@ -180,7 +300,9 @@ class UdpBench:
 
     def __init__(self, mode: RelayMode, *, workers: int = 1) -> None:
         self.loop = HandLoop()
-        self.relay = Relay(self.loop, mode, 1024)
+        self.shared = Shared()
+        holder = Holder(self.shared.gate, Holdings())
+        self.relay = Relay(self.loop, mode, 1024, holder=holder)
         self.relay.flows.workers = workers
         self.sockets: list[socket.socket] = []
         self.listeners: list[UdpListener] = []
@@ -200,6 +322,29 @@ class UdpBench:
         fields: dict[str, object] = {"protocol": Protocol.UDP, **rule}
         changed = replace(RULE, **fields)  # type: ignore[arg-type]  # the fields of a rule
         pool = StubPool(changed, tuple(map(target_of, upstreams)))
+        self.pools.append(pool)
+        return pool
+
+    def group(
+        self,
+        *servers: tuple[Target, ...] | None,
+        protocol: Protocol = Protocol.UDP,
+        changes: Changes | None = None,
+        former: Balancer | None = None,
+        **group: object,
+    ) -> GroupPool:
+        """A pool of a rule with a group of these servers; see :func:`group_of`."""
+        rule = replace(RULE, protocol=protocol)
+        pool = group_of(
+            self.relay,
+            self.shared,
+            self.loop.time,
+            servers,
+            rule,
+            changes=changes,
+            former=former,
+            group=group,
+        )
         self.pools.append(pool)
         return pool
 
@@ -269,5 +414,6 @@ class UdpBench:
         dropped = sum(pool.counts[DATAGRAMS_DROPPED] for pool in self.pools)
         assert self.relay.books.datagrams_dropped == dropped
         self.relay.close()
+        self.shared.close()
         for sock in self.sockets:
             sock.close()
