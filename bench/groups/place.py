@@ -18,7 +18,7 @@ from bench.procs import PROC, BenchError, is_listening, running, wait_ready, wai
 from bench.world import ip
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from bench.groups.contenders import Contender, Group
@@ -185,10 +185,10 @@ class Place:
             yield Clients(process, output, seconds, began_s)
 
 
-def settle(servers: Servers, host: str, at_least: int) -> None:
-    """Wait until a server has so many open sessions."""
+def settle(servers: Servers, each: Sequence[str], at_least: int) -> None:
+    """Wait until servers have so many open sessions together."""
 
-    def has_come() -> bool:
-        return sum(one.open for one in servers.seen(host).values()) >= at_least
+    def have_come() -> bool:
+        return sum(seen.open for one in each for seen in servers.seen(one).values()) >= at_least
 
-    wait_until(has_come, f"{at_least} sessions at {host}", WITHIN_S)
+    wait_until(have_come, f"{at_least} sessions", WITHIN_S)

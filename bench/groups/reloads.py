@@ -88,7 +88,7 @@ def _held(place: Place, contender: Contender, reloads: int) -> list[str]:
             place.serving(contender, group) as child,
             place.clients(RATE, 5, hold_ms=600_000, total=HELD),
         ):
-            settle(servers, sick, HELD // 4)
+            settle(servers, group.servers, HELD)
             for _ in range(reloads):
                 contender.reload_and_wait(child.pid, place.directory)
             before = _open(servers, sick)
