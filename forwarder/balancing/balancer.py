@@ -241,14 +241,16 @@ class Balancer:
     def choose_beside(self, server: Server, key: bytes, skip: int) -> Server | None:
         """Choose one as good as ``server``, of the same tier, to be tried beside it.
 
-        ``skip``: set of servers that are not chosen. Else as :meth:`choose`.
+        If that has just been taken out, for it is silent, whichever there is: the session must not
+        wait for it. ``skip``: set of servers that are not chosen. Else as :meth:`choose`.
         """
         if self._table.revision != self._revision:
             self._refresh()
         own = 1 << server.index
+        is_out = not any(members & own for members, _ in self._tiers)
         for members, chooser in self._tiers:
             allowed = members & ~(skip | own)
-            if members & own and allowed:
+            if allowed and (is_out or members & own):
                 if self._counts:
                     return self._take(chooser, allowed, key)
                 return self.servers[chooser.pick(allowed, key)]

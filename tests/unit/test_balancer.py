@@ -201,8 +201,19 @@ def test_a_rival_is_of_the_same_tier(bench: Bench) -> None:
     assert balancer.choose_beside(third, CLIENT, 0) is fourth
     bench.find(1, Standing.DOWN)
     assert balancer.choose_beside(first, CLIENT, 0) is None
-    assert balancer.choose_beside(second, CLIENT, 0) is None  # it is in no tier
     assert [bench.sessions(index) for index in range(4)] == [0, 1, 0, 1]
+
+
+def test_a_session_does_not_wait_for_a_server_that_was_taken_out_meanwhile(bench: Bench) -> None:
+    servers = [upstream(1), upstream(2), upstream(3, is_backup=True)]
+    balancer = bench.balancer(*servers, group=Group(balance=Balance.LEAST))
+    first, second, third = balancer.servers
+    assert balancer.choose(CLIENT, 0b001, 0) is second
+    bench.find(1, Standing.EJECTED)
+    assert balancer.choose_beside(second, CLIENT, 0) is first
+    bench.find(0, Standing.DOWN)
+    assert balancer.choose_beside(second, CLIENT, 0) is third
+    assert balancer.choose_beside(second, CLIENT, 0b100) is None
 
 
 def test_workers_begin_with_different_servers(bench: Bench) -> None:
