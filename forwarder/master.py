@@ -30,6 +30,7 @@ from forwarder.serving.loader import look_up
 from forwarder.serving.reloading import Reloading
 from forwarder.serving.service import Service
 from forwarder.serving.surroundings import Surroundings
+from forwarder.stats.board import BOARD_BYTES
 from forwarder.stats.reasons import Phase
 from forwarder.succession import upgrade
 from forwarder.succession.handover import Handover, inherited_sockets
@@ -40,7 +41,7 @@ from forwarder.supervision.fleet import Fleet
 from forwarder.supervision.spec import MasterSpec, MasterState
 from forwarder.supervision.status import Status
 from forwarder.supervision.upstreams import OrderError, Upstreams
-from forwarder.system import notify
+from forwarder.system import memfile, notify
 from forwarder.system.privileges import (
     drop,
     identity_of,
@@ -66,7 +67,9 @@ class Master:
     """The supervising process of one instance. Owns all listening sockets."""
 
     def __init__(self, spec: MasterSpec) -> None:
+        """Raises StartupError where memory cannot be shared."""
         foreign = foreign_descriptors()  # before there are any of ours
+        memfile.check_limit(BOARD_BYTES)
         self._spec = spec
         self._state = MasterState.BOOTING
         self._is_announced = False

@@ -9,14 +9,33 @@ import ctypes
 import fcntl
 import mmap
 import os
+import resource
 import weakref
-from contextlib import suppress
-from typing import Final
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Final
+
+from forwarder.errors import StartupError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _SIZED: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 # F_SEAL_FUTURE_WRITE, which Python does not name. Linux 5.1.
 _NO_NEW_WRITER: Final = 0x10
 _MAP_FAILED: Final = ctypes.c_void_p(-1).value
+
+
+def check_limit(size: int) -> None:
+    """Refuse a limit of file sizes that leaves no room for ``size`` bytes. Raises StartupError.
+
+    The limit is for all files, those in memory, too; :func:`make` raises it as far as it may.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if hard != resource.RLIM_INFINITY and hard < size:
+        raise StartupError(
+            f"memory that processes share takes {size} bytes, the limit of file sizes is {hard}; "
+            "hint: raise the limit (LimitFSIZE=, ulimit -f)"
+        )
 
 
 def make(name: str, size: int) -> int:
@@ -27,12 +46,30 @@ def make(name: str, size: int) -> int:
     """
     fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
-        os.ftruncate(fd, size)
+        with _file_sizes_up_to(size):
+            os.ftruncate(fd, size)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SIZED)
     except OSError:
         os.close(fd)
         raise
     return fd
+
+
+@contextmanager
+def _file_sizes_up_to(size: int) -> Iterator[None]:
+    """Have the limit of file sizes, if it is lower, as high as it may be meanwhile.
+
+    It is meant for logs and the like, and holds for this whole process.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if soft == resource.RLIM_INFINITY or soft >= size:
+        yield
+        return
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def words_of(fd: int, size: int, *, writable: bool) -> memoryview[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from support.names import FakeNames
 from support.processes import as_nobody, listeners, members, run_command
 from support.waiting import eventually
 
+from forwarder.stats.board import BOARD_BYTES
 from process.conftest import as_pairs, stop
 
 if TYPE_CHECKING:
@@ -167,11 +169,36 @@ def test_a_pid_file_on_a_full_disk_is_a_reason_not_to_start(
     """Result: status 69, the file named; it is not left empty, and the port is free."""
     pid_file = tmp_path / "some.pid"
     path = with_pid_file(tmp_path / "forwarder.toml", pid_file, address)
-    done = run_command("-c", str(path), prefix=["prlimit", "--fsize=0:0"])
+    done = run_command("-c", str(path), prefix=["prlimit", "--fsize=0:"])
     assert done.returncode == 69, done.stderr
     assert f"pid file {pid_file}: File too large; hint: " in done.stderr
     assert "Traceback" not in done.stderr
     assert not pid_file.exists()
+    assert listeners(address) == 0
+
+
+def test_a_limit_of_file_sizes_for_logs_is_none_for_shared_memory(
+    launch: Launch, tmp_path: Path, address: tuple[str, int]
+) -> None:
+    """It is the soft one, which is in force again afterwards; a worker can be replaced, too."""
+    path = tmp_path / "forwarder.toml"
+    write_rules(path, ("only", "{}:{}".format(*address), ("127.0.0.1", 1)))
+    forwarder = launch("-c", str(path), "--workers", "1", prefix=["prlimit", "--fsize=1000000:"])
+    assert resource.prlimit(forwarder.pid, resource.RLIMIT_FSIZE)[0] == 1_000_000
+    (worker,) = forwarder.workers()
+    os.kill(worker, signal.SIGKILL)
+    forwarder.wait_logged(rf"worker.ready slot=0 pid=(?!{worker}\b)")
+
+
+def test_a_limit_of_file_sizes_without_room_for_shared_memory_is_a_reason_not_to_start(
+    tmp_path: Path, address: tuple[str, int]
+) -> None:
+    path = tmp_path / "forwarder.toml"
+    write_rules(path, ("only", "{}:{}".format(*address), ("127.0.0.1", 1)))
+    done = run_command("-c", str(path), prefix=["prlimit", "--fsize=9000000:9000000"])
+    assert done.returncode == 69
+    assert f"takes {BOARD_BYTES} bytes, the limit of file sizes is 9000000; hint: " in done.stderr
+    assert "Traceback" not in done.stderr
     assert listeners(address) == 0
 
 
