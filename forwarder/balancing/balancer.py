@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Final
 
 from forwarder.balancing.choose import First, Hash, Least, Random, Turn, indices, mask_of
 from forwarder.balancing.table import CUTS, FULL, ORDER, SINCE_NS, STATE, Standing
-from forwarder.balancing.tiers import PRIMARIES, TIERS, State, standings
+from forwarder.balancing.tiers import PRIMARIES, TIERS, State, rank
 from forwarder.config.model import Balance, OnDown, OnUp
 from forwarder.limits.gate import Busy
 from forwarder.stats.board import ROWS
@@ -121,18 +121,20 @@ class Balancer:
     """
 
     __slots__ = (
+        "_awaits",
+        "_awaits_until",
         "_choosers",
         "_counts",
         "_cut",
         "_has_primaries",
         "_limits",
+        "_open",
         "_returns_from",
         "_returns_until",
         "_revision",
         "_surroundings",
         "_table",
         "_tiers",
-        "_unknown_until",
         "group",
         "is_full",
         "is_unknown",
@@ -164,11 +166,15 @@ class Balancer:
         )
         self.needs_key = group.balance is Balance.HASH
         self.is_full = self.is_unknown = False
-        self._choosers = tuple(self._chooser() for _ in range(TIERS))
-        # What may be chosen from, in order: sets of servers that are not empty.
+        self._choosers = tuple(self._chooser() for _ in range(2 * TIERS))
+        # What may be chosen from, in order: sets of servers that are not empty. And what is left
+        # for a session that none of these serves.
         self._tiers: tuple[tuple[int, Chooser], ...] = ()
+        self._open: tuple[tuple[int, Chooser], ...] = ()
         self._limits: list[int] = []  # by server; 0 is none
-        self._unknown_until: float | None = None  # until when the first check is awaited
+        # Whether the first check of a server is awaited, and until when; 0: none has to come.
+        self._awaits = False
+        self._awaits_until = 0.0
         self._revision = -1
         # For each server that was found down: since when, of those whose sessions were cut.
         self._cut: dict[str, int] = {}
@@ -217,25 +223,35 @@ class Balancer:
 
         ``key``: the client's address, see :func:`key_of`; only looked at if :attr:`needs_key`.
         ``tried``: set of servers that the session has tried, ``avoid``: of those without a usable
-        address now, which are chosen only if there is no other. None: none is left, see
-        :attr:`is_full`. Raises Busy if the gate is, and only it can decide: ask again later. Blocks
-        for PATIENCE_S at most.
+        address now, which are chosen only if there is no other. If none is usable, or the session
+        has tried all that are, it gets one that is not, unless the group does not fail open. None:
+        none is left, see :attr:`is_full`. Raises Busy if the gate is, and only it can decide: ask
+        again later. Blocks for PATIENCE_S at most.
         """
         if self._table.revision != self._revision:
             self._refresh()
-        if not self._tiers and self._is_awaiting():
-            self.is_full, self.is_unknown = False, True
-            return None
         skip = tried | avoid
         for members, chooser in self._tiers:
             allowed = members & ~skip
             if allowed:
-                if self._counts:
-                    return self._take(chooser, allowed, key)
-                return self.servers[chooser.pick(allowed, key)]
-        if avoid:
-            return self.choose(key, tried, 0)
-        self.is_full = self.is_unknown = False
+                return self._choose_from(chooser, allowed, key)
+        return self._choose_else(key, tried, avoid)
+
+    def _choose_else(self, key: bytes, tried: int, avoid: int) -> Server | None:
+        """Choose one to be avoided; if there is none, one that is not usable."""
+        for tiers, skip in (
+            (self._tiers, tried),
+            (self._open, tried | avoid),
+            (self._open, tried),
+        ):
+            for members, chooser in tiers:
+                allowed = members & ~skip
+                if allowed:
+                    return self._choose_from(chooser, allowed, key)
+        if self._awaits and self._surroundings.clock() >= self._awaits_until:
+            self._refresh()
+            return self.choose(key, tried, avoid)
+        self.is_full, self.is_unknown = False, self._awaits
         return None
 
     def choose_beside(self, server: Server, key: bytes, skip: int) -> Server | None:
@@ -247,21 +263,18 @@ class Balancer:
         if self._table.revision != self._revision:
             self._refresh()
         own = 1 << server.index
-        is_out = not any(members & own for members, _ in self._tiers)
-        for members, chooser in self._tiers:
+        tiers = self._tiers or self._open
+        is_out = not _union(tiers) & own
+        for members, chooser in tiers:
             allowed = members & ~(skip | own)
             if allowed and (is_out or members & own):
-                if self._counts:
-                    return self._take(chooser, allowed, key)
-                return self.servers[chooser.pick(allowed, key)]
+                return self._choose_from(chooser, allowed, key)
         return None
 
-    def _is_awaiting(self) -> bool:
-        """Whether the first check of the servers is still awaited; if not, use what there is."""
-        if self._unknown_until is None or self._surroundings.clock() < self._unknown_until:
-            return self._unknown_until is not None
-        self._refresh()
-        return False
+    def _choose_from(self, chooser: Chooser, allowed: int, key: bytes) -> Server | None:
+        if self._counts:
+            return self._take(chooser, allowed, key)
+        return self.servers[chooser.pick(allowed, key)]
 
     def _take(self, chooser: Chooser, allowed: int, key: bytes) -> Server | None:
         """Choose one that has room, and count the session there."""
@@ -326,48 +339,62 @@ class Balancer:
         table, group = self._table, self.group
         self._revision = table.revision
         states, self._limits = [], []
-        is_unknown = False
+        self._await_checks()
         for server in self.servers:
             seat, share = server.seat, table.share(server.seat)
             weight, is_out = table.orders(seat, server.weight)
+            standing = table.standing(seat)
+            is_out |= self._awaits and standing is Standing.UNKNOWN
             states.append(State(weight, share, server.is_backup, is_out))
-            standing = table.word(seat, STATE)
-            is_unknown |= standing == Standing.UNKNOWN and not is_out
             limit = server.max_sessions
-            if limit and standing == Standing.SLOW:
+            if limit and standing is Standing.SLOW:
                 limit = max(limit * share // FULL, 1)
             self._limits.append(limit)
-        found = standings(states, group.panic, fails_open=group.fails_open)
-        self._watch_returns(is_up=not found.is_open and any(found.tiers[PRIMARIES]))
-        if is_unknown and (found.is_open or found.is_empty) and not self._has_waited():
-            self._tiers = ()
-            return
-        if not is_unknown:
-            self._unknown_until = None
-        tiers = []
-        for chooser, weights in zip(self._choosers, found.tiers, strict=True):
+        ranks = rank(states, group.panic, fails_open=group.fails_open)
+        self._tiers = self._ranked(ranks.usable, self._choosers[:TIERS])
+        self._open = self._ranked(ranks.open, self._choosers[TIERS:])
+        if self._awaits and not self._tiers:
+            self._open = ()
+        self._watch_returns(is_up=any(ranks.usable[PRIMARIES]))
+
+    @staticmethod
+    def _ranked(
+        tiers: Sequence[Sequence[int]], choosers: Sequence[Chooser]
+    ) -> tuple[tuple[int, Chooser], ...]:
+        found = []
+        for weights, chooser in zip(tiers, choosers, strict=True):
             if any(weights):
                 chooser.reweigh(weights)
-                tiers.append((mask_of(weights), chooser))
-        self._tiers = tuple(tiers)
+                found.append((mask_of(weights), chooser))
+        return tuple(found)
 
-    def _has_waited(self) -> bool:
-        """Whether sessions have waited for a first check as long as they have to."""
+    def _await_checks(self) -> None:
+        """See whether the first check of a server is awaited, and until when."""
+        table = self._table
+        is_unknown = any(
+            table.standing(server.seat) is Standing.UNKNOWN and not table.orders(server.seat, 0)[1]
+            for server in self.servers
+        )
+        if not is_unknown:
+            self._awaits, self._awaits_until = False, 0.0
+            return
         now = self._surroundings.clock()
-        if self._unknown_until is None:
+        if not self._awaits_until:
             check = self.group.check
-            self._unknown_until = now + (check.timeout_s if check is not None else 0.0)
-        return now >= self._unknown_until
+            self._awaits_until = now + (check.timeout_s if check is not None else 0.0)
+        self._awaits = now < self._awaits_until
 
     @property
     def usable(self) -> int:
-        """The servers that may be chosen now, whoever asks, as a set of bits."""
+        """The servers that are up and not taken out of use, as a set of bits."""
         if self._table.revision != self._revision:
             self._refresh()
-        found = 0
-        for members, _ in self._tiers:
-            found |= members
-        return found
+        return _union(self._tiers)
+
+    @property
+    def choosable(self) -> int:
+        """The servers that a session may get now: those that are usable, or what is left."""
+        return self.usable or _union(self._open)
 
     def is_down(self, server: Server) -> bool:
         """Whether a check, or failed connects, have found a server unusable."""
@@ -419,6 +446,13 @@ class Balancer:
         elif not is_up:
             self._returns_until = 0.0
         self._has_primaries = is_up
+
+
+def _union(tiers: Sequence[tuple[int, Chooser]]) -> int:
+    found = 0
+    for members, _ in tiers:
+        found |= members
+    return found
 
 
 def key_of(address: SockAddr) -> bytes:

@@ -28,27 +28,21 @@ class State(NamedTuple):
     is_out: bool
 
 
-class Standings(NamedTuple):
-    """The weight of each server in each tier, in thousandths, for all tiers; 0 takes no part.
+class Ranks(NamedTuple):
+    """The weight of each server in each tier, in thousandths; 0 takes no part.
 
-    ``is_open``: none is usable, so all are used that no order keeps from it.
+    ``usable`` is what there is to choose from, ``open`` what is left for a session that none of
+    these serves: all that no order keeps from it, as configured.
     """
 
-    tiers: tuple[tuple[int, ...], ...]
-    is_open: bool
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether there is no server at all."""
-        return not any(map(any, self.tiers))
+    usable: tuple[tuple[int, ...], ...]
+    open: tuple[tuple[int, ...], ...]
 
 
-def standings(states: Sequence[State], panic: int, *, fails_open: bool) -> Standings:
+def rank(states: Sequence[State], panic: int, *, fails_open: bool) -> Ranks:
     """Sort servers into tiers.
 
-    If some primaries are usable, but less than ``panic`` per cent, all of them are used. What of a
-    group is usable is not a matter of which servers a session has tried: one that is down is never
-    chosen while another one is up.
+    If some primaries are usable, but less than ``panic`` per cent, all of them are.
     """
     shares = [0 if state.is_out else state.share for state in states]
     primaries = [
@@ -60,12 +54,8 @@ def standings(states: Sequence[State], panic: int, *, fails_open: bool) -> Stand
     if 0 < 100 * usable < panic * len(primaries):
         for index in primaries:
             shares[index] = shares[index] or FULL
-    found = Standings(_tiers(states, shares), is_open=False)
-    if fails_open and found.is_empty:
-        shares = [0 if state.is_out else FULL for state in states]
-        opened = Standings(_tiers(states, shares), is_open=True)
-        return found if opened.is_empty else opened
-    return found
+    everyone = [FULL if fails_open and not state.is_out else 0 for state in states]
+    return Ranks(_tiers(states, shares), _tiers(states, everyone))
 
 
 def _tiers(states: Sequence[State], shares: Sequence[int]) -> tuple[tuple[int, ...], ...]:

@@ -169,10 +169,10 @@ class Pool:
         targets = self.targets() or ()
         if self.balancer is None:
             return targets
-        usable = self.balancer.usable
+        choosable = self.balancer.choosable
         found: list[Target] = []
         for index in range(len(self.rule.upstreams)):
-            if usable >> index & 1:
+            if choosable >> index & 1:
                 found += self.addresses(index) or ()
         return tuple(found)
 

@@ -160,7 +160,7 @@ def test_a_server_is_chosen_where_it_may_be(data: st.DataObject) -> None:
             bench.order(index, DRAIN if drained[index] else 0)
             bench.find(index, Standing.UP if ups[index] else Standing.DOWN)
         may = {index for index in range(size) if not drained[index]}
-        usable = {index for index in may if ups[index]} or (may if fails_open else set())
+        usable = {index for index in may if ups[index]}
 
         def tier(index: int) -> int:
             return 2 if not weights[index] else int(backups[index])
@@ -168,6 +168,8 @@ def test_a_server_is_chosen_where_it_may_be(data: st.DataObject) -> None:
         for _ in range(4):
             tried, avoid = (data.draw(st.integers(0, 2**size - 1)) for _ in range(2))
             left = {index for index in usable if not tried >> index & 1}
+            if not left and fails_open:
+                left = {index for index in may if not tried >> index & 1}
             left = {index for index in left if not avoid >> index & 1} or left
             best = {index for index in left if tier(index) == min(map(tier, left))}
             server = balancer.choose(CLIENT, tried, avoid)
@@ -192,6 +194,34 @@ def test_what_the_table_says_counts_from_the_next_session_on(bench: Bench) -> No
     assert set(choices(balancer, 8)) == {0, 1}  # open, but not to who is out
 
 
+def test_what_is_usable_and_what_is_left(bench: Bench) -> None:
+    balancer = bench.balancer(*some(3))
+    assert balancer.usable == balancer.choosable == 0b111
+    bench.find(0, Standing.DOWN)
+    bench.order(1, DRAIN)
+    assert balancer.usable == balancer.choosable == 0b100
+    bench.find(2, Standing.EJECTED)
+    assert (balancer.usable, balancer.choosable) == (0, 0b101)
+    closed = bench.balancer(*some(3), group=Group(fails_open=False))
+    assert (closed.usable, closed.choosable) == (0, 0)
+    assert [closed.is_down(server) for server in closed.servers] == [True, False, True]
+
+
+def test_who_has_tried_all_that_are_up_tries_the_others(bench: Bench) -> None:
+    """What a check or failed connects say may be out of date; the client has nothing to lose."""
+    balancer = bench.balancer(*some(3))
+    bench.find(1, Standing.DOWN)
+    bench.find(2, Standing.EJECTED)
+    assert choices(balancer, 2) == [0, 0]
+    assert sorted(choices(balancer, 2, tried=0b001), key=str) == [1, 2]
+    assert choices(balancer, 1, tried=0b001, avoid=0b010) == [2]
+    assert choices(balancer, 1, tried=0b101, avoid=0b010) == [1]
+    assert choices(balancer, 1, tried=0b111) == [None]
+    balancer = bench.balancer(*some(3), group=Group(fails_open=False))
+    assert choices(balancer, 1, tried=0b001) == [None]
+    assert choices(balancer, 1, avoid=0b001) == [0]
+
+
 def test_a_rival_is_of_the_same_tier(bench: Bench) -> None:
     servers = [upstream(1), upstream(2), upstream(3, is_backup=True), upstream(4, is_backup=True)]
     balancer = bench.balancer(*servers, group=Group(balance=Balance.LEAST))
@@ -214,6 +244,8 @@ def test_a_session_does_not_wait_for_a_server_that_was_taken_out_meanwhile(bench
     bench.find(0, Standing.DOWN)
     assert balancer.choose_beside(second, CLIENT, 0) is third
     assert balancer.choose_beside(second, CLIENT, 0b100) is None
+    bench.find(2, Standing.DOWN)
+    assert balancer.choose_beside(second, CLIENT, 0) is first  # all are used
 
 
 def test_workers_begin_with_different_servers(bench: Bench) -> None:
@@ -376,6 +408,17 @@ def test_a_server_that_is_known_does_not_wait_for_others(bench: Bench) -> None:
     bench.find(0, Standing.UNKNOWN)
     balancer = bench.balancer(*some(2), group=Group(check=Check(kind=CheckKind.TCP)))
     assert choices(balancer, 2) == [1, 1]
+
+
+def test_who_has_tried_all_others_waits_for_the_first_check(bench: Bench) -> None:
+    bench.find(0, Standing.UNKNOWN)
+    bench.find(1, Standing.DOWN)
+    balancer = bench.balancer(*some(3), group=Group(check=Check(kind=CheckKind.TCP)))
+    assert choices(balancer, 2, tried=0b100) == [1, 1]
+    assert choices(balancer, 1, tried=0b110) == [None]
+    assert balancer.is_unknown
+    bench.now += 10
+    assert choices(balancer, 1, tried=0b110) == [0]
 
 
 def test_nobody_waits_for_a_server_that_is_out(bench: Bench) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forwarder.balancing.table import FULL
-from forwarder.balancing.tiers import BACKUPS, LAST, PRIMARIES, State, standings
+from forwarder.balancing.tiers import BACKUPS, LAST, PRIMARIES, State, rank
 
 STATES = st.lists(
     st.builds(
@@ -42,32 +42,27 @@ def members(weights: tuple[int, ...]) -> set[int]:
 
 
 @given(STATES, st.integers(0, 100), st.booleans())
-def test_what_is_down_is_used_only_if_nothing_is_up(
-    found: list[State], panic: int, fails_open: bool
-) -> None:
-    tiers, is_open = standings(found, panic, fails_open=fails_open)
-    usable = {index for index, one in enumerate(found) if one.share and not one.is_out}
+def test_what_is_usable_is_up_and_not_out(found: list[State], panic: int, fails_open: bool) -> None:
+    ranks = rank(found, panic, fails_open=fails_open)
+    up = {index for index, one in enumerate(found) if one.share and not one.is_out}
     not_out = {index for index, one in enumerate(found) if not one.is_out}
-    used = set().union(*map(members, tiers))
-    assert is_open == (fails_open and not usable and bool(not_out))
-    if is_open:
-        assert used == not_out
-    elif panic:
-        assert usable <= used <= not_out
-    else:
-        assert used == usable
+    used = set().union(*map(members, ranks.usable))
+    assert up <= used <= not_out if panic else used == up
+    assert used or not up
+    assert not used or up
+    assert set().union(*map(members, ranks.open)) == (not_out if fails_open else set())
 
 
 @given(STATES, st.integers(0, 100), st.booleans())
 def test_each_server_is_in_one_tier(found: list[State], panic: int, fails_open: bool) -> None:
-    tiers, is_open = standings(found, panic, fails_open=fails_open)
-    for index, one in enumerate(found):
-        weights = [tier[index] for tier in tiers]
-        home = LAST if not one.weight else BACKUPS if one.is_backup else PRIMARIES
-        assert not any(weight for tier, weight in enumerate(weights) if tier != home)
-        share = FULL if is_open else one.share
-        if share and not one.is_out:
-            assert weights[home] == (one.weight or 1) * share
+    for is_open, tiers in enumerate(rank(found, panic, fails_open=fails_open)):
+        for index, one in enumerate(found):
+            weights = [tier[index] for tier in tiers]
+            home = LAST if not one.weight else BACKUPS if one.is_backup else PRIMARIES
+            assert not any(weight for tier, weight in enumerate(weights) if tier != home)
+            share = FULL if is_open else one.share
+            if share and weights[home]:
+                assert weights[home] == (one.weight or 1) * share
 
 
 @pytest.mark.parametrize(
@@ -88,29 +83,22 @@ def test_each_server_is_in_one_tier(found: list[State], panic: int, fails_open: 
 def test_panic_is_below_a_part_of_usable_primaries(
     text: str, panic: int, primaries: set[int]
 ) -> None:
-    tiers, is_open = standings(states(text), panic, fails_open=True)
-    assert members(tiers[PRIMARIES]) == primaries
-    assert not is_open
+    ranks = rank(states(text), panic, fails_open=True)
+    assert members(ranks.usable[PRIMARIES]) == primaries
 
 
 def test_in_panic_who_is_up_keeps_its_part() -> None:
     found = [State(2, 100, False, False), State(3, 0, False, False)]
-    assert standings(found, 80, fails_open=False).tiers[PRIMARIES] == (200, 3 * FULL)
+    assert rank(found, 80, fails_open=False).usable[PRIMARIES] == (200, 3 * FULL)
 
 
-@pytest.mark.parametrize("fails_open", [False, True])
-def test_an_order_is_kept_whatever_happens(fails_open: bool) -> None:
-    assert standings(states("oOo"), 100, fails_open=fails_open).is_empty
-    tiers, _ = standings(states("odO"), 100, fails_open=True)
-    assert set().union(*map(members, tiers)) == {1}
+def test_an_order_is_kept_whatever_happens() -> None:
+    ranks = rank(states("odO"), 100, fails_open=True)
+    assert not any(map(any, ranks.usable))
+    assert [members(tier) for tier in ranks.open] == [{1}, set(), set()]
 
 
 def test_weight_0_is_the_last_resort_of_what_is_up() -> None:
-    tiers, is_open = standings(states("d0DZ"), 0, fails_open=True)
-    assert (members(tiers[LAST]), is_open) == ({1, 3}, False)
-
-
-def test_without_servers_there_is_none() -> None:
-    found = standings([], 50, fails_open=True)
-    assert found.is_empty
-    assert not found.is_open
+    ranks = rank(states("d0DZ"), 0, fails_open=True)
+    assert [members(tier) for tier in ranks.usable] == [set(), set(), {1, 3}]
+    assert [members(tier) for tier in ranks.open] == [{0}, {2}, {1, 3}]
