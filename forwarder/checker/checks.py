@@ -294,7 +294,7 @@ class Checks:
 
     def _on_outcome(self, server: Server, aim: Aim, outcome: Outcome) -> None:
         if outcome.is_good:
-            if server.aims[0] is not aim:
+            if server.aims and server.aims[0] is not aim:  # none: they may be others by now
                 server.aims.sort(key=lambda one: one is not aim)
         elif server.left and not outcome.is_ours:
             self._try_next(server)

@@ -300,6 +300,20 @@ def test_what_is_as_before_keeps_its_time_and_its_state(bench: Bench) -> None:
     assert bench.table.word(1, SINCE_NS) == since
 
 
+def test_a_check_goes_on_while_the_rest_of_its_group_changes(bench: Bench) -> None:
+    bench.slow = {8001}
+    bench.checks.use([group(8001, 8002)])
+    bench.go(2.0)
+    bench.checks.use([group(8001)])
+    (asked,) = (one for one in bench.asked if one.aim.target.port == 8001)
+    asked.done(Outcome(is_good=True, why="", took_s=0.0))
+    assert not asked.is_cancelled
+    assert bench.table.word(1, CHECKS_PASSED) == 1
+    bench.slow = set()
+    bench.go(4.0)
+    assert bench.table.word(1, CHECKS_PASSED) == 3
+
+
 def test_another_check_keeps_the_state_and_is_made_at_once(bench: Bench) -> None:
     bench.bad = {8001}
     bench.checks.use([group(8001)])
