@@ -150,6 +150,9 @@ class GroupPool(StubPool):
         self.resolved = tuple(target for one in self.found for target in one or ())
         return self.resolved or (None if self.has_unanswered else ())
 
+    def leads_to(self, target: Target) -> bool:
+        return target in (self.targets() or ())
+
     def addresses(self, index: int) -> tuple[Target, ...] | None:
         return self.found[index]
 

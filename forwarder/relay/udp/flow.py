@@ -34,7 +34,6 @@ from forwarder.stats.reasons import CloseReason, Phase, Who
 if TYPE_CHECKING:
     import socket
 
-    from forwarder.balancing.balancer import Balancer, Server
     from forwarder.limits.meter import Meter
     from forwarder.net.datagrams import Destination
     from forwarder.net.sockets import SockAddr, Target
@@ -201,7 +200,7 @@ class Flow(Session):
         else:
             why = os.strerror(number)
             relay.outages.on_attempt_failed(self.pool, target, why, has_others=True)
-            if self.server is not None:
+            if self.server is not None and self._spent():
                 relay.servers.on_failed(self.server)
             may_leave = self._has_other_than(target)
         if may_leave:
@@ -249,11 +248,12 @@ class Flow(Session):
             self.move_on(trial.take())
 
     def leave_if_down(self) -> None:
-        """Take another server at the next datagram if this one is down, and there is one."""
+        """Take another server at the next datagram if this one is down, and others are used."""
         server, balancer = self.server, self.pool.balancer
         if server is None or balancer is None or not balancer.is_down(server):
             return
-        if balancer.usable & ~(1 << server.index):
+        usable = balancer.usable
+        if usable and not usable >> server.index & 1:
             self.leave_server()
 
     def leave_server(self) -> bool:
@@ -285,18 +285,19 @@ class Flow(Session):
         if server is None or balancer is None:
             self.dial(tuple(targets))
             return
+        spent = self._spent()
         self.server = None
         self.relay.servers.give_back(balancer, server)
-        self.choose(self._spent(server, balancer, now))
+        self.choose(spent)
 
-    def _spent(self, server: Server, balancer: Balancer, now: float) -> int:
-        """The server that is left, as a set of bits, unless it has another address to try."""
-        if server not in balancer.servers:
+    def _spent(self) -> int:
+        """Its server, as a set of bits, unless that has another address to try."""
+        server, pool, now = self.server, self.pool, self.relay.poller.now
+        if server is None or pool.balancer is None or server not in pool.balancer.servers:
             return 0
-        own = self.pool.addresses(server.index) or ()
-        if self.target not in own or any(
-            one != self.target and self.pool.failures.is_worth_a_try(one, now) for one in own
-        ):
+        own = pool.addresses(server.index) or ()
+        others = [one for one in own if one != self.target]
+        if len(others) == len(own) or any(pool.failures.is_worth_a_try(one, now) for one in others):
             return 0
         return 1 << server.index
 
