@@ -86,12 +86,16 @@ def json_line(record: Record) -> str | None:
     word = "refused" if event is _REFUSED else "ended"
     connect_ms = "null" if record.connect_s is None else f"{record.connect_s * 1000:.0f}"
     reached = "null" if record.reached is None else _json(record.reached)
+    chosen = ""
+    if record.group:
+        server = _json(record.server) if record.server else "null"
+        chosen = f'"group":{_json(record.group)},"server":{server},'
     return (
         f'{{"time":"{_clock.iso}.{int(record.at * 1000) % 1000:03}{_clock.iso_zone}",'
         f'"event":"{word}","id":"{record.session}","rule":{_json(record.rule)},'
         f'"protocol":"{record.protocol}","client":{_json(record.client_host)},'
         f'"client_port":{record.client_port},"local":{_json(record.local)},'
-        f'"upstream":{reached},"bytes_c2u":{record.bytes_c2u},"bytes_u2c":{record.bytes_u2c},'
+        f'"upstream":{reached},{chosen}"bytes_c2u":{record.bytes_c2u},"bytes_u2c":{record.bytes_u2c},'
         f'"connect_ms":{connect_ms},"duration_ms":{record.duration_s * 1000:.0f},'
         f'"worker":{record.worker},"end":"{record.end}","detail":{_json(record.detail)}}}\n'
     )

@@ -24,7 +24,9 @@ class Record(NamedTuple):
 
     ``listen`` and ``upstream`` are host and port as the configuration writes them, the port being
     that of this session. ``reached`` is the socket address of the upstream, if the session reached
-    one. ``connect_s`` is None if it did not. ``result`` is rinetd's word for the end.
+    one. ``connect_s`` is None if it did not. ``result`` is rinetd's word for the end. ``group`` and
+    ``server``, as configured, are empty where there is nothing to choose; so is the latter where
+    none was chosen.
     """
 
     event: Event
@@ -46,6 +48,8 @@ class Record(NamedTuple):
     end: str = ""
     detail: str = ""
     worker: int = 0
+    group: str = ""
+    server: str = ""
 
 
 def rinetd_result(reason: CloseReason) -> str:

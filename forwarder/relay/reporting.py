@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 from forwarder.connlog.record import Event, Record, rinetd_result
 
 if TYPE_CHECKING:
+    from forwarder.balancing.balancer import Server
     from forwarder.connlog.log import Later
     from forwarder.net.sockets import SockAddr, Target
     from forwarder.relay.session import Home, Session
@@ -42,6 +43,7 @@ def ended(session: Session, reason: CloseReason | None, now: float) -> Later:
         session.client_address,
         session.local(),
         session.target,
+        None if pool.balancer is None else _server_of(session),
         session.c2u.moved,
         session.u2c.moved,
         session.started_at,
@@ -88,6 +90,7 @@ def _record(  # noqa: PLR0913 - what is logged of a session, by position: it is 
     client: SockAddr,
     local: Target,
     reached: Target | None,
+    server: Server | None,
     bytes_c2u: int,
     bytes_u2c: int,
     started_at: float,
@@ -121,7 +124,16 @@ def _record(  # noqa: PLR0913 - what is logged of a session, by position: it is 
         reason.code if reason is not None else "",
         reason.detail if reason is not None else "",
         relay.slot,
+        "" if pool.balancer is None else rule.group_name,
+        "" if server is None else server.name,
     )
+
+
+def _server_of(session: Session) -> Server | None:
+    """The server of a session, or the last one that it has tried."""
+    if session.server is not None or session.dialer is None:
+        return session.server
+    return session.dialer.server
 
 
 def _host_and_port(address: SockAddr) -> tuple[str, int]:

@@ -106,6 +106,14 @@ def test_json_has_no_line_for_a_session_that_has_only_begun() -> None:
     assert json_line(OPENED) is None
 
 
+@pytest.mark.parametrize("server", ["a.example:22", ""])
+def test_a_session_of_a_group_tells_its_server(server: str) -> None:
+    found = json.loads(json_line(ENDED._replace(group="pg", server=server)) or "")
+    assert (found["group"], found["server"]) == ("pg", server or None)
+    plain = json.loads(json_line(ENDED) or "")
+    assert found.keys() - plain.keys() == {"group", "server"}
+
+
 @pytest.mark.parametrize("how", LogFormat)
 def test_a_format_wants_the_records_of_which_it_has_a_line(how: LogFormat) -> None:
     wanted = FORMATS[how]

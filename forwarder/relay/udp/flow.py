@@ -384,11 +384,11 @@ class Flow(Session):
         if self.state is _OPEN:
             self.relay.flows.ports.give(self.pool)
         self.state = _CLOSED
+        relay = self.relay
+        relay.books.on_end(self, reason)
         if self.dialer is not None:
             self.dialer.close(is_abort=False)
             self.dialer = None
-        relay = self.relay
-        relay.books.on_end(self, reason)
         relay.bench.wheel.discard(self)
         relay.sessions.pop(self, None)
         self.drop(self.c2u.waiting + self.u2c.waiting)
