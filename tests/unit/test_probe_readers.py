@@ -63,7 +63,7 @@ cuts = st.lists(st.integers(0, 120), max_size=6)
         (b"HTTP/1.1 20 X\r\n", "got 'HTTP/1.1 20 X'"),
         (b"HTTP/1.1 2000\r\n", "got 'HTTP/1.1 2000'"),
         (b"HTTP/1.1  200\r\n", "got 'HTTP/1.1  200'"),
-        (b"HTTP/1.1 200\rX\n", "got 'HTTP/1.1 200\\rX'"),
+        (b"HTTP/1.1 200\rX\n", "got 'HTTP/1.1 200...'"),
         (b"\r\nHTTP/1.1 200 OK\r\n", "got ''"),
         (b"", None),
         (b"HTTP/1.", None),
@@ -215,6 +215,23 @@ def test_what_a_server_sends_breaks_no_line(data: bytes) -> None:
     for text in (why.got(data), why.last_line(data)):
         assert text.isprintable()
         assert len(text) <= why.MOST_SHOWN + 10
+
+
+@pytest.mark.parametrize(
+    ("data", "shown"),
+    [
+        (b"", "got ''"),
+        (b"-ERR what?\r\n", "got '-ERR what?'"),
+        (b"HTTP/1.1 400 Bad Request\r\nServer: x\r\n", "got 'HTTP/1.1 400 Bad Request...'"),
+        (b"x" * 80, "got '" + "x" * 80 + "'"),
+        (b"x" * 81, "got '" + "x" * 80 + "...'"),
+        (b"d\0\0\0\n5.5.5", "got 'd\\x00\\x00\\x00\\n5.5.5'"),
+        (b"\xe9\n\\", "got '\\xe9\\n\\\\'"),
+        (b"\r\nx", "got '\\r\\nx'"),
+    ],
+)
+def test_of_an_answer_its_first_line_is_shown(data: bytes, shown: str) -> None:
+    assert why.got(data) == shown
 
 
 @pytest.mark.parametrize(

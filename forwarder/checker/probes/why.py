@@ -27,8 +27,17 @@ def got(data: bytes | bytearray) -> str:
 
 
 def quoted(data: bytes | bytearray) -> str:
-    """The beginning of what a server has sent, in quotes, as it would stand in a configuration."""
-    return f"'{_cut(show_bytes(bytes(data[: MOST_SHOWN + 1].rstrip())))}'"
+    """The beginning of what a server has sent, in quotes, as it would stand in a configuration.
+
+    Of text it is the first line.
+    """
+    beginning = bytes(data[: MOST_SHOWN + 1])
+    line = beginning.splitlines()[0] if beginning else b""
+    if not (line and line.isascii() and line.decode().isprintable()):
+        line = beginning.rstrip()
+    has_more = len(data.rstrip()) > len(line)
+    shown = show_bytes(line)
+    return f"'{shown[:MOST_SHOWN]}...'" if has_more or len(shown) > MOST_SHOWN else f"'{shown}'"
 
 
 def last_line(output: bytes) -> str:
