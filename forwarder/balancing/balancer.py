@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Final
 from forwarder.balancing.choose import First, Hash, Least, Random, Turn, indices, mask_of
 from forwarder.balancing.table import CUTS, FULL, ORDER, SINCE_NS, STATE, Standing
 from forwarder.balancing.tiers import PRIMARIES, TIERS, State, rank
-from forwarder.config.model import Balance, OnDown, OnUp
+from forwarder.config.model import Balance, CheckKind, OnDown, OnUp
 from forwarder.limits.gate import Busy
 from forwarder.stats.board import ROWS
 
@@ -159,7 +159,7 @@ class Balancer:
         *of_servers, self.row = rows
         self._surroundings = surroundings
         self._table = surroundings.table
-        self._counts = group.balance in _BY_SESSIONS or any(one.max_sessions for one in upstreams)
+        self._counts = _counts(group, upstreams)
         self.servers = tuple(
             self._server(upstream, index, row, former)
             for index, (upstream, row) in enumerate(zip(upstreams, of_servers, strict=True))
@@ -346,7 +346,7 @@ class Balancer:
             standing = table.standing(seat)
             is_out |= self._awaits and standing is Standing.UNKNOWN
             states.append(State(weight, share, server.is_backup, is_out))
-            limit = server.max_sessions
+            limit = table.limit(seat, server.max_sessions)
             if limit and standing is Standing.SLOW:
                 limit = max(limit * share // FULL, 1)
             self._limits.append(limit)
@@ -453,6 +453,13 @@ def _union(tiers: Sequence[tuple[int, Chooser]]) -> int:
     for members, _ in tiers:
         found |= members
     return found
+
+
+def _counts(group: Group, upstreams: Sequence[Upstream]) -> bool:
+    """Whether somebody has to know how many sessions the servers of a group have."""
+    has_agents = group.check is not None and group.check.kind is CheckKind.AGENT
+    is_limited = has_agents or any(one.max_sessions for one in upstreams)
+    return is_limited or group.balance in _BY_SESSIONS
 
 
 def key_of(address: SockAddr) -> bytes:

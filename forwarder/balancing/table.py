@@ -33,7 +33,7 @@ TABLE_BYTES: Final = SEATS * SEAT_WORDS * 8
 # What a successor must know to read the words of its predecessor: another number, another meaning.
 LAYOUT: Final = 1
 # The words of a seat. ORDER is the master's, all others are the checker's.
-ORDER, HEALTH, STATE, SINCE_NS, CHECKS_PASSED, CHECKS_FAILED, EJECTIONS = range(7)
+ORDER, HEALTH, STATE, SINCE_NS, CHECKS_PASSED, CHECKS_FAILED, EJECTIONS, AGENT_LIMIT = range(8)
 # The words of seat 0: when the master, and the checker, has changed something last.
 ORDERS, FINDINGS = range(2)
 # HEALTH is 0 or one more than the part of its weight that a server has, in thousandths.
@@ -114,13 +114,20 @@ class ServerTable:
 
     # -- the checker
 
-    def find(self, seat: int, standing: Standing, share: int, since_ns: int) -> None:
-        """Say what was found out. ``share``: what part of its weight it has, 0 to FULL."""
+    def find(
+        self, seat: int, standing: Standing, share: int, since_ns: int, *, limit: int = 0
+    ) -> None:
+        """Say what was found out. ``share``: what part of its weight it has, in thousandths.
+
+        More than FULL only where its agent says so, as it does of ``limit``: how many sessions it
+        may have in place of ``max_sessions``, 0 is as configured.
+        """
         if seat == SHARED:
             return
         at = seat * SEAT_WORDS
         words = self.words
-        words[at + HEALTH] = 0 if share >= FULL else share + 1
+        words[at + HEALTH] = 0 if share == FULL else share + 1
+        words[at + AGENT_LIMIT] = limit
         words[at + STATE] = standing
         words[at + SINCE_NS] = since_ns
         words[FINDINGS] = time.monotonic_ns()
@@ -144,9 +151,13 @@ class ServerTable:
         )
 
     def share(self, seat: int) -> int:
-        """What part of its weight a server has by what was found out, 0 to FULL; 0: none at all."""
+        """What part of its weight a server has by what was found out, in thousandths; 0: none."""
         health = self.words[seat * SEAT_WORDS + HEALTH]
         return health - 1 if health else FULL
+
+    def limit(self, seat: int, configured: int) -> int:
+        """How many sessions a server may have, 0 is no limit: as configured, or by its agent."""
+        return self.words[seat * SEAT_WORDS + AGENT_LIMIT] or configured
 
     def standing(self, seat: int) -> Standing:
         """What the checker thinks of a server; UP for what only newer code knows."""

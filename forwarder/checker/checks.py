@@ -100,7 +100,7 @@ class Server:
         self.probe: Probe | None = None
         self.began_at = 0.0
         self.timer: Timer | None = None  # for what comes of itself
-        self.written: tuple[Standing, int, float] | None = None
+        self.written: tuple[Standing, int, float, int] | None = None
 
     @property
     def group(self) -> Group:
@@ -173,14 +173,19 @@ class Checks:
         """A server that this process knows nothing of; another one may have known it."""
         table, group, now = self._table, checked.group, self._loop.now
         since_ns = min(table.word(seat, SINCE_NS), int(now * _NS))
-        if since_ns:
-            was_checked = table.word(seat, CHECKS_PASSED) + table.word(seat, CHECKS_FAILED) > 0
-            found = table.standing(seat)
-            state = standing.resumed(found, since_ns / _NS, group, now, is_checked=was_checked)
-        else:
-            state = standing.first(group, now)
+        if not since_ns:
+            server = Server(upstream, seat, checked, standing.first(group, now))
+            self._write(server)
+            return server
+        was_checked = table.word(seat, CHECKS_PASSED) + table.word(seat, CHECKS_FAILED) > 0
+        found = table.standing(seat)
+        state = standing.resumed(found, since_ns / _NS, group, now, is_checked=was_checked)
         server = Server(upstream, seat, checked, state)
-        self._write(server)
+        if state.standing is found:
+            # What an agent has said is there, too; it stays until its next answer.
+            self._await(server)
+        else:
+            self._write(server)
         return server
 
     def _adapt(self, server: Server, upstream: Upstream, checked: Checked) -> None:
@@ -315,7 +320,7 @@ class Checks:
         words = CHECKS_PASSED if outcome.is_good else CHECKS_FAILED
         self._table.count(server.seat, words)
         change = standing.checked(server.state, server.group, outcome, now)
-        if change[0] is not server.state:
+        if change[0] is not server.state or server.written is None:
             self._change(server, change)
         interval_s = standing.interval_s(server.state, server.group)
         self._plan.done(server.seat, interval_s, check.jitter, now)
@@ -374,19 +379,24 @@ class Checks:
         self._change(server, standing.later(server.state, server.group, self._loop.now))
 
     def _write(self, server: Server) -> None:
-        """Let the workers know, and come again when time alone changes something."""
+        """Let the workers know."""
         state, now = server.state, self._loop.now
         share = standing.share(state, server.group, server.upstream.weight, now)
-        written = (state.standing, share, state.since)
+        limit = state.advice.max_sessions or 0
+        written = (state.standing, share, state.since, limit)
         if written != server.written:
             server.written = written
             # In microseconds, so that a number that was read comes out as it was.
             since_ns = round(state.since * 1e6) * 1000
-            self._table.find(server.seat, state.standing, share, since_ns)
+            self._table.find(server.seat, state.standing, share, since_ns, limit=limit)
+        self._await(server)
+
+    def _await(self, server: Server) -> None:
+        """Come again when time alone changes something."""
         if server.timer is not None:
             server.timer.cancel()
             server.timer = None
-        due_at = standing.due(state, server.group, now)
+        due_at = standing.due(server.state, server.group, self._loop.now)
         if due_at < math.inf:
             server.timer = self._loop.call_at(due_at, partial(self._on_time, server))
 

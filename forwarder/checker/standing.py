@@ -48,6 +48,7 @@ class What(StrEnum):
     RETURNED = "returned"
     FAILING = "failing"  # the first failed check of one that is up
     RECOVERING = "recovering"  # the first passed check of one that is down
+    REASON = "reason"  # another reason why it is down; no change
 
 
 class Event(NamedTuple):
@@ -147,7 +148,9 @@ def checked(state: State, group: Group, outcome: Outcome, now: float) -> Change:
 
 def _failed(state: State, why: str, fall: int, now: float) -> Change:
     if state.standing is Standing.DOWN:
-        return replace(state, good=0, why=why), ()
+        if why == state.why:
+            return (replace(state, good=0) if state.good else state), ()
+        return replace(state, good=0, why=why), (Event(What.REASON, why, 0),)
     bad = state.bad + 1
     if bad >= fall or state.standing is Standing.UNKNOWN:
         state = replace(state, standing=Standing.DOWN, since=now, good=0, bad=0, why=why)

@@ -62,6 +62,11 @@ class Findings:
         for one in news:
             if one.group not in self._groups:
                 continue  # it did not know that yet
+            if one.what is What.REASON:
+                known = self._found.get((one.group, one.server))
+                at = known.at if known is not None else one.at
+                self._found[one.group, one.server] = Finding(What.DOWN, one.why, at)
+                continue
             if one.what not in _HINTS:
                 self._found[one.group, one.server] = Finding(one.what, one.why, one.at)
             level = logging.WARNING if one.what in _TROUBLES else logging.INFO

@@ -293,6 +293,17 @@ def test_only_those_with_a_limit_are_full(bench: Bench) -> None:
     assert choices(balancer, 6) == [0, 1, 0, 1, 1, 1]
 
 
+def test_an_agent_says_how_many_sessions_its_server_may_have(bench: Bench) -> None:
+    agents = Group(check=Check(kind=CheckKind.AGENT))
+    balancer = bench.balancer(upstream(), group=agents)
+    bench.table.find(1, Standing.UP, FULL, 1, limit=2)
+    chosen = [balancer.choose(CLIENT, 0, 0) for _ in range(3)]
+    assert [server is not None for server in chosen] == [True, True, False]
+    assert balancer.is_full
+    bench.table.find(1, Standing.UP, FULL, 1)
+    assert balancer.choose(CLIENT, 0, 0) is not None
+
+
 def test_a_slow_start_is_one_of_max_sessions_too(bench: Bench) -> None:
     balancer = bench.balancer(upstream(1, most=20))
     bench.find(0, Standing.SLOW, 150)

@@ -22,7 +22,7 @@ from forwarder.balancing.table import (
 from forwarder.checker.checks import Checks, Needs
 from forwarder.checker.loop import Loop
 from forwarder.checker.messages import Checked
-from forwarder.checker.outcome import Outcome
+from forwarder.checker.outcome import Advice, Outcome
 from forwarder.checker.plan import MOST_AT_ONCE
 from forwarder.checker.standing import What
 from forwarder.config.address import parse_upstream
@@ -73,6 +73,8 @@ class Bench:
         self.bad: set[int] = set()
         self.ours: set[int] = set()  # that nothing is learned of
         self.slow: set[int] = set()  # whose checks do not end
+        self.why = "refused"
+        self.advice: Advice | None = None
         self.asked: list[Asked] = []
         self.checks = self.checker()
 
@@ -94,7 +96,8 @@ class Bench:
         port = aim.target.port
         if port not in self.slow:
             outcome = Outcome(port not in self.bad, "", 0.0, is_ours=port in self.ours)
-            outcome = outcome._replace(why="" if outcome.is_good else "refused")
+            why = "" if outcome.is_good else self.why
+            outcome = outcome._replace(why=why, advice=self.advice)
             loop.call_at(loop.now, lambda: None if asked.is_cancelled else done(outcome))
         return asked
 
@@ -350,7 +353,42 @@ def test_another_checker_goes_on_with_what_it_finds(bench: Bench) -> None:
     assert bench.table.word(1, SINCE_NS) == since  # or sessions would be cut again
     bench.go(2.0)
     assert sorted(bench.ports()) == [8001, 8002]  # both, spread over one interval
-    assert bench.news() == []
+    assert bench.news() == [(What.REASON, "8001")]  # which is nowhere in the table
+
+
+def test_what_an_agent_has_said_outlives_the_checker(bench: Bench) -> None:
+    """Until its next answer, which may say that all is as configured."""
+    agent = group(8001, 8002, check=replace(CHECK, kind=CheckKind.AGENT))
+    bench.advice = Advice(percent=50, max_sessions=7)
+    bench.checks.use([agent])
+    bench.go(4.0)
+    bench.checks = bench.checker()
+    bench.checks.use([agent])
+    assert bench.state(1) == (Standing.UP, 500)
+    assert bench.table.limit(1, 100) == 7
+    bench.advice = Advice(percent=100, max_sessions=0)
+    bench.go(4.0)
+    assert bench.state(1) == (Standing.UP, FULL)
+    assert bench.table.limit(1, 100) == 100
+
+
+def test_an_agent_may_ask_for_more_than_is_configured(bench: Bench) -> None:
+    bench.advice = Advice(weight=3)
+    bench.checks.use([group(8001, check=replace(CHECK, kind=CheckKind.AGENT))])
+    bench.go(4.0)
+    assert bench.table.weight(1, 1) == 3 * FULL
+
+
+def test_another_reason_is_news_but_no_change(bench: Bench) -> None:
+    bench.bad = {8001}
+    bench.checks.use([group(8001)])
+    bench.go(4.0)
+    assert bench.news() == [(What.DOWN, "8001")]
+    bench.why = "http 503"
+    revision = bench.table.revision
+    bench.go(20.0)
+    assert bench.news() == [(What.REASON, "8001")]
+    assert bench.table.revision == revision
 
 
 def test_a_seat_that_was_cleared_begins_anew(bench: Bench) -> None:
