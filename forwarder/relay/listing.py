@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from forwarder.net.sockets import client_text
 from forwarder.relay.access import AccessList, Decision, pattern_matcher
@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 
     from forwarder.config.model import AccessRule, Rule
     from forwarder.relay.session import Session
+
+
+# What a question to the workers has beside conditions.
+_OF_A_QUESTION: Final = frozenset({"op", "number", "limit"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,8 +35,15 @@ class Choice:
 
     @classmethod
     def read(cls, message: Mapping[str, object]) -> Choice:
-        """The choice in a message of the master, which has checked it."""
+        """The choice in a message of the master, which has checked it.
+
+        Nothing is chosen by a condition that only newer code knows: the successor may be that, and
+        must not end more than was meant.
+        """
         ids = message.get("ids")
+        given = {key for key, value in message.items() if value is not None}
+        if given - _OF_A_QUESTION - set(cls.__dataclass_fields__):
+            return cls(ids=frozenset())
         texts = {key: message.get(key) for key in ("rule", "client", "group", "server")}
         return cls(
             ids=frozenset(map(str, ids)) if isinstance(ids, list) else None,

@@ -47,6 +47,8 @@ log = logging.getLogger(__name__)
 TELL_S: Final = 1.0
 # The part of a question's time that the master before gets: its own workers may be silent.
 _SHARE: Final = 2 / 3
+# What a question has beside its conditions.
+_OF_A_QUESTION: Final = frozenset({"op", "number", "within_s"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +226,8 @@ class Heir(_Line):
 
     def _answer(self, question: Message) -> None:
         number, within_s = question["number"], question["within_s"]
-        choice = {key: question.get(key) for key in ("ids", "rule", "client", "limit")}
+        # All conditions, those of newer code as well: without one more sessions would be meant.
+        choice = {key: it for key, it in question.items() if key not in _OF_A_QUESTION}
         limit = question.get("limit")
 
         def answer(found: list[object], silent: list[int]) -> None:
