@@ -116,7 +116,6 @@ def describe(session: Session, now: float) -> dict[str, object]:
         "rule": session.pool.rule.name,
         "client": client_text(session.client_address),
         "upstream": str(session.target) if session.target else None,
-        "server": session.server.name if session.server is not None else None,
         "group": group_of(session),
         "server": server_of(session),
         "state": session.state.value,
