@@ -11,9 +11,9 @@ def visible(text: str, *, kept: str = "") -> str:
     """
     if text.isprintable():
         return text
+    # Not by the codec unicode_escape: it is a module, which a user without rights may not read.
     return "".join(
-        char if char.isprintable() or char in kept else char.encode("unicode_escape").decode()
-        for char in text
+        char if char.isprintable() or char in kept else ascii(char)[1:-1] for char in text
     )
 
 

@@ -6,7 +6,10 @@ import errno
 import os
 import resource
 import socket
+import subprocess
+import sys
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -57,7 +60,7 @@ def test_without_descriptors_nothing_is_said_of_a_server(
 ) -> None:
     """Whichever of its descriptors it is that a check does not get."""
     asked = Asking(check_of(kind, timeout_s=SHORT_S), target_of(server))
-    asked.outcome()  # Python loads a module for the first one by TLS
+    asked.outcome()
     asked.until(lambda: not asked.loop._watches)
     with descriptors_left(left):
         asked.begin()
@@ -84,3 +87,36 @@ def test_a_descriptor_that_cannot_be_watched_says_nothing_of_a_server(
     outcome = ask(check_of(kind), target_of(server))
     assert (outcome.is_good, outcome.is_ours) == (False, True)
     assert outcome.why.endswith("no space left on device")
+
+
+def test_a_check_loads_no_module() -> None:
+    """The user of the workers may not read where Python is: it may be in the home of root."""
+    code = """
+import socket, sys
+from support.probing import BEGIN, Asking, check, target, target_of
+answers = [b"\\x1b[2J\\xff\\n", b"HTTP/1.1 503 X\\n", b"down #x\\n", b"\\x15\\3\\3\\0\\2\\2F"]
+known = set(sys.modules)
+with socket.create_server(("127.0.0.1", 0)) as listener:
+    for kind in BEGIN:
+        for answer in answers:
+            argv = ("/bin/sh", "-c", "printf '\\\\033x'; exit 1")
+            given = check(kind.value, host="web.example", argv=argv, expect=b"y")
+            asked = Asking(given, target_of(listener))
+            if kind.value not in ("udp", "command"):
+                peer = listener.accept()[0]
+                peer.sendall(answer)
+                peer.close()
+            outcome = asked.outcome()
+            asked.loop.close()
+            print(kind.value, outcome.why)
+print("loaded", sorted(set(sys.modules) - known))
+"""
+    here = str(Path(__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": here},
+    )
+    assert done.stdout.endswith("loaded []\n"), (done.stdout, done.stderr)

@@ -65,5 +65,8 @@ def _seconds(tag: int, text: str) -> float:
         text = ("20" if text < "5" else "19") + text
     elif tag != _GENERAL_TIME:
         raise ValueError("no time")
-    # 9999 is "never" by RFC 5280 4.1.2.5.
-    return datetime.strptime(text, "%Y%m%d%H%M%SZ").replace(tzinfo=UTC).timestamp()
+    if len(text) != len("YYYYMMDDhhmmssZ"):
+        raise ValueError("no time")
+    month, day, hour, minute, second = (int(text[at : at + 2]) for at in range(4, 14, 2))
+    # The year 9999 is "never" by RFC 5280 4.1.2.5. strptime would load a module.
+    return datetime(int(text[:4]), month, day, hour, minute, second, tzinfo=UTC).timestamp()

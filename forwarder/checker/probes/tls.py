@@ -79,11 +79,12 @@ class AskingByTls(Asking):
         """See :class:`Connecting`."""
         super().on_connected(sock)
         hour = int(self._loop.now // _FRESH_S)
+        name = name_for_tls(self._check, self._aim)
         try:
             self._tls = context(hour, is_verified=self._check.is_verified).wrap_bio(
                 self._incoming,
                 self._outgoing,
-                server_hostname=name_for_tls(self._check, self._aim),
+                server_hostname=name and name.encode(),
             )
         except (OSError, ValueError) as err:  # no authorities; a name that TLS cannot say
             self.end(f"cannot ask by TLS: {why.of_error(str(err))}", is_ours=True)
