@@ -22,6 +22,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# What the log calls them.
+_EVENTS: Final = {
+    What.DOWN: "upstream.down",
+    What.UP: "upstream.up",
+    What.EJECTED: "upstream.ejected",
+    What.RETURNED: "upstream.returned",
+    What.FAILING: "upstream.failing",
+    What.RECOVERING: "upstream.recovering",
+}
 _TROUBLES: Final = frozenset({What.DOWN, What.EJECTED})
 # What only says that something may be about to change.
 _HINTS: Final = frozenset({What.FAILING, What.RECOVERING})
@@ -70,7 +79,7 @@ class Findings:
             if one.what not in _HINTS:
                 self._found[one.group, one.server] = Finding(one.what, one.why, one.at)
             level = logging.WARNING if one.what in _TROUBLES else logging.INFO
-            log.log(level, "upstream.%s %s", one.what.value, self._line(one))
+            log.log(level, "%s %s", _EVENTS[one.what], self._line(one))
 
     def usable(self, group: str) -> int:
         """How many servers of a group get sessions now, by what was found and ordered."""
