@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections import Counter
 from hashlib import blake2b
 from itertools import accumulate
 from operator import add
@@ -65,7 +66,9 @@ class Turn:
         "_cycle",
         "_earned",
         "_is_known",
+        "_length",
         "_mask",
+        "_mask_aside",
         "_members",
         "_part",
         "_start",
@@ -84,8 +87,10 @@ class Turn:
         self._start: list[int] = []  # what they had before the first turn of ``_cycle``
         self._cycle: list[int] = []
         self._at = 0
+        self._length = 0  # that of a whole cycle; 0: too long to be kept
         self._is_known = False  # whether ``_cycle`` is whole
-        self._aside: dict[int, int] = {}  # as ``_earned``, of turns within smaller sets
+        self._aside: Turn | None = None  # turns within a smaller set, and which
+        self._mask_aside = 0
 
     def reweigh(self, weights: Sequence[int]) -> None:
         """See :class:`Chooser`."""
@@ -94,13 +99,16 @@ class Turn:
         if members == self._members and chosen == self._weights:
             return
         had = dict(zip(self._members, self._earned_now(), strict=True))
-        earned = [had.get(index, 0) for index in members]
+        # Who is owed half a turn is owed half a turn, however much less a turn costs now.
+        is_new, total = not self._members, sum(chosen)
+        earned = [had.get(index, 0) * total // (self._sum or 1) for index in members]
         excess = sum(earned) // len(members)
-        is_new = not self._members
         self._earned = [one - excess for one in earned]
-        self._members, self._weights, self._sum = members, chosen, sum(chosen)
+        self._members, self._weights, self._sum = members, chosen, total
         self._mask = mask_of(weights)
-        self._aside.clear()
+        length = total // math.gcd(*chosen)
+        self._length = length if length <= LONGEST_CYCLE else 0
+        self._mask_aside = 0
         self._begin_cycle()
         if is_new:
             for _ in range(min(int(len(members) * self._part), MOST_SKIPPED)):
@@ -125,12 +133,13 @@ class Turn:
         place = earned.index(richest)
         earned[place] = richest - self._sum
         self._earned = earned
-        cycle = self._cycle
-        cycle.append(self._members[place])
-        if earned == self._start:
-            self._is_known = True
-        elif len(cycle) >= LONGEST_CYCLE:
-            self._begin_cycle()
+        if self._length:
+            self._cycle.append(self._members[place])
+            if len(self._cycle) == self._length:
+                if earned == self._start:
+                    self._is_known = True
+                else:  # the start was not yet as even as what follows
+                    self._begin_cycle()
         return self._members[place]
 
     def _begin_cycle(self) -> None:
@@ -139,24 +148,25 @@ class Turn:
     def _earned_now(self) -> list[int]:
         if not self._is_known:
             return self._earned
-        turns = self._cycle[: self._at]
+        had = Counter(self._cycle[: self._at])
         return [
-            start + len(turns) * weight - turns.count(index) * self._sum
+            start + self._at * weight - had[index] * self._sum
             for index, weight, start in zip(self._members, self._weights, self._start, strict=True)
         ]
 
     def _pick_among(self, allowed: int) -> int:
         """The same for a smaller set, which has turns of its own."""
-        earned = self._aside
-        total, richest, found = 0, -math.inf, -1
-        for index, weight in zip(self._members, self._weights, strict=True):
-            if allowed >> index & 1:
-                total += weight
-                has = earned[index] = earned.get(index, 0) + weight
-                if has > richest:
-                    richest, found = has, index
-        earned[found] -= total
-        return found
+        aside = self._aside
+        if aside is None:
+            aside = self._aside = Turn()
+        if allowed != self._mask_aside:
+            self._mask_aside = allowed
+            weights = [0] * allowed.bit_length()
+            for index, weight in zip(self._members, self._weights, strict=True):
+                if allowed >> index & 1:
+                    weights[index] = weight
+            aside.reweigh(weights)
+        return aside.pick(allowed)
 
 
 class Least:
