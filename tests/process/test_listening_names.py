@@ -97,7 +97,7 @@ def test_a_reload_leaves_what_is_bound_however_its_name_fares(site: Site, how: s
             site.names.stop_server(how)
         assert "+1 -0 ~0 =1" in site.reload(web="127.0.0.1", plain="127.0.0.1")
         site.assert_serves("web")
-        assert "+0 -0 ~1 =1" in site.reload(web="127.0.0.1 127.0.0.1", plain="127.0.0.1")
+        assert "+0 -0 ~1 =1" in site.reload(web="127.0.0.1 127.0.0.2", plain="127.0.0.1")
         site.assert_serves("web")
         carry(client, far, b"still there")
     assert rule_of(site, "web")["state"] == "listening"
