@@ -278,26 +278,27 @@ class Balancer:
 
     def _take(self, chooser: Chooser, allowed: int, key: bytes) -> Server | None:
         """Choose one that has room, and count the session there."""
-        holder, servers = self._surroundings.holder, self.servers
+        holder = self._surroundings.holder
         try:
             with holder as gate:
-                server = servers[chooser.pick(allowed, key)]
-                if self._is_full(gate, server):
-                    for index in indices(allowed):
-                        if self._is_full(gate, servers[index]):
-                            allowed ^= 1 << index
+                index = chooser.pick(allowed, key)
+                if self._limits[index] and self._is_full(gate, index):
+                    for one in indices(allowed):
+                        if self._is_full(gate, one):
+                            allowed ^= 1 << one
                     if not allowed:
                         self.is_full, self.is_unknown = True, False
                         return None
-                    server = servers[chooser.pick(allowed, key)]
+                    index = chooser.pick(allowed, key)
+                server = self.servers[index]
                 gate.take_server(holder.mine, server.row)
                 return server
         except Busy:
             return self._take_uncertain(chooser, allowed, key)
 
-    def _is_full(self, gate: Gate, server: Server) -> bool:
-        limit = self._limits[server.index]
-        return limit > 0 and gate.sessions(server.row) >= limit
+    def _is_full(self, gate: Gate, index: int) -> bool:
+        limit = self._limits[index]
+        return limit > 0 and gate.sessions(self.servers[index].row) >= limit
 
     def _take_uncertain(self, chooser: Chooser, allowed: int, key: bytes) -> Server:
         """The same while the lock is stuck: a server without a limit, by counts that may change."""

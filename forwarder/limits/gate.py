@@ -239,8 +239,8 @@ class Gate:
 
     def take_server(self, mine: Holdings, row: int) -> None:
         """Count a session of a server, beside that of its rule; or one that waits in a group."""
-        for rows in (mine.rows, self._rows):
-            rows[row] += 1
+        mine.rows[row] += 1
+        self._rows[row] += 1
 
     def leave_server(self, mine: Holdings, row: int) -> None:
         """What :meth:`take_server` has counted is over."""
