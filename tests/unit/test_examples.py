@@ -9,6 +9,7 @@ import pytest
 from support.pages import Block, blocks, pages
 
 from forwarder import __version__
+from forwarder.checker.standing import What
 from forwarder.config import Dialect, load, parse
 from forwarder.config.advice import advise
 from forwarder.config.keys import OF_CHECKS
@@ -23,6 +24,7 @@ from forwarder.config.rinetd_conf import KEYWORDS
 from forwarder.config.toml_check import CHECK_KEYS
 from forwarder.config.toml_conf import ACCESS_KEYS, LOG_KEYS, RULE_KEYS, TOP_KEYS
 from forwarder.config.toml_upstreams import GROUP_KEYS, SERVER_KEYS
+from forwarder.control.orders import Action
 from forwarder.stats.reasons import REASONS
 from forwarder.stats.rows import COUNTERS
 
@@ -158,5 +160,9 @@ def test_the_operations_guide_names_only_events_that_are_logged() -> None:
     package = "".join(path.read_text() for path in (ROOT / "forwarder").rglob("*.py"))
     events = first_cells("## The program's log")
     assert "master.ready" in events
-    for event in events:
+    # What becomes of servers, and what is ordered of them, are tables.
+    of_servers = {f"upstream.{one.value}" for one in (*What, *Action)}
+    assert '"upstream.%s ' in package
+    for event in set(events) - of_servers:
         assert re.search(rf'"{re.escape(event)}[ :"]', package), event
+    assert {f"upstream.{one.value}" for one in Action} <= set(events)
