@@ -90,6 +90,7 @@ MASTERS: Final = [
     *_in_master("socketpair", "EMFILE", "ENFILE", doing=(Doing.DEATH, Doing.RESIZE)),
     *_in_master("memfd_create", "EMFILE", "ENOMEM", doing=_CHANGES),
     *_in_master("mmap", "ENOMEM", doing=_CHANGES),
+    *_in_master("ftruncate,fcntl", "ENOMEM", "EPERM", doing=(Doing.DEATH,)),
     *_in_master("sendmsg", "ENOMEM", "ENOBUFS", "ETOOMANYREFS", "EINTR", doing=_CHANGES),
     *_in_master("recvmsg", "ENOMEM", "ENOBUFS", "EINTR", doing=_CHANGES),
     *_in_master("pipe2", "EMFILE", "ENFILE", doing=(Doing.RELOAD, Doing.UPGRADE)),
