@@ -75,9 +75,11 @@ def hosts(count: int) -> tuple[str, ...]:
 
 
 def forwarder_config(group: Group, _directory: Path) -> str:
-    """One rule with a group by name."""
+    """One rule with a group by name; with one server that is neither limited nor checked, plain."""
     text = f'workers = {group.workers}\nconnect_timeout = "{CONNECT_S}s"\n'
     text += f'[[forwarding_rules]]\nname = "bench"\nlisten = "{HOST}:{PORT}"\n'
+    if len(group.servers) == 1 and not (group.max_sessions or group.check_port):
+        return f'{text}upstream = "{group.servers[0]}:{SERVER_PORT}"\n'
     text += 'upstream = "group:bench"\n[[groups]]\nname = "bench"\n'
     limit = f", max_sessions = {group.max_sessions}" if group.max_sessions else ""
     servers = "".join(f'  {{ at = "{one}:{SERVER_PORT}"{limit} }},\n' for one in group.servers)
