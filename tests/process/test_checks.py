@@ -38,12 +38,14 @@ class Site:
         self._stack = stack
         self.servers = [stack.enter_context(Server(name)) for name in ("first", "second", "third")]
         self.addresses: list[tuple[str, int]] = []
+        self.of_rules = ""  # more TOML of each rule
         self.it: Configured
 
     def text(self, group: str, top: str = "") -> str:
         servers = ", ".join(f'"{server.written}"' for server in self.servers)
         rules = "".join(
             f'[[forwarding_rules]]\nlisten = "{written(at)}"\nupstream = "group:g"\n'
+            + f"{self.of_rules}\n"
             for at in self.addresses
         )
         control = f'control = "{self._path}.sock"\n'
@@ -240,6 +242,18 @@ def test_a_reload_keeps_what_was_found_out(site: Site) -> None:
     for server in site.servers:
         site.wait("up", server, more="no check")
     assert site.seen() == ALL
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can set a mark for another user")
+def test_a_check_has_the_mark_of_its_rule_also_as_another_user(site: Site) -> None:
+    """Without the right to set it no check could be made."""
+    sick = site.servers[0]
+    site.of_rules = "mark = 5"
+    site.start(f"check = {{ {QUICK} }}", top='user = "nobody"\n')
+    eventually(lambda: all(server.checks > 0 for server in site.servers))
+    sick.is_well = False
+    site.wait("down", sick)
+    assert site.count("unchecked") == 0
 
 
 def test_a_server_that_comes_back_to_its_group_is_a_new_one(site: Site) -> None:
