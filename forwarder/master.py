@@ -374,9 +374,9 @@ class Master:
         """Let the workers, and old masters that drain, end some of their sessions."""
         self._ending.sessions.ask(Op.KILL, choice, callback)
 
-    def describe_upstreams(self) -> list[dict[str, object]]:
-        """Describe the groups of upstreams with their servers."""
-        return self._upstreams.describe()
+    def describe_upstreams(self, only: str | None) -> list[dict[str, object]]:
+        """Describe the groups of upstreams with their servers, all or ``only`` this one."""
+        return self._upstreams.describe(only)
 
     def order(self, wanted: Wanted, uid: int, reply: Reply) -> str:
         """Carry out an order of a user about some servers. Returns why not; "": it is answered."""

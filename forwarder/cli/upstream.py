@@ -43,12 +43,17 @@ def _complete_group(ctx: click.Context, _parameter: click.Parameter, incomplete:
 
 
 def _complete_server(ctx: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
-    """Servers of the group that was given, those not named yet."""
-    group, given = ctx.params.get("group"), ctx.params.get("servers") or ()
+    """Servers of the group that was given, those not named yet.
+
+    For bash a colon is a word of its own: it wants the port when the host stands before that.
+    """
+    group, given = ctx.params.get("group"), tuple(ctx.params.get("servers") or ())
+    host = f"{given[-2]}:" if given[1:] and given[-1] == ":" else ""
     names = [
         name for one in _known(ctx) if one.get("name") == group for name in status.servers_in(one)
     ]
-    return [name for name in names if name.startswith(incomplete) and name not in given]
+    possible = [name for name in names if name.startswith(host + incomplete) and name not in given]
+    return [name.removeprefix(host) for name in possible]
 
 
 _group_argument = click.argument("group", metavar="GROUP", shell_complete=_complete_group)
@@ -174,9 +179,9 @@ def weight_command(control: str | None, group: str, servers: tuple[str, ...], we
 # -- asking the instance
 
 
-def _groups(control: str | None) -> list[dict[str, object]]:
-    """The groups of the instance. Raises ControlError."""
-    found = ask(control, {"op": "upstreams"}, STATUS_TIMEOUT_S).get("groups")
+def _groups(control: str | None, only: str | None = None) -> list[dict[str, object]]:
+    """The groups of the instance, or ``only`` this one. Raises ControlError."""
+    found = ask(control, {"op": "upstreams", "group": only}, STATUS_TIMEOUT_S).get("groups")
     return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
 
 
@@ -207,8 +212,7 @@ def _wait(control: str | None, group: str, servers: list[str], timeout: float | 
 
 def _left(control: str | None, group: str, servers: list[str]) -> str:
     """What sessions servers have, for people; "" if none are left, not in old instances either."""
-    found = next((one for one in _groups(control) if one.get("name") == group), {})
-    count = status.sessions_of(found, servers)
+    count = sum(status.sessions_of(one, servers) for one in _groups(control, group))
     if count:
         return f"there {'is' if count == 1 else 'are'} still {status.sessions(count)}"
     for server in servers:  # what old instances have is not counted in ours

@@ -71,8 +71,8 @@ class Instance(Protocol):
     def reload(self) -> str:
         """Begin a reload. Returns why not, or ""."""
 
-    def describe_upstreams(self) -> list[Message]:
-        """Describe the groups of upstreams with their servers."""
+    def describe_upstreams(self, only: str | None) -> list[Message]:
+        """Describe the groups of upstreams with their servers, all or ``only`` this one."""
 
     def order(self, wanted: Wanted, uid: int, reply: Reply) -> str:
         """Carry out an order of a user about some servers. Returns why not; "": it is answered."""
@@ -257,7 +257,7 @@ class Requests:
         """Begin what ``message`` of a user asks for; ``reply`` is called once, now or later."""
         op = message.get("op")
         if op in {"status", "upstreams"}:
-            reply({"ok": True, **self._describe(is_whole=op == "status")})
+            reply({"ok": True, **self._describe(message)})
         elif op == "reload":
             self._asked.append(reply)
             problem = self._instance.reload()
@@ -280,11 +280,13 @@ class Requests:
         else:
             reply(refusal(f"unknown operation; there are {', '.join(OPERATIONS)}"))
 
-    def _describe(self, *, is_whole: bool) -> Message:
-        """The whole instance, or its groups alone, which costs less."""
-        if is_whole:
+    def _describe(self, message: Message) -> Message:
+        """The whole instance, or its groups, or one of them, which cost less."""
+        if message["op"] == "status":
             return self._instance.status()
-        return {"groups": self._instance.describe_upstreams()}
+        group = message.get("group")
+        only = group if isinstance(group, str) else None
+        return {"groups": self._instance.describe_upstreams(only)}
 
     def _choose(self, message: Message, reply: Reply) -> None:
         """Begin to list or to end the sessions that a message describes."""

@@ -11,7 +11,7 @@ import os
 import pwd
 import time
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from forwarder.balancing.table import (
     CHECKS_FAILED,
@@ -33,9 +33,9 @@ from forwarder.system.printable import field, visible
 
 if TYPE_CHECKING:
     import selectors
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
-    from forwarder.config.model import Rule, Settings, Upstream
+    from forwarder.config.model import Group, Settings, Upstream
     from forwarder.control.orders import Order, Wanted
     from forwarder.supervision.findings import Findings
     from forwarder.supervision.fleet import Fleet
@@ -44,6 +44,16 @@ log = logging.getLogger(__name__)
 
 # What of the counters of a server is shown. The others are of no use there, see Ledger.server.
 _SHOWN: Final = ("sessions", "sessions_total", "bytes_c2u", "bytes_u2c", "connect_ms")
+
+
+class _Group(NamedTuple):
+    """A group in force, and its servers by name."""
+
+    made: Group | None
+    servers: dict[str, Upstream]
+
+
+_NONE: Final = _Group(None, {})
 
 
 class OrderError(Exception):
@@ -136,28 +146,27 @@ class Upstreams:
             if self._servers.order((group, name), order):
                 changed.append(name)
                 self._log(wanted.action, group, name, order)
-        known = groups.get(group)
-        shown = [self._describe_one(group, name, known) for name in names]
+        known = groups.get(group, _NONE)
+        shown = [self._describe_one(group, name, known.servers.get(name)) for name in names]
         answer = {
             "ok": True,
             "group": group,
             "servers": [{**one, "changed": one["server"] in changed} for one in shown],
-            "is_empty": known is not None and self._is_empty(group, known),
+            "is_empty": bool(known.servers) and self._is_empty(group, known.servers),
         }
         if changed:
             self._keep(lambda problem: done({**answer, "problem": problem}))
         else:
             done({**answer, "problem": self._file.problem})
 
-    def _choose(self, wanted: Wanted, groups: Mapping[str, Rule]) -> tuple[str, list[str]]:
+    def _choose(self, wanted: Wanted, groups: Mapping[str, _Group]) -> tuple[str, list[str]]:
         """The group, and the servers that the words of an operator mean. Raises OrderError."""
         group = wanted.group
         orders = self._servers.orders.given
         ordered = [name for at, name in orders if at == group]
         if group not in groups and not ordered:
             raise OrderError(_no_group(group, groups))
-        rule = groups.get(group)
-        in_force = [str(one) for one in rule.upstreams] if rule is not None else []
+        in_force = groups.get(group, _NONE).servers
         # An order outlives its server, and may be taken back all the same.
         known = list(dict.fromkeys([*in_force, *ordered]))
         chosen = [_one_of(word, known, group) for word in wanted.servers]
@@ -191,49 +200,52 @@ class Upstreams:
             return self._own
         return "root" if uid == 0 else str(uid)
 
-    def _is_empty(self, group: str, rule: Rule) -> bool:
+    def _is_empty(self, group: str, servers: Iterable[str]) -> bool:
         """Whether orders keep every server of a group from new sessions."""
         given = self._servers.orders.given
-        return all(
-            (order := given.get((group, str(one)))) is not None and order.is_out
-            for one in rule.upstreams
-        )
+        orders = [given.get((group, name)) for name in servers]
+        return all(order is not None and order.is_out for order in orders)
 
     # -- what there is
 
-    def describe(self) -> list[dict[str, object]]:
-        """All groups with their servers, as in the status; also servers that only have an order."""
+    def describe(self, only: str | None = None) -> list[dict[str, object]]:
+        """All groups with their servers, as in the status; also servers that only have an order.
+
+        ``only``: of this group alone.
+        """
         groups = self._groups()
-        ordered: dict[str, list[str]] = {}
+        servers: dict[str, dict[str, Upstream | None]] = {
+            name: dict(group.servers) for name, group in groups.items()
+        }
         for group, name in sorted(self._servers.orders.given):
-            rule = groups.get(group)
-            if rule is None or name not in map(str, rule.upstreams):
-                ordered.setdefault(group, []).append(name)
-        found: list[dict[str, object]] = []
-        for group in [*groups, *(one for one in ordered if one not in groups)]:
-            rule = groups.get(group)
-            names = [str(one) for one in rule.upstreams] if rule is not None else []
-            names += ordered.get(group, [])
-            found.append(
-                {
-                    "name": group,
-                    "balance": rule.group.balance.value if rule is not None else None,
-                    "is_checked": rule is not None and rule.group.check is not None,
-                    "waiting": self._fleet.waiting(group),
-                    "servers": [self._describe_one(group, name, rule) for name in names],
-                }
-            )
+            servers.setdefault(group, {}).setdefault(name, None)
+        return [
+            {
+                **self._describe_group(name, groups.get(name, _NONE).made),
+                "servers": [self._describe_one(name, *one) for one in of_it.items()],
+            }
+            for name, of_it in servers.items()
+            if only in (None, name)
+        ]
+
+    def _describe_group(self, name: str, made: Group | None) -> dict[str, object]:
+        return {
+            "name": name,
+            "balance": made.balance.value if made is not None else None,
+            "is_checked": made is not None and made.check is not None,
+            "waiting": self._fleet.waiting(name),
+        }
+
+    def _groups(self) -> dict[str, _Group]:
+        """The groups in force. Rules of one group have the same servers."""
+        found: dict[str, _Group] = {}
+        for rule, name in self._fleet.serving.groups():
+            if rule.is_balanced and name not in found:
+                found[name] = _Group(rule.group, {str(one): one for one in rule.upstreams})
         return found
 
-    def _groups(self) -> dict[str, Rule]:
-        """For each group in force one of its rules."""
-        found: dict[str, Rule] = {}
-        for rule, group in self._fleet.serving.groups():
-            if rule.is_balanced:
-                found.setdefault(group, rule)
-        return found
-
-    def _describe_one(self, group: str, name: str, rule: Rule | None) -> dict[str, object]:
+    def _describe_one(self, group: str, name: str, upstream: Upstream | None) -> dict[str, object]:
+        """A server, or what is left of one that is not in force."""
         order = self._servers.orders.given.get((group, name))
         counters = self._ledger.server(group, name)
         found: dict[str, object] = {
@@ -243,15 +255,11 @@ class Upstreams:
             **{key: counters[key] for key in _SHOWN},
             "failed": counters["connects_failed"],
         }
-        upstreams = rule.upstreams if rule is not None else ()
-        upstream = next((one for one in upstreams if str(one) == name), None)
-        if upstream is not None:
-            found |= self._describe_standing(group, upstream)
-        return found
+        return found if upstream is None else found | self._describe_standing(group, name, upstream)
 
-    def _describe_standing(self, group: str, upstream: Upstream) -> dict[str, object]:
+    def _describe_standing(self, group: str, name: str, upstream: Upstream) -> dict[str, object]:
         """What is configured, and what the table says now."""
-        name, table = str(upstream), self._servers.table
+        table = self._servers.table
         finding = self._findings.of(group, name)
         seat = self._servers.seat(group, name)
         found: dict[str, object] = {

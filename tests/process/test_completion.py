@@ -28,6 +28,8 @@ LINES: Final = {
     "forwarder convert --from ox": "forwarder convert --from oxidinetd",
     "forwarder check -c uni": "forwarder check -c unique.toml",
     "forwarder run --workers a": "forwarder run --workers auto",
+    "forwarder upstream dis": "forwarder upstream disable",
+    "forwarder upstream drain --res": "forwarder upstream drain --reset",
 }
 """What is typed, and what a tabulator makes of it."""
 

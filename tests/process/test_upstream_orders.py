@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
+import sys
 import threading
 from contextlib import ExitStack
 from itertools import pairwise
@@ -443,3 +445,32 @@ def test_sessions_are_listed_and_killed_by_server(it: Grouped) -> None:
     assert done.stdout == "3 ended\n"
     eventually(lambda: all(client.is_cut() for client in ours))
     assert [client.ask() for client in theirs] == [other] * 2
+
+
+def completed(*words: str) -> list[str]:
+    """What click offers to bash for the last of these words."""
+    line = {"COMP_WORDS": " ".join(words), "COMP_CWORD": str(len(words) - 1)}
+    done = subprocess.run(
+        [sys.executable, "-m", "forwarder"],
+        env={**os.environ, **line, "_FORWARDER_COMPLETE": "bash_complete"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=2 * PATIENCE_S,
+    )
+    return [line.partition(",")[2] for line in done.stdout.splitlines() if line]
+
+
+def test_groups_and_servers_are_completed(it: Grouped) -> None:
+    it.start()
+    command = ("forwarder", "--control", str(it.control), "upstream", "drain")
+    assert completed(*command, "p") == ["pg"]
+    assert completed(*command, "pg", "127.0") == it.servers
+    assert completed(*command, "pg", it.servers[0], "127.0") == it.servers[1:]
+    # bash splits at colons, and wants what follows the last.
+    ports = [server.partition(":")[2] for server in it.servers]
+    assert completed(*command, "pg", "127.0.0.1", ":", ports[0][:-1]) == [ports[0]]
+    assert completed("forwarder", "upstream", "drain", "--control", "/nowhere", "p") == []
+    listing = ("forwarder", "sessions", "--control", str(it.control))
+    assert completed(*listing, "--server", "127") == it.servers
+    assert completed(*listing, "--group", "") == ["pg"]

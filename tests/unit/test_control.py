@@ -57,8 +57,8 @@ class Instance:
     def upgrade(self) -> str:
         return self.problem
 
-    def describe_upstreams(self) -> list[Message]:
-        return [{"name": "pg"}]
+    def describe_upstreams(self, only: str | None) -> list[Message]:
+        return [{"name": only or "all"}]
 
     def order(self, wanted: Wanted, uid: int, reply: Reply) -> str:
         self.ordered = wanted, uid
@@ -379,4 +379,6 @@ def test_an_order_that_makes_no_sense_is_refused(wrong: Message, why: str) -> No
 
 
 def test_groups_are_described_alone() -> None:
-    assert answer_to({"op": "upstreams"}) == {"ok": True, "groups": [{"name": "pg"}]}
+    assert answer_to({"op": "upstreams"}) == {"ok": True, "groups": [{"name": "all"}]}
+    one = answer_to({"op": "upstreams", "group": "pg"})
+    assert one == {"ok": True, "groups": [{"name": "pg"}]}
