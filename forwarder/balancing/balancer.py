@@ -132,6 +132,7 @@ class Balancer:
         "_returns_from",
         "_returns_until",
         "_revision",
+        "_said",
         "_surroundings",
         "_table",
         "_tiers",
@@ -176,6 +177,7 @@ class Balancer:
         self._awaits = False
         self._awaits_until = 0.0
         self._revision = -1
+        self._said: list[tuple[int, ...]] = []
         # For each server that was found down: since when, of those whose sessions were cut.
         self._cut: dict[str, int] = {}
         self._has_primaries = True
@@ -339,6 +341,10 @@ class Balancer:
         """Work out what may be chosen now."""
         table, group = self._table, self.group
         self._revision = table.revision
+        said = [table.said(server.seat) for server in self.servers]
+        if said == self._said and not self._awaits:
+            return  # it was about others
+        self._said = said
         states, self._limits = [], []
         self._await_checks()
         for server in self.servers:

@@ -38,6 +38,8 @@ ORDER, HEALTH, STATE, SINCE_NS, CHECKS_PASSED, CHECKS_FAILED, EJECTIONS, AGENT_L
 ORDERS, FINDINGS = range(2)
 # HEALTH is 0 or one more than the part of its weight that a server has, in thousandths.
 FULL: Final = 1000
+# The most: that of an agent which makes the least weight the greatest.
+MOST_SHARE: Final = 256 * FULL
 
 
 class Standing(IntEnum):
@@ -139,6 +141,12 @@ class ServerTable:
 
     # -- everybody
 
+    def said(self, seat: int) -> tuple[int, ...]:
+        """All that makes a difference to a choice, to be compared with what was said before."""
+        at = seat * SEAT_WORDS
+        words = self.words
+        return words[at + ORDER], words[at + HEALTH], words[at + STATE], words[at + AGENT_LIMIT]
+
     def orders(self, seat: int, configured: int) -> tuple[int, bool]:
         """What weight a server has, unless it is down, and whether it is to get no session at all.
 
@@ -153,7 +161,7 @@ class ServerTable:
     def share(self, seat: int) -> int:
         """What part of its weight a server has by what was found out, in thousandths; 0: none."""
         health = self.words[seat * SEAT_WORDS + HEALTH]
-        return health - 1 if health else FULL
+        return min(health - 1, MOST_SHARE) if health else FULL
 
     def limit(self, seat: int, configured: int) -> int:
         """How many sessions a server may have, 0 is no limit: as configured, or by its agent."""

@@ -194,6 +194,28 @@ def test_what_the_table_says_counts_from_the_next_session_on(bench: Bench) -> No
     assert set(choices(balancer, 8)) == {0, 1}  # open, but not to who is out
 
 
+def test_what_is_said_of_other_groups_is_of_no_account(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is worked out again, however often servers of other groups come and go."""
+    balancer = bench.balancer(*some(2))
+    bench.find(0, Standing.SLOW, 500)
+    assert choices(balancer, 3) == [1, 0, 1]
+    calls: list[object] = []
+    monkeypatch.setattr("forwarder.balancing.balancer.rank", lambda *_, **__: calls.append(1))
+    bench.find(7, Standing.DOWN)
+    bench.order(8, DRAIN)
+    assert choices(balancer, 3) == [1, 0, 1]
+    assert not calls
+
+
+def test_nonsense_in_the_table_is_no_more_than_much_weight(bench: Bench) -> None:
+    balancer = bench.balancer(*some(2), group=Group(balance=Balance.RANDOM))
+    bench.find(0, Standing.SLOW, 2**64 - 2)
+    for _ in range(100):
+        assert balancer.choose(CLIENT, 0, 0) in balancer.servers
+
+
 def test_what_is_usable_and_what_is_left(bench: Bench) -> None:
     balancer = bench.balancer(*some(3))
     assert balancer.usable == balancer.choosable == 0b111
