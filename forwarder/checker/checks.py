@@ -63,6 +63,8 @@ KINDS: Final[Mapping[CheckKind, Begin]] = {
 # A check that has not ended so long after its timeout never will: a bug. A kind may wait for its
 # timeout once more, after the process was stopped.
 _LOST_S: Final = 60.0
+# What waits for the master; the older half is dropped then. Arbitrary.
+MOST_NEWS: Final = 10_000
 _NS: Final = 1_000_000_000
 
 
@@ -269,10 +271,12 @@ class Checks:
         server.began_at = self._loop.now
         try:
             server.left = self._aims(server)
+            self._try_next(server)
         except Unknown as err:
             self._end(server, Outcome(False, err.why, 0.0, is_ours=err.is_ours))
-            return
-        self._try_next(server)
+        except Exception:  # a bug must cost one check, not all of them
+            log.exception("checker.bug %s", _name(server))
+            self._end(server, Outcome(False, "", 0.0, is_ours=True))
 
     def _aims(self, server: Server) -> list[Aim]:
         """The addresses of a server, the last one first that was good. Raises Unknown."""
@@ -291,11 +295,7 @@ class Checks:
         assert check is not None  # noqa: S101 - see above
         aim = server.left.pop(0)
         done = partial(self._on_outcome, server, aim)
-        try:
-            server.probe = self._kinds[check.kind](check, aim, self._loop, done)
-        except Exception:  # a bug must cost one check, not all of them
-            log.exception("checker.bug %s", _name(server))
-            self._end(server, Outcome(False, "", 0.0, is_ours=True))
+        server.probe = self._kinds[check.kind](check, aim, self._loop, done)
 
     def _on_outcome(self, server: Server, aim: Aim, outcome: Outcome) -> None:
         if outcome.is_good:
@@ -403,6 +403,8 @@ class Checks:
     def _tell(self, server: Server, event: Event) -> None:
         what, why, after = event
         name = server.checked.name
+        if len(self.news) >= MOST_NEWS:  # a master that is stopped takes none
+            del self.news[: MOST_NEWS // 2]
         self.news.append(News(what, name, server.name, why, after, self._loop.now))
 
 

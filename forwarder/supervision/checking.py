@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from typing import TYPE_CHECKING
 
 from forwarder.checker.messages import (
@@ -25,6 +26,7 @@ from forwarder.stats.board import ROWS
 from forwarder.supervision.findings import Findings
 from forwarder.supervision.helper import Helper
 from forwarder.supervision.naming import Naming
+from forwarder.supervision.slot import RETRY_S
 from forwarder.system.daemonlog import warn_rarely
 from forwarder.upstream.asking import FOUND
 from forwarder.upstream.wanted import all_names
@@ -66,6 +68,7 @@ class Checking:
         self._told: tuple[Checked, ...] | None = None  # None: nothing, and not even that
         self._watched: dict[int, frozenset[Server]] = {}  # by the serial with which they were sent
         self._boards: set[int] = set()  # the workers whose boards it has
+        self._tell_at = 0.0  # not before that, after descriptors ran out
 
     def use(self, serving: Serving, now: float) -> None:
         """Let the checker check and look up what is served from now on, and nothing else."""
@@ -93,7 +96,9 @@ class Checking:
     @property
     def deadline(self) -> float | None:
         """When :meth:`turn` has something to do without an event; None for never."""
-        deadlines = (self.helper.deadline, self.naming.deadline)
+        is_untold = self.helper.is_started and self._told is not self._wanted
+        tell_at = self._tell_at if is_untold else None
+        deadlines = (self.helper.deadline, self.naming.deadline, tell_at)
         return min((one for one in deadlines if one is not None), default=None)
 
     # -- see helper.Job
@@ -127,21 +132,30 @@ class Checking:
 
     # -- what it is told
 
+    @property
+    def _wanted(self) -> tuple[Checked, ...]:
+        """The groups that the checker has to check now."""
+        return self._groups if self._may_check() else ()
+
     def _tell(self) -> None:
         if not self.helper.is_started:
             if self._watched:
                 self._watched.clear()  # nobody is left who would write of them
                 self._watch()
             return
+        now = time.monotonic()
+        if now < self._tell_at:
+            return
         try:
             self._tell_boards()
             self._tell_groups()
-        except OSError as err:  # EMFILE: both travel as descriptors; the next turn tries again
+        except OSError as err:  # EMFILE: both travel as descriptors
             what = f"checker.untold: {err.strerror}"
             warn_rarely(log, what, what, logging.ERROR)
+            self._tell_at = now + RETRY_S
 
     def _tell_groups(self) -> None:
-        groups = self._groups if self._may_check() else ()
+        groups = self._wanted
         if groups == self._told or (self._told is None and not groups):
             self._told = groups  # the next comparison is short
             return
