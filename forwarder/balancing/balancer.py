@@ -320,6 +320,16 @@ class Balancer:
             self._surroundings.holder.leave_server(server.row)
             self._surroundings.settle_soon()
 
+    def adopt(self, server: Server) -> None:
+        """Count a session that has this server from before there was a choice.
+
+        See :meth:`let_go`. If the server is down already, such sessions are cut, too.
+        """
+        self._cut.pop(server.name, None)
+        if server.is_counted:
+            self._surroundings.holder.take_server(server.row)
+            self._surroundings.settle_soon()
+
     def take_over(self, server: Server) -> Server:
         """What a session from before a reload has to refer to: the server of the same name, if any.
 

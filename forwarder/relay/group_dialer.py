@@ -221,7 +221,7 @@ class GroupDialer(Dialer):
         del self._taken[server]
         if has_failed:
             self._servers.on_failed(server)
-        self._servers.give_back(self._balancer, server)
+        self._servers.give_back(self._pool, server)
 
     def win(self, attempt: Attempt, sock: socket.SocketType, mask: int) -> None:
         """The first that is connected; its server is the caller's from here on."""

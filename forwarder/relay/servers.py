@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from forwarder.balancing.balancer import Balancer, Server
     from forwarder.limits.restrictions import Restrictions
+    from forwarder.net.sockets import Target
     from forwarder.relay.poller import Poller
     from forwarder.stats.rows import Row
     from forwarder.system.loop import Clock
@@ -43,6 +44,14 @@ class Served(Protocol):
     """A session. ``server`` is the one that it has, if it has one; ``pool`` has chosen it."""
 
     server: Server | None
+
+    @property
+    def upstream(self) -> object | None:
+        """What it is connected by."""
+
+    @property
+    def target(self) -> Target | None:
+        """Where to."""
 
     @property
     def pool(self) -> Pool:
@@ -153,12 +162,15 @@ class Servers:
     def apply(self, pools: Mapping[str, Pool], sessions: Iterable[Served]) -> None:
         """Choose servers as these pools do, by the names of their rules, from now on.
 
-        Sessions that have a server keep it, and are counted as its group wants it now.
+        Sessions that have a server keep it, and are counted as its group wants it now. Those of
+        rules that had no choice before are counted for the server that they are connected to.
         """
         self._pools = pools
         for session in sessions:
             if session.server is not None:
                 session.server = self.as_in_force(session.pool, session.server)
+            elif session.upstream is not None:
+                session.server = self._adopt(session)
         self._queues = {row: queue for row, queue in self._queues.items() if queue}
 
     def in_force(self, pool: Pool) -> Pool | None:
@@ -178,6 +190,18 @@ class Servers:
         if now is None or now.balancer is None or now.balancer is pool.balancer:
             return server
         return now.balancer.take_over(server)
+
+    def _adopt(self, session: Served) -> Server | None:
+        now = self.in_force(session.pool)
+        if now is None or now.balancer is None or session.target is None:
+            return None
+        now.targets()  # what is known of names
+        for server in now.balancer.servers:
+            if session.target in (now.addresses(server.index) or ()):
+                now.balancer.adopt(server)
+                self.on_taken(server)
+                return server
+        return None
 
     def queue(self, balancer: Balancer) -> Queue:
         """Where sessions of a group wait."""
@@ -204,15 +228,18 @@ class Servers:
         server.counts[CONNECTS_FAILED] += 1
         self.alarm[SESSIONS] += 1
 
-    def give_back(self, balancer: Balancer, server: Server) -> None:
-        """A session has this server no longer; it is free when the batch at hand is over."""
-        self._poller.defer(partial(self.let_go, balancer, server))
+    def give_back(self, pool: Pool, server: Server) -> None:
+        """A session of ``pool`` has this no longer; it is free when the batch at hand is over."""
+        self._poller.defer(partial(self.let_go, pool, server))
 
-    def let_go(self, balancer: Balancer, server: Server) -> None:
-        """A session has this server no longer, and its sockets are closed."""
+    def let_go(self, pool: Pool, server: Server) -> None:
+        """A session of ``pool`` has this server no longer, and its sockets are closed."""
         server.counts[SESSIONS] -= 1
-        balancer.let_go(server)
+        if server.is_counted:
+            self._restrictions.holder.leave_server(server.row)
+            self._restrictions.settle_soon()
         if self._queues:
-            queue = self._queues.get(balancer.row)
+            now = self.in_force(pool)
+            queue = self._queues.get(now.balancer.row) if now and now.balancer else None
             if queue:
                 queue.look()

@@ -282,9 +282,9 @@ class Session:
         """
         if self.held_as is not None:
             self.relay.restrictions.let_go(self)
-        if self.server is not None and self.pool.balancer is not None:
+        if self.server is not None:
             server, self.server = self.server, None
-            self.relay.servers.let_go(self.pool.balancer, server)
+            self.relay.servers.let_go(self.pool, server)
 
     def on_bug(self) -> None:
         """An event handler failed: end this, the worker goes on."""

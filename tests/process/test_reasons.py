@@ -95,6 +95,19 @@ def nobody_listens(it: Logged) -> None:
     be_reset(it.address)
 
 
+def no_server_is_up(it: Logged) -> None:
+    it.forwarder.wait_logged("upstream.down")
+    be_reset(it.address)
+
+
+def its_server_goes_down(it: Logged) -> None:
+    link = it.link()
+    down = NOBODY_CHECKED + 'on_down = "reset"\n[[logs]]'
+    assert it.reload(it.config.read_text().replace("[[logs]]", down, 1))["ok"] is True
+    receive_to_reset(link.client)
+    link.close()
+
+
 def client_is_turned_away(it: Logged) -> None:
     with contextlib.suppress(ConnectionResetError), connect(it.address) as client:
         assert client.recv(1) == b""
@@ -141,6 +154,9 @@ def two_flows(it: Logged) -> None:
         client.close()
 
 
+# A check of a port that nobody listens on.
+NOBODY_CHECKED = 'check = { kind = "tcp", port = 1, every = "0.1s" }\n'
+
 CAUSES: list[tuple[str, str, str, Callable[[Logged], None]]] = [
     # reason, more TOML in the rule, more at the top, what causes it
     ("client/data", "", "", client_ends),
@@ -158,6 +174,8 @@ CAUSES: list[tuple[str, str, str, Callable[[Logged], None]]] = [
     ("us/access", "", "cut_denied = true", client_is_denied_later),
     ("us/drain", "", "drain_timeout = 0.2", rule_changes),
     ("us/kill", "", "", it_is_killed),
+    ("us/upstream-down", f"{NOBODY_CHECKED}fail_open = false", "", no_server_is_up),
+    ("us/upstream-down", "", "", its_server_goes_down),
     ("us/error", "", "", worker_is_killed),
     ("us/limit", 'protocol = "udp"\nmax_flows = 1', "", two_flows),
 ]

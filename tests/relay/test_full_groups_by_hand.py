@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from support import procfs
-from support.by_hand import Bench, GroupPool, StubPool, target_of
+from support.by_hand import Bench, GroupPool, StubPool, pool_of, target_of
 from support.ends import listen, receive_to_reset, reset
 from support.groups import failed, find, look, order, servers_of, turning
 
@@ -413,3 +413,51 @@ def test_who_waits_in_a_group_that_is_gone_waits_no_longer(bench: Bench, stack: 
     bench.loop.pass_time(SOON_S)
     assert receive_to_reset(client) == b""
     assert waiting(bench, pool) == 0
+
+
+def test_sessions_of_a_rule_that_becomes_a_group_are_cut_though_it_was_down_before(
+    bench: Bench, stack: ExitStack
+) -> None:
+    """The checker may be faster than this worker."""
+    sock = stack.enter_context(listen())
+    plain = pool_of(at(sock), 10.0)
+    serve(bench, stack, plain)
+    known = bench.group(at(sock), on_down=OnDown.RESET)
+    find(bench, known, 0, Standing.DOWN)
+    pool = bench.group(at(sock), on_down=OnDown.RESET)
+    bench.relay.servers.apply({pool.rule.name: pool}, bench.relay.sessions)
+    look(bench, pool)
+    assert ended(plain) == {"us/upstream-down": 1}
+
+
+@pytest.mark.parametrize("on_down", list(OnDown))
+def test_sessions_of_a_rule_that_becomes_a_group_are_those_of_the_server_that_they_have(
+    bench: Bench, stack: ExitStack, on_down: OnDown
+) -> None:
+    """It has had one upstream so far, and no check."""
+    sock, other = stack.enter_context(listen()), stack.enter_context(listen())
+    plain = pool_of(at(sock), 10.0)
+    serve(bench, stack, plain)
+    serve(bench, stack, plain)
+    pool = bench.group(at(other), at(sock), balance=Balance.LEAST, on_down=on_down)
+    bench.relay.servers.apply({pool.rule.name: pool}, bench.relay.sessions)
+    bench.loop.pass_time(0)
+    assert [server.counts[SESSIONS] for server in servers_of(pool)] == [0, 2]
+    found = [serve(bench, stack, pool)[1].server for _ in range(2)]
+    assert found == [servers_of(pool)[0]] * 2
+    find(bench, pool, 1, Standing.DOWN)
+    look(bench, pool)
+    assert ended(plain) == ({"us/upstream-down": 2} if on_down is OnDown.RESET else {})
+
+
+def test_sessions_of_a_group_that_becomes_a_plain_rule_give_their_servers_back(
+    bench: Bench, stack: ExitStack
+) -> None:
+    pool = full(bench, stack)
+    plain = pool_of(tuple(one for found in pool.found for one in found or ()), 10.0)
+    bench.relay.servers.apply({plain.rule.name: plain}, bench.relay.sessions)
+    (session,) = bench.relay.sessions
+    server = session.server
+    assert server is not None
+    end(bench, session)
+    assert (server.counts[SESSIONS], bench.shared.gate.sessions(server.row)) == (0, 0)

@@ -267,7 +267,7 @@ class Flow(Session):
     def _go_elsewhere(self) -> None:
         upstream = self.upstream
         now = self.relay.poller.now
-        server, balancer = self.server, self.pool.balancer
+        server = self.server
         targets = sorted(  # stable, so that they still have their turns
             self.pool.targets() or (),
             key=lambda target: (
@@ -282,13 +282,14 @@ class Flow(Session):
         self.relay.flows.ports.give(self.pool)
         self.relay.poller.release(upstream)
         self.upstream = self.u2c.src = None
-        if server is None or balancer is None:
-            self.dial(tuple(targets))
-            return
         spent = self._spent()
-        self.server = None
-        self.relay.servers.give_back(balancer, server)
-        self.choose(spent)
+        if server is not None:
+            self.server = None
+            self.relay.servers.give_back(self.pool, server)
+        if self.pool.balancer is None:
+            self.dial(tuple(targets))
+        else:
+            self.choose(spent)
 
     def _spent(self) -> int:
         """Its server, as a set of bits, unless that has another address to try."""
