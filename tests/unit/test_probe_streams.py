@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from support.ends import has_mptcp
+from support.forwarder import reserve_port
 from support.probing import SHORT_S, accept, ask, asking, check, target, target_of
 
 from forwarder.checker.outcome import Advice
@@ -123,6 +124,16 @@ def test_a_server_that_is_not_there_is_bad(
 ) -> None:
     outcome = ask(check(kind), target(address))
     assert (outcome.is_good, outcome.why, outcome.is_ours) == (False, why, False)
+
+
+@pytest.mark.parametrize("kind", ["tcp", "http"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_a_check_that_meets_itself_has_found_nobody(kind: str, host: str) -> None:
+    """The kernel may choose the port that is checked for its own end of the connection."""
+    with reserve_port(host) as holder:
+        address = holder.getsockname()[:2]
+    outcome = ask(check(kind), target(address), source=address)
+    assert (outcome.is_good, outcome.why) == (False, "connection refused")
 
 
 def test_a_server_whose_queue_is_full_is_bad(tmp_path: Path) -> None:
