@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import pytest
+from support.configured import many_rules
 from support.control import ask
+from support.datagrams import udp
+from support.echo import Echo
 from support.grouped import Grouped, kill
 from support.processes import COMMAND, members
 from support.waiting import PATIENCE_S, eventually
@@ -294,6 +298,61 @@ def test_orders_of_two_operators_at_once_are_one_after_the_other(it: Grouped) ->
     said = [line.partition("upstream.")[2].split()[0] for line in it.logged(f"server={shared} ")]
     assert said
     assert all(before != after for before, after in pairwise(said))
+
+
+def test_orders_are_refused_while_an_upgrade_is_under_way(it: Grouped) -> None:
+    """The successor has those of before, and would not hear of them."""
+    forwarder = it.start()
+    it.order("drain", "pg", it.servers[0])
+    it.config.write_text(it.text(more=many_rules(600)))  # so that it takes a while
+    forwarder.signal(signal.SIGUSR2)
+    forwarder.wait_logged("upgrade: started")
+    (line,) = it.logged("upgrade: started")
+    successor = int(line.rpartition("=")[2])
+    os.kill(successor, signal.SIGSTOP)
+    done = it.run("upstream", "enable", "pg", it.servers[0])
+    assert done.returncode == 1
+    assert "an upgrade is under way; ask the new one when it serves" in done.stderr
+    os.kill(successor, signal.SIGCONT)
+    forwarder.wait_logged(f"pid={successor} serves")
+    assert it.servers[0] not in it.seen(8)
+    it.order("enable", "pg", it.servers[0])
+    assert it.seen(12) == {*it.servers}
+    it.stop()
+
+
+def test_flows_stay_with_a_drained_server_and_leave_one_whose_sessions_are_reset(
+    it: Grouped,
+) -> None:
+    """With the next datagram of the client, to which that is no reset."""
+    with Echo(udp=[("127.0.0.1", 0)] * 2) as echo, udp() as client:
+        servers = ["{}:{}".format(*address) for address in echo.udp]
+        it.start_udp(servers)
+        client.connect(it.address)
+
+        def asked() -> str:
+            """The server that has our flow; datagrams may get lost."""
+            found: list[str] = []
+
+            def has_answer() -> bool:
+                with suppress(TimeoutError, ConnectionError):
+                    client.send(b"hello")
+                    found.append(client.recv(1000).decode().partition(" ")[0])
+                return bool(found)
+
+            client.settimeout(0.5)
+            eventually(has_answer)
+            return found[0]
+
+        first = asked()
+        it.order("drain", "pg", first)
+        assert asked() == first
+        assert it.described()[first]["sessions"] == 1
+        it.order("drain", "pg", first, "--reset")
+        eventually(lambda: asked() != first)
+        assert asked() != first
+        it.order("drain", "pg", first, "--reset", "--wait")
+        assert it.described()[first]["sessions"] == 0
 
 
 # -- over a restart

@@ -84,6 +84,13 @@ class Grouped:
         self.forwarder = self._launch("-c", str(self.config))
         return self.forwarder
 
+    def start_udp(self, servers: Iterable[str]) -> Forwarder:
+        """The same for UDP, with other servers."""
+        text = self.text(servers=servers)
+        self.config.write_text(text.replace("upstream =", 'protocol = "udp"\nupstream ='))
+        self.forwarder = self._launch("-c", str(self.config))
+        return self.forwarder
+
     def reload(self, text: str) -> None:
         """Write another configuration, and put it in force."""
         self.config.write_text(text)
