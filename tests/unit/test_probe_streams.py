@@ -126,7 +126,7 @@ def test_a_server_that_is_not_there_is_bad(
     assert (outcome.is_good, outcome.why, outcome.is_ours) == (False, why, False)
 
 
-@pytest.mark.parametrize("kind", ["tcp", "http"])
+@pytest.mark.parametrize("kind", ["tcp", "http", "udp"])
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 def test_a_check_that_meets_itself_has_found_nobody(kind: str, host: str) -> None:
     """The kernel may choose the port that is checked for its own end of the connection."""

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from forwarder.checker.probes import why
-from forwarder.checker.probes.attempt import SocketAttempt
+from forwarder.checker.probes.attempt import SocketAttempt, has_met_itself
 from forwarder.checker.probes.readers import MOST_BYTES
 from forwarder.net.owning import ClosedOnFailure
 from forwarder.net.sockets import (
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from forwarder.checker.outcome import Aim, Outcome
     from forwarder.checker.probes.readers import Reader
     from forwarder.config.model import Check
-    from forwarder.net.sockets import Target
 
 _READ, _WRITE = select.EPOLLIN, select.EPOLLOUT
 # What connect(2) reports of a connection that is not there yet, and of one that is.
@@ -83,7 +82,7 @@ class Connecting(SocketAttempt):
             return
         # Unlike SO_ERROR it cannot say 0 of a connection that is not there.
         code = sock.connect_ex(self._aim.target.sockaddr)
-        if code in _CONNECTED and _has_met_itself(sock, self._aim.target):
+        if code in _CONNECTED and has_met_itself(sock, self._aim.target):
             code = errno.ECONNREFUSED
         if code in _CONNECTED:
             self.on_connected(sock)
@@ -108,18 +107,6 @@ class Connecting(SocketAttempt):
         if code == errno.EADDRNOTAVAIL and why_no_address(sock, target) == NO_PORT:
             return "no local port is free", True
         return why.of_error(os.strerror(code)), code in OUT_OF_RESOURCES
-
-
-def _has_met_itself(sock: socket.SocketType, target: Target) -> bool:
-    """Whether the port that the kernel chose is the one to be checked, where nobody listens.
-
-    Then both ends are this socket (RFC 9293 3.5, simultaneous open): on Linux 6.18 some 5 of
-    100,000 connections to a closed port of this host, if it is one of those that it chooses from.
-    """
-    if isinstance(target.sockaddr, str):
-        return False
-    ours = sock.getsockname()
-    return bool(ours[1] == target.port and ours[0] == target.sockaddr[0])
 
 
 class Asking(Connecting):

@@ -6,12 +6,13 @@ Only the word that nobody is there is one: ICMP, which may be lost or held back 
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 from typing import TYPE_CHECKING, Final
 
 from forwarder.checker.probes import why
-from forwarder.checker.probes.attempt import SocketAttempt
+from forwarder.checker.probes.attempt import SocketAttempt, has_met_itself
 from forwarder.checker.probes.readers import Expecting
 from forwarder.net.sockets import NO_PORT, OUT_OF_RESOURCES, PEER_GONE
 from forwarder.net.udp import set_error_queue, upstream_socket
@@ -49,6 +50,10 @@ class _Asking(SocketAttempt):
             sock = upstream_socket(aim.target, aim.source, aim.how)
         except OSError as err:
             self._end_soon(err.errno or 0, is_made=False)
+            return
+        if has_met_itself(sock, aim.target):
+            sock.close()
+            self._end_soon(errno.ECONNREFUSED, is_made=True)
             return
         self.own(sock, select.EPOLLIN)
         try:
