@@ -49,6 +49,7 @@ class What(StrEnum):
     FAILING = "failing"  # the first failed check of one that is up
     RECOVERING = "recovering"  # the first passed check of one that is down
     REASON = "reason"  # another reason why it is down; no change
+    REMARK = "remark"  # something else is worth knowing of one that is up; no change
 
 
 class Event(NamedTuple):
@@ -142,7 +143,9 @@ def checked(state: State, group: Group, outcome: Outcome, now: float) -> Change:
     if not is_good:
         return _failed(replace(state, is_checked=True, advice=advice), outcome.why, fall, now)
     if state.is_usable and state.is_checked and not state.bad and advice == state.advice:
-        return state, ()  # as nearly always
+        if outcome.why == state.why:
+            return state, ()  # as nearly always
+        return replace(state, why=outcome.why), (Event(What.REMARK, outcome.why, 0),)
     return _passed(replace(state, is_checked=True, advice=advice), outcome.why, rise, group, now)
 
 

@@ -34,6 +34,8 @@ _EVENTS: Final = {
 _TROUBLES: Final = frozenset({What.DOWN, What.EJECTED})
 # What only says that something may be about to change.
 _HINTS: Final = frozenset({What.FAILING, What.RECOVERING})
+# What only says why things are as they are: how they are.
+_NO_CHANGES: Final = {What.REASON: What.DOWN, What.REMARK: What.UP}
 _USABLE: Final = frozenset({Standing.UP, Standing.SLOW})
 
 
@@ -71,10 +73,10 @@ class Findings:
         for one in news:
             if one.group not in self._groups:
                 continue  # it did not know that yet
-            if one.what is What.REASON:
+            if one.what in _NO_CHANGES:
                 known = self._found.get((one.group, one.server))
                 at = known.at if known is not None else one.at
-                self._found[one.group, one.server] = Finding(What.DOWN, one.why, at)
+                self._found[one.group, one.server] = Finding(_NO_CHANGES[one.what], one.why, at)
                 continue
             if one.what not in _HINTS:
                 self._found[one.group, one.server] = Finding(one.what, one.why, one.at)

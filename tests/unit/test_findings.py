@@ -105,6 +105,15 @@ def test_another_reason_is_kept_and_not_logged(
     assert caplog.messages == []
 
 
+def test_a_remark_is_kept_and_not_logged(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    bench.findings.take([news(What.REMARK, "29 days")])
+    bench.findings.take([news(What.REMARK, "28 days")._replace(at=9.0)])
+    found = bench.findings.of("pg", NAMES[0])
+    assert found is not None
+    assert (found.what, found.why, found.at) == (What.UP, "28 days", 1.0)
+    assert caplog.messages == []
+
+
 def test_what_is_gone_has_no_reason_and_no_line(
     bench: Bench, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -82,6 +82,18 @@ def test_nothing_is_made_where_a_check_passes_as_ever() -> None:
     assert check(UP, "+")[0] is UP
 
 
+def test_what_a_good_check_remarks_is_news_once() -> None:
+    """When a certificate ends, say. It changes nothing."""
+    state = UP
+    seen: list[Event] = []
+    for why in ("", "29 days", "29 days", "28 days", ""):
+        remark = Outcome(is_good=True, why=why, took_s=0.0)
+        state, events = standing.checked(state, CHECKED, remark, 1.0)
+        seen += events
+        assert replace(state, why="") == UP
+    assert seen == [Event(What.REMARK, why, 0) for why in ("29 days", "28 days", "")]
+
+
 def test_checks_come_sooner_while_something_changes() -> None:
     def interval(text: str) -> float:
         return standing.interval_s(check(UP, text)[0], CHECKED)
