@@ -13,6 +13,7 @@ The master of an instance is the only writer; an old one that has an heir writes
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
@@ -61,6 +62,22 @@ def read(path: str) -> bytes:
     if len(content) > MOST_BYTES:
         raise ValueError(f"more than {MOST_BYTES >> 20} MiB")
     return content
+
+
+def complaint(path: str) -> str:
+    """Why the file could not be written now, as far as that shows without writing; or ""."""
+    directory = Path(path).parent
+    try:
+        status = directory.stat()
+    except OSError as err:
+        return f"{directory}: {err.strerror}"
+    if not stat.S_ISDIR(status.st_mode):
+        return f"{directory}: {os.strerror(errno.ENOTDIR)}"
+    if Path(path).is_dir():
+        return f"{path}: {os.strerror(errno.EISDIR)}"
+    if not os.access(directory, os.W_OK | os.X_OK):
+        return f"{directory}: not writable for us"
+    return ""
 
 
 def replace(path: str, text: bytes) -> None:

@@ -86,6 +86,8 @@ class Upstreams:
         self._file.use(path)
         if path is None or has_predecessor:
             return
+        if why := statefile.complaint(path):
+            log.warning("state.failed orders will not be kept over a restart: %s", why)
         try:
             text = statefile.read(path)
             if text:

@@ -11,6 +11,7 @@ import sys
 import threading
 from contextlib import ExitStack, suppress
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -24,7 +25,6 @@ from support.waiting import PATIENCE_S, eventually
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from process.conftest import Launch
 
@@ -419,12 +419,39 @@ def test_a_state_file_that_cannot_be_written_costs_a_warning(it: Grouped, tmp_pa
         assert f"in force, but not kept for a restart: cannot write {tmp_path}" in done.stderr
     assert server not in it.seen(12)
     assert len(it.logged("state.failed cannot write")) == 1
+    assert len(it.logged("state.failed orders will not be kept")) == 1
     # Another place, by a reload, gets all of it.
     it.reload(it.text(head=f'state_file = "{it.state}"'))
     eventually(it.state.exists)
     assert len(json.loads(it.state.read_text())["orders"]) == 1
     done = it.run("upstream", "drain", "pg", it.servers[1])
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small file system")
+def test_a_full_disk_leaves_the_old_state_file_as_it_is(it: Grouped, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    # Two pages: one for the file, one for the next.
+    script = f'mount -t tmpfs -o size=8k none {disk} && exec "$@"'
+    prefix = ["unshare", "--mount", "sh", "-c", script, "sh"]
+    forwarder = it.start(head=f'state_file = "{disk}/state"', prefix=prefix)
+    seen = Path(f"/proc/{forwarder.pid}/root{disk}")  # as it is there
+    it.order("drain", "pg", it.servers[0])
+    before = (seen / "state").read_bytes()
+    (seen / "filler").write_bytes(bytes(4096))
+    done = it.run("upstream", "drain", "pg", it.servers[1])
+    assert done.returncode == 0
+    assert "not kept for a restart" in done.stderr
+    assert "No space left on device" in done.stderr
+    assert (seen / "state").read_bytes() == before
+    assert sorted(path.name for path in seen.iterdir()) == ["filler", "state"]
+    assert it.seen(8) == {it.servers[2]}
+    (seen / "filler").unlink()
+    done = it.run("upstream", "disable", "pg", it.servers[1])
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(json.loads((seen / "state").read_text())["orders"]) == 2
+    forwarder.wait_logged("state.written")
 
 
 def test_a_successor_goes_on_with_the_state_file(it: Grouped) -> None:

@@ -18,7 +18,7 @@ from support.waiting import eventually
 if TYPE_CHECKING:
     import socket
     import subprocess
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     from process.conftest import Launch
@@ -78,10 +78,10 @@ class Grouped:
             f'[[groups]]\nname = "{GROUP}"\nservers = [{named}]\n{more}\n'
         )
 
-    def start(self, **text: str) -> Forwarder:
-        """Write the configuration, and start it."""
+    def start(self, *, prefix: Sequence[str] = (), **text: str) -> Forwarder:
+        """Write the configuration, and start it; ``prefix`` as for launch."""
         self.config.write_text(self.text(**text))
-        self.forwarder = self._launch("-c", str(self.config))
+        self.forwarder = self._launch("-c", str(self.config), prefix=prefix)
         return self.forwarder
 
     def start_udp(self, servers: Iterable[str]) -> Forwarder:

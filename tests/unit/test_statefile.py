@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import selectors
 import stat
-import subprocess
 import time
 from typing import TYPE_CHECKING
 
@@ -121,26 +120,6 @@ def test_a_failure_is_tried_again_by_itself(bench: Bench, tmp_path: Path) -> Non
     assert (tmp_path / "later" / "state").read_bytes() == b"x"
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")
-def test_a_full_disk_leaves_the_old_file_as_it_is(bench: Bench, tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "none", str(disk)], check=True)
-    try:
-        bench.file.use(str(disk / "state"))
-        bench.keep(b"small")
-        assert bench.wait(1) == [""]
-        bench.keep(b"x" * 50_000)
-        assert "No space left on device" in bench.wait(2)[1]
-        assert (disk / "state").read_bytes() == b"small"
-        assert list(disk.iterdir()) == [disk / "state"]
-        bench.keep(b"small again")
-        assert bench.wait(3)[2] == ""
-        assert (disk / "state").read_bytes() == b"small again"
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
-
-
 def test_the_end_of_a_master_waits_for_what_is_being_written(bench: Bench) -> None:
     bench.keep(b"first")
     bench.keep(b"last")
@@ -186,3 +165,15 @@ def test_what_is_no_file_of_ours_is_not_read(
     (tmp_path / "long").write_bytes(bytes((1 << 20) + 1))
     with pytest.raises(ValueError, match="more than 1 MiB"):
         read(str(tmp_path / "long"))
+
+
+def test_a_place_that_cannot_be_written_to_is_known_before(tmp_path: Path) -> None:
+    assert statefile.complaint(str(tmp_path / "state")) == ""
+    assert statefile.complaint("state") == ""
+    missing = str(tmp_path / "none" / "state")
+    assert statefile.complaint(missing) == f"{tmp_path}/none: No such file or directory"
+    (tmp_path / "file").touch()
+    assert statefile.complaint(str(tmp_path / "file" / "state")).endswith("file: Not a directory")
+    (tmp_path / "state").mkdir()
+    assert statefile.complaint(str(tmp_path / "state")).endswith("state: Is a directory")
+    assert statefile.complaint("/proc/self/state") != ""
