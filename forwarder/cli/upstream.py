@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import pwd
 import time
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import click
@@ -12,6 +16,7 @@ import click
 from forwarder.cli import status
 from forwarder.cli.arguments import control_option, most_like
 from forwarder.cli.control import STATUS_TIMEOUT_S, ControlError, ask
+from forwarder.control.protocol import MAX_LOGIN
 from forwarder.errors import ForwarderError
 
 if TYPE_CHECKING:
@@ -19,6 +24,7 @@ if TYPE_CHECKING:
 
 # Between two looks while a command waits for sessions to end. Arbitrary.
 _LOOK_S: Final = 0.5
+_NOBODY_LOGGED_IN: Final = (1 << 32) - 1  # pam_loginuid(8)
 _MOST_WEIGHT: Final = 256  # as in the configuration, which takes long to import
 _MOST_NAMED: Final = 10  # groups in a message
 
@@ -190,7 +196,8 @@ def _order(
 ) -> list[str]:
     """Order something, and print what came of it. Returns the servers. Raises ControlError."""
     asked: dict[str, object] = {"op": "upstream", "what": what, "group": group, **more}
-    answer = ask(control, {**asked, "servers": list(servers)}, STATUS_TIMEOUT_S)
+    asked |= {"servers": list(servers), "login": _login()}
+    answer = ask(control, asked, STATUS_TIMEOUT_S)
     for line in status.order_as_text(answer, time.time()):
         click.echo(line)
     if answer.get("is_empty"):
@@ -198,6 +205,16 @@ def _order(
     if problem := answer.get("problem"):
         click.echo(f"in force, but not kept for a restart: {problem}", err=True)
     return status.servers_in(answer)
+
+
+def _login() -> str | None:
+    """As whom the operator has logged in, if that is known: with sudo all are root."""
+    with suppress(OSError, ValueError, KeyError):  # no audit; nobody has; nobody of this host
+        uid = int(Path("/proc/self/loginuid").read_text())
+        if uid != _NOBODY_LOGGED_IN:
+            return pwd.getpwuid(uid).pw_name
+    name = os.environ.get("SUDO_USER", "")
+    return name if name.isprintable() and len(name) <= MAX_LOGIN else None
 
 
 def _wait(control: str | None, group: str, servers: list[str], timeout: float | None) -> None:

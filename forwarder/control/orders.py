@@ -122,6 +122,7 @@ class Wanted:
     """What one operator asks for: an order for some servers of a group.
 
     ``servers`` as the operator writes them, see :func:`find`. ``weight`` belongs to WEIGHT.
+    ``login`` is who the operator is by his own account, or "".
     """
 
     action: Action
@@ -129,6 +130,7 @@ class Wanted:
     servers: tuple[str, ...]
     cuts: bool = False
     weight: int | None = None
+    login: str = ""
 
 
 class NonsenseError(ValueError):

@@ -10,6 +10,7 @@ MAX_LINE_BYTES: Final = 64 * 1024
 MAX_ANSWER_BYTES: Final = 16 * 1024 * 1024
 # Sessions in one answer, whatever a client asks for.
 MAX_LISTED: Final = 10_000
+MAX_LOGIN: Final = 64  # characters; useradd(8) allows 32
 
 # How the refusal of a configuration begins; its problems follow.
 REJECTED: Final = "the configuration was rejected"

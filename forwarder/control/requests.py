@@ -18,7 +18,7 @@ from forwarder.config.model import MAX_WEIGHT
 from forwarder.config.patterns import parse_pattern
 from forwarder.control import path as control_path
 from forwarder.control.orders import Action, Wanted, is_weight
-from forwarder.control.protocol import MAX_LISTED, REJECTED
+from forwarder.control.protocol import MAX_LISTED, MAX_LOGIN, REJECTED
 from forwarder.control.server import ControlServer, refusal
 
 if TYPE_CHECKING:
@@ -131,6 +131,9 @@ def read_order(message: Message) -> Wanted:
     names = servers if isinstance(servers, list) else []
     if not names or not all(isinstance(one, str) and one for one in names):
         raise ValueError("servers is a list of texts, as `forwarder upstream list` shows them")
+    login = message.get("login") or ""
+    if not (isinstance(login, str) and len(login) <= MAX_LOGIN and login.isprintable()):
+        raise ValueError(f"login is a name of at most {MAX_LOGIN} characters")
     action = Action(what)
     if not isinstance(cuts, bool) or (cuts and action not in {Action.DRAIN, Action.DISABLE}):
         raise ValueError("reset is true or false, for drain and disable")
@@ -142,6 +145,7 @@ def read_order(message: Message) -> Wanted:
         servers=tuple(names),
         cuts=cuts,
         weight=weight if isinstance(weight, int) else None,
+        login=login,
     )
 
 

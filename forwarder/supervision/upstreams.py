@@ -138,7 +138,7 @@ class Upstreams:
         """
         groups = self._groups()
         group, names = self._choose(wanted, groups)
-        now, by = time.time(), self._name_of(uid)
+        now, by = time.time(), self._name_of(uid, wanted.login)
         changed = []
         for name in names:
             before = self._servers.orders.given.get((group, name))
@@ -196,11 +196,10 @@ class Upstreams:
             sessions,
         )
 
-    def _name_of(self, uid: int) -> str:
-        """The name of one of the two users that may ask: root, or the one that we run as."""
-        if uid == os.geteuid():
-            return self._own
-        return "root" if uid == 0 else str(uid)
+    def _name_of(self, uid: int, login: str) -> str:
+        """One of the two users that may ask, root or the one that we run as; and the login."""
+        name = self._own if uid == os.geteuid() else "root" if uid == 0 else str(uid)
+        return name if login in ("", name) else f"{name}({login})"
 
     def _is_empty(self, group: str, servers: Iterable[str]) -> bool:
         """Whether orders keep every server of a group from new sessions."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import re
 import signal
 import subprocess
@@ -510,6 +511,20 @@ def test_the_list_and_the_status_show_orders_with_who_and_when(it: Grouped) -> N
     (group,) = json.loads(it.run("status", "--json").stdout)["groups"]
     assert group["name"] == "pg"
     assert group["servers"][0]["order"] == shown[0]["servers"][0]["order"]
+
+
+def test_who_has_ordered_something_is_the_user_and_his_login(it: Grouped) -> None:
+    it.start()
+    own = pwd.getpwuid(os.geteuid()).pw_name
+    for login, by in ((own, own), (None, own), ("alice", f"{own}(alice)")):
+        for what in ("enable", "drain"):
+            one: dict[str, object] = {"what": what, "group": "pg", "servers": [it.servers[0]]}
+            assert ask(it.control, "upstream", login=login, **one)["ok"] is True
+        order = it.described()[it.servers[0]]["order"]
+        assert isinstance(order, dict)
+        assert order["by"] == by
+    assert len(it.logged(rf"upstream.drain .* by={own} ")) == 2
+    assert len(it.logged(rf"upstream.drain .* by={own}\(alice\) ")) == 1
 
 
 def test_sessions_are_listed_and_killed_by_server(it: Grouped) -> None:
