@@ -26,6 +26,7 @@ CONNECT_S: Final = 3  # of each attempt, in all programs alike
 EVERY_S: Final = 2  # between checks; the default of HAProxy and of the forwarder
 HAPROXY_SESSIONS: Final = 7000  # bounded by FD_LIMIT, see peers.py
 RESENT_S: Final = 0.25  # longer than a reload of HAProxy takes when nothing else runs
+STATE_FILE: Final = "state"  # of HAProxy
 NO_RESOLVER: Final = ""
 
 
@@ -65,7 +66,8 @@ class Contender:
     has_checks: bool = True
 
     def write(self, group: Group, directory: Path) -> None:
-        """Write the configuration."""
+        """Write the configuration; what an earlier run has kept of servers is not for this one."""
+        (directory / STATE_FILE).unlink(missing_ok=True)
         (directory / self.file).write_text(self.config(group, directory))
 
 
@@ -102,7 +104,7 @@ def haproxy_config(group: Group, directory: Path, *, keeps_state: bool = False) 
     state = ("", "")
     if keeps_state:
         state = (
-            f"    server-state-file {directory}/state\n",
+            f"    server-state-file {directory}/{STATE_FILE}\n",
             "    load-server-state-from-file global\n",
         )
     server = f"inter {EVERY_S}s fall 3 rise 2"
@@ -170,7 +172,7 @@ def _reload_forwarder(directory: Path) -> None:
 
 def _reload_haproxy_with_state(pid: int, directory: Path) -> None:
     """What it knows of servers is written to the file first, as its manual says."""
-    (directory / "state").write_text(_ask_haproxy(directory, "show servers state"))
+    (directory / STATE_FILE).write_text(_ask_haproxy(directory, "show servers state"))
     _reload_haproxy(pid, directory)
 
 
