@@ -30,7 +30,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final, Protocol
 
 from forwarder.balancing.balancer import key_of
-from forwarder.config.model import Balance
+from forwarder.config.model import Balance, OnDown
 from forwarder.limits.gate import Busy
 from forwarder.net import sockets
 from forwarder.relay.dialer import Caller, Dialer
@@ -124,7 +124,8 @@ class GroupDialer(Dialer):
     @property
     def has_others(self) -> bool:
         """Whether there is another server, or the one that was chosen has other addresses."""
-        return len(self._balancer.servers) > 1 or super().has_others
+        balancer = self._pool.balancer
+        return (balancer is not None and len(balancer.servers) > 1) or super().has_others
 
     # -- choosing
 
@@ -138,6 +139,8 @@ class GroupDialer(Dialer):
         if self._error in sockets.OUT_OF_RESOURCES or not self._follow():
             self._left = 0
             return False
+        if self._pool.balancer is None:
+            return self._has_plain_targets()
         if self._queue is None and not self._tried and self._balancer.group.max_queue:
             self._is_full = self._servers.queue(self._balancer).is_waited_in
             if self._is_full:
@@ -158,6 +161,8 @@ class GroupDialer(Dialer):
                     server = beside(self.server, self._key, tried)
             else:
                 server = balancer.choose(self._key, tried, avoid)
+                if server is None and balancer.is_full and not balancer.group.max_queue:
+                    server = balancer.choose(self._key, tried, 0)
         except Busy:
             self._again_at = now + TICK_S
             return False
@@ -193,12 +198,20 @@ class GroupDialer(Dialer):
             self._leave_queue()
             return False
         if pool is not self._pool:
-            was_at = self._balancer.row
+            before, now = self._pool.balancer, pool.balancer
+            if before is None or now is None or before.row != now.row:
+                self._leave_queue()
             self._pool = pool
             self._tried = 0
-            if self._balancer.row != was_at:
-                self._leave_queue()
         return True
+
+    def _has_plain_targets(self) -> bool:
+        """Go on where a reload has left nothing to choose."""
+        self._left = 0
+        self._more_until = 0.0
+        self.server = None
+        self._targets, self._next = self._pool.targets() or (), 0
+        return bool(self._targets)
 
     # -- how it goes on
 
@@ -212,7 +225,8 @@ class GroupDialer(Dialer):
         if any(one.server is server and one is not attempt for one in self._attempts):
             return
         self._give_back(server, has_failed=error not in _OURS)
-        if len(self._balancer.servers) == 1:
+        balancer = self._pool.balancer
+        if balancer is not None and len(balancer.servers) == 1:
             self._tried = 0
             limit_s = self.caller.pool.rule.connect_timeout_s
             self._again_at = self._poller.now + min(limit_s or AGAIN_S, AGAIN_S)
@@ -221,23 +235,37 @@ class GroupDialer(Dialer):
         del self._taken[server]
         if has_failed:
             self._servers.on_failed(server)
+            self._pool.on_failure()
         self._servers.give_back(self._pool, server)
 
     def win(self, attempt: Attempt, sock: socket.SocketType, mask: int) -> None:
         """The first that is connected; its server is the caller's from here on."""
-        others = self._attempts
-        server = attempt.server
-        assert server is not None  # noqa: S101 - it was chosen
-        taken_at = self._taken.pop(server)
-        self.caller.server = self._servers.as_in_force(self._pool, server)
-        if self.caller.is_answered:
-            self._servers.on_worked(server, self._poller.now - taken_at)
+        others, server, caller = self._attempts, attempt.server, self.caller
+        if server is not None:
+            if caller.is_answered and self._has_gone_down(server):
+                sockets.set_abort_on_close(sock)
+                self._give_up(attempt, errno.EHOSTDOWN)
+                return
+            taken_at = self._taken.pop(server)
+            caller.server = self._servers.as_in_force(self._pool, server)
+            if caller.is_answered:
+                self._servers.on_worked(server, self._poller.now - taken_at)
         try:
             super().win(attempt, sock, mask)
         finally:
             for one in tuple(self._taken):
                 is_noted = [other.is_noted for other in others if other.server is one]
                 self._give_back(one, has_failed=bool(is_noted) and all(is_noted))
+
+    def _has_gone_down(self, server: Server) -> bool:
+        """Whether its sessions were cut since it was chosen, so that this one would be missed."""
+        balancer = self._pool.balancer
+        return (
+            balancer is not None
+            and balancer.group.on_down is OnDown.RESET
+            and balancer.is_down(server)
+            and not balancer.usable >> server.index & 1
+        )
 
     def close(self, *, is_abort: bool) -> None:
         """Give up everything."""
@@ -273,7 +301,6 @@ class GroupDialer(Dialer):
 
     def _fail(self) -> None:
         """No server is left: all have failed, or none is usable."""
-        pool, name = self._pool, self._balancer.group.name or self._pool.rule.name
         if self._error:
             super()._fail()
             return
@@ -281,8 +308,9 @@ class GroupDialer(Dialer):
         if self._more_until:
             self.caller.on_no_upstream("no name server answered in time", Who.US)
             return
+        pool = self._pool
+        about = f"no server of group {pool.rule.group_name} is usable"
         why = pool.why_no_target() if pool.without_address else ""
-        about = f"no server of group {name} is usable"
         self.caller.turn_away(f"{about}: {why}" if why else about, Phase.UPSTREAM_DOWN)
 
     # -- where all are full

@@ -7,6 +7,7 @@ Opens no listener and sends nothing to the master; the worker does. It stands on
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections import Counter
 from functools import partial
@@ -190,18 +191,19 @@ class Relay:
                 session.follow()
 
     def look_at_servers(self, balancers: Iterable[Balancer], revision: int) -> None:
-        """End the sessions of servers that have to be left at once; flows take another server.
+        """End the sessions of servers that have to be left; flows leave those that are down.
 
         ``revision`` is that of the table of servers.
         """
+        abort = partial(self.abort_sessions, Phase.UPSTREAM_DOWN)
         self.poller.read_clock()
         for balancer in balancers:
             if expelled := balancer.expelled():
-                self._cut(self._with(expelled), "the server is down, or was taken out of use")
+                abort("the server is down, or was taken out of use", self._with(expelled))
             if part := balancer.returning(self.poller.now):
                 on_backup = self._with(one for one in balancer.servers if one.is_backup)
-                count = -(-len(on_backup) * part // 1)
-                self._cut(on_backup[: int(count)], "another server than a backup is up again")
+                count = math.ceil(len(on_backup) * part)
+                abort("another server than a backup is up again", on_backup[:count])
         if revision != self._servers_as_of:
             self._servers_as_of = revision
             for session in tuple(self.sessions):
@@ -212,11 +214,6 @@ class Relay:
         rows = {server.row for server in servers}
         sessions = self.sessions
         return [one for one in sessions if one.server is not None and one.server.row in rows]
-
-    def _cut(self, sessions: Iterable[Session], why: str) -> None:
-        for session in sessions:
-            if not (isinstance(session, Flow) and session.leave_server()):
-                session.abort(CloseReason(Who.US, Phase.UPSTREAM_DOWN, why))
 
     def _on_report(self, fd: int, number: int) -> None:
         """The kernel reports that a peer is not there, or why nothing can be sent to it."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from forwarder.relay.wheel import TICK_S
 from forwarder.stats.rows import CONNECTS_FAILED, SESSIONS, SESSIONS_TOTAL, connect_bucket, new_row
@@ -28,6 +28,13 @@ if TYPE_CHECKING:
     from forwarder.upstream.pool import Pool
 
 log = logging.getLogger(__name__)
+
+
+# While sessions wait in other workers, too: how long a worker gives what becomes free in it to its
+# own, and then leaves it to the others, each of which looks once in TICK_S. Both arbitrary; with one
+# place and short sessions it stands still for a fifth of the time at most.
+SERVES_S: Final = 0.5
+REST_S: Final = 1.2 * TICK_S
 
 
 class Waiting(Protocol):
@@ -62,8 +69,9 @@ class Queue:
     """The sessions of one worker that wait for a server of a group, the longest first.
 
     They are let on when a session of the group ends in this worker, and at every tick, as another
-    worker may have made room. ``row`` is that of the group: there the gate counts how many wait in
-    all workers.
+    worker may have made room. So that those who wait in other workers have their turn, this one now
+    and then leaves what becomes free to them. ``row`` is that of the group: there the gate counts
+    how many wait in all workers.
     """
 
     __slots__ = (
@@ -72,6 +80,8 @@ class Queue:
         "_loop",
         "_poller",
         "_restrictions",
+        "_rests_at",
+        "_rests_until",
         "_row",
         "_waiting",
     )
@@ -83,6 +93,7 @@ class Queue:
         self._restrictions = restrictions
         self._waiting: dict[Waiting, None] = {}
         self._is_armed = self._is_looking = False
+        self._rests_at = self._rests_until = 0.0
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -90,7 +101,7 @@ class Queue:
     @property
     def is_waited_in(self) -> bool:
         """Whether a session waits, in this worker or another one: a new one goes behind it."""
-        return bool(self._waiting) or self._restrictions.holder.gate.sessions(self._row) > 0
+        return bool(self._waiting) or self._count_all() > 0
 
     def join(self, one: Waiting, most: int) -> bool:
         """Wait; False if ``most`` wait already, in all workers together. Raises Busy."""
@@ -110,10 +121,21 @@ class Queue:
             self._restrictions.holder.leave_server(self._row)
             self._restrictions.settle_soon()
 
-    def look(self) -> None:
+    def on_end(self) -> None:
+        """A session of the group has ended in this worker."""
+        now = self._poller.now
+        if now >= self._rests_at and self._count_all() > len(self._waiting):
+            self._rests_until = now + REST_S
+            self._rests_at = self._rests_until + SERVES_S
+        self._look()
+
+    def _count_all(self) -> int:
+        return self._restrictions.holder.gate.sessions(self._row)
+
+    def _look(self) -> None:
         """Let those go on for whom there is room, in order."""
-        if self._is_looking:  # what goes on may end at once, and so come here
-            return
+        if self._is_looking or self._poller.now < self._rests_until:
+            return  # the former: what goes on may end at once, and so come here
         self._is_looking = True
         try:
             for one in tuple(self._waiting):
@@ -138,7 +160,7 @@ class Queue:
     def _on_tick(self) -> None:
         self._is_armed = False
         self._poller.read_clock()
-        self.look()
+        self._look()
         if self._waiting:
             self._arm()
 
@@ -174,22 +196,26 @@ class Servers:
         self._queues = {row: queue for row, queue in self._queues.items() if queue}
 
     def in_force(self, pool: Pool) -> Pool | None:
-        """What chooses for the rule of a pool now; None if that is not served so any more."""
-        if self._pools is None:
+        """The pool that the rule of ``pool`` has now; None if it is not served so any more."""
+        whole = self._whole(pool)
+        if whole is pool.origin:
             return pool
-        now = self._pools.get(pool.rule.name)
-        if now is pool.origin:
-            return pool
-        if now is None or now.balancer is None or now.rule.protocol is not pool.rule.protocol:
-            return None
-        return now.at(pool.offset)
+        return None if whole is None else whole.at(pool.offset)
 
     def as_in_force(self, pool: Pool, server: Server) -> Server:
         """A server that a session of ``pool`` has, as its group knows it now."""
-        now = self.in_force(pool)
-        if now is None or now.balancer is None or now.balancer is pool.balancer:
+        whole = self._whole(pool)
+        if whole is None or whole.balancer is None or whole.balancer is pool.balancer:
             return server
-        return now.balancer.take_over(server)
+        return whole.balancer.take_over(server)
+
+    def _whole(self, pool: Pool) -> Pool | None:
+        if self._pools is None:
+            return pool.origin
+        whole = self._pools.get(pool.rule.name)
+        if whole is None or whole.rule.protocol is not pool.rule.protocol:
+            return None
+        return whole
 
     def _adopt(self, session: Served) -> Server | None:
         now = self.in_force(session.pool)
@@ -238,8 +264,8 @@ class Servers:
         if server.is_counted:
             self._restrictions.holder.leave_server(server.row)
             self._restrictions.settle_soon()
-        if self._queues:
-            now = self.in_force(pool)
-            queue = self._queues.get(now.balancer.row) if now and now.balancer else None
+        whole = self._whole(pool) if self._queues else None
+        if whole is not None and whole.balancer is not None:
+            queue = self._queues.get(whole.balancer.row)
             if queue:
-                queue.look()
+                queue.on_end()

@@ -21,6 +21,7 @@ from forwarder.balancing.balancer import RETURN_S
 from forwarder.balancing.table import CUTS, DRAINS, HAS_ORDER, Standing
 from forwarder.config.model import Balance, OnDown, OnUp
 from forwarder.limits.gate import Holder, Holdings
+from forwarder.relay.servers import SERVES_S
 from forwarder.relay.wheel import TICK_S
 from forwarder.stats.reasons import REASONS, Phase
 from forwarder.stats.rows import ENDS, SESSIONS
@@ -302,6 +303,42 @@ def test_a_stuck_lock_costs_time_and_nothing_else(bench: Bench, stack: ExitStack
     assert servers_of(pool)[0].counts[SESSIONS] == 1
 
 
+def test_now_and_then_a_place_is_left_to_those_who_wait_in_other_workers(
+    bench: Bench, stack: ExitStack
+) -> None:
+    """Else they would wait until nobody waits here any more."""
+    pool = full(bench, stack, max_queue=9)
+    (before,) = bench.relay.sessions
+    waits = [begin(bench, stack, pool)[1] for _ in range(6)]
+    assert pool.balancer is not None
+    server = servers_of(pool)[0]
+    other = Holder(bench.shared.gate, Holdings())
+    other.take_server(pool.balancer.row)
+    other.settle()
+    end(bench, before)
+    other.leave_server(pool.balancer.row)
+    other.take_server(server.row)
+    other.settle()
+    bench.loop.pass_time(2 * TICK_S)
+    assert not waits[0].connected_at, "the other worker has taken it"
+    other.take_server(pool.balancer.row)
+    other.leave_server(server.row)
+    other.settle()
+    bench.loop.pass_time(2 * TICK_S)
+    for session in waits[:3]:  # there is no turn of others so soon
+        turning(bench, lambda session=session: session.connected_at > 0)  # type: ignore[misc]
+        end(bench, session)
+    turning(bench, lambda: waits[3].connected_at > 0)
+    bench.loop.pass_time(SERVES_S)
+    end(bench, waits[3])
+    assert not waits[4].connected_at
+    assert bench.shared.gate.sessions(server.row) == 0
+    bench.loop.pass_time(SOON_S)
+    turning(bench, lambda: waits[4].connected_at > 0)
+    other.leave_server(pool.balancer.row)
+    other.settle()
+
+
 # -- servers that have to be left
 
 
@@ -461,3 +498,41 @@ def test_sessions_of_a_group_that_becomes_a_plain_rule_give_their_servers_back(
     assert server is not None
     end(bench, session)
     assert (server.counts[SESSIONS], bench.shared.gate.sessions(server.row)) == (0, 0)
+
+
+def test_who_waits_is_served_where_a_reload_leaves_nothing_to_choose(
+    bench: Bench, stack: ExitStack
+) -> None:
+    pool = full(bench, stack, max_queue=2)
+    waits = [begin(bench, stack, pool)[1] for _ in range(2)]
+    plain = pool_of(tuple(one for found in pool.found for one in found or ()), 10.0)
+    bench.relay.servers.apply({plain.rule.name: plain}, bench.relay.sessions)
+    bench.loop.pass_time(SOON_S)
+    turning(bench, lambda: all(session.connected_at > 0 for session in waits))
+    assert waiting(bench, pool) == 0
+
+
+def test_a_server_that_goes_down_while_it_is_connected_to_gets_no_session(
+    bench: Bench, stack: ExitStack
+) -> None:
+    """Its sessions were cut a moment before, so this one would be missed."""
+    socks = [stack.enter_context(listen()) for _ in range(2)]
+    pool = bench.group(*map(at, socks), balance=Balance.FIRST, on_down=OnDown.RESET)
+    _, session = begin(bench, stack, pool)
+    find(bench, pool, 0, Standing.DOWN)
+    look(bench, pool)
+    turning(bench, lambda: session.connected_at > 0)
+    assert session.server is servers_of(pool)[1]
+
+
+def test_who_has_just_failed_is_tried_before_a_client_is_turned_away(
+    bench: Bench, stack: ExitStack
+) -> None:
+    """All others are full, and there is no queue."""
+    sock, back = stack.enter_context(listen()), stack.enter_context(socket.socket())
+    back.bind(("127.0.0.1", 0))
+    pool = bench.group(at(back), at(sock), changes={1: {"max_sessions": 1}}, balance=Balance.FIRST)
+    assert serve(bench, stack, pool)[1].server is servers_of(pool)[1]
+    assert failed(pool) == [1, 0]
+    back.listen()
+    assert serve(bench, stack, pool)[1].server is servers_of(pool)[0]

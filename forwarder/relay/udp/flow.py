@@ -253,16 +253,10 @@ class Flow(Session):
         if server is None or balancer is None or not balancer.is_down(server):
             return
         usable = balancer.usable
-        if usable and not usable >> server.index & 1:
-            self.leave_server()
-
-    def leave_server(self) -> bool:
-        """Take another server at the next datagram. False: the upstream is not reached by UDP."""
-        if not self.pool.rule.protocol.connects_by_udp:
-            return False
-        if self.state is _OPEN and not self._is_detached:
+        if not usable or usable >> server.index & 1 or self.state is not _OPEN:
+            return
+        if self.pool.rule.protocol.connects_by_udp and not self._is_detached:
             self.move_on(deque())
-        return True
 
     def _go_elsewhere(self) -> None:
         upstream = self.upstream
