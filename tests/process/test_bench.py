@@ -161,6 +161,17 @@ def test_a_port_that_is_taken_ends_the_run(tmp_path: Path) -> None:
     assert not (tmp_path / "run.json").exists()
 
 
+@debian("ip", "nft", "dnsmasq", "ab")
+@needs_network
+def test_sessions_by_least_are_even_and_no_server_has_too_many() -> None:
+    """What the documentation says of 4 workers and of 8, measured as it was measured there."""
+    done = bench("bench.groups", "--only", "least,limit", "--programs", "forwarder")
+    assert done.returncode == 0, done.stderr
+    assert "| forwarder | 300 | 100, 100, 100 | 0 |" in done.stdout
+    (row,) = [line for line in done.stdout.splitlines() if "| 10,000 |" in line]
+    assert row.endswith("| 5, 5, 5 | 0 |"), row
+
+
 @debian("iperf3")
 @needs_network
 def test_a_profile_says_what_it_saw_and_goes_on_without_a_tool_that_fails(tmp_path: Path) -> None:
