@@ -22,8 +22,12 @@ PROGRAM: Final = "forwarder"
 
 # Words of other programs, and the command for that here. Likeness would lead from "top" to "stop".
 _MEANT: Final = {
+    "backends": "upstream list",
     "configtest": "check",
     "connections": "sessions",
+    "disable": "upstream disable",
+    "drain": "upstream drain",
+    "enable": "upstream enable",
     "info": "status",
     "list": "sessions",
     "ls": "sessions",
@@ -31,13 +35,16 @@ _MEANT: Final = {
     "quit": "stop",
     "restart": "upgrade",
     "serve": "run",
+    "servers": "upstream list",
     "show": "status",
     "shutdown": "stop",
     "start": "run",
     "stats": "status",
     "test": "check",
     "top": "status",
+    "upstreams": "upstream list",
     "validate": "check",
+    "weight": "upstream weight",
 }
 # Commands that are suggested for the slip of a letter only: by mistake they cost sessions.
 _NEVER_GUESSED: Final = frozenset({"kill", "stop"})

@@ -103,7 +103,9 @@ def test_the_wheel_says_what_it_is(built: Path) -> None:
     found = metadata(built / WHEEL)
     assert (found["Name"], found["Version"]) == (DISTRIBUTION, __version__)
     assert (found["License-Expression"], found["Requires-Python"]) == ("MIT", ">=3.11")
-    assert {"bench", "convert", "deploy", "dev"} == set(found.get_all("Provides-Extra") or [])
+    assert {"bench", "convert", "deploy", "dev", "dns"} == set(
+        found.get_all("Provides-Extra") or []
+    )
     assert "Operating System :: POSIX :: Linux" in (found.get_all("Classifier") or [])
 
 

@@ -13,6 +13,7 @@ pytestmark = pytest.mark.process
     [
         *(("top", "status"), ("ps", "sessions"), ("restart", "upgrade"), ("verison", "version")),
         *(("statu", "status"), ("shutdown", "stop"), ("kil", "kill"), ("validate", "check")),
+        *(("drain", "upstream drain"), ("servers", "upstream list")),
     ],
 )
 def test_a_wrong_command_leads_to_the_one_that_is_meant(word: str, meant: str) -> None:
