@@ -65,6 +65,11 @@ KINDS: Final[Mapping[CheckKind, Begin]] = {
 _LOST_S: Final = 60.0
 # What waits for the master; the older half is dropped then. Arbitrary.
 MOST_NEWS: Final = 10_000
+# What is due within this part of the shortest interval, and this time, is begun together: for
+# each check alone the process would wake up, with cold caches. With 1,000 servers every 2 s 50 ms
+# cost 2.5 % of a processor, and 10 ms 4.
+_GRAINS: Final = 20
+_MOST_GRAIN_S: Final = 0.05
 _NS: Final = 1_000_000_000
 
 
@@ -142,6 +147,7 @@ class Checks:
         self._servers: dict[int, Server] = {}  # by seat
         self._groups: dict[str, list[Server]] = {}
         self._orders = -1
+        self.grain_s = 0.0  # what is due within this time may be begun together
 
     # -- which servers there are
 
@@ -169,6 +175,9 @@ class Checks:
                     server.timer.cancel()
         self._servers = servers
         self._orders = -1
+        checks = [checked.group.check for checked in groups if checked.group.check]
+        shortest_s = min((min(it.every_s, it.fast_s, it.down_s) for it in checks), default=0.0)
+        self.grain_s = min(_MOST_GRAIN_S, shortest_s / _GRAINS)
         self._begin_to_check(new)
 
     def _first_seen(self, upstream: Upstream, seat: int, checked: Checked) -> Server:

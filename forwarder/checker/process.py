@@ -35,8 +35,7 @@ log = logging.getLogger(__name__)
 
 # Interval between our signs of life.
 BEAT_S: Final = 1.0
-# What is due within this time is begun together: waking up costs as much as a check. A tenth of the
-# shortest interval.
+# Look-ups that are due within this time are begun together.
 GRAIN_S: Final = 0.01
 
 
@@ -83,7 +82,7 @@ class CheckerProcess:
             now = loop.now
             if now >= turn_at:
                 checks.turn()
-                turn_at = now + GRAIN_S
+                turn_at = now + checks.grain_s
             self._send()
             loop.turn(min(BEAT_S, max(checks.deadline(), turn_at) - now))
         self._close()
