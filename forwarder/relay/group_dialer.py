@@ -86,6 +86,7 @@ class GroupDialer(Dialer):
         "_servers",
         "_taken",
         "_tried",
+        "_were_down",
     )
 
     caller: GroupCaller
@@ -109,6 +110,7 @@ class GroupDialer(Dialer):
         self._left = 1 + (min(count - 1, MOST_OTHERS) if retries is None else retries)
         self.adds_rivals = count > 1 and balancer.group.balance in _RACED
         self._tried = tried
+        self._were_down = 0  # when they were chosen, as nothing else was left; as bits
         self._taken: dict[Server, float] = {}  # and when
         self._again_at = 0.0  # not to choose before
         self._is_full = False  # all that could be chosen are
@@ -185,6 +187,8 @@ class GroupDialer(Dialer):
         self._left -= 1
         self._tried |= 1 << server.index
         self.server = server
+        if self._balancer.group.on_down is OnDown.RESET and self._balancer.is_down(server):
+            self._were_down |= 1 << server.index
         pool = self._pool
         addresses = pool.addresses(server.index) or ()
         if pool.failures:
@@ -202,7 +206,7 @@ class GroupDialer(Dialer):
             if before is None or now is None or before.row != now.row:
                 self._leave_queue()
             self._pool = pool
-            self._tried = 0
+            self._tried = self._were_down = 0
         return True
 
     def _has_plain_targets(self) -> bool:
@@ -264,7 +268,7 @@ class GroupDialer(Dialer):
             balancer is not None
             and balancer.group.on_down is OnDown.RESET
             and balancer.is_down(server)
-            and not balancer.usable >> server.index & 1
+            and not (balancer.usable | self._were_down) >> server.index & 1
         )
 
     def close(self, *, is_abort: bool) -> None:

@@ -525,6 +525,24 @@ def test_a_server_that_goes_down_while_it_is_connected_to_gets_no_session(
     assert session.server is servers_of(pool)[1]
 
 
+@pytest.mark.parametrize("other", ["is drained", "refuses"])
+def test_a_server_that_is_down_serves_where_no_other_one_can(
+    bench: Bench, stack: ExitStack, other: str
+) -> None:
+    """Its sessions are cut when it goes down, not those that come later because all else failed."""
+    down, away = stack.enter_context(listen()), stack.enter_context(socket.socket())
+    away.bind(("127.0.0.1", 0))
+    pool = bench.group(at(down), at(away), on_down=OnDown.RESET)
+    find(bench, pool, 0, Standing.DOWN)
+    if other == "is drained":
+        order(bench, pool, 1, HAS_ORDER | DRAINS)
+    look(bench, pool)
+    _, session = serve(bench, stack, pool)
+    assert session.server is servers_of(pool)[0]
+    look(bench, pool)
+    assert len(bench.relay.sessions) == 1
+
+
 def test_who_has_just_failed_is_tried_before_a_client_is_turned_away(
     bench: Bench, stack: ExitStack
 ) -> None:
