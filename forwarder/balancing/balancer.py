@@ -333,14 +333,18 @@ class Balancer:
     def take_over(self, server: Server) -> Server:
         """What a session from before a reload has to refer to: the server of the same name, if any.
 
-        Counts the session if the group counts now and has not before, or the reverse.
+        Counts the session there if the group counts, and no longer where it was counted before:
+        what has another row now, as the group has another name, is another server.
         """
         for new in self.servers:
-            if new is server or new.name == server.name:
-                if new.is_counted and not server.is_counted:
+            if new is server:
+                return new
+            if new.name == server.name:
+                is_moved = new.row != server.row
+                if new.is_counted and (is_moved or not server.is_counted):
                     self._surroundings.holder.take_server(new.row)
                     self._surroundings.settle_soon()
-                elif server.is_counted and not new.is_counted:
+                if is_moved or not new.is_counted:
                     self.let_go(server)
                 return new
         return server

@@ -25,7 +25,7 @@ class _Made(NamedTuple):
 
 
 class Balancers:
-    """One for each group of the configuration in force."""
+    """One for each definition of each group in force."""
 
     __slots__ = ("_holder", "_made", "_row_of", "_settle_soon", "_table")
 
@@ -41,7 +41,9 @@ class Balancers:
         self._row_of = row_of
         self._holder = holder
         self._settle_soon = settle_soon
-        self._made: dict[str, _Made] = {}
+        # By the name of the group: of one that rules share there are two definitions while an
+        # address that the former one serves is closing.
+        self._made: dict[str, list[_Made]] = {}
 
     @property
     def revision(self) -> int:
@@ -49,7 +51,7 @@ class Balancers:
         return self._table.revision
 
     def __iter__(self) -> Iterator[Balancer]:
-        return (made.balancer for made in self._made.values())
+        return (one.balancer for made in self._made.values() for one in made)
 
     def apply(
         self,
@@ -69,23 +71,32 @@ class Balancers:
             settle_soon=self._settle_soon,
             part=part,
         )
-        made: dict[str, _Made] = {}
+        made: dict[str, list[_Made]] = {}
         found: list[Balancer | None] = []
         for rule, own_rows in zip(rules, rows, strict=True):
             if not rule.is_balanced:
                 found.append(None)
                 continue
-            name = rule.group_name
-            if name not in made:
-                made[name] = self._make(rule, own_rows, surroundings)
-            found.append(made[name].balancer)
+            own = made.setdefault(rule.group_name, [])
+            one = _of(own, rule, own_rows)
+            if one is None:
+                one = self._make(rule, own_rows, surroundings)
+                own.append(one)
+            found.append(one.balancer)
         self._made = made
         return found
 
     def _make(self, rule: Rule, rows: tuple[int, ...], surroundings: Surroundings) -> _Made:
-        known = self._made.get(rule.group_name)
-        if known is not None and known[:3] == (rule.group, rule.upstreams, rows):
-            return known
-        former = None if known is None else known.balancer
+        known = self._made.get(rule.group_name, [])
+        one = _of(known, rule, rows)
+        if one is not None:
+            return one
+        former = known[0].balancer if known else None
         balancer = Balancer(rule.group, rule.upstreams, rows, surroundings, former)
         return _Made(rule.group, rule.upstreams, rows, balancer)
+
+
+def _of(made: Sequence[_Made], rule: Rule, rows: tuple[int, ...]) -> _Made | None:
+    """What was made for the group as this rule knows it."""
+    wanted = (rule.group, rule.upstreams, rows)
+    return next((one for one in made if one[:3] == wanted), None)

@@ -75,7 +75,7 @@ def identify(session: Session) -> str:
 
 def group_of(session: Session) -> str | None:
     """The name of the group that a session has its server from; None if there was no choice."""
-    return session.pool.rule.group_name if session.pool.balancer is not None else None
+    return session.relay.servers.group_of(session)
 
 
 def server_of(session: Session) -> str | None:

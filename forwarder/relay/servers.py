@@ -207,7 +207,22 @@ class Servers:
         whole = self._whole(pool)
         if whole is None or whole.balancer is None or whole.balancer is pool.balancer:
             return server
-        return whole.balancer.take_over(server)
+        new = whole.balancer.take_over(server)
+        if new.row != server.row:
+            server.counts[SESSIONS] -= 1
+            new.counts[SESSIONS] += 1
+        return new
+
+    def group_of(self, session: Served) -> str | None:
+        """The name of the group that a session has its server from; None if there is no choice."""
+        pool, whole = session.pool, self._whole(session.pool)
+        if (
+            whole is not None
+            and whole.balancer is not None
+            and session.server in whole.balancer.servers
+        ):
+            return whole.rule.group_name
+        return None if pool.balancer is None else pool.rule.group_name
 
     def _whole(self, pool: Pool) -> Pool | None:
         if self._pools is None:

@@ -249,6 +249,24 @@ def test_reloads_lose_no_place_and_no_session(group: Group) -> None:
     eventually(it.is_idle, it.servers)
 
 
+def test_sessions_go_with_their_rule_to_a_group_of_another_name(group: Group) -> None:
+    """Twice, and back: they count where their rule leads to, and nowhere when they have ended."""
+    it = group('balance = "least"', servers=2, workers=2)
+    it.open(8)
+    eventually(lambda: sum(it.sessions()) == 8)
+    for name in ("one", "other", "one"):
+        servers = ", ".join('"{}:{}"'.format(*up.getsockname()) for up in it.listeners)
+        rule = it.text().partition("upstream")[0]
+        text = f'{rule}upstream = "group:{name}"\n[[groups]]\nname = "{name}"\nbalance = "least"\n'
+        assert "master.reloaded" in it.it.reload(f"{text}servers = [{servers}]\n")
+        eventually(lambda: [server["sessions"] for server in it.servers()] == [4, 4], it.servers)
+        listed = control.ask(f"{it.it.path}.sock", "sessions", group=name)["sessions"]
+        assert isinstance(listed, list)
+        assert len(listed) == 8
+    it.close()
+    eventually(it.is_idle, it.servers)
+
+
 def test_a_server_that_is_killed_costs_no_client_anything(group: Group) -> None:
     it = group(workers=2)
     it.listeners.pop().close()

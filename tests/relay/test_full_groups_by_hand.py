@@ -23,6 +23,7 @@ from forwarder.config.model import Balance, OnDown, OnUp
 from forwarder.limits.gate import Holder, Holdings
 from forwarder.relay.servers import SERVES_S
 from forwarder.relay.wheel import TICK_S
+from forwarder.stats.board import ROWS
 from forwarder.stats.reasons import REASONS, Phase
 from forwarder.stats.rows import ENDS, SESSIONS
 
@@ -410,10 +411,9 @@ def test_sessions_of_backups_are_cut_bit_by_bit_where_they_have_to_return(
 # -- reloads
 
 
-def changed(bench: Bench, pool: GroupPool, **group: object) -> GroupPool:
+def changed(bench: Bench, pool: GroupPool, first_row: int = ROWS + 1, **group: object) -> GroupPool:
     """The same servers after a reload."""
-    changes = group.pop("changes", None)
-    again = bench.group(*pool.found, changes=changes, former=pool.balancer, **group)  # type: ignore[arg-type]
+    again = bench.group(*pool.found, former=pool.balancer, first_row=first_row, **group)  # type: ignore[arg-type]
     bench.relay.servers.apply({again.rule.name: again}, bench.relay.sessions)
     return again
 
@@ -441,6 +441,21 @@ def test_sessions_from_before_a_reload_count_and_are_cut(bench: Bench, stack: Ex
     find(bench, again, 0, Standing.DOWN)
     look(bench, again)
     assert ended(pool) == {"us/upstream-down": 1}
+
+
+def test_sessions_count_where_their_group_has_another_name(bench: Bench, stack: ExitStack) -> None:
+    pool = bench.group(at(stack.enter_context(listen())), changes=ONE_EACH, max_queue=1)
+    _, session = serve(bench, stack, pool)
+    _, waits = begin(bench, stack, pool)
+    again = changed(bench, pool, changes=ONE_EACH, max_queue=1, first_row=ROWS + 11)
+    bench.loop.pass_time(SOON_S)
+    assert waiting(bench, pool) == 0
+    assert waiting(bench, again) == 1
+    assert servers_of(pool)[0].counts[SESSIONS] == 0
+    assert servers_of(again)[0].counts[SESSIONS] == 1
+    end(bench, session)
+    turning(bench, lambda: waits.connected_at > 0)
+    assert servers_of(again)[0].counts[SESSIONS] == 1
 
 
 def test_who_waits_in_a_group_that_is_gone_waits_no_longer(bench: Bench, stack: ExitStack) -> None:

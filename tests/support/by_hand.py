@@ -191,11 +191,12 @@ def group_of(
     *,
     changes: Changes | None = None,
     former: Balancer | None = None,
+    first_row: int = ROWS + 1,
     group: Mapping[str, object],
 ) -> GroupPool:
     """A pool of a group; ``group`` are its fields, ``changes`` fields of upstreams by index.
 
-    ``former``: what chose before a reload.
+    ``former``: what chose before a reload. ``first_row``: that of the first server.
     """
     upstreams = tuple(
         Upstream(
@@ -213,8 +214,7 @@ def group_of(
         settle_soon=relay.restrictions.settle_soon,
         clock=clock,
     )
-    first = ROWS + 1
-    rows = range(first, first + len(servers) + 1)
+    rows = range(first_row, first_row + len(servers) + 1)
     shared.row(rows[-1])
     return GroupPool(rule, Balancer(made, upstreams, rows, surroundings, former), *servers)
 
@@ -264,6 +264,7 @@ class Bench:
         connect_timeout_s: float = 10.0,
         changes: Changes | None = None,
         former: Balancer | None = None,
+        first_row: int = ROWS + 1,
         **group: object,
     ) -> GroupPool:
         """A pool of a TCP rule with a group of these servers; see :func:`group_of`."""
@@ -276,6 +277,7 @@ class Bench:
             rule,
             changes=changes,
             former=former,
+            first_row=first_row,
             group=group,
         )
 

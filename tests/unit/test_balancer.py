@@ -595,6 +595,22 @@ def test_sessions_from_before_a_limit_count(bench: Bench) -> None:
     assert [bench.sessions(index) for index in range(2)] == [1, 1]
 
 
+def test_sessions_go_with_their_rule_to_a_group_of_another_name(bench: Bench) -> None:
+    least, turn = Group(balance=Balance.LEAST), Group()
+    for before, after in ((least, least), (least, turn), (turn, least)):
+        former = bench.balancer(*some(2), group=before)
+        old = [former.choose(CLIENT, 0, 0) for _ in range(4)]
+        rows = range(ROWS + 11, ROWS + 14)
+        balancer = Balancer(after, some(2), rows, bench.surroundings, former)
+        now = [balancer.take_over(server) for server in old if server is not None]
+        assert indices(now) == [0, 1, 0, 1]
+        assert sum(map(bench.sessions, range(2))) == 0
+        assert sum(map(bench.sessions, (10, 11))) == (4 if after is least else 0)
+        for server in now:
+            balancer.let_go(server)
+        assert sum(map(bench.sessions, (10, 11))) == 0
+
+
 def test_a_session_of_a_server_that_has_left_the_group_ends_as_it_began(bench: Bench) -> None:
     former = bench.balancer(*some(2), group=Group(balance=Balance.LEAST))
     assert choices(former, 2) == [0, 1]
