@@ -18,7 +18,6 @@ where all have one nothing can be decided, and :class:`Busy` is raised.
 from __future__ import annotations
 
 import random
-import socket
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -37,12 +36,15 @@ if TYPE_CHECKING:
     from forwarder.balancing.table import ServerTable
     from forwarder.config.model import Group, Upstream
     from forwarder.limits.gate import Gate, Holder
-    from forwarder.net.sockets import SockAddr
     from forwarder.stats.rows import Row
 
+# Others that are tried, unless ``retries`` says how many. As in HAProxy.
+MOST_OTHERS: Final = 3
 # How long sessions of backups are cut, some at a time, when a primary is back (on_up = "return").
 RETURN_S: Final = 10.0
 _NOT_USABLE: Final = frozenset({Standing.DOWN, Standing.EJECTED})
+# Servers that are as good as each other, so that the faster one may be had.
+_RACED: Final = frozenset({Balance.TURN, Balance.LEAST, Balance.RANDOM})
 _BY_SESSIONS: Final = frozenset({Balance.LEAST, Balance.RANDOM})
 
 
@@ -115,9 +117,12 @@ class Server:
 class Balancer:
     """One for each group and worker, shared by the rules of the group.
 
-    ``row`` is the group's own. ``needs_key``: choices depend on the client. About the last choice
-    that was None: ``is_full`` if all usable servers have ``max_sessions``, ``is_unknown`` if none
-    has been checked yet and the first check is awaited; then the session may wait and ask again.
+    ``row`` is the group's own. ``needs_key``: choices depend on the client. ``tries``: how many
+    servers a session may have until one answers. ``is_raced``: another one may be tried beside one
+    that does not. ``is_retired``: a reload has put another balancer in its place, or none. About
+    the last choice that was None: ``is_full`` if all usable servers have ``max_sessions``,
+    ``is_unknown`` if none has been checked yet and the first check is awaited; then the session may
+    wait and ask again.
     """
 
     __slots__ = (
@@ -138,10 +143,13 @@ class Balancer:
         "_tiers",
         "group",
         "is_full",
+        "is_raced",
+        "is_retired",
         "is_unknown",
         "needs_key",
         "row",
         "servers",
+        "tries",
     )
 
     def __init__(
@@ -166,6 +174,10 @@ class Balancer:
             for index, (upstream, row) in enumerate(zip(upstreams, of_servers, strict=True))
         )
         self.needs_key = group.balance is Balance.HASH
+        count = len(self.servers)
+        self.is_raced = count > 1 and group.balance in _RACED
+        self.tries = 1 + (min(count - 1, MOST_OTHERS) if group.retries is None else group.retries)
+        self.is_retired = False
         self.is_full = self.is_unknown = False
         self._choosers = tuple(self._chooser() for _ in range(2 * TIERS))
         # What may be chosen from, in order: sets of servers that are not empty. And what is left
@@ -189,6 +201,7 @@ class Balancer:
         self._refresh()
 
     def _go_on_from(self, former: Balancer) -> None:
+        former.is_retired = True
         if former.group.on_down is self.group.on_down:
             self._cut = former._cut
         self._has_primaries = former._has_primaries
@@ -223,7 +236,7 @@ class Balancer:
     def choose(self, key: bytes, tried: int, avoid: int) -> Server | None:
         """Choose the server of a session, and count the session there. See :meth:`let_go`.
 
-        ``key``: the client's address, see :func:`key_of`; only looked at if :attr:`needs_key`.
+        ``key``: the client's address, packed, or empty; only looked at if :attr:`needs_key`.
         ``tried``: set of servers that the session has tried, ``avoid``: of those without a usable
         address now, which are chosen only if there is no other. If none is usable, or the session
         has tried all that are, it gets one that is not, unless the group does not fail open. None:
@@ -421,6 +434,10 @@ class Balancer:
         """Whether a check, or failed connects, have found a server unusable."""
         return self._table.word(server.seat, STATE) in _NOT_USABLE
 
+    def has_cut(self, server: Server) -> bool:
+        """Whether the sessions of a server were cut because it is down, see :meth:`expelled`."""
+        return server.name in self._cut
+
     # -- sessions that have to go
 
     def expelled(self) -> list[Server]:
@@ -481,13 +498,3 @@ def _counts(group: Group, upstreams: Sequence[Upstream]) -> bool:
     has_agents = group.check is not None and group.check.kind is CheckKind.AGENT
     is_limited = has_agents or any(one.max_sessions for one in upstreams)
     return is_limited or group.balance in _BY_SESSIONS
-
-
-def key_of(address: SockAddr) -> bytes:
-    """What a client is hashed by: its address, packed; empty for a client of a unix socket."""
-    if not isinstance(address, tuple):
-        return b""
-    host = address[0]
-    if ":" in host:
-        return socket.inet_pton(socket.AF_INET6, host.partition("%")[0])
-    return socket.inet_pton(socket.AF_INET, host)

@@ -83,6 +83,9 @@ class Balancers:
                 one = self._make(rule, own_rows, surroundings)
                 own.append(one)
             found.append(one.balancer)
+        kept = {one.balancer for group in made.values() for one in group}
+        for balancer in self:
+            balancer.is_retired = balancer not in kept
         self._made = made
         return found
 

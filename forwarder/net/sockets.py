@@ -158,6 +158,16 @@ def with_port(address: SockAddr, port: int) -> SockAddr:
     return (address[0], port, *address[2:])
 
 
+def packed_host(address: SockAddr) -> bytes:
+    """The host of a client as bytes, without its zone; empty for a client of a unix socket."""
+    if not isinstance(address, tuple):
+        return b""
+    host = address[0]
+    if ":" in host:
+        return socket.inet_pton(socket.AF_INET6, host.partition("%")[0])
+    return socket.inet_pton(socket.AF_INET, host)
+
+
 def client_text(address: SockAddr) -> str:
     """A client as text for people. One of a unix socket has no name, or one it chose."""
     if isinstance(address, tuple):

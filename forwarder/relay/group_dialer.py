@@ -29,8 +29,6 @@ import math
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, Protocol
 
-from forwarder.balancing.balancer import key_of
-from forwarder.config.model import Balance, OnDown
 from forwarder.limits.gate import Busy
 from forwarder.net import sockets
 from forwarder.relay.dialer import Caller, Dialer
@@ -46,12 +44,8 @@ if TYPE_CHECKING:
     from forwarder.relay.poller import Poller
     from forwarder.relay.servers import Queue, Servers
 
-# Others that are tried, unless ``retries`` says how many. As in HAProxy.
-MOST_OTHERS: Final = 3
 # How long until the only server of a group is tried again, unless ``connect_timeout`` is less.
 AGAIN_S: Final = 1.0
-# Servers that are as good as each other, so that the faster one may be had.
-_RACED: Final = frozenset({Balance.TURN, Balance.LEAST, Balance.RANDOM})
 # What this host lacks, or has been told to use and does not have. It says nothing of a server.
 _OURS: Final = sockets.OUT_OF_RESOURCES | {
     sockets.NO_PORT,
@@ -59,6 +53,7 @@ _OURS: Final = sockets.OUT_OF_RESOURCES | {
     errno.EAFNOSUPPORT,
     errno.ENODEV,
 }
+_STARVED: Final = sockets.OUT_OF_RESOURCES
 _FULL: Final = "max_sessions of every server"
 
 
@@ -77,8 +72,10 @@ class GroupDialer(Dialer):
 
     __slots__ = (
         "_again_at",
+        "_balancer",
         "_is_full",
         "_key",
+        "_knew_cut",
         "_left",
         "_pool",
         "_queue",
@@ -86,7 +83,6 @@ class GroupDialer(Dialer):
         "_servers",
         "_taken",
         "_tried",
-        "_were_down",
     )
 
     caller: GroupCaller
@@ -102,31 +98,23 @@ class GroupDialer(Dialer):
         """The pool of ``caller`` has a balancer. ``tried``: servers not to choose, as bits."""
         super().__init__(caller, (), poller, outages)
         self._servers = servers
-        self._pool = caller.pool
-        balancer = self._balancer
-        self._key = key_of(caller.client_address) if balancer.needs_key else b""
-        count, retries = len(balancer.servers), balancer.group.retries
-        # How many may still be chosen.
-        self._left = 1 + (min(count - 1, MOST_OTHERS) if retries is None else retries)
-        self.adds_rivals = count > 1 and balancer.group.balance in _RACED
+        self._pool = pool = caller.pool
+        self._balancer = balancer = pool.balancer
+        assert balancer is not None  # noqa: S101 - see above
+        self._key = sockets.packed_host(caller.client_address) if balancer.needs_key else b""
+        self._left = balancer.tries  # how many may still be chosen
+        self.adds_rivals = balancer.is_raced
         self._tried = tried
-        self._were_down = 0  # when they were chosen, as nothing else was left; as bits
         self._taken: dict[Server, float] = {}  # and when
+        self._knew_cut = 0  # those chosen though their sessions had been cut, as bits
         self._again_at = 0.0  # not to choose before
         self._is_full = False  # all that could be chosen are
         self._queue: Queue | None = None  # while it waits there
-        self._queued_until = math.inf
-
-    @property
-    def _balancer(self) -> Balancer:
-        balancer = self._pool.balancer
-        assert balancer is not None  # noqa: S101 - see __init__ and _follow
-        return balancer
 
     @property
     def has_others(self) -> bool:
         """Whether there is another server, or the one that was chosen has other addresses."""
-        balancer = self._pool.balancer
+        balancer = self._balancer
         return (balancer is not None and len(balancer.servers) > 1) or super().has_others
 
     # -- choosing
@@ -135,44 +123,40 @@ class GroupDialer(Dialer):
         """Choose the next server: if one is being tried, a rival; else whichever there is."""
         if not self._left or self._poller.now < self._again_at:
             return False
+        balancer = self._balancer
         if self._attempts:
-            return self.adds_rivals and self._has_chosen(is_rival=True)
-        self._is_full = False
-        if self._error in sockets.OUT_OF_RESOURCES or not self._follow():
+            return self.adds_rivals and balancer is not None and self._has_rival(balancer)
+        if self._error in _STARVED:
             self._left = 0
             return False
-        if self._pool.balancer is None:
+        if balancer is not None and balancer.is_retired:
+            balancer = self._follow()
+        if balancer is None:
             return self._has_plain_targets()
-        if self._queue is None and not self._tried and self._balancer.group.max_queue:
-            self._is_full = self._servers.queue(self._balancer).is_waited_in
+        self._is_full = False
+        if self._queue is None and balancer.group.max_queue and not self._tried:
+            self._is_full = self._servers.queue(balancer).is_waited_in
             if self._is_full:
                 return False
-        return self._has_chosen(is_rival=False)
+        return self._has_next(balancer)
 
-    def _has_chosen(self, *, is_rival: bool) -> bool:
-        pool, balancer, now = self._pool, self._balancer, self._poller.now
+    def _has_next(self, balancer: Balancer) -> bool:
+        pool, now = self._pool, self._poller.now
         pool.targets()  # names may have moved
-        if not pool.has_unanswered:
+        if self._more_until and not pool.has_unanswered:
             self._more_until = 0.0
-        tried, avoid = self._tried | pool.without_address, pool.avoided(now)
+        tried = self._tried | pool.without_address
+        avoid = pool.avoided(now) if pool.failures else 0
         try:
-            if is_rival and self.server is not None:
-                beside = balancer.choose_beside
-                server = beside(self.server, self._key, tried | avoid)
-                if server is None and avoid:
-                    server = beside(self.server, self._key, tried)
-            else:
-                server = balancer.choose(self._key, tried, avoid)
-                if server is None and balancer.is_full and not balancer.group.max_queue:
-                    server = balancer.choose(self._key, tried, 0)
+            server = balancer.choose(self._key, tried, avoid)
+            if server is None and balancer.is_full and avoid and not balancer.group.max_queue:
+                server = balancer.choose(self._key, tried, 0)
         except Busy:
             self._again_at = now + TICK_S
             return False
         if server is not None:
             self._take(server)
             return True
-        if is_rival:
-            return False
         if balancer.is_unknown:
             self._again_at = now + TICK_S
         self._is_full = balancer.is_full
@@ -180,37 +164,57 @@ class GroupDialer(Dialer):
             self._leave_queue()
         return False
 
+    def _has_rival(self, balancer: Balancer) -> bool:
+        """Choose another server of the same tier, to be tried beside the one that was chosen."""
+        pool, beside = self._pool, self.server
+        if beside is None or balancer.is_retired:
+            return False
+        pool.targets()
+        tried = self._tried | pool.without_address
+        avoid = pool.avoided(self._poller.now)
+        try:
+            server = balancer.choose_beside(beside, self._key, tried | avoid)
+            if server is None and avoid:
+                server = balancer.choose_beside(beside, self._key, tried)
+        except Busy:
+            return False
+        if server is None:
+            return False
+        self._take(server)
+        return True
+
     def _take(self, server: Server) -> None:
         self._taken[server] = self._poller.now
         self._servers.on_taken(server)
         self._leave_queue()
         self._left -= 1
         self._tried |= 1 << server.index
+        if self._balancer is not None and self._balancer.has_cut(server):
+            self._knew_cut |= 1 << server.index
         self.server = server
-        if self._balancer.group.on_down is OnDown.RESET and self._balancer.is_down(server):
-            self._were_down |= 1 << server.index
         pool = self._pool
         addresses = pool.addresses(server.index) or ()
         if pool.failures:
             addresses = pool.failures.order(addresses, self._poller.now)
         self._targets, self._next = addresses, 0
 
-    def _follow(self) -> bool:
-        """Choose as the configuration in force says. False: its rule is not in it any more."""
-        pool = self._servers.in_force(self._pool)
-        if pool is None:
-            self._leave_queue()
-            return False
-        if pool is not self._pool:
-            before, now = self._pool.balancer, pool.balancer
-            if before is None or now is None or before.row != now.row:
-                self._leave_queue()
+    def _follow(self) -> Balancer | None:
+        """Choose as the configuration in force says. None: it leaves nothing to choose."""
+        before, pool = self._balancer, self._servers.in_force(self._pool)
+        if pool is not None:
             self._pool = pool
-            self._tried = self._were_down = 0
-        return True
+        balancer = self._balancer = None if pool is None else pool.balancer
+        self._tried = 0
+        if before is None or balancer is None or before.row != balancer.row:
+            self._leave_queue()
+        if pool is None:
+            self._left = 0
+        return balancer
 
     def _has_plain_targets(self) -> bool:
-        """Go on where a reload has left nothing to choose."""
+        """Go on where a reload has left nothing to choose; not if it has removed the rule."""
+        if not self._left:
+            return False
         self._left = 0
         self._more_until = 0.0
         self.server = None
@@ -229,7 +233,7 @@ class GroupDialer(Dialer):
         if any(one.server is server and one is not attempt for one in self._attempts):
             return
         self._give_back(server, has_failed=error not in _OURS)
-        balancer = self._pool.balancer
+        balancer = self._balancer
         if balancer is not None and len(balancer.servers) == 1:
             self._tried = 0
             limit_s = self.caller.pool.rule.connect_timeout_s
@@ -246,12 +250,14 @@ class GroupDialer(Dialer):
         """The first that is connected; its server is the caller's from here on."""
         others, server, caller = self._attempts, attempt.server, self.caller
         if server is not None:
-            if caller.is_answered and self._has_gone_down(server):
+            if caller.is_answered and self._has_been_cut(server):
                 sockets.set_abort_on_close(sock)
                 self._give_up(attempt, errno.EHOSTDOWN)
                 return
             taken_at = self._taken.pop(server)
-            caller.server = self._servers.as_in_force(self._pool, server)
+            caller.server = server
+            if self._balancer is None or self._balancer.is_retired:
+                caller.server = self._servers.as_in_force(self._pool, server)
             if caller.is_answered:
                 self._servers.on_worked(server, self._poller.now - taken_at)
         try:
@@ -261,15 +267,12 @@ class GroupDialer(Dialer):
                 is_noted = [other.is_noted for other in others if other.server is one]
                 self._give_back(one, has_failed=bool(is_noted) and all(is_noted))
 
-    def _has_gone_down(self, server: Server) -> bool:
+    def _has_been_cut(self, server: Server) -> bool:
         """Whether its sessions were cut since it was chosen, so that this one would be missed."""
-        balancer = self._pool.balancer
-        return (
-            balancer is not None
-            and balancer.group.on_down is OnDown.RESET
-            and balancer.is_down(server)
-            and not (balancer.usable | self._were_down) >> server.index & 1
-        )
+        balancer = self._balancer
+        if balancer is None or not balancer.has_cut(server):
+            return False
+        return not self._knew_cut >> server.index & 1
 
     def close(self, *, is_abort: bool) -> None:
         """Give up everything."""
@@ -320,11 +323,11 @@ class GroupDialer(Dialer):
     # -- where all are full
 
     def _wait_in_queue(self, now: float) -> None:
-        group = self._balancer.group
-        if not group.max_queue:
+        balancer = self._balancer
+        if balancer is None or not balancer.group.max_queue:
             self._refuse(_FULL)
             return
-        queue = self._servers.queue(self._balancer)
+        queue, group = self._servers.queue(balancer), balancer.group
         try:
             has_joined = queue.join(self, group.max_queue)
         except Busy:

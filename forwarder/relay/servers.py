@@ -31,8 +31,8 @@ log = logging.getLogger(__name__)
 
 
 # While sessions wait in other workers, too: how long a worker gives what becomes free in it to its
-# own, and then leaves it to the others, each of which looks once in TICK_S. Both arbitrary; with
-# one place and short sessions it stands still for a fifth of the time at most.
+# own, and then leaves it to the others, each of which looks once in TICK_S. Both arbitrary; a place
+# of short sessions is empty for a fifth of the time at most.
 SERVES_S: Final = 0.5
 REST_S: Final = 1.2 * TICK_S
 

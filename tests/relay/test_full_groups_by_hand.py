@@ -411,6 +411,14 @@ def test_sessions_of_backups_are_cut_bit_by_bit_where_they_have_to_return(
 # -- reloads
 
 
+def put_in_force(bench: Bench, pool: StubPool | None, former: GroupPool) -> None:
+    """What a worker does in a reload that leaves nothing to choose."""
+    assert former.balancer is not None
+    former.balancer.is_retired = True
+    pools = {} if pool is None else {pool.rule.name: pool}
+    bench.relay.servers.apply(pools, bench.relay.sessions)
+
+
 def changed(bench: Bench, pool: GroupPool, first_row: int = ROWS + 1, **group: object) -> GroupPool:
     """The same servers after a reload."""
     again = bench.group(*pool.found, former=pool.balancer, first_row=first_row, **group)  # type: ignore[arg-type]
@@ -461,7 +469,7 @@ def test_sessions_count_where_their_group_has_another_name(bench: Bench, stack: 
 def test_who_waits_in_a_group_that_is_gone_waits_no_longer(bench: Bench, stack: ExitStack) -> None:
     pool = full(bench, stack, max_queue=2)
     client, _ = begin(bench, stack, pool)
-    bench.relay.servers.apply({}, bench.relay.sessions)
+    put_in_force(bench, None, pool)
     bench.loop.pass_time(SOON_S)
     assert receive_to_reset(client) == b""
     assert waiting(bench, pool) == 0
@@ -507,7 +515,7 @@ def test_sessions_of_a_group_that_becomes_a_plain_rule_give_their_servers_back(
 ) -> None:
     pool = full(bench, stack)
     plain = pool_of(tuple(one for found in pool.found for one in found or ()), 10.0)
-    bench.relay.servers.apply({plain.rule.name: plain}, bench.relay.sessions)
+    put_in_force(bench, plain, pool)
     (session,) = bench.relay.sessions
     server = session.server
     assert server is not None
@@ -521,7 +529,7 @@ def test_who_waits_is_served_where_a_reload_leaves_nothing_to_choose(
     pool = full(bench, stack, max_queue=2)
     waits = [begin(bench, stack, pool)[1] for _ in range(2)]
     plain = pool_of(tuple(one for found in pool.found for one in found or ()), 10.0)
-    bench.relay.servers.apply({plain.rule.name: plain}, bench.relay.sessions)
+    put_in_force(bench, plain, pool)
     bench.loop.pass_time(SOON_S)
     turning(bench, lambda: all(session.connected_at > 0 for session in waits))
     assert waiting(bench, pool) == 0
@@ -556,6 +564,18 @@ def test_a_server_that_is_down_serves_where_no_other_one_can(
     assert session.server is servers_of(pool)[0]
     look(bench, pool)
     assert len(bench.relay.sessions) == 1
+
+
+def test_where_all_are_down_a_session_is_none_that_was_missed(
+    bench: Bench, stack: ExitStack
+) -> None:
+    socks = [stack.enter_context(listen()) for _ in range(2)]
+    pool = bench.group(*map(at, socks), on_down=OnDown.RESET)
+    for index in range(2):
+        find(bench, pool, index, Standing.DOWN)
+    look(bench, pool)
+    serve(bench, stack, pool)
+    assert failed(pool) == [0, 0]
 
 
 def test_who_has_just_failed_is_tried_before_a_client_is_turned_away(

@@ -15,10 +15,11 @@ from support.clogged import CloggedUpstream
 from support.ends import accept, listen, listen_unix, receive_to_reset, reset
 from support.groups import failed, find, order, servers_of, turning
 
+from forwarder.balancing.balancer import MOST_OTHERS
 from forwarder.balancing.table import DRAINS, HAS_ORDER, Standing
 from forwarder.config.model import Balance
 from forwarder.net.sockets import unix_target
-from forwarder.relay.group_dialer import AGAIN_S, MOST_OTHERS
+from forwarder.relay.group_dialer import AGAIN_S
 from forwarder.relay.wheel import TICK_S
 from forwarder.stats.reasons import REASONS, Phase
 from forwarder.stats.rows import (

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forwarder.balancing.balancer import RETURN_S, Balancer, Surroundings, key_of
+from forwarder.balancing.balancer import RETURN_S, Balancer, Surroundings
 from forwarder.balancing.table import (
     CUTS,
     DISABLED,
@@ -29,6 +29,7 @@ from forwarder.balancing.table import (
 from forwarder.config.address import Address
 from forwarder.config.model import Balance, Check, CheckKind, Group, OnDown, OnUp, Upstream
 from forwarder.limits.gate import Busy, Gate, Holder, Holdings
+from forwarder.net.sockets import packed_host
 from forwarder.stats.board import ROWS
 from forwarder.stats.rows import SESSIONS, new_row
 
@@ -645,4 +646,4 @@ def test_each_server_has_its_row(bench: Bench) -> None:
     ],
 )
 def test_the_key_of_a_client(address: tuple[str, int] | str, key: bytes) -> None:
-    assert key_of(address) == key
+    assert packed_host(address) == key
