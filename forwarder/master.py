@@ -27,6 +27,7 @@ from forwarder.ipc.messages import Op
 from forwarder.serving import probing
 from forwarder.serving.latebind import LateBinds
 from forwarder.serving.loader import look_up
+from forwarder.serving.moving import Moving
 from forwarder.serving.reloading import Reloading
 from forwarder.serving.service import Service
 from forwarder.serving.surroundings import Surroundings
@@ -53,6 +54,8 @@ from forwarder.system.signals import OF_A_MASTER, SignalQueue
 from forwarder.system.surviving import survive
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from forwarder.control.orders import Wanted
     from forwarder.control.server import Reply
     from forwarder.ipc.questions import Answered
@@ -73,14 +76,24 @@ class Master:
         self._spec = spec
         self._state = MasterState.BOOTING
         self._is_announced = False
-        self._service = Service(spec.config, on_changed=self._take_serving)
+        self._service = Service(
+            spec.config,
+            on_changed=self._take_serving,
+            known=lambda: self._fleet.names.answers,
+        )
+        self._moving = Moving(
+            self._service,
+            # A successor gives seats itself, and must not meet us where it does.
+            may_change=lambda: self.is_running and not self.is_upgrading,
+            on_changed=self._take_members,
+        )
         self._selector = selectors.DefaultSelector()
         self._fleet = Fleet(self._service.table, self._selector)
         self._checking = Checking(
             self._fleet,
             self._selector,
             drop=self._drop,
-            on_answers=self._service.on_answers,
+            on_answers=self._take_answers,
             may_check=lambda: not (self._handover.has_heir or upgrade.has_predecessor()),
         )
         self._signals: SignalQueue | None = None
@@ -122,6 +135,7 @@ class Master:
             self._requests,
             self._reloading,
             self._checking,
+            self._moving,
             Surroundings(
                 self._service,
                 self._selector,
@@ -350,6 +364,18 @@ class Master:
         """Let the workers serve, and the checker check, what the service serves now."""
         self._fleet.serving = self._service.serving()
         self._checking.use(self._fleet.serving, time.monotonic())
+
+    def _take_answers(self, hosts: Collection[str]) -> None:
+        """Something new is known of these names."""
+        self._service.on_answers(hosts)
+        self._moving.note()
+
+    def _take_members(self) -> None:
+        """Serve other members of what stands for several servers, as a reload would."""
+        is_settled = self._fleet.is_settled
+        self._take_serving()
+        if is_settled:  # nobody has those any more that were gone before
+            self._fleet.forget_rules(with_servers=self._handover.is_alone)
 
     # -- what clients of the control socket may ask, see requests.Instance
 

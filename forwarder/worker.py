@@ -23,14 +23,13 @@ import setproctitle
 import uvloop
 
 from forwarder.balancing.balancers import Balancers
-from forwarder.config.address import UnixAddress
 from forwarder.connlog.log import FLUSH_S
 from forwarder.ipc.channel import ChannelClosed, Received
 from forwarder.ipc.heartbeat import BEAT_S
 from forwarder.ipc.messages import Op, read_access, read_assignment, read_logs, send_answer
 from forwarder.limits.gate import Holder
 from forwarder.relay import listing
-from forwarder.relay.access import AccessList
+from forwarder.relay.access import AccessList, access_of
 from forwarder.relay.listing import denied_by, denied_sessions
 from forwarder.relay.relay import Relay
 from forwarder.relay.session import SessionState
@@ -42,6 +41,7 @@ from forwarder.system import privileges
 from forwarder.system.daemonlog import warn_rarely
 from forwarder.system.signals import leave_to_the_master
 from forwarder.upstream.failing import of_pools
+from forwarder.upstream.members import differ_by_members
 from forwarder.upstream.messages import read_answers
 from forwarder.upstream.names import Names
 from forwarder.upstream.pool import Pool
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from forwarder.balancing.balancer import Balancer
-    from forwarder.config.model import Config, Rule
+    from forwarder.config.model import Rule
     from forwarder.ipc.channel import Message
     from forwarder.ipc.messages import Assignment
     from forwarder.ipc.workerspec import WorkerSpec
@@ -128,6 +128,7 @@ class Worker:
         self._unreceived: list[int] = []  # ids of sockets for which there was no descriptor
         self._in_force: Assignment | None = None
         self._has_said_failing = False
+        self._former: set[Pool] = set()  # whose rules are served, by other members of a name
         self._needing: list[Pool] = []  # those that name interfaces for their upstreams
         self._board = spec.board
         self._relay.servers.alarm = spec.board.row(ROWS)
@@ -347,7 +348,7 @@ class Worker:
 
     def _put_in_force(self, assignment: Assignment) -> None:
         rules = assignment.config.rules
-        before = set(self._pools.values())
+        before = {*self._pools.values(), *self._former}
         accesses = [access_of(assignment.config, rule) for rule in rules]
         # From here on something may be half done if this fails.
         part = self._slot % assignment.workers / assignment.workers
@@ -368,6 +369,8 @@ class Worker:
             if socket_id in self._sockets:  # else descriptors ran out: see _acknowledge
                 self._route(socket_id, rules[index], accesses[index])
         gone = before.difference(self._pools.values())
+        self._former = {pool for pool in gone if self._has_only_moved(pool)}
+        gone -= self._former
         self._end_sessions_after(
             assignment.config.settings.drain_timeout_s,
             [session for session in self._relay.sessions if session.pool.origin in gone],
@@ -434,6 +437,15 @@ class Worker:
             return known
         return Pool(rule, self._names, row, self._board.row(row), balancer)
 
+    def _has_only_moved(self, pool: Pool) -> bool:
+        """Whether the rule of a former pool is as it was, and sessions of that are left."""
+        now = self._pools.get(pool.rule.name)
+        return (
+            now is not None
+            and differ_by_members(pool.rule, now.rule)
+            and any(session.pool.origin is pool for session in self._relay.sessions)
+        )
+
     def drain(self) -> None:
         """Accept no more, and leave when the last session has ended."""
         if self._is_draining:
@@ -474,13 +486,6 @@ class Worker:
     def _finish(self) -> None:
         if not self._done.done():
             self._done.set_result(WorkerExit.STOPPED)
-
-
-def access_of(config: Config, rule: Rule) -> AccessList:
-    """The clients that may use a rule. Those of a unix socket have no address to judge them by."""
-    if isinstance(rule.listen, UnixAddress):
-        return AccessList(())
-    return AccessList.compile(config.access, rule.access)
 
 
 def run_and_exit(spec: WorkerSpec) -> None:

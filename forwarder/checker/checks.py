@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -116,8 +116,11 @@ class Server:
 
     @property
     def check(self) -> Check | None:
-        """How it is checked."""
-        return self.checked.group.check
+        """How it is checked: an address that its name has is asked by that name."""
+        check, origin = self.checked.group.check, self.upstream.origin
+        if check is None or check.host or origin is None or not origin.expands:
+            return check
+        return replace(check, host=str(origin.end).rpartition(":")[0])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,6 +32,9 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://([^/]*).*", re.DOTALL)
 PORTS = re.compile(r"[0-9]+(?:-[0-9]+)?")
 
 _UNIX = "unix:"
+# Before the name of a service, whose records say which hosts and ports have it (RFC 2782).
+SRV = "srv:"
+SERVICE_FORMS = "srv:_SERVICE._PROTOCOL.DOMAIN, without a port"
 # What sun_path takes, less the NUL at the end of a path or at the beginning of a name (unix(7)).
 MAX_UNIX_BYTES = 107
 
@@ -61,6 +64,7 @@ class Address:
     spelling, or a name.
     ``port`` is 1 to 65535; 0 is left to the caller, who may mean "any free port".
     ``ports`` is how many ports there are, from ``port`` on; more than one is a range.
+    A service, whose hosts and ports others have to be asked for, is a host ``srv:NAME`` and port 0.
     """
 
     host: str
@@ -68,6 +72,8 @@ class Address:
     ports: int = 1
 
     def __str__(self) -> str:
+        if self.is_service:
+            return self.host
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{host}:{format_ports(self.port, self.ports)}"
 
@@ -75,6 +81,11 @@ class Address:
     def is_literal(self) -> bool:
         """Whether the host is an IP address and needs no resolver."""
         return is_ip(self.host)
+
+    @property
+    def is_service(self) -> bool:
+        """Whether it is the name of a service, not of a host."""
+        return self.host.startswith(SRV)
 
     @property
     def last_port(self) -> int:
@@ -95,6 +106,11 @@ class UnixAddress:
     def is_literal(self) -> bool:
         """Whether it needs no resolver, as it never does."""
         return True
+
+    @property
+    def is_service(self) -> bool:
+        """Whether it is the name of a service, as it never is."""
+        return False
 
 
 Endpoint: TypeAlias = Address | UnixAddress
@@ -256,6 +272,18 @@ def parse_unix(path: str) -> UnixAddress:
     elif path.endswith(("/", "/.", "/..")):
         raise AddressError(f"'unix:{path}' names a directory")
     return UnixAddress(path)
+
+
+def parse_service(text: str) -> Address:
+    """Read ``srv:NAME``. Raises AddressError."""
+    name = text.removeprefix(SRV)
+    if len(name) <= 253 and _HOSTNAME.fullmatch(name):
+        return Address(text, 0)
+    host, colon, port = name.rpartition(":")
+    if colon and PORTS.fullmatch(port):
+        what = f"{text!r} has a port, which SRV records say themselves"
+        raise AddressError(what, f"write {SRV}{host}")
+    raise AddressError(f"{name!r} is no name of a service")
 
 
 def parse_listen(text: str) -> Endpoint:

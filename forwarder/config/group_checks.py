@@ -96,9 +96,10 @@ def _without_effect(group: Group, servers: Sequence[Upstream]) -> Iterator[tuple
         yield "eject", "with fail = 0"
     if not is_checked:
         yield "on_down", "without a check, as failed connects end no sessions"
-    if len(servers) == 1 and not group.name:
+    has_members = any(server.is_several for server in servers)
+    if len(servers) == 1 and not group.name and not has_members:
         yield from _without_effect_alone(is_checked=is_checked)
-    elif not any(server.is_backup for server in servers):
+    elif not any(server.is_backup for server in servers) and not has_members:
         yield "on_up", "without a server that is a backup"
 
 

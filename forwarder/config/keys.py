@@ -181,6 +181,7 @@ OF_A_SERVER: Final = _table(
     Key("weight", read.number(0, MAX_WEIGHT), Upstream, said="weight {}"),
     Key("backup", read.flag, Upstream, "is_backup", said="backup"),
     Key("max_sessions", read.number(1, _MOST_SESSIONS), Upstream, said="at most {} sessions"),
+    Key("expand", read.flag, Upstream, "expands", said="each address a server"),
 )
 """Those of a server of a group beside its address."""
 

@@ -253,14 +253,22 @@ class Upstream:
     """Where a rule leads: one server of its group.
 
     ``weight`` is its part of the sessions relative to the other servers; 0: only where nothing else
-    is left. ``is_backup`` keeps it for when no other is usable. ``max_sessions`` bounds its
-    sessions over all workers and all rules of the group; 0 is no limit.
+    is left. ``is_backup`` keeps it for when no other is usable. ``max_sessions`` bounds those that
+    it has over all workers and all rules of the group; 0 is no limit. ``expands``: each address of
+    its name is a server. ``origin``: what is written in place of this one, which was looked up.
     """
 
     end: Endpoint
     weight: int = 1
     is_backup: bool = False
     max_sessions: int = 0
+    expands: bool = False
+    origin: Upstream | None = None
+
+    @property
+    def is_several(self) -> bool:
+        """Whether it is no server, but stands for those that a look-up finds."""
+        return self.expands or self.end.is_service
 
     def __str__(self) -> str:
         return str(self.end)
@@ -382,11 +390,10 @@ class Rule:
     others when it cannot connect.
     ``listen`` may be a range of ports; an upstream then is a range of as many, one to one, or a
     single port. Unix sockets have no ranges and speak TCP rules only.
-    ``source`` is the local address of upstream connections, or None.
-    ``udp_timeout_s`` ends silent flows; ``max_flows`` bounds how many there are at once.
-    ``unix_mode`` are the permissions of a unix socket that is listened on.
-    ``retries_bind``: an address that cannot be bound does not keep the other rules from starting.
-    ``place`` takes no part in equality: moving a line does not change a rule.
+    ``source`` is the local address of upstream connections, or None. ``udp_timeout_s`` ends silent
+    flows; ``max_flows`` bounds how many there are at once. ``unix_mode`` are the permissions of a
+    unix socket listened on. ``retries_bind``: an address that cannot be bound does not keep the
+    other rules from starting. ``place`` takes no part in equality: moving a line changes no rule.
     """
 
     name: str
@@ -410,6 +417,11 @@ class Rule:
     place: Place = field(compare=False)
 
     @property
+    def has_members(self) -> bool:
+        """Whether look-ups decide which upstreams it has, or have decided."""
+        return any(one.origin or one.is_several for one in self.upstreams)
+
+    @property
     def upstream_ends(self) -> tuple[Endpoint, ...]:
         """The addresses of the upstreams, where nothing else of them counts."""
         return tuple(upstream.end for upstream in self.upstreams)
@@ -429,8 +441,7 @@ class Rule:
         group = self.group
         return (
             len(self.upstreams) > 1
-            or bool(group.name or group.retries)
-            or group.check is not None
+            or bool(group.name or group.retries or group.check or self.has_members)
             or any(upstream.max_sessions for upstream in self.upstreams)
         )
 

@@ -6,9 +6,18 @@ A server is written as its address, or as a table with the address ``at`` and wh
 from __future__ import annotations
 
 import re
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from forwarder.config.address import PORTS, UPSTREAM_FORMS
+from forwarder.config.address import (
+    PORTS,
+    SERVICE_FORMS,
+    SRV,
+    UPSTREAM_FORMS,
+    Address,
+    AddressError,
+    parse_service,
+)
 from forwarder.config.keys import OF_A_GROUP, OF_A_SERVER, read_keys, values_of
 from forwarder.config.model import Upstream
 from forwarder.config.raw import Placed, RawGroup
@@ -17,18 +26,17 @@ from forwarder.config.toml_check import read_check
 from forwarder.config.toml_table import describe
 
 if TYPE_CHECKING:
-    from forwarder.config.raw import RawConfig
+    from forwarder.config.raw import RawConfig, RawKeys
     from forwarder.config.toml_table import Table
 
 GROUP_KEYS: Final = tuple(sorted((*OF_A_GROUP, "check", "name", "servers")))
 SERVER_KEYS: Final = ("at", *OF_A_SERVER)
 
 _GROUP: Final = "group:"
-_SRV: Final = "srv:"
 # A word on a command line and in a log, and no port: group:80 is a host.
 _NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,99}")
 NAME_FORMS: Final = "1 to 100 letters, digits, _, - and ., the first a letter or _"
-_SERVER_FORMS: Final = f"{UPSTREAM_FORMS}, or a table with at = such an address"
+_SERVER_FORMS: Final = f"{UPSTREAM_FORMS}, {SERVICE_FORMS}, or a table with at = such an address"
 _RULE_FORMS: Final = f'{_SERVER_FORMS}, or a list of these, or "group:NAME"'
 
 
@@ -126,6 +134,7 @@ def _server(table: Table) -> Placed[Upstream] | None:
     end = _at(table, text) if text else None
     if end is None:
         return None
+    _check_several(table, end.value, given)
     values = values_of(Upstream, given, OF_A_SERVER)
     # Each reader gives what its field holds.
     return Placed(Upstream(end.value.end, **values), table.place())  # type: ignore[arg-type]
@@ -141,16 +150,42 @@ def _at(table: Table, text: Placed[str]) -> Placed[Upstream] | None:
             hint="put the servers that it should have, too, into the group",
         )
         return None
-    if _word_behind(text.value, _SRV):
-        table.issues.error(
-            text.place,
-            f"{text.value!r}: servers are not looked up by SRV records yet",
-            allowed=UPSTREAM_FORMS,
-            hint="list the servers, by name or by address",
-        )
-        return None
+    if _word_behind(text.value, SRV) is not None:
+        return _service(table, text)
     end = read_address(table, text, is_upstream=True)
     return Placed(Upstream(end.value), text.place) if end else None
+
+
+def _service(table: Table, text: Placed[str]) -> Placed[Upstream] | None:
+    """The servers of a service, which SRV records have."""
+    try:
+        end = parse_service(text.value)
+    except AddressError as error:
+        allowed = "" if error.hint else SERVICE_FORMS
+        table.issues.error(text.place, str(error), allowed=allowed, hint=error.hint)
+        return None
+    if find_spec("dns") is None:
+        table.issues.error(
+            text.place,
+            f"{text.value!r}: SRV records are looked up by dnspython, which is missing",
+            hint="install the extra: pip install 'splice-forwarder[dns]'; or list the servers",
+        )
+        return None
+    return Placed(Upstream(end), text.place)
+
+
+def _check_several(table: Table, server: Upstream, given: RawKeys) -> None:
+    """Report keys that mean nothing for what is one server, or several."""
+    end = server.end
+    if isinstance(end, Address) and end.is_service:
+        for key in ("weight", "expand"):
+            if key in given:
+                what = f"{key} of {end}, whose SRV records say which servers there are"
+                table.issues.error(given[key].place, what, hint="leave it out")
+    elif "expand" in given and given["expand"].value and end.is_literal:
+        what = f"expand of {end}, which is one address"
+        hint = "leave it out, or write a name that has several addresses"
+        table.issues.error(given["expand"].place, what, hint=hint)
 
 
 def _group_of(text: str) -> str | None:

@@ -19,12 +19,13 @@ from enum import Enum
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from forwarder.config.address import UnixAddress
 from forwarder.config.patterns import Wildcard, parse_pattern
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from forwarder.config.model import AccessRule
+    from forwarder.config.model import AccessRule, Config, Rule
 
 # Clients whose decision a list remembers, some 100 bytes each: most come again. Arbitrary.
 MAX_KNOWN = 512
@@ -175,3 +176,10 @@ class AccessList:
             if deny is not None and deny.matches(client):
                 return Decision.DENIED
         return Decision.ALLOWED
+
+
+def access_of(config: Config, rule: Rule) -> AccessList:
+    """The clients that may use a rule. Those of a unix socket have no address to judge them by."""
+    if isinstance(rule.listen, UnixAddress):
+        return AccessList(())
+    return AccessList.compile(config.access, rule.access)

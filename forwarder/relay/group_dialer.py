@@ -209,6 +209,11 @@ class GroupDialer(Dialer):
             self._leave_queue()
         if pool is None:
             self._left = 0
+            return None
+        pool.targets()
+        if pool.has_unanswered and not self._more_until:  # of servers that a name has stood for
+            limit_s = pool.rule.connect_timeout_s
+            self._more_until = self._poller.now + (limit_s or math.inf)
         return balancer
 
     def _has_plain_targets(self) -> bool:

@@ -169,8 +169,12 @@ class Session:
 
     def _on_resolved(self, targets: tuple[Target, ...]) -> None:
         """Go on with the addresses of the upstream, unless this has ended meanwhile."""
-        if self.state is _RESOLVING:
-            self.relay.poller.read_clock()
+        if self.state is not _RESOLVING:
+            return
+        self.relay.poller.read_clock()
+        if self.relay.servers.in_force(self.pool) is not self.pool and self.pool.balancer:
+            self.choose()  # among the servers that its upstream stood for
+        else:
             self.dial(targets)
 
     def check_resolving(self, now: float) -> float:

@@ -25,13 +25,14 @@ from forwarder.serving.generation import Serving
 from forwarder.serving.listeners import CLOSE_GRACE_S, ListenerTable
 from forwarder.serving.loader import Candidate, Rejected, as_known
 from forwarder.serving.startlock import start_lock
+from forwarder.upstream.members import effective
 from forwarder.upstream.wanted import listening_names
 
 if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-    from forwarder.config.model import Config, Rule
+    from forwarder.config.model import Config, Rule, Upstream
     from forwarder.net.sockets import Target
     from forwarder.serving.addresses import BindAddress
     from forwarder.serving.binding import Had
@@ -54,8 +55,16 @@ UNCLAIMED_S: Final = 2 * CLOSE_GRACE_S
 class Service:
     """The generation in force. Owns the listening sockets, through ``table``."""
 
-    def __init__(self, config: Config, on_changed: Callable[[], None]) -> None:
-        """``on_changed`` is called when :meth:`turn` has changed what the workers serve."""
+    def __init__(
+        self,
+        config: Config,
+        on_changed: Callable[[], None],
+        known: Callable[[], Mapping[str, Answer]] = dict,
+    ) -> None:
+        """``on_changed`` is called when :meth:`turn` has changed what the workers serve.
+
+        ``known`` gives what is known of names now.
+        """
         self.config = config
         self.generation = 1
         self.table = ListenerTable()
@@ -67,6 +76,9 @@ class Service:
         self._dropped: set[BindAddress] = set()
         self._unclaimed_until = math.inf
         self._on_changed = on_changed
+        self._known = known
+        # What is served in place of upstreams that are several servers, by these as written.
+        self._effective: dict[tuple[Upstream, ...], tuple[Upstream, ...]] = {}
 
     def open(
         self,
@@ -271,7 +283,10 @@ class Service:
     # -- what the workers serve
 
     def serving(self) -> Serving:
-        """What the workers have to serve now: the configuration, and what is being closed."""
+        """What the workers have to serve now: the configuration, and what is being closed.
+
+        Where names stand for several servers, these are in their place as far as they are known.
+        """
         binds = {rule.name: self._binding.of(rule.name) for rule in self.config.rules}
         counted_as: dict[str, str] = {}
         rules = list(self.config.rules)
@@ -286,6 +301,7 @@ class Service:
             rules.append(dataclasses.replace(rule, name=name))
             binds[name] = tuple(addresses)
             counted_as[name] = rule.name
+        self._put_members(rules)
         self._revision += 1
         return Serving(
             revision=self._revision,
@@ -294,6 +310,24 @@ class Service:
             binds=binds,
             counted_as=counted_as,
         )
+
+    def _put_members(self, rules: list[Rule]) -> None:
+        """Put servers in place of the names that stand for them."""
+        self._effective.clear()
+        for index, rule in enumerate(rules):
+            if not rule.has_members:
+                continue
+            found = self._effective.get(rule.upstreams)
+            if found is None:
+                found = effective(rule.upstreams, self._known())
+                self._effective[rule.upstreams] = found
+            rules[index] = dataclasses.replace(rule, upstreams=found)
+
+    def has_other_members(self) -> bool:
+        """Whether :meth:`serving` would have other servers than the last time."""
+        known = self._known()
+        served = self._effective.items()
+        return any(effective(written, known) != found for written, found in served)
 
     @property
     def deadline(self) -> float:

@@ -29,7 +29,7 @@ from forwarder.supervision.naming import Naming
 from forwarder.supervision.slot import RETRY_S
 from forwarder.system.daemonlog import warn_rarely
 from forwarder.upstream.asking import FOUND
-from forwarder.upstream.wanted import all_names
+from forwarder.upstream.wanted import sought_names
 
 if TYPE_CHECKING:
     import selectors
@@ -75,7 +75,7 @@ class Checking:
         self.helper.hang_s = serving.config.settings.hang_timeout_s
         self._groups = self._checked(serving)
         self.findings.use(self._groups)
-        names = all_names(serving.config.rules)
+        names = sought_names(serving.config.rules)
         self.helper.want(is_wanted=bool(names or self._groups))
         self.naming.use(names, now)
         self._tell()

@@ -171,12 +171,16 @@ def _event(before: Answer | None, now: Answer) -> str:
         return "name.failed" if was_good else ""
     if not was_good:
         return "name.works"
-    is_moved = before is not None and set(before.addresses) != set(now.addresses)
+    is_moved = before is not None and (
+        set(before.addresses) != set(now.addresses) or before.records != now.records
+    )
     return "name.moved" if is_moved else ""
 
 
 def _texts(answer: Answer) -> list[str]:
-    """Addresses without a port, for people."""
+    """Addresses without a port, or the servers of a service, for people."""
+    if answer.records:
+        return [f"{one.host}:{one.port}" for one in answer.records]
     return [str(target.sockaddr[0]) for target in answer.addresses]
 
 

@@ -148,7 +148,12 @@ class Telling:
         """Send the answers that it does not know, unless others still wait."""
         if process.names_revision == self._names.revision or process.channel.has_outbox:
             return
-        answers = self._names.since(process.names_revision)
+        # Its servers are in the assignment that follows; the name has no address of its own.
+        answers = {
+            host: answer
+            for host, answer in self._names.since(process.names_revision).items()
+            if not answer.records
+        }
         with suppress(ChannelClosed):  # it has died; SIGCHLD follows
             for part in say_answers(messages.Op.NAMES, answers):
                 process.channel.send(part)

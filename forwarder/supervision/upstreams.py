@@ -267,6 +267,7 @@ class Upstreams:
             "weight": upstream.weight,
             "backup": upstream.is_backup,
             "max_sessions": upstream.max_sessions or None,
+            "of": str(upstream.origin) if upstream.origin is not None else None,
             "why": finding.why if finding is not None else "",
         }
         if seat is None:  # as configured, see ServerTable

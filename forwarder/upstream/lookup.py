@@ -17,9 +17,11 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
+from forwarder.config.address import SRV
 from forwarder.system.daemonlog import warn_rarely
 from forwarder.upstream.answers import Answer, targets_of
 from forwarder.upstream.schedule import MAX_AT_ONCE
+from forwarder.upstream.srv import look_up_service
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -35,7 +37,12 @@ STACK_BYTES: Final = 256 * 1024
 
 
 def look_up(host: str) -> Answer:
-    """Ask the system for the addresses of ``host``. Blocks as long as the name servers take."""
+    """Ask the system for the addresses of ``host``, or DNS for the records of a service.
+
+    Blocks as long as the name servers take.
+    """
+    if host.startswith(SRV):
+        return look_up_service(host)
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except UnicodeError as err:  # a name that IDNA cannot encode

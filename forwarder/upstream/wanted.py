@@ -34,6 +34,19 @@ def listening_names(rules: Iterable[Rule]) -> dict[str, list[str]]:
     return found
 
 
+def sought_names(rules: Iterable[Rule]) -> dict[str, list[str]]:
+    """All names of effective rules, and those that stand for their members; with the rules."""
+    every = tuple(rules)
+    found = all_names(every)
+    for rule in every:
+        ends = dict.fromkeys(up.origin.end for up in rule.upstreams if up.origin is not None)
+        for end in ends:
+            users = found.setdefault(end.host, []) if isinstance(end, Address) else []
+            if rule.name not in users:
+                users.append(rule.name)
+    return found
+
+
 def all_names(rules: Iterable[Rule]) -> dict[str, list[str]]:
     """The names that rules lead to or listen on, with the names of the rules."""
     every = tuple(rules)
