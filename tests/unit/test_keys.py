@@ -48,7 +48,7 @@ from forwarder.config.model import (
         (Limits, set()),
         (SocketOptions, {"places"}),
         (Group, {"name", "check"}),
-        (Upstream, {"end"}),
+        (Upstream, {"end", "origin"}),
         (Check, {"kind", "send", "expect", "is_pattern"}),
         (Settings, {"logs", "is_pid_file_optional"}),
     ],
