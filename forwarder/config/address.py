@@ -34,7 +34,7 @@ PORTS = re.compile(r"[0-9]+(?:-[0-9]+)?")
 _UNIX = "unix:"
 # Before the name of a service, whose records say which hosts and ports have it (RFC 2782).
 SRV = "srv:"
-SERVICE_FORMS = "srv:_SERVICE._PROTOCOL.DOMAIN, without a port"
+SERVICE_FORMS = "srv:_SERVICE._PROTOCOL.DOMAIN"
 # What sun_path takes, less the NUL at the end of a path or at the beginning of a name (unix(7)).
 MAX_UNIX_BYTES = 107
 

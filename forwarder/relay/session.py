@@ -172,7 +172,8 @@ class Session:
         if self.state is not _RESOLVING:
             return
         self.relay.poller.read_clock()
-        if self.relay.servers.in_force(self.pool) is not self.pool and self.pool.balancer:
+        now = self.relay.servers.in_force(self.pool) if self.pool.balancer else self.pool
+        if now is not None and now is not self.pool:
             self.choose()  # among the servers that its upstream stood for
         else:
             self.dial(targets)

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from forwarder.config import Dialect, parse
+from forwarder.config import Dialect, parse, toml_upstreams
 from forwarder.config.compare import as_lines, compare
 from forwarder.config.describe import describe
 from forwarder.config.model import Balance, Check, CheckKind, Config, Group, Rule
@@ -246,3 +246,42 @@ def test_servers_of_a_rule_are_described_with_it() -> None:
         "a: tcp 127.0.0.1:1 -> 10.0.0.1:5, 10.0.0.2:5 (weight 0, at most 9 sessions), "
         "balance least, retries 1"
     ]
+
+
+# -- names that stand for several servers
+
+
+def test_a_service_is_a_group_of_servers_that_are_not_known_yet() -> None:
+    rule = only_rule(RULE + 'upstream = "srv:_pg._tcp.db.example"\nbalance = "least"\n')
+    assert [str(one) for one in rule.upstreams] == ["srv:_pg._tcp.db.example"]
+    assert rule.upstreams[0].is_several
+    assert rule.is_balanced
+
+
+def test_keys_that_need_several_servers_have_an_effect_on_a_name_that_stands_for_them() -> None:
+    for upstream in ('"srv:_pg._tcp.db.example"', '{ at = "db.example:5432", expand = true }'):
+        text = f'{RULE}upstream = {upstream}\nbalance = "hash"\npanic = 30\non_up = "return"\n'
+        assert parse(text, "x.toml", Dialect.TOML).warnings == ()
+
+
+def test_a_name_is_one_server_unless_it_is_expanded() -> None:
+    assert not only_rule(
+        f'{RULE}upstream = {{ at = "db.example:5", expand = false }}\n'
+    ).is_balanced
+    assert only_rule(f'{RULE}upstream = {{ at = "db.example:5", expand = true }}\n').is_balanced
+
+
+def test_a_service_needs_the_extra_that_looks_it_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toml_upstreams, "find_spec", lambda _: None)
+    (issue,) = errors_of(RULE + 'upstream = "srv:_pg._tcp.db.example"\n')
+    assert "splice-forwarder[dns]" in issue.hint
+    assert only_rule(f'{RULE}upstream = {{ at = "db.example:5", expand = true }}\n').is_balanced
+
+
+def test_a_change_of_expand_is_said_in_the_words_of_the_file() -> None:
+    old = config(f'{RULE}upstream = {{ at = "db.example:5", weight = 4 }}\n')
+    new = config(f'{RULE}upstream = {{ at = "db.example:5", weight = 4, expand = true }}\n')
+    (line, *_) = [one for one in as_lines(compare(old, new), new, shows_all=False) if "->" in one]
+    assert line.strip() == (
+        "upstream db.example:5 (weight 4) -> db.example:5 (weight 4, each address a server)"
+    )
