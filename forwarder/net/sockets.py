@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 from forwarder.net import diverting
 from forwarder.net import options as socket_options
 from forwarder.net.owning import ClosedOnFailure
+from forwarder.system.kernel import setting
 
 if TYPE_CHECKING:
     from forwarder.config.model import SocketOptions
@@ -43,6 +44,9 @@ _BYTES_RECEIVED_AT: Final = 128  # in struct tcp_info, linux/tcp.h
 _SO_MEMINFO: Final = 55  # asm-generic/socket.h; nine numbers, linux/sock_diag.h
 _NAME_BYTES: Final = 16  # IFNAMSIZ, linux/if.h
 _CLOSED: Final = 7  # TCP_CLOSE, linux/tcp.h; the first byte of struct tcp_info is the state
+
+# Of net.ipv4.ip_local_port_range; its default where it cannot be read (ip(7)).
+_FIRST_LOCAL_PORT: Final = int((setting("net/ipv4/ip_local_port_range") or "32768").split()[0])
 
 _SO_ATTACH_FILTER: Final = 26  # asm-generic/socket.h; Python has no names for them
 _SO_DETACH_FILTER: Final = 27
@@ -379,6 +383,19 @@ def received_bytes(sock: socket.SocketType) -> int:
         return int(struct.unpack_from("=Q", info, _BYTES_RECEIVED_AT)[0])
     except (OSError, struct.error):
         return 0
+
+
+def has_met_itself(sock: socket.SocketType, target: Target) -> bool:
+    """Whether a socket that connects is its own peer; call it as soon as it has begun to.
+
+    The kernel may choose the port that is connected to, if nobody listens there, as the local one.
+    By TCP both ends are then this socket (RFC 9293 3.5, simultaneous open), by UDP as well: on
+    Linux 6.18 some 5 of 100,000 connects to a closed port of this host in the range for local
+    ports. Below that range it cannot be, and is not looked at.
+    """
+    if target.is_unix or target.port < _FIRST_LOCAL_PORT:
+        return False
+    return bool(sock.getsockname()[:2] == target.sockaddr[:2])
 
 
 def has_ended(sock: socket.SocketType, read_bytes: int) -> bool:

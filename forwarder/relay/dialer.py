@@ -279,6 +279,10 @@ class Dialer:
             # Below 0: of getaddrinfo, for an interface that has gone just now.
             error = err.errno if err.errno and err.errno > 0 else errno.ENODEV
         if sock is not None:
+            if error in _UNDER_WAY and caller.is_answered and sockets.has_met_itself(sock, target):
+                self.early = 0
+                sockets.set_abort_on_close(sock)
+                error = errno.ECONNREFUSED
             if error in _UNDER_WAY:
                 error = self._begin(attempt, sock)
                 if not error:

@@ -113,15 +113,3 @@ class SocketAttempt(Attempt):
             if not is_orderly:
                 set_abort_on_close(sock)
             sock.close()
-
-
-def has_met_itself(sock: SocketType, target: Target) -> bool:
-    """Whether the port that the kernel chose is the one to be checked, where nobody listens.
-
-    Then both ends are this socket (RFC 9293 3.5, simultaneous open): on Linux 6.18 some 5 of
-    100,000 connections to a closed port of this host, if it is one of those that it chooses from.
-    """
-    if isinstance(target.sockaddr, str):
-        return False
-    ours = sock.getsockname()
-    return bool(ours[1] == target.port and ours[0] == target.sockaddr[0])

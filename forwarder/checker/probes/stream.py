@@ -10,12 +10,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from forwarder.checker.probes import why
-from forwarder.checker.probes.attempt import SocketAttempt, has_met_itself
+from forwarder.checker.probes.attempt import SocketAttempt
 from forwarder.checker.probes.readers import MOST_BYTES
 from forwarder.net.owning import ClosedOnFailure
 from forwarder.net.sockets import (
     NO_PORT,
     OUT_OF_RESOURCES,
+    has_met_itself,
     set_abort_on_close,
     upstream_socket,
     why_no_address,

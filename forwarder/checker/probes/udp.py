@@ -12,9 +12,9 @@ import select
 from typing import TYPE_CHECKING, Final
 
 from forwarder.checker.probes import why
-from forwarder.checker.probes.attempt import SocketAttempt, has_met_itself
+from forwarder.checker.probes.attempt import SocketAttempt
 from forwarder.checker.probes.readers import Expecting
-from forwarder.net.sockets import NO_PORT, OUT_OF_RESOURCES, PEER_GONE
+from forwarder.net.sockets import NO_PORT, OUT_OF_RESOURCES, PEER_GONE, has_met_itself
 from forwarder.net.udp import set_error_queue, upstream_socket
 
 if TYPE_CHECKING:

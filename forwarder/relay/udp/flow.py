@@ -19,6 +19,7 @@ stream on one side ends; or when it is the one that has been silent longest and 
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import deque
 from typing import TYPE_CHECKING, Final, Protocol
@@ -135,7 +136,11 @@ class Flow(Session):
     ) -> socket.SocketType:
         """Make a socket that is connected to ``target``; nothing is sent by that."""
         del is_rival  # nothing is raced where nothing answers
-        return udp.upstream_socket(target, source, self.pool.how[target.family])
+        sock = udp.upstream_socket(target, source, self.pool.how[target.family])
+        if sockets.has_met_itself(sock, target):
+            sock.close()
+            raise OSError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
+        return sock
 
     def connect(self, upstream: socket.SocketType, target: Target) -> int:
         """It is connected; watch it."""
