@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from forwarder.checker.loop import Loop
     from forwarder.checker.outcome import Advice
     from forwarder.config.model import Check
-    from forwarder.net.sockets import Target
 
 
 class Attempt:
