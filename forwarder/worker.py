@@ -369,8 +369,10 @@ class Worker:
             if socket_id in self._sockets:  # else descriptors ran out: see _acknowledge
                 self._route(socket_id, rules[index], accesses[index])
         gone = before.difference(self._pools.values())
-        self._former = {pool for pool in gone if self._has_only_moved(pool)}
-        gone -= self._former
+        moved = {pool for pool in gone if self._has_only_moved(pool)}
+        gone -= moved
+        # Thousands of rules may share a group.
+        self._former = moved and moved & {session.pool.origin for session in self._relay.sessions}
         self._end_sessions_after(
             assignment.config.settings.drain_timeout_s,
             [session for session in self._relay.sessions if session.pool.origin in gone],
@@ -438,13 +440,9 @@ class Worker:
         return Pool(rule, self._names, row, self._board.row(row), balancer)
 
     def _has_only_moved(self, pool: Pool) -> bool:
-        """Whether the rule of a former pool is as it was, and sessions of that are left."""
+        """Whether the rule of a former pool is as it was, but for members of names."""
         now = self._pools.get(pool.rule.name)
-        return (
-            now is not None
-            and differ_by_members(pool.rule, now.rule)
-            and any(session.pool.origin is pool for session in self._relay.sessions)
-        )
+        return now is not None and differ_by_members(pool.rule, now.rule)
 
     def drain(self) -> None:
         """Accept no more, and leave when the last session has ended."""

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from forwarder.serving.service import Service
 
 # From one change to the next at the least: each is an assignment with all rules. Arbitrary; at a
 # start answers come one by one.
 REST_S: Final = 0.2
 
 
+class Served(Protocol):
+    """The service, as far as this asks it."""
+
+    def has_other_members(self) -> bool:
+        """Whether it would serve other servers than it does."""
+
+
 class Moving:
     """What is served follows the answers about names that stand for several servers."""
 
     def __init__(
-        self, service: Service, may_change: Callable[[], bool], on_changed: Callable[[], None]
+        self, service: Served, may_change: Callable[[], bool], on_changed: Callable[[], None]
     ) -> None:
         """``may_change``: whether what is served may change now, which is asked again each turn."""
         self._service = service

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from forwarder.config.address import SRV
 from forwarder.errors import Issue
 from forwarder.upstream.lookup import look_up_all
 from forwarder.upstream.wanted import all_names
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 # second name server is asked, resolv.conf(5).
 PATIENCE_S: Final = 6.0
 _HINT: Final = "check the name and the name servers (`getent ahosts NAME`)"
+_HINT_OF_SERVICES: Final = "check the name and the name servers (`dig NAME SRV`)"
 
 
 def unresolved_names(config: Config) -> list[Issue]:
@@ -28,8 +30,9 @@ def unresolved_names(config: Config) -> list[Issue]:
     return [
         Issue(
             places[rule],
-            f"rule {rule!r}: the name {host} has no address: {answer.why}",
-            hint=_HINT,
+            f"rule {rule!r}: the name {host} has no "
+            f"{'servers' if host.startswith(SRV) else 'address'}: {answer.why}",
+            hint=_HINT_OF_SERVICES if host.startswith(SRV) else _HINT,
             is_warning=True,
         )
         for host, answer in answers.items()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
 import subprocess
 from contextlib import ExitStack
 from functools import partial
@@ -15,7 +17,7 @@ from support.ends import be_reset, connect
 from support.grouped import Client
 from support.namespaces import Namespace, needs_network
 from support.processes import run_command
-from support.waiting import eventually
+from support.waiting import PATIENCE_S, eventually
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,7 +54,7 @@ class Site:
         bind = f'mount --bind {resolv} /etc/resolv.conf && exec "$@"'
         self._prefix = [*self.space.prefix, "unshare", "--mount", "sh", "-c", bind, "sh"]
         places = [(host, PORT) for host in HOSTS.values()]
-        stack.enter_context(self.space.call(partial(Echo, tcp=places)))
+        stack.enter_context(self.space.call(partial(Echo, tcp=places, udp=places)))
         self._dnsmasq: subprocess.Popen[bytes] | None = None
         stack.callback(self.end_dnsmasq)
 
@@ -135,6 +137,22 @@ class Site:
     def session(self) -> Client:
         """Open a session, and hear which server it is with."""
         return Client(self._stack.enter_context(self.space.call(partial(connect, LISTEN))))
+
+    def flow(self) -> socket.socket:
+        """A client of UDP."""
+
+        def connected() -> socket.socket:
+            sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            sock.settimeout(PATIENCE_S)
+            sock.connect(LISTEN)
+            return sock
+
+        return self.space.call(connected)
+
+    def asked(self, client: socket.socket) -> str:
+        """The server that answers a client of UDP."""
+        client.send(b"hello")
+        return client.recv(1000).decode().partition(" ")[0]
 
     def servers(self) -> dict[str, dict[str, object]]:
         """The servers of the group, as in the status; without those that only have an order."""
@@ -290,3 +308,51 @@ def test_what_a_check_has_found_stays_where_others_come_and_go(site: Site) -> No
 
 def states(site: Site) -> dict[str, object]:
     return {name: one["state"] for name, one in site.servers().items()}
+
+
+def test_when_the_checker_dies_the_members_stay_and_the_next_one_follows_them(site: Site) -> None:
+    site.have("a,1,1", "b,1,1")
+    forwarder = site.start(f'"srv:{SERVICE}"')
+    site.wait_for(A, B)
+    (pid,) = forwarder.helpers()
+    os.kill(pid, signal.SIGKILL)
+    eventually(lambda: forwarder.helpers() not in ([], [pid]))
+    assert set(site.servers()) == {A, B}
+    site.wait_seen("a", "b")
+    site.have("c,1,1")
+    site.wait_for(C)
+    site.wait_seen("c")
+
+
+def test_flows_stay_and_new_ones_go_to_the_servers_of_now(site: Site) -> None:
+    site.lead_to("a")
+    site.start(EXPANDED, 'protocol = "udp"')
+    site.wait_for(*addresses("a"))
+    with ExitStack() as stack:
+        first = stack.enter_context(site.flow())
+        assert site.asked(first) in addresses("a")
+        site.lead_to("b")
+        site.wait_for(*addresses("b"))
+
+        def goes_to_the_new_one() -> bool:
+            with site.flow() as other:
+                return site.asked(other) in addresses("b")
+
+        eventually(goes_to_the_new_one)
+        assert site.asked(first) in addresses("a")
+
+
+def test_sessions_from_before_a_move_end_when_their_rule_is_changed(site: Site) -> None:
+    head = 'drain_timeout = "100ms"'
+    site.lead_to("a")
+    site.start(EXPANDED, head=head)
+    site.wait_for(*addresses("a"))
+    client = site.session()
+    for host in ("b", "c"):
+        site.lead_to(host)
+        site.wait_for(*addresses(host))
+        site.wait_seen(host)
+    assert client.ask() == client.server
+    site.write(EXPANDED, 'connect_timeout = "9s"', head)
+    site.run("reload")
+    eventually(client.is_cut)

@@ -13,6 +13,7 @@ from forwarder.config.loading import parse
 from forwarder.config.model import Dialect, Rule, Upstream
 from forwarder.errors import Place
 from forwarder.net.sockets import Target
+from forwarder.serving.moving import REST_S, Moving
 from forwarder.serving.service import Service
 from forwarder.upstream import srv
 from forwarder.upstream.answers import Answer, Record
@@ -248,3 +249,60 @@ def test_without_dnspython_a_look_up_says_so(monkeypatch: pytest.MonkeyPatch) ->
 def test_what_is_no_name_of_a_service_is_refused(text: str) -> None:
     with pytest.raises(AddressError):
         parse_service(text)
+
+
+# -- when others are told
+
+
+class Told:
+    """What moves, and what became of it."""
+
+    def __init__(self) -> None:
+        self.has_moved = True
+        self.may = True
+        self.count = 0
+        self.moving = Moving(self, lambda: self.may, self.change)
+
+    def has_other_members(self) -> bool:
+        return self.has_moved
+
+    def change(self) -> None:
+        self.count += 1
+
+
+def test_nothing_is_told_without_an_answer_and_where_no_member_is_another() -> None:
+    it = Told()
+    it.moving.turn(1.0)
+    assert (it.count, it.moving.deadline) == (0, None)
+    it.has_moved = False
+    it.moving.note()
+    it.moving.turn(2.0)
+    assert (it.count, it.moving.deadline) == (0, None)
+
+
+def test_answers_one_after_the_other_are_told_together_after_a_rest() -> None:
+    it = Told()
+    it.moving.note()
+    it.moving.turn(10.0)
+    assert it.count == 1
+    it.moving.note()
+    it.moving.turn(10.0 + REST_S / 2)
+    it.moving.note()
+    assert (it.count, it.moving.deadline) == (1, 10.0 + REST_S)
+    it.moving.turn(10.0 + REST_S)
+    assert (it.count, it.moving.deadline) == (2, None)
+
+
+def test_what_comes_during_an_upgrade_is_told_when_that_has_failed() -> None:
+    it = Told()
+    it.may = False
+    it.moving.note()
+    it.moving.turn(1.0)
+    assert (it.count, it.moving.deadline) == (0, None)
+    it.may = True
+    it.moving.turn(2.0)
+    assert it.count == 1
+    it.moving.note()
+    it.moving.cancel()
+    it.moving.turn(9.0)
+    assert it.count == 1
