@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import socket
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,7 +17,7 @@ from support.ends import accept, listen, receive_to_reset, reset
 from support.groups import failed, find, look, order, servers_of, turning
 
 from forwarder.balancing.table import CUTS, DRAINS, HAS_ORDER, Standing
-from forwarder.config.model import Balance, OnDown, Protocol, RelayMode
+from forwarder.config.model import Answers, Balance, OnDown, Protocol, RelayMode
 from forwarder.relay.wheel import TICK_S
 from forwarder.stats.reasons import REASONS
 from forwarder.stats.rows import (
@@ -323,3 +324,31 @@ def test_a_flow_by_tcp_is_cut_when_its_server_is_down(bench: UdpBench, stack: Ex
     look(bench, pool)
     assert receive_to_reset(far) == b"question"
     assert ended(pool) == {"us/upstream-down": 1}
+
+
+def test_a_question_holds_its_server_until_it_is_answered(bench: UdpBench) -> None:
+    """Flows that end with their answers: each asks whichever server has room."""
+    socks = [bench.upstream() for _ in range(2)]
+    pool = bench.group(*map(at, socks), changes=ONE_EACH)
+    pool.rule = replace(pool.rule, answers=Answers.ONE)
+    client = client_of(bench, pool)
+    for sock in (*socks, *socks):
+        ask(bench, client, sock, b"question")
+        assert held(pool) == [0, 0]
+    assert pool.counts[SESSIONS_TOTAL] == 4
+
+
+def test_a_server_that_answers_from_another_port_is_the_same_server(bench: UdpBench) -> None:
+    alive, answering = bench.upstream(), bench.upstream()
+    pool = bench.group(dead(), at(alive), balance=Balance.FIRST)
+    pool.rule = replace(pool.rule, answers=Answers.ANY_PORT)
+    client = client_of(bench, pool)
+    client.send(b"question")
+    bench.turn(5)
+    got, source = alive.recvfrom(100)
+    assert got == b"question"
+    answering.sendto(b"answer", source)
+    bench.turn(5)
+    assert client.recv(100) == b"answer"
+    assert held(pool) == [0, 1]
+    ask(bench, client, answering, b"next")

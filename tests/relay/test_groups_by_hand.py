@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import socket
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
-from support.by_hand import RACE_AFTER_S, Bench, GroupPool, StubPool, target_of
+from support.by_hand import RACE_AFTER_S, Bench, GroupPool, StubPool, no_names, target_of
 from support.clogged import CloggedUpstream
 from support.ends import accept, listen, listen_unix, receive_to_reset, reset
+from support.forwarder import reserve_port
 from support.groups import failed, find, order, servers_of, turning
+from support.hosts import own_host
 
 from forwarder.balancing.balancer import MOST_OTHERS
 from forwarder.balancing.table import DRAINS, HAS_ORDER, Standing
-from forwarder.config.model import Balance
-from forwarder.net.sockets import unix_target
+from forwarder.config.address import parse_listen
+from forwarder.config.model import Balance, Upstream
+from forwarder.net.sockets import Target, unix_target
 from forwarder.relay.group_dialer import AGAIN_S
 from forwarder.relay.wheel import TICK_S
 from forwarder.stats.reasons import REASONS, Phase
@@ -30,12 +34,12 @@ from forwarder.stats.rows import (
     ENDS,
     SESSIONS,
     SESSIONS_TOTAL,
+    new_row,
 )
+from forwarder.upstream.pool import Pool
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-    from forwarder.net.sockets import Target
 
 SOON_S = 3 * TICK_S
 ONE_EACH = {0: {"max_sessions": 1}, 1: {"max_sessions": 1}}
@@ -410,6 +414,25 @@ def test_a_wait_for_a_name_is_not_for_ever(bench: Bench, stack: ExitStack) -> No
     turning(bench, lambda: failed(pool) == [0, 1])
     bench.loop.pass_time(3.0 + SOON_S)
     assert ended(pool) == {"upstream/connect": 1}
+
+
+def test_each_port_of_a_range_leads_to_that_of_its_server(bench: Bench, stack: ExitStack) -> None:
+    """A server is a range, too; what it counts and what is known of it is of all its ports."""
+    hosts = own_host(7), own_host(8)
+    first = stack.enter_context(reserve_port(hosts[0])).getsockname()[1]
+    there = [stack.enter_context(listen(host, first + 1)) for host in hosts]
+    group = bench.group(*((Target(socket.AF_INET, (host, first)),) for host in hosts))
+    ends = (Upstream(parse_listen(f"{host}:{first}-{first + 1}")) for host in hosts)
+    rule = replace(group.rule, listen=parse_listen("127.0.0.1:1-2"), upstreams=tuple(ends))
+    pool = Pool(rule, no_names(), 1, new_row(), group.balancer).at(1)
+    pool.local = None
+    for _ in range(4):
+        stack.enter_context(bench.open(pool))  # type: ignore[arg-type]  # of no stub
+    turning(bench, lambda: all(one.connected_at > 0 for one in bench.relay.sessions))
+    assert [server.counts[SESSIONS] for server in servers_of(group)] == [2, 2]
+    for sock in there:
+        for _ in range(2):
+            stack.enter_context(accept(sock))
 
 
 def test_unix_sockets_are_servers_too(
