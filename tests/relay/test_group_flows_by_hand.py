@@ -6,6 +6,7 @@ On a clock that the test turns. Whatever happens, nobody holds a server at the e
 from __future__ import annotations
 
 import socket
+from collections import deque
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from support.groups import failed, find, look, order, servers_of, turning
 
 from forwarder.balancing.table import CUTS, DRAINS, HAS_ORDER, Standing
 from forwarder.config.model import Answers, Balance, OnDown, Protocol, RelayMode
+from forwarder.relay.udp.flow import Flow
 from forwarder.relay.wheel import TICK_S
 from forwarder.stats.reasons import REASONS
 from forwarder.stats.rows import (
@@ -352,3 +354,23 @@ def test_a_server_that_answers_from_another_port_is_the_same_server(bench: UdpBe
     assert client.recv(100) == b"answer"
     assert held(pool) == [0, 1]
     ask(bench, client, answering, b"next")
+
+
+def test_a_place_is_not_free_before_the_socket_of_a_flow_that_leaves_is_closed(
+    bench: UdpBench,
+) -> None:
+    socks = [bench.upstream() for _ in range(2)]
+    pool = bench.group(*map(at, socks), changes=ONE_EACH, balance=Balance.FIRST)
+    ask(bench, client_of(bench, pool), socks[0], b"question")
+    (flow,) = bench.relay.sessions
+    assert isinstance(flow, Flow)
+    left = flow.upstream
+    assert left is not None
+    find(bench, pool, 0, Standing.DOWN)
+    bench.relay.poller.read_clock()
+    flow.move_on(deque([b"next"]))
+    assert left.fileno() >= 0
+    assert [bench.shared.gate.sessions(one.row) for one in servers_of(pool)] == [1, 1]
+    bench.turn()
+    assert left.fileno() < 0
+    assert [bench.shared.gate.sessions(one.row) for one in servers_of(pool)] == [0, 1]
