@@ -101,7 +101,7 @@ class GroupDialer(Dialer):
         self._pool = pool = caller.pool
         self._balancer = balancer = pool.balancer
         assert balancer is not None  # noqa: S101 - see above
-        self._key = sockets.packed_host(caller.client_address) if balancer.needs_key else b""
+        self._key = self._key_for(balancer)
         self._left = balancer.tries  # how many may still be chosen
         self.adds_rivals = balancer.is_raced
         self._tried = tried
@@ -116,6 +116,9 @@ class GroupDialer(Dialer):
         """Whether there is another server, or the one that was chosen has other addresses."""
         balancer = self._balancer
         return (balancer is not None and len(balancer.servers) > 1) or super().has_others
+
+    def _key_for(self, balancer: Balancer) -> bytes:
+        return sockets.packed_host(self.caller.client_address) if balancer.needs_key else b""
 
     # -- choosing
 
@@ -204,7 +207,10 @@ class GroupDialer(Dialer):
         if pool is not None:
             self._pool = pool
         balancer = self._balancer = None if pool is None else pool.balancer
-        self._tried = 0
+        self._tried = self._knew_cut = 0
+        if balancer is not None:
+            self._key = self._key_for(balancer)
+            self.adds_rivals = balancer.is_raced
         if before is None or balancer is None or before.row != balancer.row:
             self._leave_queue()
         if pool is None:

@@ -220,9 +220,10 @@ class Flow(Session):
     def _has_other_than(self, target: Target) -> bool:
         """Whether there is another upstream that has not failed just now."""
         now = self.relay.poller.now
+        pool = self.relay.servers.in_force(self.pool) or self.pool
         return any(
             other != target and self.pool.failures.is_worth_a_try(other, now)
-            for other in self.pool.choosable()
+            for other in pool.choosable()
         )
 
     def move_on(self, again: deque[bytes]) -> None:
@@ -254,11 +255,16 @@ class Flow(Session):
 
     def leave_if_down(self) -> None:
         """Take another server at the next datagram if this one is down, and others are used."""
-        server, balancer = self.server, self.pool.balancer
-        if server is None or balancer is None or not balancer.is_down(server):
+        server = self.server
+        if server is None or self.state is not _OPEN:
+            return
+        pool = self.relay.servers.in_force(self.pool)
+        balancer = None if pool is None else pool.balancer
+        if balancer is None or not balancer.is_down(server):
             return
         usable = balancer.usable
-        if not usable or usable >> server.index & 1 or self.state is not _OPEN:
+        is_used = server in balancer.servers and usable >> server.index & 1
+        if not usable or is_used:  # the latter: there are too few others
             return
         if self.pool.rule.protocol.connects_by_udp and not self._is_detached:
             self.move_on(deque())
