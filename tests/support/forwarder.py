@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # Titles of the children that serve nobody.
 _HELPERS = ("forwarder: checker",)
+_WORKER = "forwarder: worker "
 _TROUBLE = re.compile(r"WARNING|ERROR|CRITICAL|Traceback|relay\.bug|Exception|never retrieved")
 
 
@@ -76,10 +77,9 @@ class Forwarder:
     def workers(self) -> list[int]:
         """Process ids of the workers.
 
-        Not of a child that has the master's title still: it reads a configuration, or is just born.
+        Not of one that is just born or dead, and has another title or none.
         """
-        others = {procfs.title(self.pid), *_HELPERS}
-        return [pid for pid, title in self._titles().items() if title not in others]
+        return [pid for pid, title in self._titles().items() if title.startswith(_WORKER)]
 
     def helpers(self) -> list[int]:
         """Process ids of children that serve nobody: the checker."""
