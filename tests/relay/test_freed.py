@@ -61,7 +61,7 @@ def bench() -> Iterator[Watched]:
         yield bench
     finally:
         gc.enable()
-        bench.relay.close()
+        bench.close()
 
 
 @pytest.fixture
@@ -123,6 +123,25 @@ def test_a_session_that_has_ended(
     elif end == "reset":
         reset(client)
     else:
+        bench.relay.abort_sessions(Phase.KILL, "killed")
+    turn_until(bench, lambda: not bench.relay.sessions)
+    assert bench.left() == []
+
+
+@pytest.mark.parametrize("end", ["in the queue", "served", "of refusals"])
+def test_a_session_of_a_group(bench: Watched, stack: ExitStack, end: str) -> None:
+    sock, dead = stack.enter_context(listen()), stack.enter_context(socket.socket())
+    dead.bind(("127.0.0.1", 0))
+    servers = [dead, dead] if end == "of refusals" else [dead, sock]
+    pool = bench.group(
+        *((target_of(one),) for one in servers), changes={1: {"max_sessions": 1}}, max_queue=5
+    )
+    clients = [stack.enter_context(bench.open(pool)) for _ in range(3)]
+    if end != "of refusals":
+        turn_until(bench, lambda: any(one.connected_at > 0 for one in bench.relay.sessions))
+        bench.relay.abort_sessions(Phase.KILL, "killed")
+    if end == "in the queue":
+        clients.append(stack.enter_context(bench.open(pool)))
         bench.relay.abort_sessions(Phase.KILL, "killed")
     turn_until(bench, lambda: not bench.relay.sessions)
     assert bench.left() == []

@@ -50,7 +50,7 @@ class Sound:
 def bench() -> Iterator[Bench]:
     bench = Bench()
     yield bench
-    bench.relay.close()
+    bench.close()
 
 
 def test_who_fails_twice_costs_the_others_of_a_batch_nothing(bench: Bench) -> None:
