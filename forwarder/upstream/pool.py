@@ -16,6 +16,7 @@ from forwarder.net.options import to_connect, to_listen
 from forwarder.net.sockets import Target, unix_target
 from forwarder.net.zones import Zoned, index_of, literal
 from forwarder.upstream.failures import Failures
+from forwarder.upstream.wanted import hosts_of_origins
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -57,6 +58,7 @@ class Pool:
         "_hosts",
         "_names",
         "_origin",
+        "_origins",
         "_revision",
         "_source",
         "_upstreams",
@@ -116,6 +118,8 @@ class Pool:
         self._zoned_source = source if isinstance(source, Zoned) else None
         upstreams = self._upstreams = tuple(_moved(end, offset) for end in ends)
         self._hosts = tuple(dict.fromkeys(up[0] for up in upstreams if isinstance(up, tuple)))
+        # Names that its upstreams were found by, and that may lead to others by now.
+        self._origins = hosts_of_origins(rule)
         self._zoned = tuple(up for up in upstreams if isinstance(up, Zoned))
         self._zones: tuple[Target | None, ...] = ()  # as they were last used
         # For each upstream its addresses; None while its name has no answer.
@@ -281,7 +285,7 @@ class Pool:
 
     def on_failure(self) -> None:
         """No address could be connected to: names may have moved, look them up again."""
-        for host in self._hosts:
+        for host in (*self._hosts, *self._origins):
             self._names.refresh(host)
 
 

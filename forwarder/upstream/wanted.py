@@ -39,12 +39,17 @@ def sought_names(rules: Iterable[Rule]) -> dict[str, list[str]]:
     every = tuple(rules)
     found = all_names(every)
     for rule in every:
-        ends = dict.fromkeys(up.origin.end for up in rule.upstreams if up.origin is not None)
-        for end in ends:
-            users = found.setdefault(end.host, []) if isinstance(end, Address) else []
+        for host in hosts_of_origins(rule):
+            users = found.setdefault(host, [])
             if rule.name not in users:
                 users.append(rule.name)
     return found
+
+
+def hosts_of_origins(rule: Rule) -> tuple[str, ...]:
+    """The names that stand for upstreams of an effective rule."""
+    ends = [upstream.origin.end for upstream in rule.upstreams if upstream.origin is not None]
+    return tuple(dict.fromkeys(end.host for end in ends if isinstance(end, Address)))
 
 
 def all_names(rules: Iterable[Rule]) -> dict[str, list[str]]:

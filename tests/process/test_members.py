@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import subprocess
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -34,6 +34,7 @@ SERVICE = "_web._tcp.test"
 LISTEN = ("127.0.0.1", 8000)
 PORT = 9000
 HOSTS = {"a": "127.0.0.2", "b": "127.0.0.3", "c": "127.0.0.4", "d": "127.0.0.5"}
+NOBODY = "127.0.0.9"
 A, B, C, D = (f"{host}.test:{PORT}" for host in HOSTS)
 # The TTL is 2 s; far below the 30 s after which a name of no known TTL is looked up.
 WITHIN_S = 15.0
@@ -46,6 +47,7 @@ class Site:
         self.space = stack.enter_context(Namespace())
         self._launch = launch
         self._stack = stack
+        self.ttl_s = 2
         self._hosts = directory / "hosts"
         self._config = directory / "forwarder.toml"
         self.control = directory / "control.sock"
@@ -62,7 +64,7 @@ class Site:
 
     def lead_to(self, *hosts: str) -> None:
         """Have a name server whose expanded name has the addresses of these hosts."""
-        lines = [f"{HOSTS[host]} {NAME}\n" for host in hosts]
+        lines = [f"{HOSTS.get(host, host)} {NAME}\n" for host in hosts]
         lines += [f"{address} {host}.test\n" for host, address in HOSTS.items()]
         self._hosts.write_text("".join(lines))
         if self._dnsmasq is None:
@@ -84,7 +86,7 @@ class Site:
             [
                 *(*self.space.prefix, "dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null"),
                 *("--pid-file=", "--no-resolv", "--no-hosts", "--user=root", "--group=root"),
-                *("--listen-address=127.0.0.1", "--bind-interfaces", "--local-ttl=2"),
+                *("--listen-address=127.0.0.1", "--bind-interfaces", f"--local-ttl={self.ttl_s}"),
                 *(f"--addn-hosts={self._hosts}", "--local=/test/", *services),
             ],
             stdin=subprocess.DEVNULL,
@@ -356,3 +358,20 @@ def test_sessions_from_before_a_move_end_when_their_rule_is_changed(site: Site) 
     site.write(EXPANDED, 'connect_timeout = "9s"', head)
     site.run("reload")
     eventually(client.is_cut)
+
+
+def test_where_members_cannot_be_connected_to_the_name_is_looked_up_before_its_time(
+    site: Site,
+) -> None:
+    site.ttl_s = 3600
+    site.lead_to(NOBODY)
+    site.start(EXPANDED)
+    site.wait_for(f"{NOBODY}:{PORT}")
+    site.lead_to("a")
+
+    def reaches() -> bool:
+        with suppress(ConnectionError):
+            return site.session().server in addresses("a")
+        return False
+
+    eventually(reaches, within_s=WITHIN_S)
