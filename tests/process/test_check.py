@@ -312,8 +312,8 @@ def test_json_has_groups_with_all_their_keys(tmp_path: Path) -> None:
     assert (group["balance"], group["hash_prefix"], group["fail"]) == ("hash", "24/56", 3)
     assert group["check"] == "http, port 8008, path /primary"
     assert group["servers"] == [
-        {"server": "a:1", "weight": 1, "backup": False, "max_sessions": 0},
-        {"server": "b:1", "weight": 3, "backup": False, "max_sessions": 0},
+        {"server": "a:1", "weight": 1, "backup": False, "max_sessions": 0, "expand": False},
+        {"server": "b:1", "weight": 3, "backup": False, "max_sessions": 0, "expand": False},
     ]
 
 
