@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from forwarder.relay.outages import Outages
     from forwarder.relay.poller import Poller
     from forwarder.relay.servers import Queue, Servers
+    from forwarder.upstream.pool import Pool
 
 # How long until the only server of a group is tried again, unless ``connect_timeout`` is less.
 AGAIN_S: Final = 1.0
@@ -94,11 +95,15 @@ class GroupDialer(Dialer):
         poller: Poller,
         outages: Outages,
         tried: int = 0,
+        pool: Pool | None = None,
     ) -> None:
-        """The pool of ``caller`` has a balancer. ``tried``: servers not to choose, as bits."""
+        """``tried``: servers not to choose, as bits.
+
+        ``pool``: that of the rule of ``caller`` now, if not its own; it has a balancer.
+        """
         super().__init__(caller, (), poller, outages)
         self._servers = servers
-        self._pool = pool = caller.pool
+        self._pool = pool = pool or caller.pool
         self._balancer = balancer = pool.balancer
         assert balancer is not None  # noqa: S101 - see above
         self._key = self._key_for(balancer)

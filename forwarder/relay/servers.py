@@ -202,6 +202,14 @@ class Servers:
             return pool
         return None if whole is None else whole.at(pool.offset)
 
+    def choosing(self, pool: Pool) -> Pool:
+        """Where a session of ``pool`` finds its next upstream.
+
+        The pool that its rule has now, if there is a choice; else its own.
+        """
+        now = self.in_force(pool)
+        return pool if now is None or now.balancer is None else now
+
     def as_in_force(self, pool: Pool, server: Server) -> Server:
         """A server that a session of ``pool`` has, as its group knows it now."""
         whole = self._whole(pool)

@@ -202,11 +202,14 @@ class Session:
         self.dialer = Dialer(self, targets, self.relay.poller, self.relay.outages)
         self.dialer.start()
 
-    def choose(self, tried: int = 0) -> None:
-        """Let the balancer choose a server, none of ``tried``, a set of bits; and connect to it."""
+    def choose(self, tried: int = 0, pool: Pool | None = None) -> None:
+        """Let the balancer choose a server, none of ``tried``, a set of bits; and connect to it.
+
+        The balancer of ``pool``, if that is not its own.
+        """
         relay = self.relay
         self.state = _CONNECTING
-        self.dialer = GroupDialer(self, relay.servers, relay.poller, relay.outages, tried)
+        self.dialer = GroupDialer(self, relay.servers, relay.poller, relay.outages, tried, pool)
         self.dialer.start()
 
     def make_socket(

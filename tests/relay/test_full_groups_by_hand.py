@@ -28,7 +28,7 @@ from forwarder.stats.reasons import REASONS, Phase
 from forwarder.stats.rows import ENDS, SESSIONS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from forwarder.net.sockets import Target
     from forwarder.relay.session import Session
@@ -419,9 +419,9 @@ def put_in_force(bench: Bench, pool: StubPool | None, former: GroupPool) -> None
     bench.relay.servers.apply(pools, bench.relay.sessions)
 
 
-def changed(bench: Bench, pool: GroupPool, first_row: int = ROWS + 1, **group: object) -> GroupPool:
+def changed(bench: Bench, pool: GroupPool, rows: Sequence[int] = (), **group: object) -> GroupPool:
     """The same servers after a reload."""
-    again = bench.group(*pool.found, former=pool.balancer, first_row=first_row, **group)  # type: ignore[arg-type]
+    again = bench.group(*pool.found, former=pool.balancer, rows=rows, **group)  # type: ignore[arg-type]
     bench.relay.servers.apply({again.rule.name: again}, bench.relay.sessions)
     return again
 
@@ -455,7 +455,7 @@ def test_sessions_count_where_their_group_has_another_name(bench: Bench, stack: 
     pool = bench.group(at(stack.enter_context(listen())), changes=ONE_EACH, max_queue=1)
     _, session = serve(bench, stack, pool)
     _, waits = begin(bench, stack, pool)
-    again = changed(bench, pool, changes=ONE_EACH, max_queue=1, first_row=ROWS + 11)
+    again = changed(bench, pool, changes=ONE_EACH, max_queue=1, rows=range(ROWS + 11, ROWS + 13))
     bench.loop.pass_time(SOON_S)
     assert waiting(bench, pool) == 0
     assert waiting(bench, again) == 1

@@ -21,6 +21,7 @@ from forwarder.balancing.table import CUTS, DRAINS, HAS_ORDER, Standing
 from forwarder.config.model import Answers, Balance, OnDown, Protocol, RelayMode
 from forwarder.relay.udp.flow import Flow
 from forwarder.relay.wheel import TICK_S
+from forwarder.stats.board import ROWS
 from forwarder.stats.reasons import REASONS
 from forwarder.stats.rows import (
     ATTEMPTS_FAILED,
@@ -214,6 +215,57 @@ def test_a_flow_leaves_a_drained_server_only_when_it_has_to(bench: UdpBench) -> 
     look(bench, pool)
     ask(bench, client, socks[1], b"last")
     assert bench.flows() == 1
+
+
+def apply(bench: UdpBench, pool: GroupPool) -> None:
+    bench.relay.servers.apply({pool.rule.name: pool}, bench.relay.sessions)
+    bench.loop.pass_time(0)
+
+
+@BY_UDP
+def test_a_flow_leaves_a_server_that_is_down_after_a_reload(
+    bench: UdpBench, protocol: Protocol
+) -> None:
+    """The servers have other places in the group, and one more; a flow stays where it has gone."""
+    socks = [bench.upstream() for _ in range(3)]
+    one, other, more = map(at, socks)
+    pool = bench.group(one, other, protocol=protocol, balance=Balance.FIRST)
+    client = client_of(bench, pool)
+    ask(bench, client, socks[0], b"question")
+    rows = [ROWS + number for number in (5, 1, 2, 9)]
+    again = bench.group(
+        more, one, other, protocol=protocol, balance=Balance.FIRST, former=pool.balancer, rows=rows
+    )
+    apply(bench, again)
+    ask(bench, client, socks[0], b"next")
+    find(bench, again, 1, Standing.DOWN)
+    look(bench, again)
+    ask(bench, client, socks[2], b"another")
+    bench.relay.follow_names()
+    ask(bench, client, socks[2], b"last")
+    assert [server.counts[SESSIONS_TOTAL] for server in servers_of(again)] == [1, 1, 0]
+
+
+@BY_UDP
+def test_a_flow_of_a_rule_that_was_no_group_leaves_its_server(
+    bench: UdpBench, protocol: Protocol
+) -> None:
+    socks = [bench.upstream() for _ in range(2)]
+    pool = bench.pool(socks[0], protocol=protocol)
+    client = client_of(bench, pool)
+    ask(bench, client, socks[0], b"question")
+    again = bench.group(*map(at, socks), protocol=protocol, balance=Balance.FIRST)
+    apply(bench, again)
+    assert held(again) == [1, 0]
+    find(bench, again, 0, Standing.DOWN)
+    look(bench, again)
+    ask(bench, client, socks[1], b"next")
+    assert held(again) == [0, 1]
+    find(bench, again, 0, Standing.UP)
+    find(bench, again, 1, Standing.DOWN)
+    look(bench, again)
+    ask(bench, client, socks[0], b"last")
+    assert held(again) == [1, 0]
 
 
 @BY_UDP

@@ -191,12 +191,12 @@ def group_of(
     *,
     changes: Changes | None = None,
     former: Balancer | None = None,
-    first_row: int = ROWS + 1,
+    rows: Sequence[int] = (),
     group: Mapping[str, object],
 ) -> GroupPool:
     """A pool of a group; ``group`` are its fields, ``changes`` fields of upstreams by index.
 
-    ``former``: what chose before a reload. ``first_row``: that of the first server.
+    ``former``: what chose before a reload. ``rows``: those of the servers, and of the group.
     """
     upstreams = tuple(
         Upstream(
@@ -214,7 +214,7 @@ def group_of(
         settle_soon=relay.restrictions.settle_soon,
         clock=clock,
     )
-    rows = range(first_row, first_row + len(servers) + 1)
+    rows = rows or range(ROWS + 1, ROWS + len(servers) + 2)
     shared.row(rows[-1])
     return GroupPool(rule, Balancer(made, upstreams, rows, surroundings, former), *servers)
 
@@ -264,7 +264,7 @@ class Bench:
         connect_timeout_s: float = 10.0,
         changes: Changes | None = None,
         former: Balancer | None = None,
-        first_row: int = ROWS + 1,
+        rows: Sequence[int] = (),
         **group: object,
     ) -> GroupPool:
         """A pool of a TCP rule with a group of these servers; see :func:`group_of`."""
@@ -277,7 +277,7 @@ class Bench:
             rule,
             changes=changes,
             former=former,
-            first_row=first_row,
+            rows=rows,
             group=group,
         )
 
@@ -336,6 +336,7 @@ class UdpBench:
         protocol: Protocol = Protocol.UDP,
         changes: Changes | None = None,
         former: Balancer | None = None,
+        rows: Sequence[int] = (),
         **group: object,
     ) -> GroupPool:
         """A pool of a rule with a group of these servers; see :func:`group_of`."""
@@ -348,6 +349,7 @@ class UdpBench:
             rule,
             changes=changes,
             former=former,
+            rows=rows,
             group=group,
         )
         self.pools.append(pool)

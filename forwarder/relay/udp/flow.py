@@ -205,7 +205,7 @@ class Flow(Session):
         else:
             why = os.strerror(number)
             relay.outages.on_attempt_failed(self.pool, target, why, has_others=True)
-            if self.server is not None and self._spent():
+            if self.server is not None and self._spent(relay.servers.choosing(self.pool)):
                 relay.servers.on_failed(self.server)
             may_leave = self._has_other_than(target)
         if may_leave:
@@ -220,7 +220,7 @@ class Flow(Session):
     def _has_other_than(self, target: Target) -> bool:
         """Whether there is another upstream that has not failed just now."""
         now = self.relay.poller.now
-        pool = self.relay.servers.in_force(self.pool) or self.pool
+        pool = self.relay.servers.choosing(self.pool)
         return any(
             other != target and self.pool.failures.is_worth_a_try(other, now)
             for other in pool.choosable()
@@ -248,7 +248,7 @@ class Flow(Session):
         pool, trial = self.pool, self.c2u.trial
         if not pool.rule.protocol.connects_by_udp:
             return
-        if not pool.leads_to(target):
+        if not self.relay.servers.choosing(pool).leads_to(target):
             self.move_on(deque())
         elif trial is not None and target in pool.failures.known and self._has_other_than(target):
             self.move_on(trial.take())
@@ -272,9 +272,9 @@ class Flow(Session):
     def _go_elsewhere(self) -> None:
         upstream = self.upstream
         now = self.relay.poller.now
-        server = self.server
+        server, pool = self.server, self.relay.servers.choosing(self.pool)
         targets = sorted(  # stable, so that they still have their turns
-            self.pool.targets() or (),
+            pool.targets() or (),
             key=lambda target: (
                 target == self.target,
                 not self.pool.failures.is_worth_a_try(target, now),
@@ -287,23 +287,26 @@ class Flow(Session):
         self.relay.flows.ports.give(self.pool)
         self.relay.poller.release(upstream)
         self.upstream = self.u2c.src = None
-        spent = self._spent()
+        spent = self._spent(pool)
         if server is not None:
             self.server = None
             self.relay.servers.give_back(self.pool, server)
-        if self.pool.balancer is None:
+        if pool.balancer is None:
             self.dial(tuple(targets))
         else:
-            self.choose(spent)
+            self.choose(spent, pool)
 
-    def _spent(self) -> int:
-        """Its server, as a set of bits, unless that has another address to try."""
-        server, pool, now = self.server, self.pool, self.relay.poller.now
+    def _spent(self, pool: Pool) -> int:
+        """Its server, as a set of bits, unless that has another address to try.
+
+        ``pool`` is where it will choose.
+        """
+        server, failures, now = self.server, self.pool.failures, self.relay.poller.now
         if server is None or pool.balancer is None or server not in pool.balancer.servers:
             return 0
         own = pool.addresses(server.index) or ()
         others = [one for one in own if one != self.target]
-        if len(others) == len(own) or any(pool.failures.is_worth_a_try(one, now) for one in others):
+        if len(others) == len(own) or any(failures.is_worth_a_try(one, now) for one in others):
             return 0
         return 1 << server.index
 
