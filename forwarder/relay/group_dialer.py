@@ -143,7 +143,7 @@ class GroupDialer(Dialer):
             return self._has_plain_targets()
         self._is_full = False
         if self._queue is None and balancer.group.max_queue and not self._tried:
-            self._is_full = self._servers.queue(balancer).is_waited_in
+            self._is_full = self._servers.queue(balancer).is_closed
             if self._is_full:
                 return False
         return self._has_next(balancer)

@@ -13,7 +13,6 @@ import logging
 from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol
 
-from forwarder.relay.wheel import TICK_S
 from forwarder.stats.rows import CONNECTS_FAILED, SESSIONS, SESSIONS_TOTAL, connect_bucket, new_row
 
 if TYPE_CHECKING:
@@ -30,11 +29,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-# While sessions wait in other workers, too: how long a worker gives what becomes free in it to its
-# own, and then leaves it to the others, each of which looks once in TICK_S. Both arbitrary; a place
-# of short sessions is empty for a fifth of the time at most.
+# While sessions wait: how often a worker looks whether others have made room. Some 10 us each.
+LOOK_S: Final = 0.02
+# While some wait in other workers, too: how long a worker gives what becomes free in it to its own,
+# and then leaves it to the others, until each of them has looked. The former is arbitrary.
 SERVES_S: Final = 0.5
-REST_S: Final = 1.2 * TICK_S
+REST_S: Final = 1.2 * LOOK_S
 
 
 class Waiting(Protocol):
@@ -68,7 +68,7 @@ class Served(Protocol):
 class Queue:
     """The sessions of one worker that wait for a server of a group, the longest first.
 
-    They are let on when a session of the group ends in this worker, and at every tick, as another
+    They are let on when a session of the group ends in this worker, and every LOOK_S, as another
     worker may have made room. So that those who wait in other workers have their turn, this one now
     and then leaves what becomes free to them. ``row`` is that of the group: there the gate counts
     how many wait in all workers.
@@ -99,9 +99,9 @@ class Queue:
         return len(self._waiting)
 
     @property
-    def is_waited_in(self) -> bool:
-        """Whether a session waits, in this worker or another one: a new one goes behind it."""
-        return bool(self._waiting) or self._count_all() > 0
+    def is_closed(self) -> bool:
+        """Whether who comes now has to wait: behind others, or as this worker leaves its places."""
+        return bool(self._waiting) or self._poller.now < self._rests_until
 
     def join(self, one: Waiting, most: int) -> bool:
         """Wait; False if ``most`` wait already, in all workers together. Raises Busy."""
@@ -124,13 +124,15 @@ class Queue:
     def on_end(self) -> None:
         """A session of the group has ended in this worker."""
         now = self._poller.now
-        if now >= self._rests_at and self._count_all() > len(self._waiting):
+        if now >= self._rests_at and self._wait_elsewhere() > 0:
             self._rests_until = now + REST_S
             self._rests_at = self._rests_until + SERVES_S
         self._look()
 
-    def _count_all(self) -> int:
-        return self._restrictions.holder.gate.sessions(self._row)
+    def _wait_elsewhere(self) -> int:
+        """How many wait in other workers."""
+        holder = self._restrictions.holder
+        return holder.gate.sessions(self._row) - holder.mine.rows[self._row]
 
     def _look(self) -> None:
         """Let those go on for whom there is room, in order."""
@@ -155,9 +157,9 @@ class Queue:
     def _arm(self) -> None:
         if not self._is_armed:
             self._is_armed = True
-            self._loop.call_later(TICK_S, self._on_tick)
+            self._loop.call_later(LOOK_S, self._on_look)
 
-    def _on_tick(self) -> None:
+    def _on_look(self) -> None:
         self._is_armed = False
         self._poller.read_clock()
         self._look()
@@ -290,5 +292,5 @@ class Servers:
         whole = self._whole(pool) if self._queues else None
         if whole is not None and whole.balancer is not None:
             queue = self._queues.get(whole.balancer.row)
-            if queue:
+            if queue is not None:
                 queue.on_end()

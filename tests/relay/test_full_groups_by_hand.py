@@ -181,19 +181,24 @@ def test_the_queue_is_as_long_as_it_may_be_over_all_workers(bench: Bench, stack:
     other.settle()
 
 
-def test_who_comes_while_others_wait_elsewhere_goes_behind_them(
+def test_who_comes_while_a_place_is_left_to_other_workers_does_not_take_it(
     bench: Bench, stack: ExitStack
 ) -> None:
-    """There is room, and another worker will notice that within a tick; so it waits for one."""
-    pool = bench.group(at(stack.enter_context(listen())), changes=ONE_EACH, max_queue=2)
+    """Another worker will notice the place within a tick; so who comes waits for one."""
+    pool = full(bench, stack, max_queue=2)
     assert pool.balancer is not None
     other = Holder(bench.shared.gate, Holdings())
     other.take_server(pool.balancer.row)
     other.settle()
+    (first,) = bench.relay.sessions
+    end(bench, first)
     _, session = begin(bench, stack, pool)
     assert servers_of(pool)[0].counts[SESSIONS] == 0
     bench.loop.pass_time(SOON_S)
     turning(bench, lambda: session.connected_at > 0)
+    end(bench, session)
+    _, session = begin(bench, stack, pool)
+    assert servers_of(pool)[0].counts[SESSIONS] == 1, "its own again, for a while"
     other.leave_server(pool.balancer.row)
     other.settle()
 
