@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from forwarder.balancing.choose import First, Hash, Least, Random, Turn, indices, mask_of
+from forwarder.balancing.server import Server
 from forwarder.balancing.table import CUTS, FULL, ORDER, SINCE_NS, STATE, Standing
 from forwarder.balancing.tiers import PRIMARIES, TIERS, State, rank
 from forwarder.config.model import Balance, CheckKind, OnDown, OnUp
 from forwarder.limits.gate import Busy
-from forwarder.stats.board import ROWS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -64,54 +64,6 @@ class Surroundings:
     part: float = 0.0
     draw: Callable[[], float] = random.random
     clock: Callable[[], float] = time.monotonic
-
-
-class Server:
-    """What a worker knows of one server of a group.
-
-    ``name`` is its end as configured, ``index`` its place in the group. ``row`` is the number of
-    its row, ``counts`` that row on the worker's board. ``is_counted``: its sessions are counted at
-    the gate, too.
-    """
-
-    __slots__ = (
-        "counts",
-        "index",
-        "is_backup",
-        "is_counted",
-        "max_sessions",
-        "name",
-        "row",
-        "weight",
-    )
-
-    def __init__(
-        self,
-        upstream: Upstream,
-        index: int,
-        row: int,
-        counts: Row,
-        is_counted: bool,  # noqa: FBT001
-    ) -> None:
-        self.name = str(upstream)
-        self.index = index
-        self.row = row
-        self.counts = counts
-        self.weight = upstream.weight
-        self.is_backup = upstream.is_backup
-        self.max_sessions = upstream.max_sessions
-        self.is_counted = is_counted
-
-    @property
-    def seat(self) -> int:
-        """Where it stands in the table of servers."""
-        return self.row - ROWS
-
-    def is_like(self, other: Server) -> bool:
-        """Whether it has the same place, and the same is configured for it."""
-        return all(
-            getattr(self, one) == getattr(other, one) for one in self.__slots__ if one != "counts"
-        )
 
 
 class Balancer:

@@ -38,7 +38,7 @@ from forwarder.relay.wheel import TICK_S
 from forwarder.stats.reasons import Who
 
 if TYPE_CHECKING:
-    from forwarder.balancing.balancer import Server
+    from forwarder.balancing.server import Server
     from forwarder.net.sockets import SockAddr, Target
     from forwarder.relay.outages import Outages
     from forwarder.relay.poller import Poller

@@ -38,7 +38,8 @@ from forwarder.stats.reasons import Phase, Who
 if TYPE_CHECKING:
     import socket
 
-    from forwarder.balancing.balancer import Balancer, Server
+    from forwarder.balancing.balancer import Balancer
+    from forwarder.balancing.server import Server
     from forwarder.relay.dialer import Attempt
     from forwarder.relay.outages import Outages
     from forwarder.relay.poller import Poller

@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Iterable
 
-    from forwarder.balancing.balancer import Balancer, Server
+    from forwarder.balancing.balancer import Balancer
+    from forwarder.balancing.server import Server
     from forwarder.limits.admission import Admission
     from forwarder.limits.gate import Holder
     from forwarder.net.sockets import SockAddr

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 from forwarder.connlog.record import Event, Record, rinetd_result
 
 if TYPE_CHECKING:
-    from forwarder.balancing.balancer import Server
+    from forwarder.balancing.server import Server
     from forwarder.connlog.log import Later
     from forwarder.net.sockets import SockAddr, Target
     from forwarder.relay.session import Home, Session

@@ -18,7 +18,8 @@ from forwarder.stats.rows import CONNECTS_FAILED, SESSIONS, SESSIONS_TOTAL, conn
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from forwarder.balancing.balancer import Balancer, Server
+    from forwarder.balancing.balancer import Balancer
+    from forwarder.balancing.server import Server
     from forwarder.limits.restrictions import Restrictions
     from forwarder.net.sockets import Target
     from forwarder.relay.poller import Poller

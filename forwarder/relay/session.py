@@ -18,7 +18,7 @@ from forwarder.stats.reasons import CloseReason, Phase, Who
 if TYPE_CHECKING:
     import socket
 
-    from forwarder.balancing.balancer import Server
+    from forwarder.balancing.server import Server
     from forwarder.limits.meter import Meter
     from forwarder.limits.restrictions import Restrictions
     from forwarder.net.sockets import SockAddr, Target

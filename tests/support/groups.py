@@ -12,7 +12,7 @@ from support.waiting import eventually
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from forwarder.balancing.balancer import Server
+    from forwarder.balancing.server import Server
     from support.by_hand import Bench, GroupPool, UdpBench
 
 

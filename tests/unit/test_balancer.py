@@ -36,7 +36,7 @@ from forwarder.stats.rows import SESSIONS, new_row
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from forwarder.balancing.balancer import Server
+    from forwarder.balancing.server import Server
     from forwarder.stats.rows import Row
 
 CLIENT = bytes((192, 0, 2, 1))
