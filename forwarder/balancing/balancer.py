@@ -20,7 +20,7 @@ from __future__ import annotations
 import random
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from forwarder.balancing.choose import First, Hash, Least, Random, Turn, indices, mask_of
 from forwarder.balancing.server import Server
@@ -48,19 +48,29 @@ _RACED: Final = frozenset({Balance.TURN, Balance.LEAST, Balance.RANDOM})
 _BY_SESSIONS: Final = frozenset({Balance.LEAST, Balance.RANDOM})
 
 
+class Settling(Protocol):
+    """Has what is owed counted, unless the next choice is sooner."""
+
+    def settle_soon(self) -> None:
+        """When the batch of events is over."""
+
+    def settle_later(self) -> None:
+        """Some moments later: nobody waits for it."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Surroundings:
     """What all balancers of a worker share.
 
-    ``row_of`` gives the row of a number on the worker's board. ``settle_soon`` makes the gate count
-    what the ``holder`` owes when the batch of events is over. ``part`` is the worker's slot divided
-    by how many there are: workers do not all begin with the same server.
+    ``row_of`` gives the row of a number on the worker's board. ``settling`` makes the gate count
+    what the ``holder`` owes. ``part`` is the worker's slot divided by how many there are: workers
+    do not all begin with the same server.
     """
 
     table: ServerTable
     row_of: Callable[[int], Row]
     holder: Holder
-    settle_soon: Callable[[], None]
+    settling: Settling
     part: float = 0.0
     draw: Callable[[], float] = random.random
     clock: Callable[[], float] = time.monotonic
@@ -84,6 +94,7 @@ class Balancer:
         "_counts",
         "_cut",
         "_has_primaries",
+        "_is_limited",
         "_limits",
         "_open",
         "_returns_from",
@@ -137,6 +148,7 @@ class Balancer:
         self._tiers: tuple[tuple[int, Chooser], ...] = ()
         self._open: tuple[tuple[int, Chooser], ...] = ()
         self._limits: list[int] = []  # by server; 0 is none
+        self._is_limited = False
         # Whether the first check of a server is awaited, and until when; 0: none has to come.
         self._awaits = False
         self._awaits_until = 0.0
@@ -276,14 +288,22 @@ class Balancer:
             raise Busy
         server = self.servers[chooser.pick(allowed, key)]
         self._surroundings.holder.take_server(server.row)
-        self._surroundings.settle_soon()
+        self._surroundings.settling.settle_soon()
         return server
 
     def let_go(self, server: Server) -> None:
-        """A session of a server has ended, or goes to another one. Never blocks."""
+        """A session of a server has ended, or goes to another one. Never blocks.
+
+        Where there is no limit nobody waits for its place: so the lock that is taken for the next
+        choice does for both.
+        """
         if server.is_counted:
-            self._surroundings.holder.leave_server(server.row)
-            self._surroundings.settle_soon()
+            surroundings = self._surroundings
+            surroundings.holder.leave_server(server.row)
+            if self._is_limited:
+                surroundings.settling.settle_soon()
+            else:
+                surroundings.settling.settle_later()
 
     def adopt(self, server: Server) -> None:
         """Count a session that has this server from before there was a choice.
@@ -293,7 +313,7 @@ class Balancer:
         self._cut.pop(server.name, None)
         if server.is_counted:
             self._surroundings.holder.take_server(server.row)
-            self._surroundings.settle_soon()
+            self._surroundings.settling.settle_soon()
 
     def take_over(self, server: Server) -> Server:
         """What a session from before a reload has to refer to: the server of the same name, if any.
@@ -308,7 +328,7 @@ class Balancer:
                 is_moved = new.row != server.row
                 if new.is_counted and (is_moved or not server.is_counted):
                     self._surroundings.holder.take_server(new.row)
-                    self._surroundings.settle_soon()
+                    self._surroundings.settling.settle_soon()
                 if is_moved or not new.is_counted:
                     self.let_go(server)
                 return new
@@ -336,6 +356,7 @@ class Balancer:
             if limit and standing is Standing.SLOW:
                 limit = max(limit * share // FULL, 1)
             self._limits.append(limit)
+        self._is_limited = any(self._limits)
         ranks = rank(states, group.panic, fails_open=group.fails_open)
         self._tiers = self._ranked(ranks.usable, self._choosers[:TIERS])
         self._open = self._ranked(ranks.open, self._choosers[TIERS:])
@@ -388,7 +409,7 @@ class Balancer:
 
     def has_cut(self, server: Server) -> bool:
         """Whether the sessions of a server were cut because it is down, see :meth:`expelled`."""
-        return server.name in self._cut
+        return bool(self._cut) and server.name in self._cut
 
     # -- sessions that have to go
 

@@ -9,6 +9,7 @@ from forwarder.balancing.balancer import Balancer, Surroundings
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from forwarder.balancing.balancer import Settling
     from forwarder.balancing.table import ServerTable
     from forwarder.config.model import Group, Rule, Upstream
     from forwarder.limits.gate import Holder
@@ -27,20 +28,20 @@ class _Made(NamedTuple):
 class Balancers:
     """One for each definition of each group in force."""
 
-    __slots__ = ("_holder", "_made", "_row_of", "_settle_soon", "_table")
+    __slots__ = ("_holder", "_made", "_row_of", "_settling", "_table")
 
     def __init__(
         self,
         table: ServerTable,
         row_of: Callable[[int], Row],
         holder: Holder,
-        settle_soon: Callable[[], None],
+        settling: Settling,
     ) -> None:
         """See :class:`Surroundings`."""
         self._table = table
         self._row_of = row_of
         self._holder = holder
-        self._settle_soon = settle_soon
+        self._settling = settling
         # By the name of the group: of one that rules share there are two definitions while an
         # address that the former one serves is closing.
         self._made: dict[str, list[_Made]] = {}
@@ -68,7 +69,7 @@ class Balancers:
             table=self._table,
             row_of=self._row_of,
             holder=self._holder,
-            settle_soon=self._settle_soon,
+            settling=self._settling,
             part=part,
         )
         made: dict[str, list[_Made]] = {}

@@ -165,6 +165,10 @@ class Restrictions:
             self._is_settling = True
             self._defer(self._settle)
 
+    def settle_later(self) -> None:
+        """The same within STUCK_S, or with the next decision: for what nobody waits for."""
+        self._arm()
+
     def decide_later(self, decide: Callable[[], None]) -> None:
         """The lock cannot be taken: call again. Listeners rest meanwhile, so these are few.
 

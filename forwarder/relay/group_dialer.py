@@ -195,7 +195,8 @@ class GroupDialer(Dialer):
     def _take(self, server: Server) -> None:
         self._taken[server] = self._poller.now
         self._servers.on_taken(server)
-        self._leave_queue()
+        if self._queue is not None:
+            self._leave_queue()
         self._left -= 1
         self._tried |= 1 << server.index
         if self._balancer is not None and self._balancer.has_cut(server):
@@ -277,6 +278,9 @@ class GroupDialer(Dialer):
                 caller.server = self._servers.as_in_force(self._pool, server)
             if caller.is_answered:
                 self._servers.on_worked(server, self._poller.now - taken_at)
+        if not self._taken:  # as mostly: nothing else is being tried
+            super().win(attempt, sock, mask)
+            return
         try:
             super().win(attempt, sock, mask)
         finally:

@@ -129,6 +129,7 @@ def test_somebody_with_just_that_capability(
     path.write_text("workers = 2\n" + rule(address, upstream.getsockname(), first))
     ambient = ["--inh-caps=+net_raw", "--ambient-caps=+net_raw"]
     it = Configured(launch("-c", str(path), prefix=[*as_nobody(), *ambient]), path)
+    eventually(lambda: len(it.forwarder.workers()) == 2)  # another child may be about to go
     for pid in it.forwarder.workers():
         assert capabilities(pid) == (NET_RAW if first else 0)
     outcome = it.reload("workers = 2\n" + rule(address, upstream.getsockname(), "mark = 6"))

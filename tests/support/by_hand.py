@@ -211,7 +211,7 @@ def group_of(
         table=shared.table,
         row_of=shared.row,
         holder=relay.restrictions.holder,
-        settle_soon=relay.restrictions.settle_soon,
+        settling=relay.restrictions,
         clock=clock,
     )
     rows = rows or range(ROWS + 1, ROWS + len(servers) + 2)

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 # Titles of the children that serve nobody.
 _HELPERS = ("forwarder: checker",)
-_WORKER = "forwarder: worker "
 _TROUBLE = re.compile(r"WARNING|ERROR|CRITICAL|Traceback|relay\.bug|Exception|never retrieved")
 
 
@@ -77,9 +76,11 @@ class Forwarder:
     def workers(self) -> list[int]:
         """Process ids of the workers.
 
-        Not of one that is just born or dead, and has another title or none.
+        Also of one that is dead and not reaped yet. Not of a child that has the master's title still:
+        it reads a configuration, or is just born.
         """
-        return [pid for pid, title in self._titles().items() if title.startswith(_WORKER)]
+        others = {procfs.title(self.pid), *_HELPERS}
+        return [pid for pid, title in self._titles().items() if title not in others]
 
     def helpers(self) -> list[int]:
         """Process ids of children that serve nobody: the checker."""
