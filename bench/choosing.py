@@ -34,15 +34,6 @@ SESSIONS = 3000
 PLENTY = 2**32
 
 
-class Never:
-    """What is owed is counted with the next choice."""
-
-    def settle_soon(self) -> None:
-        """Nothing to do."""
-
-    settle_later = settle_soon
-
-
 class Case(NamedTuple):
     """A way to choose."""
 
@@ -116,7 +107,7 @@ def main(argv: Sequence[str]) -> None:
             table=table,
             row_of=lambda _: new_row(),
             holder=Holder(gate, Holdings()),
-            settling=Never(),
+            settle_soon=lambda: None,
         )
         for case in CASES:
             cells, ends = [case.name], []

@@ -120,8 +120,9 @@ class Worker:
         self._is_flushing = False
         self._names = Names(self._ask_for_name, loop.time)
         self._pools: dict[str, Pool] = {}
-        restrictions = self._relay.restrictions
-        self._balancers = Balancers(spec.table, spec.board.row, holder, restrictions)
+        self._balancers = Balancers(
+            spec.table, spec.board.row, holder, self._relay.restrictions.settle_soon
+        )
         self._listeners: dict[int, AnyListener] = {}
         self._sockets: dict[int, socket.socket] = {}
         self._unreceived: list[int] = []  # ids of sockets for which there was no descriptor

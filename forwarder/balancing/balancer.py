@@ -20,7 +20,7 @@ from __future__ import annotations
 import random
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 from forwarder.balancing.choose import First, Hash, Least, Random, Turn, indices, mask_of
 from forwarder.balancing.server import Server
@@ -48,29 +48,19 @@ _RACED: Final = frozenset({Balance.TURN, Balance.LEAST, Balance.RANDOM})
 _BY_SESSIONS: Final = frozenset({Balance.LEAST, Balance.RANDOM})
 
 
-class Settling(Protocol):
-    """Has what is owed counted, unless the next choice is sooner."""
-
-    def settle_soon(self) -> None:
-        """When the batch of events is over."""
-
-    def settle_later(self) -> None:
-        """Some moments later: nobody waits for it."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Surroundings:
     """What all balancers of a worker share.
 
-    ``row_of`` gives the row of a number on the worker's board. ``settling`` makes the gate count
-    what the ``holder`` owes. ``part`` is the worker's slot divided by how many there are: workers
-    do not all begin with the same server.
+    ``row_of`` gives the row of a number on the worker's board. ``settle_soon`` makes the gate count
+    what the ``holder`` owes when the batch of events is over. ``part`` is the worker's slot divided
+    by how many there are: workers do not all begin with the same server.
     """
 
     table: ServerTable
     row_of: Callable[[int], Row]
     holder: Holder
-    settling: Settling
+    settle_soon: Callable[[], None]
     part: float = 0.0
     draw: Callable[[], float] = random.random
     clock: Callable[[], float] = time.monotonic
@@ -81,8 +71,9 @@ class Balancer:
 
     ``row`` is the group's own. ``needs_key``: choices depend on the client. ``tries``: how many
     servers a session may have until one answers. ``is_raced``: another one may be tried beside one
-    that does not. ``is_retired``: a reload has put another balancer in its place, or none. About
-    the last choice that was None: ``is_full`` if all usable servers have ``max_sessions``,
+    that does not. ``is_retired``: a reload has put another balancer in its place, or none. ``cut``
+    names the servers whose sessions were cut, see :meth:`expelled`, and since when they are down.
+    About the last choice that was None: ``is_full`` if all usable servers have ``max_sessions``,
     ``is_unknown`` if none has been checked yet and the first check is awaited; then the session may
     wait and ask again.
     """
@@ -92,9 +83,7 @@ class Balancer:
         "_awaits_until",
         "_choosers",
         "_counts",
-        "_cut",
         "_has_primaries",
-        "_is_limited",
         "_limits",
         "_open",
         "_returns_from",
@@ -104,6 +93,7 @@ class Balancer:
         "_surroundings",
         "_table",
         "_tiers",
+        "cut",
         "group",
         "is_full",
         "is_raced",
@@ -148,14 +138,12 @@ class Balancer:
         self._tiers: tuple[tuple[int, Chooser], ...] = ()
         self._open: tuple[tuple[int, Chooser], ...] = ()
         self._limits: list[int] = []  # by server; 0 is none
-        self._is_limited = False
         # Whether the first check of a server is awaited, and until when; 0: none has to come.
         self._awaits = False
         self._awaits_until = 0.0
         self._revision = -1
         self._said: list[tuple[int, ...]] = []
-        # For each server that was found down: since when, of those whose sessions were cut.
-        self._cut: dict[str, int] = {}
+        self.cut: dict[str, int] = {}
         self._has_primaries = True
         self._returns_from = self._returns_until = 0.0
         if former is None:
@@ -167,7 +155,7 @@ class Balancer:
     def _go_on_from(self, former: Balancer) -> None:
         former.is_retired = True
         if former.group.on_down is self.group.on_down:
-            self._cut = former._cut
+            self.cut = former.cut
         self._has_primaries = former._has_primaries
         self._returns_from = former._returns_from
         self._returns_until = former._returns_until
@@ -288,32 +276,24 @@ class Balancer:
             raise Busy
         server = self.servers[chooser.pick(allowed, key)]
         self._surroundings.holder.take_server(server.row)
-        self._surroundings.settling.settle_soon()
+        self._surroundings.settle_soon()
         return server
 
     def let_go(self, server: Server) -> None:
-        """A session of a server has ended, or goes to another one. Never blocks.
-
-        Where there is no limit nobody waits for its place: so the lock that is taken for the next
-        choice does for both.
-        """
+        """A session of a server has ended, or goes to another one. Never blocks."""
         if server.is_counted:
-            surroundings = self._surroundings
-            surroundings.holder.leave_server(server.row)
-            if self._is_limited:
-                surroundings.settling.settle_soon()
-            else:
-                surroundings.settling.settle_later()
+            self._surroundings.holder.leave_server(server.row)
+            self._surroundings.settle_soon()
 
     def adopt(self, server: Server) -> None:
         """Count a session that has this server from before there was a choice.
 
         See :meth:`let_go`. If the server is down already, such sessions are cut, too.
         """
-        self._cut.pop(server.name, None)
+        self.cut.pop(server.name, None)
         if server.is_counted:
             self._surroundings.holder.take_server(server.row)
-            self._surroundings.settling.settle_soon()
+            self._surroundings.settle_soon()
 
     def take_over(self, server: Server) -> Server:
         """What a session from before a reload has to refer to: the server of the same name, if any.
@@ -328,7 +308,7 @@ class Balancer:
                 is_moved = new.row != server.row
                 if new.is_counted and (is_moved or not server.is_counted):
                     self._surroundings.holder.take_server(new.row)
-                    self._surroundings.settling.settle_soon()
+                    self._surroundings.settle_soon()
                 if is_moved or not new.is_counted:
                     self.let_go(server)
                 return new
@@ -356,7 +336,7 @@ class Balancer:
             if limit and standing is Standing.SLOW:
                 limit = max(limit * share // FULL, 1)
             self._limits.append(limit)
-        self._is_limited = any(self._limits)
+            server.is_limited = limit > 0
         ranks = rank(states, group.panic, fails_open=group.fails_open)
         self._tiers = self._ranked(ranks.usable, self._choosers[:TIERS])
         self._open = self._ranked(ranks.open, self._choosers[TIERS:])
@@ -407,10 +387,6 @@ class Balancer:
         """Whether a check, or failed connects, have found a server unusable."""
         return self._table.word(server.seat, STATE) in _NOT_USABLE
 
-    def has_cut(self, server: Server) -> bool:
-        """Whether the sessions of a server were cut because it is down, see :meth:`expelled`."""
-        return bool(self._cut) and server.name in self._cut
-
     # -- sessions that have to go
 
     def expelled(self) -> list[Server]:
@@ -425,9 +401,9 @@ class Balancer:
             if self.group.on_down is OnDown.RESET:
                 since = table.word(seat, SINCE_NS)
                 if table.word(seat, STATE) != Standing.DOWN:
-                    self._cut.pop(server.name, None)
-                elif self._cut.get(server.name) != since:
-                    self._cut[server.name] = since
+                    self.cut.pop(server.name, None)
+                elif self.cut.get(server.name) != since:
+                    self.cut[server.name] = since
                     found.append(server)
                     continue
             if table.word(seat, ORDER) & CUTS:

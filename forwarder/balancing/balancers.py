@@ -9,7 +9,6 @@ from forwarder.balancing.balancer import Balancer, Surroundings
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from forwarder.balancing.balancer import Settling
     from forwarder.balancing.table import ServerTable
     from forwarder.config.model import Group, Rule, Upstream
     from forwarder.limits.gate import Holder
@@ -28,20 +27,20 @@ class _Made(NamedTuple):
 class Balancers:
     """One for each definition of each group in force."""
 
-    __slots__ = ("_holder", "_made", "_row_of", "_settling", "_table")
+    __slots__ = ("_holder", "_made", "_row_of", "_settle_soon", "_table")
 
     def __init__(
         self,
         table: ServerTable,
         row_of: Callable[[int], Row],
         holder: Holder,
-        settling: Settling,
+        settle_soon: Callable[[], None],
     ) -> None:
         """See :class:`Surroundings`."""
         self._table = table
         self._row_of = row_of
         self._holder = holder
-        self._settling = settling
+        self._settle_soon = settle_soon
         # By the name of the group: of one that rules share there are two definitions while an
         # address that the former one serves is closing.
         self._made: dict[str, list[_Made]] = {}
@@ -69,7 +68,7 @@ class Balancers:
             table=self._table,
             row_of=self._row_of,
             holder=self._holder,
-            settling=self._settling,
+            settle_soon=self._settle_soon,
             part=part,
         )
         made: dict[str, list[_Made]] = {}

@@ -16,7 +16,7 @@ class Server:
 
     ``name`` is its end as configured, ``index`` its place in the group. ``row`` is the number of
     its row, ``counts`` that row on the worker's board. ``is_counted``: its sessions are counted at
-    the gate, too.
+    the gate, too. ``is_limited``: there is a limit of them now.
     """
 
     __slots__ = (
@@ -24,6 +24,7 @@ class Server:
         "index",
         "is_backup",
         "is_counted",
+        "is_limited",
         "max_sessions",
         "name",
         "row",
@@ -46,6 +47,7 @@ class Server:
         self.is_backup = upstream.is_backup
         self.max_sessions = upstream.max_sessions
         self.is_counted = is_counted
+        self.is_limited = False
 
     @property
     def seat(self) -> int:
@@ -54,6 +56,6 @@ class Server:
 
     def is_like(self, other: Server) -> bool:
         """Whether it has the same place, and the same is configured for it."""
-        return all(
-            getattr(self, one) == getattr(other, one) for one in self.__slots__ if one != "counts"
-        )
+        passing = ("counts", "is_limited")
+        same = (one for one in self.__slots__ if one not in passing)
+        return all(getattr(self, one) == getattr(other, one) for one in same)

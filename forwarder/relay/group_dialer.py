@@ -107,7 +107,7 @@ class GroupDialer(Dialer):
         self._pool = pool = pool or caller.pool
         self._balancer = balancer = pool.balancer
         assert balancer is not None  # noqa: S101 - see above
-        self._key = self._key_for(balancer)
+        self._key = self._key_for(balancer) if balancer.needs_key else b""
         self._left = balancer.tries  # how many may still be chosen
         self.adds_rivals = balancer.is_raced
         self._tried = tried
@@ -199,7 +199,7 @@ class GroupDialer(Dialer):
             self._leave_queue()
         self._left -= 1
         self._tried |= 1 << server.index
-        if self._balancer is not None and self._balancer.has_cut(server):
+        if self._balancer is not None and server.name in self._balancer.cut:
             self._knew_cut |= 1 << server.index
         self.server = server
         pool = self._pool
@@ -268,13 +268,19 @@ class GroupDialer(Dialer):
         """The first that is connected; its server is the caller's from here on."""
         others, server, caller = self._attempts, attempt.server, self.caller
         if server is not None:
-            if caller.is_answered and self._has_been_cut(server):
+            balancer = self._balancer
+            if (
+                balancer is not None
+                and server.name in balancer.cut
+                and caller.is_answered
+                and not self._knew_cut >> server.index & 1
+            ):  # its sessions were cut since it was chosen, and this one would be missed
                 sockets.set_abort_on_close(sock)
                 self._give_up(attempt, errno.EHOSTDOWN)
                 return
             taken_at = self._taken.pop(server)
             caller.server = server
-            if self._balancer is None or self._balancer.is_retired:
+            if balancer is None or balancer.is_retired:
                 caller.server = self._servers.as_in_force(self._pool, server)
             if caller.is_answered:
                 self._servers.on_worked(server, self._poller.now - taken_at)
@@ -287,13 +293,6 @@ class GroupDialer(Dialer):
             for one in tuple(self._taken):
                 is_noted = [other.is_noted for other in others if other.server is one]
                 self._give_back(one, has_failed=bool(is_noted) and all(is_noted))
-
-    def _has_been_cut(self, server: Server) -> bool:
-        """Whether its sessions were cut since it was chosen, so that this one would be missed."""
-        balancer = self._balancer
-        if balancer is None or not balancer.has_cut(server):
-            return False
-        return not self._knew_cut >> server.index & 1
 
     def close(self, *, is_abort: bool) -> None:
         """Give up everything."""

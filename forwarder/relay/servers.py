@@ -288,8 +288,12 @@ class Servers:
         """A session of ``pool`` has this server no longer, and its sockets are closed."""
         server.counts[SESSIONS] -= 1
         if server.is_counted:
-            self._restrictions.holder.leave_server(server.row)
-            self._restrictions.settle_soon()
+            restrictions = self._restrictions
+            restrictions.holder.leave_server(server.row)
+            if server.is_limited:  # somebody may wait for its place
+                restrictions.settle_soon()
+            else:  # the lock that is taken for the next choice does for both
+                restrictions.settle_later()
         whole = self._whole(pool) if self._queues else None
         if whole is not None and whole.balancer is not None:
             queue = self._queues.get(whole.balancer.row)

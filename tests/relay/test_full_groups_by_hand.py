@@ -20,7 +20,7 @@ from support.groups import failed, find, look, order, servers_of, turning
 from forwarder.balancing.balancer import RETURN_S
 from forwarder.balancing.table import CUTS, DRAINS, HAS_ORDER, Standing
 from forwarder.config.model import Balance, OnDown, OnUp
-from forwarder.limits.gate import Holder, Holdings
+from forwarder.limits.gate import STUCK_S, Holder, Holdings
 from forwarder.relay.servers import SERVES_S
 from forwarder.relay.wheel import TICK_S
 from forwarder.stats.board import ROWS
@@ -362,6 +362,7 @@ def test_sessions_of_a_server_that_a_check_finds_down_are_cut_where_that_is_want
             assert receive_to_reset(client) == b""
     assert {session.server for session in bench.relay.sessions} == {servers_of(pool)[1]}
     assert ended(pool) == {"us/upstream-down": 2}
+    bench.loop.pass_time(2 * STUCK_S)
     assert (down.counts[SESSIONS], bench.shared.gate.sessions(down.row)) == (0, 0)
 
 

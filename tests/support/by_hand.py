@@ -13,7 +13,7 @@ from forwarder.balancing.table import ServerTable
 from forwarder.config.address import Address, UnixAddress
 from forwarder.config.model import AccessRule, Group, Protocol, RelayMode, Rule, Upstream
 from forwarder.errors import Place
-from forwarder.limits.gate import Gate, Holder, Holdings
+from forwarder.limits.gate import STUCK_S, Gate, Holder, Holdings
 from forwarder.net import udp as net_udp
 from forwarder.net.sockets import SockAddr, Target
 from forwarder.relay.access import AccessList
@@ -211,7 +211,7 @@ def group_of(
         table=shared.table,
         row_of=shared.row,
         holder=relay.restrictions.holder,
-        settling=relay.restrictions,
+        settle_soon=relay.restrictions.settle_soon,
         clock=clock,
     )
     rows = rows or range(ROWS + 1, ROWS + len(servers) + 2)
@@ -291,7 +291,7 @@ class Bench:
     def close(self) -> None:
         """End everything; nothing may be left that has a time."""
         self.relay.abort_sessions(Phase.SHUTDOWN, "the test is over")
-        self.loop.pass_time(0)
+        self.loop.pass_time(2 * STUCK_S)  # for what is counted later
         assert not self.relay.bench.wheel
         self.relay.close()
         self.shared.close()
@@ -411,7 +411,7 @@ class UdpBench:
     def close(self) -> None:
         """End everything; nothing may be left of what has ended."""
         self.relay.abort_sessions(Phase.SHUTDOWN, "the test is over")
-        self.loop.pass_time(0)
+        self.loop.pass_time(2 * STUCK_S)  # for what is counted later
         for listener in self.listeners:
             assert not listener._flows
             assert listener._settled == 0

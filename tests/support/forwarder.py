@@ -76,8 +76,8 @@ class Forwarder:
     def workers(self) -> list[int]:
         """Process ids of the workers.
 
-        Also of one that is dead and not reaped yet. Not of a child that has the master's title still:
-        it reads a configuration, or is just born.
+        Also of one that is dead and not reaped yet. Not of a child that has the title of the master
+        still: it reads a configuration, or is just born.
         """
         others = {procfs.title(self.pid), *_HELPERS}
         return [pid for pid, title in self._titles().items() if title not in others]

@@ -43,18 +43,6 @@ CLIENT = bytes((192, 0, 2, 1))
 DRAIN, DISABLE = HAS_ORDER | DRAINS, HAS_ORDER | DRAINS | DISABLED
 
 
-class AtOnce:
-    """Has what is owed counted at once."""
-
-    def __init__(self, holder: Holder) -> None:
-        self._holder = holder
-
-    def settle_soon(self) -> None:
-        self._holder.settle()
-
-    settle_later = settle_soon
-
-
 class Bench:
     """What a worker has around its balancers, and the table as master and checker write it."""
 
@@ -64,13 +52,13 @@ class Bench:
         self.holder = Holder(self.gate, Holdings())
         self.now = 100.0
         self.rows: dict[int, Row] = {}
-        self.settlings = self.late_settlings = 0
+        self.settlings = 0
         self.moments = count(1)
         self.surroundings = Surroundings(
             table=self.table,
             row_of=lambda row: self.rows.setdefault(row, new_row()),
             holder=self.holder,
-            settling=self,
+            settle_soon=self.settle_soon,
             draw=random.Random(1).random,
             clock=lambda: self.now,
         )
@@ -82,9 +70,6 @@ class Bench:
 
     def settle_soon(self) -> None:
         self.settlings += 1
-
-    def settle_later(self) -> None:
-        self.late_settlings += 1
 
     def balancer(
         self, *upstreams: Upstream, group: Group | None = None, former: Balancer | None = None
@@ -135,15 +120,6 @@ def choices(balancer: Balancer, count: int, tried: int = 0, avoid: int = 0) -> l
     return indices([balancer.choose(CLIENT, tried, avoid) for _ in range(count)])
 
 
-def test_a_place_that_somebody_may_wait_for_is_free_as_soon_as_it_can_be(bench: Bench) -> None:
-    balancer = bench.balancer(upstream(1), upstream(2, most=1))
-    for _ in range(2):
-        server = balancer.choose(CLIENT, 0, 0)
-        assert server is not None
-        balancer.let_go(server)
-    assert (bench.settlings, bench.late_settlings) == (2, 0)
-
-
 # -- which one
 
 
@@ -161,8 +137,8 @@ def test_all_ways_to_choose(bench: Bench) -> None:
             assert server is not None
             balancer.let_go(server)
         assert sum(map(bench.sessions, range(3))) == 0
-        assert bool(bench.late_settlings) == is_counted
-        bench.late_settlings = 0
+        assert bool(bench.settlings) == is_counted
+        bench.settlings = 0
 
 
 @given(st.data())
@@ -373,8 +349,11 @@ def test_limits_hold_for_all_workers_together(bench: Bench, balance: Balance) ->
         chance = random.Random(os.getpid())
         holder = Holder(bench.gate, Holdings())
 
+        def settle() -> None:
+            holder.settle()
+
         surroundings = replace(
-            bench.surroundings, holder=holder, settling=AtOnce(holder), draw=chance.random
+            bench.surroundings, holder=holder, settle_soon=settle, draw=chance.random
         )
         group = Group(balance=balance)
         balancer = Balancer(group, some(3, most), range(ROWS + 1, ROWS + 5), surroundings)

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
-from support.by_hand import HandLoop
 
 from forwarder.balancing.balancers import Balancers
 from forwarder.balancing.table import ServerTable
@@ -15,7 +14,6 @@ from forwarder.config.address import Address
 from forwarder.config.model import Balance, Group, Rule, Upstream
 from forwarder.errors import Place
 from forwarder.limits.gate import Gate, Holder, Holdings
-from forwarder.limits.restrictions import Restrictions
 from forwarder.stats.board import ROWS
 from forwarder.stats.rows import new_row
 
@@ -29,8 +27,7 @@ SHARED = Group(name="pg")
 def balancers() -> Iterator[Balancers]:
     with closing(Gate()) as gate, closing(ServerTable()) as table:
         holder = Holder(gate, Holdings())
-        restrictions = Restrictions(HandLoop(), holder, lambda _: None)
-        yield Balancers(table, lambda _: new_row(), holder, restrictions)
+        yield Balancers(table, lambda _: new_row(), holder, lambda: None)
 
 
 def rule(name: str, *numbers: int, group: Group = SHARED) -> Rule:
