@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import select
 import signal
 import socket
 import subprocess
@@ -56,8 +57,10 @@ class Forwarder:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
-            text=True,
         )
+        assert self.process.stderr is not None
+        self._stderr = self.process.stderr.fileno()
+        self._reading = threading.Lock()
         self._reader = threading.Thread(target=self._read_stderr, daemon=True)
         self._reader.start()
         if expect_ready:
@@ -157,15 +160,34 @@ class Forwarder:
             lambda: f"ready, but not in the log: {self.lines}",
         )
 
+    def lines_so_far(self) -> list[str]:
+        """All lines of stderr that have been written by now, for who counts them."""
+        eventually(self._has_read_all)
+        return self.lines
+
+    def _has_read_all(self) -> bool:
+        if not self._reader.is_alive():
+            return True
+        with self._reading:
+            return procfs.waiting_in(self._stderr) == 0
+
     def _read_stderr(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.lines.append(line.rstrip("\n"))
+        rest = b""
+        while True:
+            select.select([self._stderr], [], [])
+            with self._reading:
+                data = os.read(self._stderr, 65536)
+                if not data:
+                    self.lines += [rest.decode(errors="replace")] if rest else []
+                    return
+                *lines, rest = (rest + data).split(b"\n")
+                self.lines += [line.decode(errors="replace") for line in lines]
 
     def _clean_up(self) -> None:
         self._reader.join(PATIENCE_S)
-        assert self.process.stderr is not None
-        self.process.stderr.close()
+        if not self._reader.is_alive():  # else a process of it lives, and is still listened to
+            assert self.process.stderr is not None
+            self.process.stderr.close()
         self._notify.close()
 
 

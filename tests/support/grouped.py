@@ -153,7 +153,7 @@ class Grouped:
 
     def logged(self, pattern: str) -> list[str]:
         """The lines of the log that ``pattern`` is found in."""
-        return [line for line in self.forwarder.lines if re.search(pattern, line)]
+        return [line for line in self.forwarder.lines_so_far() if re.search(pattern, line)]
 
     def stop(self) -> None:
         """Stop the instance that has the control socket now, and wait until nothing is left."""

@@ -53,9 +53,14 @@ def _waiting(pid: int, fd: int) -> int:
     except OSError:
         return 0  # closed meanwhile
     try:
-        return int(struct.unpack("i", fcntl.ioctl(own, termios.FIONREAD, b"\0\0\0\0"))[0])
+        return waiting_in(own)
     finally:
         os.close(own)
+
+
+def waiting_in(fd: int) -> int:
+    """Bytes that wait in a pipe."""
+    return int(struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, b"\0\0\0\0"))[0])
 
 
 def resident_kib(pid: int) -> int:
