@@ -100,7 +100,8 @@ class Server:
             sock.close()
         elif data == CHECK:
             self.checks += 1
-            sock.send(WELL if self.is_well else b"SICK\n")
+            with suppress(OSError):  # a check that a reload gives up
+                sock.send(WELL if self.is_well else b"SICK\n")
             self._selector.unregister(sock)
             sock.close()
         else:
