@@ -45,18 +45,21 @@ class Heartbeats:
 
 
 class Vigil:
-    """How long workers have given no sign of life, less the time we were stopped ourselves."""
+    """How long children have given no sign of life, less the time we were stopped ourselves.
+
+    ``looked_at`` is when :meth:`look` was called last.
+    """
 
     def __init__(self, now: float) -> None:
-        self._looked_at = self._awake_since = now
+        self.looked_at = self._awake_since = now
 
     def look(self, now: float, limit_s: float) -> None:
         """Call it several times in ``limit_s``, and before :meth:`silent_s`."""
-        if now - self._looked_at > limit_s / 2:
-            # We were stopped ourselves, and so were the workers (a paused container, a suspended
-            # machine): no worker could give a sign of life.
+        if now - self.looked_at > limit_s / 2:
+            # We were stopped ourselves, and so were they (a paused container, a suspended
+            # machine): none could give a sign of life.
             self._awake_since = now
-        self._looked_at = now
+        self.looked_at = now
 
     def silent_s(self, heard_at: float, now: float) -> float:
         """Seconds since the last sign of life, at ``heard_at``, or since we woke up, if later."""

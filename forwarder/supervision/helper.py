@@ -20,7 +20,7 @@ import setproctitle
 
 from forwarder.config.model import HANG_TIMEOUT_S
 from forwarder.ipc.channel import Channel, ChannelClosed, channel_pair
-from forwarder.ipc.heartbeat import Heartbeats
+from forwarder.ipc.heartbeat import Heartbeats, Vigil
 from forwarder.supervision.policy import Backoff
 from forwarder.system.children import keep_only
 from forwarder.system.signals import describe_end, leave_to_the_master
@@ -77,7 +77,7 @@ class Helper:
         self._started_at = 0.0
         self._is_killed = False  # by us; its end is reported by SIGCHLD
         self._is_wanted = False
-        self._looked_at = self._awake_since = 0.0
+        self._vigil = Vigil(0.0)
 
     @property
     def is_started(self) -> bool:
@@ -108,7 +108,9 @@ class Helper:
         """When :meth:`turn` has something to do; None for never."""
         if not self._is_wanted:
             return None
-        return self._backoff.not_before if self._pid is None else self._looked_at + self.hang_s / 4
+        if self._pid is None:
+            return self._backoff.not_before
+        return self._vigil.looked_at + self.hang_s / 4
 
     def want(self, *, is_wanted: bool) -> None:
         """Start one at the next :meth:`turn`, or end it."""
@@ -121,10 +123,8 @@ class Helper:
         if self._is_wanted and self._pid is None and now >= self._backoff.not_before:
             self._start(now)
         elif self._pid is not None:
-            if now - self._looked_at > self.hang_s / 2:
-                self._awake_since = now  # we were stopped ourselves, see Vigil
-            self._looked_at = now
-            silent_s = now - max(self._heartbeats.last(self._cell), self._awake_since)
+            self._vigil.look(now, self.hang_s)
+            silent_s = self._vigil.silent_s(self._heartbeats.last(self._cell), now)
             if silent_s > self.hang_s and not self._is_killed:
                 log.error("helper.hung name=%s pid=%d; killing it", self._name, self._pid)
                 self._kill()
@@ -200,7 +200,8 @@ class Helper:
                 os._exit(0)
         theirs.close()
         self._pid, self._channel = pid, ours
-        self._started_at = self._looked_at = self._awake_since = now
+        self._started_at = now
+        self._vigil = Vigil(now)
         self._is_killed = False
         try:
             self._selector.register(ours, selectors.EVENT_READ, self._hear)
