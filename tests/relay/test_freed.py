@@ -6,7 +6,6 @@ import errno
 import gc
 import os
 import socket
-from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
@@ -29,6 +28,7 @@ from forwarder.stats.rows import ENDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from contextlib import ExitStack
 
     from forwarder.relay.poller import Handler
 
@@ -70,12 +70,6 @@ def meters(bench: Watched) -> Iterator[tuple[Meter, Meter]]:
     gate = Gate()
     yield Meter(bench.loop, gate, 0, 0.0), Meter(bench.loop, gate, 1, 0.0)
     gate.close()
-
-
-@pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    with ExitStack() as stack:
-        yield stack
 
 
 def turn_until(bench: Watched, condition: Callable[[], bool]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -18,12 +17,6 @@ if TYPE_CHECKING:
 
 LIMIT_S = 10.0
 FROZEN_S = 60.0
-
-
-@pytest.fixture
-def bench() -> Iterator[Bench]:
-    with closing(Bench()) as it:
-        yield it
 
 
 @pytest.fixture

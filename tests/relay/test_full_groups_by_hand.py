@@ -37,19 +37,6 @@ SOON_S = 3 * TICK_S
 ONE_EACH = {0: {"max_sessions": 1}, 1: {"max_sessions": 1}}
 
 
-@pytest.fixture
-def bench() -> Iterator[Bench]:
-    bench = Bench()
-    yield bench
-    bench.close()
-
-
-@pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    with ExitStack() as stack:
-        yield stack
-
-
 def at(sock: socket.socket) -> tuple[Target, ...]:
     return (target_of(sock),)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import socket
 from collections import deque
-from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -35,6 +34,7 @@ from forwarder.upstream.failures import FIRST_S
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from contextlib import ExitStack
 
     from forwarder.net.sockets import Target
 
@@ -48,12 +48,6 @@ def bench(request: pytest.FixtureRequest) -> Iterator[UdpBench]:
     bench = UdpBench(request.param)
     yield bench
     bench.close()
-
-
-@pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    with ExitStack() as stack:
-        yield stack
 
 
 def dead() -> tuple[Target, ...]:

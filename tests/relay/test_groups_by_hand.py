@@ -6,7 +6,6 @@ On a clock that the test turns. Whatever happens, nobody holds a server at the e
 from __future__ import annotations
 
 import socket
-from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -39,23 +38,11 @@ from forwarder.stats.rows import (
 from forwarder.upstream.pool import Pool
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
+    from contextlib import ExitStack
 
 SOON_S = 3 * TICK_S
 ONE_EACH = {0: {"max_sessions": 1}, 1: {"max_sessions": 1}}
-
-
-@pytest.fixture
-def bench() -> Iterator[Bench]:
-    bench = Bench()
-    yield bench
-    bench.close()
-
-
-@pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    with ExitStack() as stack:
-        yield stack
 
 
 def refusing(stack: ExitStack) -> tuple[Target, ...]:

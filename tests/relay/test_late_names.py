@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import socket
-from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -27,6 +26,7 @@ from forwarder.stats.rows import ATTEMPTS_FAILED, CONNECTS_FAILED, ENDS, SESSION
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from contextlib import ExitStack
 
     from forwarder.net.sockets import Target
 
@@ -34,24 +34,11 @@ CONNECT_S = 10.0
 SOON_S = 3 * TICK_S
 
 
-@pytest.fixture
-def bench() -> Iterator[Bench]:
-    bench = Bench()
-    yield bench
-    bench.close()
-
-
 @pytest.fixture(params=[RelayMode.AUTO, RelayMode.COPY], ids=["batched", "plain"])
 def udp_bench(request: pytest.FixtureRequest) -> Iterator[UdpBench]:
     bench = UdpBench(request.param)
     yield bench
     bench.close()
-
-
-@pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    with ExitStack() as stack:
-        yield stack
 
 
 def refusing(stack: ExitStack) -> Target:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import pytest
 from support.by_hand import RULE, Bench, StubPool, target_of
@@ -15,19 +14,9 @@ from forwarder.relay.tcp.stream import ABORT_GRACE_S
 from forwarder.stats.reasons import REASONS, Phase
 from forwarder.stats.rows import ENDS
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 HALF_CLOSE_S = 60.0
 # More than the client's receive queue takes while it is not read, less than our send queue.
 ANSWER = seeded(600_000, 21)
-
-
-@pytest.fixture
-def bench() -> Iterator[Bench]:
-    bench = Bench()
-    yield bench
-    bench.close()
 
 
 class Lost:

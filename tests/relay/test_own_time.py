@@ -27,20 +27,13 @@ from forwarder.relay.tcp_listener import ACCEPT_BATCH, Listener
 from forwarder.relay.wheel import BUCKETS, TICK_S
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
     from forwarder.net.sockets import SockAddr
 
 
 TURN_S = BUCKETS * TICK_S
-
-
-@pytest.fixture
-def bench() -> Iterator[Bench]:
-    bench = Bench()
-    yield bench
-    bench.close()
 
 
 @pytest.mark.parametrize("idle_s", [0.0, TURN_S - 3, TURN_S + 20, 1e6])

@@ -7,11 +7,8 @@ from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING
 
-import pytest
-from support.by_hand import Bench
-
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from support.by_hand import Bench
 
     from forwarder.relay.poller import Handler
 
@@ -44,13 +41,6 @@ class Sound:
 
     def on_bug(self) -> None:
         raise AssertionError
-
-
-@pytest.fixture
-def bench() -> Iterator[Bench]:
-    bench = Bench()
-    yield bench
-    bench.close()
 
 
 def test_who_fails_twice_costs_the_others_of_a_batch_nothing(bench: Bench) -> None:

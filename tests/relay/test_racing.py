@@ -42,25 +42,10 @@ from forwarder.upstream.names import Names
 from forwarder.upstream.pool import Pool
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from forwarder.net.options import How
     from forwarder.net.sockets import SockAddr, Target
 
 RACE_S = RACE_AFTER_S + 2 * TICK_S  # a tick is as fine as it gets
-
-
-@pytest.fixture
-def bench() -> Iterator[Bench]:
-    bench = Bench()
-    yield bench
-    bench.close()
-
-
-@pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    with ExitStack() as stack:
-        yield stack
 
 
 def silent(stack: ExitStack) -> CloggedUpstream:
