@@ -34,6 +34,9 @@ def opened(session: Session) -> Later:
 def ended(session: Session, reason: CloseReason | None, now: float) -> Later:
     """A session has ended; ``now`` is in the loop's time. Raises OSError if its socket is gone."""
     pool = session.pool
+    group = None
+    if pool.balancer is not None or session.server is not None:
+        group = session.relay.servers.group_of(session)
     return partial(
         _record,
         pool,
@@ -43,7 +46,8 @@ def ended(session: Session, reason: CloseReason | None, now: float) -> Later:
         session.client_address,
         session.local(),
         session.target,
-        None if pool.balancer is None else _server_of(session),
+        group or "",
+        None if group is None else _server_of(session),
         session.c2u.moved,
         session.u2c.moved,
         session.started_at,
@@ -90,6 +94,7 @@ def _record(  # noqa: PLR0913 - what is logged of a session, by position: it is 
     client: SockAddr,
     local: Target,
     reached: Target | None,
+    group: str,
     server: Server | None,
     bytes_c2u: int,
     bytes_u2c: int,
@@ -124,7 +129,7 @@ def _record(  # noqa: PLR0913 - what is logged of a session, by position: it is 
         reason.code if reason is not None else "",
         reason.detail if reason is not None else "",
         relay.slot,
-        "" if pool.balancer is None else rule.group_name,
+        group,
         "" if server is None else server.name,
     )
 

@@ -225,15 +225,22 @@ class Servers:
         return new
 
     def group_of(self, session: Served) -> str | None:
-        """The name of the group that a session has its server from; None if there is no choice."""
+        """The name of the group that a session counts for, or looks for a server in, by now.
+
+        None where it has not had a choice.
+        """
+        if session.server is None:
+            pool = self.choosing(session.pool)
+            is_choosing = session.upstream is None and pool.balancer is not None
+            return pool.rule.group_name if is_choosing else None
         pool, whole = session.pool, self._whole(session.pool)
         if (
             whole is not None
             and whole.balancer is not None
             and session.server in whole.balancer.servers
         ):
-            return whole.rule.group_name
-        return None if pool.balancer is None else pool.rule.group_name
+            pool = whole
+        return pool.rule.group_name
 
     def _whole(self, pool: Pool) -> Pool | None:
         if self._pools is None:

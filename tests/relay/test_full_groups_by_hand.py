@@ -16,11 +16,13 @@ from support import procfs
 from support.by_hand import Bench, GroupPool, StubPool, pool_of, target_of
 from support.ends import listen, receive_to_reset, reset
 from support.groups import failed, find, look, order, servers_of, turning
+from support.logged import read_json
 
 from forwarder.balancing.balancer import RETURN_S
 from forwarder.balancing.table import CUTS, DRAINS, HAS_ORDER, Standing
-from forwarder.config.model import Balance, OnDown, OnUp
+from forwarder.config.model import Balance, LogFormat, OnDown, OnUp
 from forwarder.limits.gate import STUCK_S, Holder, Holdings
+from forwarder.relay.listing import describe
 from forwarder.relay.servers import SERVES_S
 from forwarder.relay.wheel import TICK_S
 from forwarder.stats.board import ROWS
@@ -29,6 +31,7 @@ from forwarder.stats.rows import ENDS, SESSIONS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
     from forwarder.net.sockets import Target
     from forwarder.relay.session import Session
@@ -412,6 +415,11 @@ def put_in_force(bench: Bench, pool: StubPool | None, former: GroupPool) -> None
     bench.relay.servers.apply(pools, bench.relay.sessions)
 
 
+def shown(session: Session) -> dict[str, object]:
+    """A session as in the list."""
+    return describe(session, 0.0)
+
+
 def changed(bench: Bench, pool: GroupPool, rows: Sequence[int] = (), **group: object) -> GroupPool:
     """The same servers after a reload."""
     again = bench.group(*pool.found, former=pool.balancer, rows=rows, **group)  # type: ignore[arg-type]
@@ -457,6 +465,31 @@ def test_sessions_count_where_their_group_has_another_name(bench: Bench, stack: 
     end(bench, session)
     turning(bench, lambda: waits.connected_at > 0)
     assert servers_of(again)[0].counts[SESSIONS] == 1
+
+
+def test_a_session_is_called_by_the_group_that_it_counts_for(
+    bench: Bench, stack: ExitStack, tmp_path: Path
+) -> None:
+    """In the list and in the log, one that has a server and one that looks for one."""
+    path = tmp_path / "log"
+    fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
+    bench.relay.books.connlog.set_places([(LogFormat.JSON, "log", fd)])
+    pool = bench.group(at(stack.enter_context(listen())), name="old", changes=ONE_EACH, max_queue=1)
+    _, served = serve(bench, stack, pool)
+    _, waits = begin(bench, stack, pool)
+    plain = pool_of(at(stack.enter_context(listen())), 10.0)
+    _, unchosen = serve(bench, stack, plain)
+    rows = range(ROWS + 11, ROWS + 13)
+    changed(bench, pool, changes=ONE_EACH, max_queue=1, rows=rows, name="new")
+    listed = {it["id"]: (it["group"], it["server"]) for it in map(shown, (served, waits, unchosen))}
+    server = servers_of(pool)[0].name
+    assert list(listed.values()) == [("new", server), ("new", None), (None, None)]
+    end(bench, waits)
+    end(bench, served)
+    end(bench, unchosen)
+    bench.relay.books.connlog.close()
+    logged = {it["id"]: (it.get("group"), it.get("server")) for it in read_json(path)}
+    assert logged == listed
 
 
 def test_who_waits_in_a_group_that_is_gone_waits_no_longer(bench: Bench, stack: ExitStack) -> None:

@@ -205,7 +205,7 @@ def group_of(
         )
         for index in range(len(servers))
     )
-    made = Group(name="some group", **group)  # type: ignore[arg-type]  # the fields of a group
+    made = Group(**{"name": "some group", **group})  # type: ignore[arg-type]  # the fields of a group
     rule = replace(rule, upstreams=upstreams, group=made)
     surroundings = Surroundings(
         table=shared.table,
