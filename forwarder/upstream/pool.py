@@ -9,7 +9,7 @@ import errno
 import os
 import socket
 from ipaddress import ip_address
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from forwarder.config.address import UnixAddress
 from forwarder.net.options import to_connect, to_listen
@@ -33,16 +33,20 @@ if TYPE_CHECKING:
 _Named: TypeAlias = tuple[str, int]
 
 
+# What logs that know one upstream only say where there are several, and none was tried.
+NOBODY: Final = ("-", 0)
+
+
 class Pool:
     """Where the sessions of a rule go: to its one upstream, or to one that a balancer chooses.
 
     ``counts`` is the row of the rule, shared with its earlier pools; ``row`` is its number.
     ``origin`` is the pool of the whole rule, which this one is itself unless :meth:`at` has made
     it, for the port that is ``offset`` behind the first. ``has_unix``: one end of the sessions is a
-    unix socket, or may be. ``listen_host`` and ``upstream_text`` (host and port of the first) are
-    as written. ``local`` is the address that all clients connect to, or None if only their sockets
-    know it. ``how`` says how upstream sockets are made, by family; ``opens_fast``: connect with
-    data in the first segment, where there is some. ``failures``: the addresses that failed just
+    unix socket, or may be. ``listen_host`` and ``upstream_text`` (host and port; NOBODY where there
+    are several) are as written. ``local`` is the address that all clients connect to, or None if
+    only their sockets know it. ``how`` says how upstream sockets are made, by family;
+    ``opens_fast``: connect with data in the first segment, where there is some. ``failures``: the addresses that failed just
     now, of all ports of the rule. ``takes_ports``: each upstream socket takes a local port that
     others need, too: for UDP, unless it is a client's. ``race_after_s``: how long an address may
     not answer until the next one is tried beside it; 0: none is. ``balancer`` chooses among the
@@ -108,7 +112,7 @@ class Pool:
         self.how = to_connect(rule.options, is_udp=rule.protocol.connects_by_udp)
         self.takes_ports = rule.protocol.connects_by_udp and not rule.options.transparent
         self.local = None if rule.options.transparent else _only_local(rule.listen)
-        self.upstream_text = _as_written(ends[0], offset)
+        self.upstream_text = _as_written(ends[0], offset) if len(ends) == 1 else NOBODY
         self._origin = origin
         self.failures: Failures = origin.failures if origin is not None else Failures()
         self._names = names

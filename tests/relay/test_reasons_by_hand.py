@@ -9,13 +9,14 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 import pytest
-from support.by_hand import RULE, Bench, StubPool, accepted, pool_of
+from support.by_hand import RULE, Bench, StubPool, accepted, pool_of, target_of
 from support.ends import accept, listen, receive_to_reset
+from support.groups import turning
 from support.logged import read_json
 
-from forwarder.config.model import LogFormat
+from forwarder.config.model import Balance, LogFormat
 from forwarder.net.sockets import ACCEPT_IGNORE, Target
-from forwarder.relay.access import AccessList
+from forwarder.relay.access import AccessList, Decision
 from forwarder.relay.tcp.stream import Stream
 from forwarder.relay.tcp_listener import Listener
 from forwarder.stats.reasons import REASONS, CloseReason, Phase, Who
@@ -62,6 +63,25 @@ def test_a_name_server_that_does_not_answer_is_our_reason(bench: Bench, tmp_path
         Counter(["us/connect"]),
         ["local-connect-failed -"],
     )
+
+
+def test_a_server_that_was_not_used_is_not_in_rinetds_log(bench: Bench, tmp_path: Path) -> None:
+    """Its fields are there all the same; those of who was served say where."""
+    with listen() as one, listen() as other:
+        found = [(target_of(sock),) for sock in (one, other)]
+        changes = {index: {"max_sessions": 1} for index in range(2)}
+        pool = bench.group(*found, changes=changes, balance=Balance.FIRST)
+        with bench.open(pool), bench.open(pool), bench.open(pool) as client:
+            turning(bench, lambda: len(bench.relay.sessions) == 2)
+            assert receive_to_reset(client) == b""
+            bench.relay.abort_sessions(Phase.KILL, "the test")
+        books, decision = bench.relay.books, Decision.DENIED
+        books.on_refused(pool, ("192.0.2.1", 9), lambda: target_of(one), decision)
+        reached = [[host, str(port)] for host, port in (one.getsockname(), other.getsockname())]
+    written(bench, pool, tmp_path)
+    lines = (tmp_path / "rinetd").read_text().splitlines()
+    upstreams = [line.split("\t")[4:6] for line in lines]
+    assert sorted(upstreams) == sorted([["-", "0"], ["-", "0"], *reached, *reached])
 
 
 def test_a_bug_ends_the_session_and_is_counted(bench: Bench, tmp_path: Path) -> None:
