@@ -1,0 +1,56 @@
+"""Exactly one of all that have the token of a consignment gets its sessions."""
+
+from __future__ import annotations
+
+import os
+import socket
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+import pytest
+
+from forwarder.ipc import claim
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture
+def token() -> Iterator[int]:
+    """A new one."""
+    fd = claim.make()
+    yield fd
+    os.close(fd)
+
+
+def test_the_first_gets_it_also_with_a_descriptor_of_its_own(token: int) -> None:
+    with ExitStack() as stack:
+        ours, theirs = socket.socketpair()
+        stack.enter_context(ours)
+        stack.enter_context(theirs)
+        socket.send_fds(ours, [b"x"], [token])
+        _, (other,), _, _ = socket.recv_fds(theirs, 1, 1)
+        stack.callback(os.close, other)
+        assert claim.claim(other)
+        assert not claim.claim(token)
+        assert not claim.claim(other)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_given_up_it_is_for_one_again(token: int, times: int) -> None:
+    assert claim.claim(token)
+    for _ in range(times):
+        claim.give_up(token)
+    assert claim.claim(token)
+    assert not claim.claim(token)
+
+
+def test_what_is_no_token_gives_nobody_anything() -> None:
+    left, right = os.pipe2(os.O_CLOEXEC)
+    assert not claim.claim(left)
+    assert not claim.claim(right)
+    os.write(right, b"short")
+    assert not claim.claim(left)
+    os.close(left)
+    os.close(right)
+    assert not claim.claim(left)
