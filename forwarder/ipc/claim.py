@@ -1,8 +1,8 @@
 """Who goes on with sessions that are on their way: who claims them first, whatever is killed.
 
-Each consignment brings a token, an eventfd(2) that holds 1. Reading takes the 1 away, in the kernel,
-so of all who have the token one gets it: the taker before it answers TAKEN, or the giver when nobody
-is left to say what became of the consignment. Knows no sessions. Never blocks.
+Each consignment brings a token, an eventfd(2) that holds 1. Reading takes the 1 away, in the
+kernel, so of all who have the token one gets it: the taker before it answers TAKEN, or the giver
+when nobody is left to say what became of the consignment. Knows no sessions. Never blocks.
 """
 
 from __future__ import annotations
