@@ -108,6 +108,8 @@ class Channel:
                     MAX_MESSAGE_BYTES, socket.CMSG_SPACE(MAX_FDS * 4), _CLOEXEC
                 )
             except OSError as err:
+                if err.errno == errno.ECONNRESET:
+                    continue  # it has ended without reading all; what it had sent is still here
                 if err.errno in _LATER:
                     return found
                 raise ChannelClosed from err

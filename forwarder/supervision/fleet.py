@@ -246,24 +246,28 @@ class Fleet:
             log.error("master: worker %d pid=%d %s", process.slot, process.pid, why)
             process.signal(signal.SIGKILL)
 
-    def hear(self, process: WorkerProcess) -> None:
-        """Read the messages of a worker, and send what waited for it."""
+    def hear(self, process: WorkerProcess) -> bool:
+        """Read the messages of a worker, and send what waited for it; whether there were any."""
+        found: list[Received] = []
         try:
-            process.channel.flush()
-            for received in process.channel.receive():
+            with suppress(ChannelClosed):  # its last words are read first
+                process.channel.flush()
+            found = process.channel.receive()
+            for received in found:
                 try:
                     self._handle(process, received)
                 finally:
                     received.close()  # what was not asked for
         except ChannelClosed:
             self._hang_up(process)  # its death is reported by SIGCHLD
-            return
+            return False
         except (KeyError, TypeError, ValueError, RecursionError):
             # No message of a worker may end the master.
             log.exception("worker.nonsense slot=%d pid=%d", process.slot, process.pid)
             process.signal(signal.SIGKILL)
-            return
+            return True
         self.telling.watch(process)
+        return bool(found)
 
     def close(self) -> None:
         """Give up what is not the workers', at the end."""
@@ -336,7 +340,8 @@ class Fleet:
             process.signal(signal.SIGKILL)
 
     def _on_death(self, process: WorkerProcess, status: int) -> None:
-        self.hear(process)  # its last words
+        while self.hear(process):
+            pass  # its last words
         self._hang_up(process)
         self.ledger.close(process.tables.board)
         self._must_recount = True

@@ -190,6 +190,17 @@ def test_a_worker_that_talks_without_end_is_heard_a_little_at_a_time(worker: Wor
     assert len(worker.process.channel.receive()) == MAX_AT_ONCE
 
 
+def test_all_last_words_of_a_worker_are_heard_that_has_not_read_everything(worker: Worker) -> None:
+    number = worker.ask()
+    worker.process.channel.send({"op": "not read"})
+    for _ in range(MAX_AT_ONCE):
+        worker.say(b'{"op": "leaving-not"}')
+    worker.say(answer(number, answer="a"))
+    worker.sock.close()
+    worker.fleet.on_exit(worker.child.pid, 9)
+    assert worker.heard == [(["a"], [])]
+
+
 def test_an_answer_for_which_there_was_no_descriptor_is_no_answer(worker: Worker) -> None:
     number = worker.ask()
     worker.say(answer(number, answer=None))
