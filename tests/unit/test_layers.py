@@ -55,6 +55,7 @@ PURE = {
     "supervision.policy",
     "relay.wheel",
     "connlog.record",
+    "relay.moving.parcel",
     "relay.udp.framing",
     "relay.udp.flow_table",
     "upstream.schedule",
