@@ -104,12 +104,8 @@ class Channel:
         found: list[Received] = []
         while len(found) < MAX_AT_ONCE:
             try:
-                data, ancillary, flags, _ = self._sock.recvmsg(
-                    MAX_MESSAGE_BYTES, socket.CMSG_SPACE(MAX_FDS * 4), _CLOEXEC
-                )
+                data, ancillary, flags, _ = self._recvmsg()
             except OSError as err:
-                if err.errno == errno.ECONNRESET:
-                    continue  # it has ended without reading all; what it had sent is still here
                 if err.errno in _LATER:
                     return found
                 raise ChannelClosed from err
@@ -130,6 +126,12 @@ class Channel:
                     received.close()
                 raise
         return found
+
+    def _recvmsg(self) -> tuple[bytes, list[tuple[int, int, bytes]], int, object]:
+        try:
+            return self._sock.recvmsg(MAX_MESSAGE_BYTES, _MOST_ANCILLARY, _CLOEXEC)
+        except ConnectionResetError:  # it has ended without reading all; what it said is still here
+            return self._sock.recvmsg(MAX_MESSAGE_BYTES, _MOST_ANCILLARY, _CLOEXEC)
 
     def close(self) -> None:
         """Close; what waits in the outbox is lost."""
@@ -163,6 +165,7 @@ class Channel:
 
 # Nothing has arrived, or memory ran out; then the event comes again.
 _LATER: Final = OUT_OF_RESOURCES | {errno.EAGAIN}
+_MOST_ANCILLARY: Final = socket.CMSG_SPACE(MAX_FDS * 4)
 _CLOEXEC: Final = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 
 
