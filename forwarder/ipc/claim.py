@@ -29,4 +29,5 @@ def claim(token: int) -> bool:
 
 def give_up(token: int) -> None:
     """Let others claim again: who had is dead, and has not answered TAKEN. Raises OSError."""
+    os.set_blocking(token, False)  # who has sent it might have sent something else
     os.eventfd_write(token, 1)

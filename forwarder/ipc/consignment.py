@@ -5,7 +5,7 @@
     who wants     --MOVE {number, limit, and conditions as in LIST}--> giver
     giver         --PARCELS {number, ...} and descriptors--> who wants --the same--> taker
     taker         --TAKEN {number, refused, why}--> who has sent it
-    who wanted    --MOVED {number, is_back}--> giver
+    who wanted    --MOVED {number, is_back, refused}--> giver
 
 What a parcel says of its session only giver and taker know; it travels as JSON in a memory file,
 so that who passes a consignment on neither reads it nor is bound by the size of a message. The
@@ -63,7 +63,8 @@ class Consignment:
     """Sessions on their way, whose descriptors it owns until :meth:`close`; perhaps none.
 
     ``left``: how many the giver could move as well; ``busy``: how many it has that cannot be moved
-    yet. ``sessions``: where in the content each is described, and its descriptors.
+    yet. ``sessions``: where in the content each is described, and its descriptors. ``is_foreign``:
+    they are another instance's, counted and held there.
     """
 
     number: int
@@ -73,6 +74,7 @@ class Consignment:
     token: int = -1
     content: int = -1
     sessions: list[tuple[int, list[int]]] = field(default_factory=list)
+    is_foreign: bool = False
 
     @classmethod
     def of(
@@ -114,6 +116,7 @@ class Consignment:
             "left": self.left,
             "busy": self.busy,
             "sessions": [[place, len(fds)] for place, fds in self.sessions],
+            "foreign": self.is_foreign,
         }
         channel.send(message, self.fds)
 
@@ -135,6 +138,7 @@ class Consignment:
         message = received.message
         found = cls(_count(message["number"]), _count(message["left"]), _count(message["busy"]))
         found.version = _count(message["version"])
+        found.is_foreign = message.get("foreign") is True
         shares = message["sessions"]
         if not isinstance(shares, list) or len(shares) > MAX_SESSIONS:
             raise ValueError("not a consignment")
@@ -171,7 +175,7 @@ class Consignment:
         """
         if len(refused) >= len(self.sessions):
             return self
-        rest = Consignment(self.number, version=self.version)
+        rest = Consignment(self.number, version=self.version, is_foreign=self.is_foreign)
         rest.sessions = [self.sessions[i] for i in sorted({*refused})]
         self.sessions = [one for i, one in enumerate(self.sessions) if i not in refused]
         rest.content, self.content = self.content, -1
@@ -226,12 +230,14 @@ def read_taken(message: Message) -> tuple[int, list[int], str]:
     return _count(message.get("number")), [_count(index) for index in refused], why
 
 
-def confirm(channel: Channel, number: int, *, is_back: bool = False) -> None:
+def confirm(
+    channel: Channel, number: int, *, is_back: bool = False, refused: Sequence[int] = ()
+) -> None:
     """Tell a giver that a consignment is settled; ``is_back``: that it should take it back.
 
-    Raises ChannelClosed.
+    ``refused``: the indices of those that it should go on with. Raises ChannelClosed.
     """
-    channel.send({"op": Op.MOVED, "number": number, "is_back": is_back})
+    channel.send({"op": Op.MOVED, "number": number, "is_back": is_back, "refused": [*refused]})
 
 
 def _count(value: object) -> int:
