@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from forwarder.net.sockets import client_text
 from forwarder.relay.access import AccessList, Decision, pattern_matcher
+from forwarder.relay.session import id_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -69,8 +70,8 @@ class Choice:
 
 
 def identify(session: Session) -> str:
-    """The id of a session: unique on this machine while its worker lives."""
-    return f"{session.relay.pid}.{session.id}"
+    """The id of a session, which it has from its birth on, wherever it goes."""
+    return id_text(session.id)
 
 
 def group_of(session: Session) -> str | None:

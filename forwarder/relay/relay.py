@@ -23,7 +23,7 @@ from forwarder.relay.descriptors import Descriptors
 from forwarder.relay.outages import Outages
 from forwarder.relay.pauses import Pauses
 from forwarder.relay.servers import Servers
-from forwarder.relay.session import SessionState
+from forwarder.relay.session import SessionState, births
 from forwarder.relay.tcp.stream import Stream
 from forwarder.relay.udp.bridge import Bridge
 from forwarder.relay.udp.directions import FlowDirection
@@ -73,7 +73,7 @@ class Relay:
         ``holder`` is needed as soon as a rule has limits.
         """
         self.slot = slot
-        self.pid = os.getpid()
+        self.births = births(os.getpid())
         # In order of age. Not a set, which takes 16 to 64 bytes more for each.
         self.sessions: dict[Session, None] = {}
         self.bench = bench = Workbench(loop, mode, pipe_budget_pages)

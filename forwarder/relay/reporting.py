@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from forwarder.connlog.record import Event, Record, rinetd_result
+from forwarder.relay.session import id_text
 
 if TYPE_CHECKING:
     from forwarder.balancing.server import Server
@@ -112,7 +113,7 @@ def _record(  # noqa: PLR0913 - what is logged of a session, by position: it is 
     return Record(
         _ENDED if is_end else _OPENED,
         at,
-        f"{relay.pid}.{number}",
+        id_text(number),
         rule.name,
         rule.protocol.value,
         host,

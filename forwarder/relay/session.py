@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from enum import Enum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from forwarder.relay.dialer import Dialer
 from forwarder.relay.group_dialer import GroupDialer
@@ -44,6 +44,23 @@ class SessionState(Enum):
 
 # Looking a member up in the class costs 100 ns in Python 3.11, several times per session.
 _RESOLVING, _CONNECTING = SessionState.RESOLVING, SessionState.CONNECTING
+
+
+# One number, as two of them, or a text, would take more in each session.
+_BIRTH_BITS: Final = 32
+
+
+def births(pid: int) -> int:
+    """Where the ids begin of sessions that begin in a process: each is that plus how many before.
+
+    Unique on this machine, until the process's number is another one's and so many have begun.
+    """
+    return pid << _BIRTH_BITS
+
+
+def id_text(number: int) -> str:
+    """The id of a session for people."""
+    return f"{number >> _BIRTH_BITS}.{number & (1 << _BIRTH_BITS) - 1}"
 
 
 class Movement(Protocol):
@@ -84,11 +101,12 @@ class Journal(Protocol):
 class Home(Protocol):
     """What a session lives in: the relay of its worker, as far as sessions know it.
 
-    ``pid`` and ``slot`` are the worker's, ``sessions`` those that are open. ``poller`` is that of
-    ``bench``: it is used for every event, so it is not one step further away.
+    ``births`` is where the ids of sessions that begin here begin, ``slot`` the worker's,
+    ``sessions`` those that are open. ``poller`` is that of ``bench``: it is used for every event,
+    so it is not one step further away.
     """
 
-    pid: int
+    births: int
     slot: int
     poller: Poller
     bench: Workbench
@@ -106,7 +124,8 @@ class Session:
     """A client and its upstream.
 
     ``c2u`` and ``u2c`` are made by the subclass, which owns the sockets. ``active_at``: when
-    something last arrived, in the loop's time; ``tick`` is the wheel's.
+    something last arrived, in the loop's time; ``tick`` is the wheel's. ``id``: see :func:`births`;
+    it stays when the session goes on in another worker.
     """
 
     __slots__ = (
@@ -136,7 +155,7 @@ class Session:
 
     def __init__(self, relay: Home, pool: Pool, client_address: SockAddr) -> None:
         self.relay = relay
-        self.id = relay.books.total
+        self.id = relay.births + relay.books.total
         self.pool = pool
         self.client_address = client_address
         self.upstream: socket.SocketType | None = None
