@@ -212,7 +212,12 @@ class Consignment:
 
 def ask(channel: Channel, number: int, limit: int, choice: Mapping[str, object]) -> None:
     """Ask for up to ``limit`` sessions, of those that meet a choice. Raises ChannelClosed."""
-    channel.send({**choice, "op": Op.MOVE, "number": number, "limit": limit})
+    channel.send(move(number, limit, choice))
+
+
+def move(number: int, limit: int, choice: Mapping[str, object]) -> Message:
+    """The same as a message, for a giver that has no channel to us."""
+    return {**choice, "op": Op.MOVE, "number": number, "limit": limit}
 
 
 def answer_taken(
@@ -237,7 +242,12 @@ def confirm(
 
     ``refused``: the indices of those that it should go on with. Raises ChannelClosed.
     """
-    channel.send({"op": Op.MOVED, "number": number, "is_back": is_back, "refused": [*refused]})
+    channel.send(moved(number, is_back=is_back, refused=refused))
+
+
+def moved(number: int, *, is_back: bool = False, refused: Sequence[int] = ()) -> Message:
+    """The same as a message, for a giver that has no channel to us."""
+    return {"op": Op.MOVED, "number": number, "is_back": is_back, "refused": [*refused]}
 
 
 def _count(value: object) -> int:
