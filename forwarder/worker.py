@@ -30,7 +30,9 @@ from forwarder.ipc.messages import Op, read_access, read_assignment, read_logs, 
 from forwarder.limits.gate import Holder
 from forwarder.relay import listing
 from forwarder.relay.access import AccessList, access_of
+from forwarder.relay.cuts import Cuts
 from forwarder.relay.listing import denied_by, denied_sessions
+from forwarder.relay.pools import Pools
 from forwarder.relay.relay import Relay
 from forwarder.relay.session import SessionState
 from forwarder.relay.tcp_listener import listener_class
@@ -41,21 +43,15 @@ from forwarder.system import privileges
 from forwarder.system.daemonlog import warn_rarely
 from forwarder.system.signals import leave_to_the_master
 from forwarder.upstream.failing import of_pools
-from forwarder.upstream.members import differ_by_members
 from forwarder.upstream.messages import read_answers
 from forwarder.upstream.names import Names
-from forwarder.upstream.pool import Pool
 from forwarder.upstream.wanted import all_names
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from forwarder.balancing.balancer import Balancer
     from forwarder.config.model import Rule
     from forwarder.ipc.channel import Message
     from forwarder.ipc.messages import Assignment
     from forwarder.ipc.workerspec import WorkerSpec
-    from forwarder.relay.session import Session
     from forwarder.relay.tcp_listener import AnyListener
 
 log = logging.getLogger(__name__)
@@ -119,7 +115,8 @@ class Worker:
         self._relay = Relay(loop, spec.relay, slot=spec.slot, holder=holder)
         self._is_flushing = False
         self._names = Names(self._ask_for_name, loop.time)
-        self._pools: dict[str, Pool] = {}
+        self._pools = Pools(self._names, spec.board.row)
+        self._cuts = Cuts(loop, partial(self._relay.abort_sessions, Phase.DRAIN, "drain_timeout"))
         self._balancers = Balancers(
             spec.table, spec.board.row, holder, self._relay.restrictions.settle_soon
         )
@@ -128,8 +125,6 @@ class Worker:
         self._unreceived: list[int] = []  # ids of sockets for which there was no descriptor
         self._in_force: Assignment | None = None
         self._has_said_failing = False
-        self._former: set[Pool] = set()  # whose rules are served, by other members of a name
-        self._needing: list[Pool] = []  # those that name interfaces for their upstreams
         self._board = spec.board
         self._relay.servers.alarm = spec.board.row(ROWS)
         self._done: asyncio.Future[WorkerExit] = loop.create_future()
@@ -187,7 +182,7 @@ class Worker:
             if received.message["is_last"]:
                 self._end_silent_flows()
                 self._loop.call_later(LAST_SILENCE_S, self._end_unresolved)
-            self._end_sessions_after(received.message["limit_s"], self._relay.sessions)
+            self._end_after(received.message["limit_s"])
         elif op == Op.STOP:
             self._last_phase = Phase(received.message["phase"])
             self._finish()
@@ -306,15 +301,15 @@ class Worker:
         """Notice interfaces that come and go, and report which addresses fail, if some do."""
         relay = self._relay
         relay.look_at_servers(self._balancers, self._balancers.revision)
-        if self._needing:
+        if self._pools.needing:
             relay.poller.read_clock()
-            relay.outages.look_at_interfaces(self._needing)
+            relay.outages.look_at_interfaces(self._pools.needing)
         outages = relay.outages.pools
         failing = [*outages]
         if not failing and not self._has_said_failing:
             return
         for pool in failing:
-            if not pool.failures or self._pools.get(pool.rule.name) is not pool:
+            if not pool.failures or self._pools.in_force.get(pool.rule.name) is not pool:
                 del outages[pool]
         if not self._channel.has_outbox:
             self._say(Op.FAILING, failing=of_pools(outages, self._loop.time()))
@@ -348,32 +343,24 @@ class Worker:
 
     def _put_in_force(self, assignment: Assignment) -> None:
         rules = assignment.config.rules
-        before = {*self._pools.values(), *self._former}
         accesses = [access_of(assignment.config, rule) for rule in rules]
         # From here on something may be half done if this fails.
         part = self._slot % assignment.workers / assignment.workers
         balancers = self._balancers.apply(rules, assignment.seats, part)
-        self._pools = {
-            rule.name: self._pool(rule, row, balancer)
-            for rule, row, balancer in zip(rules, assignment.rows, balancers, strict=True)
-        }
-        self._relay.servers.apply(self._pools, self._relay.sessions)
+        gone = self._pools.apply(rules, assignment.rows, balancers, self._relay.sessions)
+        self._relay.servers.apply(self._pools.in_force, self._relay.sessions)
         self._relay.bench.pipes.budget_pages = assignment.pipe_budget_pages
         self._relay.flows.workers = assignment.workers
-        self._needing = [pool for pool in self._pools.values() if pool.needs_interfaces]
         self._names.keep(all_names(rules).keys())  # as the master, which sends only news
         self._relay.restrictions.apply(
-            self._pools.values(), assignment.config.settings.max_sessions, self._relay.sessions
+            self._pools.in_force.values(),
+            assignment.config.settings.max_sessions,
+            self._relay.sessions,
         )
         for socket_id, index in assignment.routes.items():
             if socket_id in self._sockets:  # else descriptors ran out: see _acknowledge
                 self._route(socket_id, rules[index], accesses[index])
-        gone = before.difference(self._pools.values())
-        moved = {pool for pool in gone if self._has_only_moved(pool)}
-        gone -= moved
-        # Thousands of rules may share a group.
-        self._former = moved and moved & {session.pool.origin for session in self._relay.sessions}
-        self._end_sessions_after(
+        self._cuts.after(
             assignment.config.settings.drain_timeout_s,
             [session for session in self._relay.sessions if session.pool.origin in gone],
         )
@@ -385,7 +372,7 @@ class Worker:
 
     def _route(self, socket_id: int, rule: Rule, access: AccessList) -> None:
         """Serve the clients of a socket by a rule."""
-        pool = self._pools[rule.name]
+        pool = self._pools.in_force[rule.name]
         listener = self._listeners.get(socket_id)
         kind = listener_class(rule)
         if listener is not None and type(listener) is not kind:
@@ -424,25 +411,11 @@ class Worker:
             self._relay.bench.pipes.close()  # the idle ones; they make room for the next try
         self._say(Op.APPLIED, serial=serial, missing=missing, refusal=refusal)
 
-    def _end_sessions_after(self, limit_s: object, sessions: Iterable[Session]) -> None:
-        """Reset those of ``sessions`` that are left after ``limit_s``; 0 or None is no limit."""
-        doomed = tuple(sessions)
-        if isinstance(limit_s, int | float) and limit_s and doomed:
+    def _end_after(self, limit_s: object) -> None:
+        """Reset all sessions that are left after ``limit_s``; 0 or None is no limit."""
+        if isinstance(limit_s, int | float) and limit_s:
             abort = self._relay.abort_sessions
-            self._loop.call_later(limit_s, lambda: abort(Phase.DRAIN, "drain_timeout", doomed))
-
-    def _pool(self, rule: Rule, row: int, balancer: Balancer | None) -> Pool:
-        """The pool of an unchanged rule goes on, with its names; others are new."""
-        known = self._pools.get(rule.name)
-        is_same = known is not None and (known.rule, known.row) == (rule, row)
-        if known is not None and is_same and known.balancer is balancer:
-            return known
-        return Pool(rule, self._names, row, self._board.row(row), balancer)
-
-    def _has_only_moved(self, pool: Pool) -> bool:
-        """Whether the rule of a former pool is as it was, but for members of names."""
-        now = self._pools.get(pool.rule.name)
-        return now is not None and differ_by_members(pool.rule, now.rule)
+            self._loop.call_later(limit_s, abort, Phase.DRAIN, "drain_timeout")
 
     def drain(self) -> None:
         """Accept no more, and leave when the last session has ended."""
