@@ -39,9 +39,11 @@ from forwarder.succession.inherit import foreign_descriptors
 from forwarder.supervision.checking import Checking
 from forwarder.supervision.ending import Ending
 from forwarder.supervision.fleet import Fleet
+from forwarder.supervision.moves import Moves
 from forwarder.supervision.spec import MasterSpec, MasterState
 from forwarder.supervision.status import Status
-from forwarder.supervision.upstreams import OrderError, Upstreams
+from forwarder.supervision.upstreams import Upstreams
+from forwarder.supervision.workforce import Workers
 from forwarder.system import memfile, notify
 from forwarder.system.privileges import (
     drop,
@@ -89,6 +91,7 @@ class Master:
         )
         self._selector = selectors.DefaultSelector()
         self._fleet = Fleet(self._service.table, self._selector)
+        self._moves = Moves(Workers(self._fleet))
         self._checking = Checking(
             self._fleet,
             self._selector,
@@ -151,6 +154,7 @@ class Master:
             ),
             self._service,
             self._fleet,
+            self._moves,
             self._upstreams,
             self._ending,
         )
@@ -384,6 +388,12 @@ class Master:
         """How many workers are wanted."""
         return self._fleet.size
 
+    def _why_not(self) -> str:
+        """Why nothing may be changed now, or ""."""
+        if self._state is not MasterState.RUNNING:
+            return STOPPING
+        return UNDER_WAY if self.is_upgrading else ""
+
     def stop(self) -> None:
         """Let sessions end, then stop; when called again, do not let them end."""
         self._stop(is_fast=False)
@@ -406,28 +416,17 @@ class Master:
 
     def order(self, wanted: Wanted, uid: int, reply: Reply) -> str:
         """Carry out an order of a user about some servers. Returns why not; "": it is answered."""
-        if self._state is not MasterState.RUNNING:
-            return STOPPING
-        if self.is_upgrading:  # the successor has the orders of before
-            return UNDER_WAY
-        try:
-            self._upstreams.order(wanted, uid, reply)
-        except OrderError as err:
-            return str(err)
-        return ""
+        # A successor has the orders of before.
+        return self._why_not() or self._upstreams.order(wanted, uid, reply)
 
     def resize(self, size: int) -> str:
         """Begin to change to ``size`` workers. Returns why not, or ""."""
-        if self._state is not MasterState.RUNNING:
-            log.warning("master: %s", STOPPING)
-            return STOPPING
-        if not 1 <= size <= MAX_WORKERS:
+        problem = self._why_not()
+        if not (problem or 1 <= size <= MAX_WORKERS):
             problem = f"{size} workers are not possible; 1 to {MAX_WORKERS} are"
+        if problem:
             log.warning("master: %s", problem)
             return problem
-        if self.is_upgrading:
-            log.warning("master: %s", UNDER_WAY)
-            return UNDER_WAY
         try:
             if size > self._fleet.size:  # fewer need nothing, whatever the limits are by now
                 self._service.grow(size)

@@ -23,6 +23,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -34,7 +35,7 @@ from forwarder.ipc.messages import Op
 from forwarder.net.sockets import set_abort_on_close
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from forwarder.ipc.channel import Channel, Message, Received
 
@@ -166,6 +167,19 @@ class Consignment:
         if not isinstance(found, dict):
             raise ValueError("not the content of a consignment")  # noqa: TRY004 - as all nonsense
         return found
+
+    def rules(self, places: Iterable[int] | None = None) -> Counter[str]:
+        """How many of its sessions, all or those with these indices, are of which rule.
+
+        Of what makes no sense, none are: it is for counting.
+        """
+        chosen = self.sessions if places is None else [self.sessions[i] for i in places]
+        try:
+            content = self.read_content()
+            terms, parcels = content["terms"], content["sessions"]
+            return Counter(str(terms[parcels[at]["terms"]]["name"]) for at, _ in chosen)  # type: ignore[index]
+        except (ValueError, TypeError, LookupError):
+            return Counter()
 
     def only(self, refused: Collection[int]) -> Consignment:
         """What is left for another taker, or its giver: those with these indices.

@@ -12,7 +12,7 @@ from forwarder.stats.board import ROWS, Board
 from forwarder.stats.rows import SESSIONS, WORDS, Rows, Tally, rule_counters, worker_counters
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
 _ZEROS: Final = memoryview(bytes(8 * WORDS)).cast("Q")
 
@@ -37,6 +37,8 @@ class Ledger:
         self._servers: _Part[Server] = _Part(ROWS)
         self._boards: list[Board] = []
         self._samples: list[tuple[float, dict[str, int]]] = []  # the older first, at most two
+        # Sessions by rule that are on their way from one worker to another, in none of both.
+        self.afloat: Callable[[], Mapping[str, int]] = dict
 
     def sample(self, now: float) -> None:
         """Remember the totals now and then, for :meth:`rates`."""
@@ -83,16 +85,29 @@ class Ledger:
         """The counters of one living worker."""
         return worker_counters(board.row(0))
 
+    def sessions(self, board: Board) -> int:
+        """How many sessions one living worker has, as of now; :meth:`worker` lags by a beat."""
+        return sum(board.row(number)[SESSIONS] for number in self._rules.rows.used())
+
     def totals(self) -> dict[str, int]:
         """The counters of all workers."""
         return worker_counters(self._rules.total(0, self._boards))
 
+    def totals_now(self) -> dict[str, int]:
+        """The same for people, who compare them: sessions as of now, those on their way as well."""
+        return {**self.totals(), "sessions": self.sum(SESSIONS)}
+
     def sum(self, column: int) -> int:
         """One counter over all rules and workers, as of now; :meth:`totals` lag by a beat."""
         rows = self._rules.rows.used()
-        return self._rules.tally.sum(column) + sum(
-            board.row(number)[column] for board in self._boards for number in rows
-        )
+        counted = sum(board.row(number)[column] for board in self._boards for number in rows)
+        afloat = sum(self.afloat().values()) if column == SESSIONS else 0
+        return self._rules.tally.sum(column) + counted + afloat
+
+    def lose(self, rule: str, sessions: int) -> None:
+        """Sessions that no worker has any more have ended, as those of a killed worker."""
+        row = self._rules.rows.find(rule)
+        self._rules.tally.lose(ROWS - 1 if row is None else row, sessions)
 
     # -- rules
 
@@ -102,14 +117,16 @@ class Ledger:
 
     def rule(self, name: str) -> dict[str, object]:
         """The counters of a rule over all workers."""
-        return rule_counters(self._rules.total(self.row(name), self._boards))
+        row = self._rules.total(self.row(name), self._boards)
+        row[SESSIONS] += self.afloat().get(name, 0)
+        return rule_counters(row)
 
     def forget(self, known: Iterable[str]) -> list[int]:
         """Drop the counters of rules that are not ``known`` any more and have no session left.
 
         Returns their rows, which new rules will get.
         """
-        return list(self._rules.forget(known, self._boards).values())
+        return list(self._rules.forget({*known, *self.afloat()}, self._boards).values())
 
     # -- servers
 

@@ -208,7 +208,16 @@ class Tally:
                 for name in _STATES:
                     kept[COUNTERS.index(name)] = 0
             if any(kept):
-                self._gone[number] = _add(self._gone.get(number, [0] * WORDS), kept)
+                self._add(number, kept)
+
+    def lose(self, number: int, sessions: int) -> None:
+        """Sessions of a rule have ended with nobody to count them."""
+        lost = [0] * WORDS
+        lost[_LOST] = lost[SESSIONS_CUT] = sessions
+        self._add(number, lost)
+
+    def _add(self, number: int, row: Sequence[int]) -> None:
+        self._gone[number] = _add(self._gone.get(number, [0] * WORDS), row)
 
     def total(self, number: int, living: Iterable[Sequence[int]]) -> list[int]:
         """One row over all workers since the start; ``living`` are those of workers that live."""

@@ -41,6 +41,8 @@ from forwarder.upstream.known import KnownNames
 from forwarder.upstream.messages import read_hosts
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from forwarder.ipc.channel import Message, Received
     from forwarder.serving.generation import Serving
     from forwarder.serving.listeners import ListenerTable
@@ -67,6 +69,9 @@ class Fleet:
         self.names = KnownNames()
         self.telling = Telling(selector, table, self.names, self.logs, self.ledger, self.servers)
         self.refusal = ""  # why a worker cannot serve its last assignment
+        # Of ``Moves``: whether sessions are on their way, and what a worker says about them.
+        self.is_amid_moves: Callable[[], bool] = lambda: False
+        self.on_moving: Callable[[int, Received], None] = lambda _pid, _received: None
         self._table = table
         self._selector = selector
         self._slots: list[Slot] = []
@@ -75,6 +80,7 @@ class Fleet:
         self._heartbeats = Heartbeats()
         self._gate = Gate()
         self._must_recount = False
+        self._has_counted_amid_moves = False
         self._is_ending = False
         self._vigil = Vigil(time.monotonic())
 
@@ -88,6 +94,23 @@ class Fleet:
     def processes(self) -> list[WorkerProcess]:
         """All worker processes that live, retiring ones too."""
         return [*self._in_slots(), *self._retiring]
+
+    def serving_processes(self) -> list[WorkerProcess]:
+        """Those in a slot."""
+        return self._in_slots()
+
+    def retiring_processes(self) -> list[WorkerProcess]:
+        """Those whose slot is another one's, or has gone."""
+        return [*self._retiring]
+
+    def last_beat(self, process: WorkerProcess) -> float:
+        """When a worker has last given a sign of life."""
+        return self._heartbeats.last(process.cell)
+
+    @property
+    def must_recount(self) -> bool:
+        """Whether what workers hold has to be counted while no session is on its way."""
+        return self._must_recount or self._has_counted_amid_moves
 
     @property
     def is_settled(self) -> bool:
@@ -130,7 +153,7 @@ class Fleet:
             waiting.append(self.questions.deadline)
         if not self._is_ending:
             waiting += [it.backoff.not_before for it in self._slots if it.process is None]
-            if self._must_recount:
+            if self.must_recount:
                 waiting.append(time.monotonic() + STUCK_S)
         return min(waiting)
 
@@ -219,12 +242,17 @@ class Fleet:
             self.servers.forget(self.serving.groups(), lambda row: not self._gate.sessions(row))
 
     def _recount(self) -> None:
-        """What a dead worker held is free again."""
-        if self._must_recount:
+        """What a dead worker held is free again.
+
+        What sessions hold that are on their way is counted nowhere: once more when none are.
+        """
+        is_amid_moves = self.is_amid_moves()
+        if self._must_recount or (self._has_counted_amid_moves and not is_amid_moves):
             living = [process.tables.holdings for process in self.processes()]
             with suppress(Busy):  # a turn soon tries again
                 self._gate.recount(living, self.ledger.rows_in_use())
                 self._must_recount = False
+                self._has_counted_amid_moves = is_amid_moves
 
     def _tell_news(self) -> None:
         """Send each worker, those that leave too, news of names and log."""
@@ -404,6 +432,8 @@ class Fleet:
             if self.questions.is_awaited(number, process.pid):
                 answer = messages.read_answer(received)
                 self.questions.on_answer(number, process.pid, answer)
+        elif message["op"] in (messages.Op.PARCELS, messages.Op.TAKEN):
+            self.on_moving(process.pid, received)
         elif message["op"] == messages.Op.FAILING:
             process.failing = failing.read(message)
         elif message["op"] == messages.Op.REFRESH:

@@ -1,19 +1,13 @@
-"""Who sessions are taken from: what ``Moves`` asks of each, and how a worker of ours does it."""
+"""Who sessions are taken from, as ``Moves`` sees it."""
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol
-
-from forwarder.ipc import consignment
-from forwarder.ipc.channel import ChannelClosed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from forwarder.ipc.channel import Message
-    from forwarder.supervision.fleet import Fleet
-    from forwarder.supervision.slot import WorkerProcess
 
 
 class Giver(Protocol):
@@ -53,41 +47,3 @@ class Giver(Protocol):
 
         ``refused``: so are these of it.
         """
-
-
-class WorkerGiver:
-    """A worker of ours: one that leaves, or one that an operator moves sessions from."""
-
-    is_foreign = False
-
-    def __init__(self, process: WorkerProcess, fleet: Fleet) -> None:
-        self.pid = process.pid
-        self.name = f"worker slot={process.slot} pid={process.pid}"
-        self._process = process
-        self._fleet = fleet
-
-    @property
-    def is_gone(self) -> bool:
-        """Whether its channel has ended."""
-        return self._process.channel.fileno() < 0
-
-    @property
-    def is_dead(self) -> bool:
-        """Whether it was reaped."""
-        return self._process not in self._fleet.processes()
-
-    def sessions(self) -> int:
-        """How many it has."""
-        return self._fleet.ledger.sessions(self._process.tables.board)
-
-    def ask(self, number: int, limit: int, choice: Message | None) -> None:
-        """Send MOVE."""
-        with suppress(ChannelClosed):  # it has died; SIGCHLD follows
-            consignment.ask(self._process.channel, number, limit, choice or {})
-            self._fleet.telling.watch(self._process)
-
-    def settle(self, number: int, *, is_back: bool = False, refused: Sequence[int] = ()) -> None:
-        """Send MOVED."""
-        with suppress(ChannelClosed):  # as above
-            consignment.confirm(self._process.channel, number, is_back=is_back, refused=refused)
-            self._fleet.telling.watch(self._process)

@@ -14,8 +14,6 @@ from forwarder.system.backoff import backoff
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
-# Sessions in one message; its descriptors bound it, too, see ``ipc.consignment``.
-MOST_AT_ONCE: Final = 100
 # What cannot be moved yet (connecting, not settled) is asked for again after this time. Arbitrary.
 BUSY_S: Final = 0.05
 # After a consignment that came back, the next one; the pause doubles each time.
@@ -28,6 +26,8 @@ TAKEN_WITHIN_S: Final = 0.5
 PASSED_OVER_S: Final = 2.0
 # So many takers may die before the sessions themselves are suspected of it.
 MOST_DEATHS: Final = 3
+# So many may not take sessions whose giver is gone, over 13 s, before they are reset. Arbitrary.
+MOST_TRIES: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,18 +39,14 @@ class Taker:
     sessions: int
 
 
-def choose(takers: Iterable[Taker], slot: int | None, avoided: Collection[int]) -> Taker | None:
-    """The one with the fewest sessions, of ``slot`` if that is given; none if there is none.
-
-    ``avoided``: pids of those that are chosen only where no other can be.
-    """
-    fit = [one for one in takers if slot in (None, one.slot)]
-    return min(fit, key=lambda one: (one.pid in avoided, one.sessions, one.slot), default=None)
+def choose(takers: Iterable[Taker], avoided: Collection[int]) -> Taker | None:
+    """The one with the fewest sessions; one of ``avoided``, which are pids, only if all are."""
+    return min(takers, key=lambda one: (one.pid in avoided, one.sessions, one.slot), default=None)
 
 
-def share(sessions: int, takers: int) -> int:
+def share(sessions: int, takers: int, most: int) -> int:
     """How many sessions of a giver to ask for at a time, so that all takers get some."""
-    return max(1, min(MOST_AT_ONCE, -(-sessions // max(1, takers))))
+    return max(1, min(most, -(-sessions // max(1, takers))))
 
 
 def next_ask(left: int, busy: int, failures: int, now: float) -> float | None:
@@ -59,10 +55,15 @@ def next_ask(left: int, busy: int, failures: int, now: float) -> float | None:
     ``failures``: consignments in a row that came back.
     """
     if failures:
-        return now + backoff(failures, FIRST_PAUSE_S, LONGEST_PAUSE_S)
+        return now + pause(failures)
     if left:
         return now
     return now + BUSY_S if busy else None
+
+
+def pause(failures: int) -> float:
+    """How long to wait after consignments in a row that nobody has taken."""
+    return backoff(failures, FIRST_PAUSE_S, LONGEST_PAUSE_S)
 
 
 class Fate(Enum):
@@ -78,12 +79,12 @@ def fate(*, has_giver: bool, has_taker: bool, is_ending: bool, tries: int, death
     """What becomes of sessions that nobody has taken.
 
     ``has_giver``: it can be told to go on with them. ``has_taker``: there is a worker for them,
-    when ``is_ending`` any that lives. ``tries``: takers that they were sent to; ``deaths``: those of
-    them that have died before they answered.
+    any that can be told something when ``is_ending``. ``tries``: to how many they were sent;
+    ``deaths``: how many of these have died before they answered.
     """
     if has_giver:
         return Fate.SEND if has_taker and not tries and not is_ending else Fate.BACK
-    if deaths >= MOST_DEATHS:
+    if deaths >= MOST_DEATHS or tries >= MOST_TRIES:
         return Fate.RESET
     if has_taker:
         return Fate.SEND

@@ -130,14 +130,17 @@ class Upstreams:
 
     # -- orders
 
-    def order(self, wanted: Wanted, uid: int, done: Callable[[dict[str, object]], None]) -> None:
-        """Carry out an order, on all its servers or none.
+    def order(self, wanted: Wanted, uid: int, done: Callable[[dict[str, object]], None]) -> str:
+        """Carry out an order, on all its servers or none. Returns why not, or "".
 
-        ``done`` is called once, with the answer: now or, with a state file, when it is written, a
-        few seconds later at most. Raises OrderError.
+        Then ``done`` is called once, with the answer: now or, with a state file, when it is
+        written, a few seconds later at most.
         """
         groups = self._groups()
-        group, names = self._choose(wanted, groups)
+        try:
+            group, names = self._choose(wanted, groups)
+        except OrderError as err:
+            return str(err)
         now, by = time.time(), self._name_of(uid, wanted.login)
         changed = []
         for name in names:
@@ -160,6 +163,7 @@ class Upstreams:
             self._keep(lambda problem: done({**answer, "problem": problem}))
         else:
             done({**answer, "problem": self._file.problem})
+        return ""
 
     def _choose(self, wanted: Wanted, groups: Mapping[str, _Group]) -> tuple[str, list[str]]:
         """The group, and the servers that the words of an operator mean. Raises OrderError."""

@@ -52,6 +52,7 @@ PURE = {
     "stats.reasons",
     "stats.rows",
     "cli.status",
+    "supervision.move_plan",
     "supervision.policy",
     "relay.wheel",
     "connlog.record",
