@@ -34,7 +34,7 @@ from forwarder.serving.surroundings import Surroundings
 from forwarder.stats.board import BOARD_BYTES
 from forwarder.stats.reasons import Phase
 from forwarder.succession import upgrade
-from forwarder.succession.handover import Handover, inherited_sockets
+from forwarder.succession.handover import Handover
 from forwarder.succession.inherit import foreign_descriptors
 from forwarder.supervision.checking import Checking
 from forwarder.supervision.ending import Ending
@@ -108,7 +108,9 @@ class Master:
             self._fleet.questions,
             self._selector,
             self._requests,
+            self._moves,
         )
+        self._moves.pass_on = self._handover.pass_on
         self._ending = Ending(self._fleet, self._handover, self)
         self._reloading = Reloading(
             self,
@@ -182,8 +184,7 @@ class Master:
         identity = self._fleet.identity = identity_of(config.settings.user, config.settings.group)
         if identity is not None:
             self._service.table.owner = (identity.uid, identity.gid)
-        rights = network_capabilities()
-        self._fleet.capabilities = rights if config.needs_rights else 0
+        self._fleet.capabilities = network_capabilities() if config.needs_rights else 0
         probing.check(config, self._drop)
         self._signals = SignalQueue(OF_A_MASTER)
         self._selector.register(self._signals.fileno(), selectors.EVENT_READ, self._hear_signals)
@@ -191,7 +192,7 @@ class Master:
         self._fleet.servers.inherit(upgrade.servers_of_predecessor())
         has_predecessor = upgrade.has_predecessor()
         self._upstreams.begin(config.settings, has_predecessor=has_predecessor)
-        inherited = partial(inherited_sockets, self._fleet.identity)
+        inherited = partial(self._handover.inherited_sockets, identity)
         self._service.open(inherited, self._fleet.names.answers)
         if not has_predecessor:
             self._open_control()
@@ -202,9 +203,9 @@ class Master:
         # What exists now is shared with the workers: the collector must not write into it.
         gc.collect()
         gc.freeze()
-        if self._fleet.identity is not None:
+        if identity is not None:
             is_used = config.needs_rights or config.binds_to_devices
-            keep_capabilities_of_a_master(rights if is_used else 0)
+            keep_capabilities_of_a_master(network_capabilities() if is_used else 0)
         self._state = MasterState.RUNNING
 
     def _load(self) -> Candidate:

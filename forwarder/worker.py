@@ -32,6 +32,7 @@ from forwarder.relay import listing
 from forwarder.relay.access import AccessList, access_of
 from forwarder.relay.cuts import Cuts
 from forwarder.relay.listing import denied_by, denied_sessions
+from forwarder.relay.moving.mover import Mover
 from forwarder.relay.pools import Pools
 from forwarder.relay.relay import Relay
 from forwarder.relay.session import SessionState
@@ -49,7 +50,7 @@ from forwarder.upstream.wanted import all_names
 
 if TYPE_CHECKING:
     from forwarder.config.model import Rule
-    from forwarder.ipc.channel import Message
+    from forwarder.ipc.channel import Channel, Message
     from forwarder.ipc.messages import Assignment
     from forwarder.ipc.workerspec import WorkerSpec
     from forwarder.relay.tcp_listener import AnyListener
@@ -131,6 +132,7 @@ class Worker:
         self._is_draining = False
         self._last_phase = Phase.SHUTDOWN  # why sessions end that are left when we leave
         self._door: OrphanDoor | None = None
+        self._mover = Mover(self._relay)
 
     async def run(self) -> WorkerExit:
         """Serve until stopped, drained, or left alone by the master."""
@@ -271,22 +273,48 @@ class Worker:
     def _become_orphan(self) -> None:
         """The master was killed: serve on until a new one takes the sockets over, or for a while.
 
-        Closing them at once would reset queued clients and refuse all others until then.
+        Closing them at once would reset queued clients and refuse all others until then. One that
+        drains has none, but sessions that the heir of its master may ask for.
         """
-        if self._is_draining:
-            return
-        log.warning(
-            "worker.orphaned slot=%d: the master has ended; serving on for %.0f s or until a new "
-            "one takes over",
-            self._slot,
-            ORPHAN_GRACE_S,
-        )
+        if not self._is_draining:
+            log.warning(
+                "worker.orphaned slot=%d: the master has ended; serving on for %.0f s or until a "
+                "new one takes over",
+                self._slot,
+                ORPHAN_GRACE_S,
+            )
+            self._loop.call_later(ORPHAN_GRACE_S, self.drain)
         fds = [sock.fileno() for sock in self._sockets.values()]
         try:
-            self._door = OrphanDoor(self._loop, fds, self.drain)
+            self._door = OrphanDoor(self._loop, fds, self._on_taken)
         except OSError as err:
             log.error("worker.orphaned: a new master will not find us: %s", err)
-        self._loop.call_later(ORPHAN_GRACE_S, self.drain)
+
+    def _on_taken(self, channel: Channel, said: list[Received]) -> None:
+        """A new master has our sockets; it takes our sessions, too, over this channel."""
+        self._channel = channel
+        self._loop.add_reader(channel.fileno(), self._on_new_master)
+        self._heed(said)
+        self.drain()
+
+    def _on_new_master(self) -> None:
+        try:
+            self._heed(self._channel.receive())
+        except (ChannelClosed, KeyError, TypeError, ValueError, RecursionError):
+            self._loop.remove_reader(self._channel.fileno())
+            self._mover.on_hang_up(self._channel)
+            self._channel.close()
+            self._become_orphan()
+
+    def _heed(self, said: list[Received]) -> None:
+        """Do what a master may ask that is not ours: nothing that could make us run its code."""
+        try:
+            for received in said:
+                if received.message["op"] in (Op.MOVE, Op.MOVED):
+                    self._mover.on_message(received, self._channel)
+        finally:
+            for received in said:
+                received.close()
 
     def _beat(self) -> None:
         # First, as whatever fails below (MemoryError) must not be the last beat.

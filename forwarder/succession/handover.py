@@ -17,6 +17,7 @@ from forwarder.errors import StartupError
 from forwarder.ipc.messages import access_file
 from forwarder.serving.listeners import CLOSE_GRACE_S
 from forwarder.succession import inherit, lineage, orphans, upgrade
+from forwarder.succession.foreign import Foreigners
 from forwarder.succession.lineage import Elder, Heir, Predecessor
 from forwarder.succession.upgrade import Successor
 from forwarder.system import notify
@@ -27,8 +28,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from forwarder.config.model import Config, Settings
+    from forwarder.ipc.channel import Received
     from forwarder.ipc.questions import Questions
     from forwarder.serving.service import Service
+    from forwarder.succession.foreign import Taking
     from forwarder.succession.upgrade import Estate
     from forwarder.system.privileges import Identity
 
@@ -70,7 +73,7 @@ class Askers(Protocol):
 class Handover:
     """The pid file of this master and, during an upgrade, its successor. Owns both."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - all that it is about
         self,
         master: Incumbent,
         service: Service,
@@ -78,8 +81,12 @@ class Handover:
         questions: Questions,
         selector: selectors.BaseSelector,
         askers: Askers,
+        taking: Taking,
     ) -> None:
-        """``estate``: what a successor gets. ``questions``: where answers of a predecessor go."""
+        """``estate``: what a successor gets. ``questions``: where answers of a predecessor go.
+
+        ``taking`` gets the sessions of a predecessor, and of orphans.
+        """
         self._has_heir = False
         self._heir: Heir | None = None  # the master that serves after an upgrade
         self._master = master
@@ -93,6 +100,8 @@ class Handover:
         self._successor: Successor | None = None
         self._is_reload_wanted = False
         self._leave_at: float | None = None
+        self._taking = taking
+        self._foreigners = Foreigners(selector, taking)
 
     # -- our own place
 
@@ -121,7 +130,9 @@ class Handover:
         notify.notify(f"MAINPID={os.getpid()}", "READY=1", f"STATUS={len(config.rules)} rules")
         line = upgrade.tell_predecessor(has_dropped_some=self._service.has_dropped_some)
         if line is not None:
-            self.predecessor = Predecessor(line, self._selector, self._questions)
+            self.predecessor = Predecessor(
+                line, self._selector, self._questions, self._taking.on_message
+            )
             self.on_configuration(config)
         # What the predecessor would need if we ended before it has heard of us comes last.
         self._service.own(has_predecessor=has_predecessor)
@@ -152,7 +163,7 @@ class Handover:
 
     def close(self) -> None:
         """Close the lines to other masters; remove the pid file if it is ours alone."""
-        for one in (self._successor, self._heir, self.predecessor):
+        for one in (self._successor, self._heir, self.predecessor, self._foreigners):
             if one is not None:
                 one.close()
         if self._pid_file is not None and not upgrade.has_predecessor():
@@ -163,6 +174,25 @@ class Handover:
         """Whether no old master has workers that may read what we share with them."""
         is_before_us = self.predecessor is not None and self.predecessor.is_open
         return not (is_before_us or upgrade.has_predecessor())
+
+    def inherited_sockets(
+        self, identity: Identity | None, is_wanted: Callable[[socket.socket], bool]
+    ) -> list[socket.socket]:
+        """Listening sockets of other processes: see ``inherit``. Workers run as ``identity``.
+
+        Orphans that give theirs keep a connection to us, by which their sessions follow.
+        """
+        if identity is not None:
+            self._foreigners.uid = identity.uid
+        given = inherit.from_environment()
+        if not upgrade.has_predecessor():
+            keep = self._foreigners.keep
+            given += orphans.from_orphans(self._foreigners.uid, is_wanted, keep)
+        return given
+
+    def pass_on(self, pid: int, received: Received) -> bool:
+        """PARCELS of a worker, or one before us: returns whether the heir has asked for them."""
+        return self._heir is not None and self._heir.pass_on(pid, received)
 
     # -- a successor
 
@@ -179,9 +209,9 @@ class Handover:
     @property
     def deadline(self) -> float | None:
         """When :meth:`turn` has something to do without an event; None for never."""
-        if self._successor is not None:
-            return self._successor.deadline
-        return self._leave_at if self._heir is None else self._heir.next_deadline(self._leave_at)
+        parts = (self._successor, self._heir, self.predecessor, self._foreigners)
+        dates = [self._leave_at, *(part.deadline for part in parts if part is not None)]
+        return min((at for at in dates if at is not None), default=None)
 
     def start(self) -> str:
         """Start the installed code beside this one, if that is not under way already.
@@ -208,11 +238,16 @@ class Handover:
 
     def turn(self, now: float) -> None:
         """Give up a successor whose time is up; leave when ours is."""
+        if self.predecessor is not None:
+            self.predecessor.turn(now)
+        self._foreigners.turn(now, self.predecessor)
         if self._heir is not None:  # before we leave: it counts what ends from then on
             self._heir.turn(now)
         if self._leave_at is not None and now >= self._leave_at:
             self._leave_at = None
             self._master.stop()
+            if self._heir is not None:
+                self._heir.tell()  # whom it can ask for sessions now
         if self._successor is not None and now >= self._successor.deadline:
             self._successor.give_up(now)
 
@@ -293,14 +328,3 @@ class Handover:
         if self._is_reload_wanted:
             self._is_reload_wanted = False
             self._master.reload()
-
-
-def inherited_sockets(
-    identity: Identity | None, is_wanted: Callable[[socket.socket], bool]
-) -> list[socket.socket]:
-    """Listening sockets of other processes: see ``inherit``. Workers run as ``identity``."""
-    given = inherit.from_environment()
-    if not upgrade.has_predecessor():
-        uid = os.geteuid() if identity is None else identity.uid
-        given += orphans.from_orphans(uid, is_wanted)
-    return given

@@ -1,12 +1,14 @@
 """Workers whose master was killed: they keep serving, and give their sockets to the next master.
 
 An orphan waits for that one at an abstract unix socket, :class:`OrphanDoor`; a new master knocks at
-the doors of its user, :func:`from_orphans`.
+the doors of its user, :func:`from_orphans`. The connection stays, and the sessions follow over it
+when there are workers that take them, see ``foreign.Orphan``.
 """
 
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import re
@@ -14,7 +16,7 @@ import secrets
 import signal
 import socket
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -27,33 +29,41 @@ if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
     from collections.abc import Callable, Iterable, Iterator
 
+    from forwarder.ipc.channel import Message, Received
+
 log = logging.getLogger(__name__)
 
 _DOOR_PREFIX: Final = "forwarder-orphan"
 _DOOR_TIMEOUT_S: Final = 2.0  # an orphan that does not answer by then keeps its sockets
 _KNOCK_AGAIN_S: Final = 0.05
 _GONE: Final = frozenset({errno.ECONNREFUSED, errno.ECONNRESET, errno.EPIPE})
-_TAKEN: Final = b'{"op": "taken"}'
+# What a master sends when it has the sockets; older code closes the connection after that.
+TAKEN: Final = b'{"op": "taken"}'
+_TAKEN: Final[Message] = json.loads(TAKEN)
 _TABLES: Final = tuple(Path("/proc/net", name) for name in ("tcp", "tcp6", "udp", "udp6"))
 # TCP_LISTEN, and TCP_CLOSE, which is the state of UDP sockets that are not connected.
 _LISTENING: Final = frozenset({"0A", "07"})
 _UNIX_SOCKETS: Final = Path("/proc/net/unix")
 
 
-def from_orphans(uid: int, is_wanted: Callable[[socket.socket], bool]) -> list[socket.socket]:
+def from_orphans(
+    uid: int, is_wanted: Callable[[socket.socket], bool], keep: Callable[[socket.socket], None]
+) -> list[socket.socket]:
     """Take over the listening sockets of orphans that run as ``uid``; blocks a moment for any.
 
     An orphan none of whose sockets ``is_wanted`` belongs to another instance and keeps them. The
-    others stop accepting at once and leave when their sessions have ended.
+    others stop accepting at once, and leave when they have no session any more; ``keep`` is called
+    with the connection to each, which becomes its own.
     """
     found: dict[int, socket.socket] = {}
     for name, door in _knock(uid):
-        with door:
+        with ExitStack() as stack:
+            stack.enter_context(door)
             try:
                 given = list(listening_sockets(_receive_all(door)))
                 is_ours = any(map(is_wanted, given))
                 if is_ours:
-                    door.send(_TAKEN)
+                    door.send(TAKEN)
             except TimeoutError:
                 _end_hung(door, name, uid)
                 continue
@@ -61,6 +71,9 @@ def from_orphans(uid: int, is_wanted: Callable[[socket.socket], bool]) -> list[s
                 level = logging.INFO if err.errno in _GONE else logging.WARNING
                 log.log(level, "inherit: orphan %s gives no sockets: %s", name, err.strerror)
                 continue
+            if is_ours:
+                keep(door)
+                stack.pop_all()
         for sock in given:
             # Two orphans may share a socket, one of them having adopted it.
             inode = os.fstat(sock.fileno()).st_ino
@@ -78,10 +91,14 @@ class OrphanDoor:
     """Where an orphan waits for a new master. Owns its socket."""
 
     def __init__(
-        self, loop: AbstractEventLoop, fds: Iterable[int], on_taken: Callable[[], None]
+        self,
+        loop: AbstractEventLoop,
+        fds: Iterable[int],
+        on_taken: Callable[[Channel, list[Received]], None],
     ) -> None:
         """Listen. A master of our user or of root gets ``fds``; once it took them, ``on_taken``.
 
+        That gets the channel to the master, which becomes its own, and what it has said meanwhile.
         ``fds`` stay the caller's. Raises OSError.
         """
         self._loop = loop
@@ -127,6 +144,7 @@ class OrphanDoor:
                 channel.send({"op": "sockets"}, self._fds[start : start + MAX_FDS])
             channel.send({"op": "end"})
         except ChannelClosed:
+            channel.close()
             return
         self._loop.add_reader(channel.fileno(), self._on_answer, channel)
         self._flush(channel)
@@ -140,14 +158,16 @@ class OrphanDoor:
 
     def _on_answer(self, channel: Channel) -> None:
         self._loop.remove_reader(channel.fileno())
-        try:
-            is_taken = bool(channel.receive())
-        except ChannelClosed:
-            is_taken = False  # a master of another instance
-        channel.close()
-        if is_taken:
+        said: list[Received] = []
+        with suppress(ChannelClosed, ValueError, RecursionError):
+            said = channel.receive()
+        if said and said[0].message == _TAKEN:
             self.close()
-            self._on_taken()
+            self._on_taken(channel, said[1:])
+        else:  # a master of another instance
+            for one in said:
+                one.close()
+            channel.close()
 
 
 def _knock(uid: int) -> Iterator[tuple[str, socket.socket]]:
@@ -207,6 +227,20 @@ def _receive_all(door: socket.socket) -> list[int]:
         for number in numbers:  # no worker would accept on them, and clients would wait
             os.close(number)
         raise
+
+
+def door_of(pid: int, uid: int) -> socket.socket | None:
+    """A connection to the door of an orphan, which may still have to open it; None if not yet.
+
+    The caller owns it. It does not block. Raises OSError if another process has the name.
+    """
+    door = _connected(f"{_DOOR_PREFIX}/{uid}/{pid}")
+    if door is None or door.fileno() < 0:
+        return None
+    if peer_credentials(door)[0] != pid:
+        door.close()
+        raise PermissionError(errno.EPERM, f"another process has the name of orphan {pid}")
+    return door
 
 
 def _doors(uid: int) -> list[str]:

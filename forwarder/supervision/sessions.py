@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from forwarder.ipc import messages
@@ -15,6 +16,7 @@ from forwarder.ipc.channel import ChannelClosed
 from forwarder.ipc.questions import ANSWER_WITHIN_S
 from forwarder.stats.rows import SESSIONS, SESSIONS_CUT
 from forwarder.succession.lineage import Left
+from forwarder.supervision.slot import WorkerState
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,7 +48,28 @@ class Sessions:
         ledger, before = self._fleet.ledger, self._predecessor()
         older = Left() if before is None else before.left
         own = (os.getpid(), ledger.sum(SESSIONS))
-        return Left((own, *older.masters), ledger.sum(SESSIONS_CUT) + older.cut)
+        workers = [
+            (process.pid, ledger.worker(process.tables.board)["sessions"])
+            for process in self._fleet.processes()
+            if process.state is WorkerState.DRAINING
+        ]
+        return Left(
+            (own, *older.masters),
+            ledger.sum(SESSIONS_CUT) + older.cut,
+            (*workers, *older.workers),
+        )
+
+    def to_worker(self, pid: int, message: Message) -> None:
+        """Pass MOVE or MOVED of an heir on to one of our workers, or to one of those before us."""
+        for process in self._fleet.processes():
+            if process.pid == pid:
+                with suppress(ChannelClosed):  # it has died; SIGCHLD follows
+                    process.channel.send(message)
+                    self._fleet.telling.watch(process)
+                return
+        before = self._predecessor()
+        if before is not None:
+            before.to_worker(pid, message)
 
     def ask(
         self, op: Op, choice: Message, callback: Answered, within_s: float = ANSWER_WITHIN_S

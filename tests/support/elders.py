@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 class NoSessions:
     """What such a master has left."""
 
+    remains = Left()
+
     def ask(self, op: Op, choice: Message, callback: Answered, within_s: float) -> None:
         """No worker is there to answer."""
         del op, choice, within_s
@@ -28,8 +30,11 @@ class NoSessions:
         """Nothing is logged."""
 
     def left(self) -> Left:
-        """Nothing."""
-        return Left()
+        """Nothing, unless a test says so."""
+        return self.remains
+
+    def to_worker(self, pid: int, message: Message) -> None:
+        """There is none to pass it to."""
 
 
 class OldMaster:

@@ -20,6 +20,8 @@ from forwarder.succession.upgrade import Estate
 if TYPE_CHECKING:
     import pytest
 
+    from forwarder.ipc.channel import Received
+
 
 class Replaced:
     """A master whose heir serves already."""
@@ -45,6 +47,16 @@ class Nobody:
 
     def on_upgraded(self, report: str, *, is_done: bool) -> None:
         """Nobody has asked."""
+
+
+class TakesNothing:
+    """It has no predecessor, and there are no orphans."""
+
+    def add(self, giver: object) -> None:
+        """There is none."""
+
+    def on_message(self, pid: int, received: Received) -> None:
+        """Nobody says anything."""
 
 
 def estate() -> Estate:
@@ -82,7 +94,9 @@ def test_a_successor_that_cannot_be_watched_does_not_go_on(monkeypatch: pytest.M
     monkeypatch.setattr("forwarder.succession.handover.Successor", lambda *_: successor)
     with Unwatched() as selector:
         service = Service(Config(rules=()), lambda: None)
-        handover = Handover(Running(), service, estate, Questions(), selector, Nobody())
+        handover = Handover(
+            Running(), service, estate, Questions(), selector, Nobody(), TakesNothing()
+        )
         assert "No space left on device" in handover.start()
         assert successor.was_killed
         assert not handover.is_under_way
@@ -98,7 +112,9 @@ def test_a_reload_is_passed_on_to_the_heir_as_long_as_that_lives(
     with selectors.DefaultSelector() as selector, theirs:
         service = Service(Config(rules=()), lambda: None)
         master = Replaced()
-        handover = Handover(master, service, estate, Questions(), selector, Nobody())
+        handover = Handover(
+            master, service, estate, Questions(), selector, Nobody(), TakesNothing()
+        )
         handover._heir = Heir(12345, ours, selector, master.elder)
         handover.note_reload()
         assert killed == [12345]

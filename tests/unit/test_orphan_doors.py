@@ -23,6 +23,8 @@ from forwarder.succession import orphans
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from forwarder.ipc.channel import Channel, Message, Received
+
 UID = 0xFFFF_FF00  # nobody else's orphans meet us
 NAME = f"\0forwarder-orphan/{UID}/"
 
@@ -54,6 +56,10 @@ def wants_nothing(_: socket.socket) -> bool:
     return False
 
 
+def keeps_nothing(_: socket.socket) -> None:
+    raise AssertionError("nobody has given anything")
+
+
 @pytest.mark.usefixtures("ours")
 def test_an_orphan_that_ends_while_it_is_asked_is_no_warning(
     caplog: pytest.LogCaptureFixture,
@@ -72,7 +78,7 @@ def test_an_orphan_that_ends_while_it_is_asked_is_no_warning(
 
         ending = threading.Thread(target=end)
         ending.start()
-        assert orphans.from_orphans(UID, wants_nothing) == []
+        assert orphans.from_orphans(UID, wants_nothing, keeps_nothing) == []
         ending.join()
     assert "/1 has gone" in caplog.text
     assert "/2 gives no sockets" in caplog.text
@@ -100,7 +106,7 @@ def test_names_that_another_user_has_taken_hold_up_nobody(
 ) -> None:
     """However many they are, and whether or not they answer: one line, and one wait for all."""
     assert len(squatters) == 6
-    assert orphans.from_orphans(UID, wants_nothing) == []
+    assert orphans.from_orphans(UID, wants_nothing, keeps_nothing) == []
     (open_ones,) = (r for r in caplog.records if "of other users" in r.message)
     (full_ones,) = (r for r in caplog.records if "let no master in" in r.message)
     assert "2 sockets" in open_ones.message
@@ -114,7 +120,7 @@ def test_an_orphan_is_found_though_somebody_has_taken_its_name() -> None:
 
     async def open_door() -> tuple[set[str], list[str]]:
         before = set(orphans._doors(uid))
-        door = orphans.OrphanDoor(asyncio.get_running_loop(), [], lambda: None)
+        door = orphans.OrphanDoor(asyncio.get_running_loop(), [], lambda *_: None)
         try:
             return set(orphans._doors(uid)) - before, [*before]
         finally:
@@ -127,3 +133,50 @@ def test_an_orphan_is_found_though_somebody_has_taken_its_name() -> None:
     assert f"forwarder-orphan/{uid}/{pid}" in before
     (name,) = (name for name in found if f"/{pid}-" in name)
     assert name.startswith(f"forwarder-orphan/{uid}/{pid}-")
+
+
+def test_a_master_that_takes_the_sockets_stays_connected() -> None:
+    """What it says at once, before the orphan has read that, is for whoever goes on with it."""
+
+    async def take() -> tuple[list[Message], bool]:
+        loop = asyncio.get_running_loop()
+        taken: asyncio.Future[list[Received]] = loop.create_future()
+        channels: list[Channel] = []
+
+        def on_taken(channel: Channel, more: list[Received]) -> None:
+            channels.append(channel)
+            taken.set_result(more)
+
+        door = orphans.OrphanDoor(loop, [], on_taken)
+        master = orphans.door_of(os.getpid(), os.geteuid())
+        assert master is not None
+        with master:
+            master.send(orphans.TAKEN)
+            master.send(b'{"op": "move"}')
+            more = await asyncio.wait_for(taken, PATIENCE_S)
+            assert orphans.door_of(os.getpid(), os.geteuid()) is None  # it is closed
+            channels[0].send({"op": "parcels"})
+            _, answer = master.recv(100), master.recv(100)
+            channels[0].close()
+            door.close()
+        return [one.message for one in more], answer == b'{"op": "parcels"}'
+
+    assert asyncio.run(take()) == ([{"op": "move"}], True)
+
+
+def test_a_master_that_does_not_take_them_leaves_the_door_open() -> None:
+    async def refuse() -> None:
+        loop = asyncio.get_running_loop()
+        door = orphans.OrphanDoor(loop, [], lambda *_: None)
+        try:
+            for said in (b"", b"nonsense", b"1", b""):
+                # Until it has let the last one go.
+                while (master := orphans.door_of(os.getpid(), os.geteuid())) is None:  # noqa: ASYNC110 - it knows no event
+                    await asyncio.sleep(0)
+                with master:
+                    if said:
+                        master.send(said)
+        finally:
+            door.close()
+
+    asyncio.run(asyncio.wait_for(refuse(), PATIENCE_S))
