@@ -1,4 +1,4 @@
-# make run | test | docs-test | systemd-test | faults | check | format | man | bench | profile | clean; needs make and
+# make run | test | docs-test | systemd-test | faults | chaos | check | format | man | bench | profile | clean; needs make and
 # CPython >= 3.11 with venv. ARGS is passed on: make run ARGS="--seconds 5", make test ARGS="-k demo"
 # or ARGS="-n0".
 
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 TEST_WORKERS ?= 6
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: run test docs-test systemd-test faults check format man bench profile clean
+.PHONY: run test docs-test systemd-test faults chaos check format man bench profile clean
 
 run: $(VENV)/installed
 	$(BIN)/forwarder demo $(ARGS)
@@ -30,6 +30,11 @@ systemd-test: $(VENV)/installed-dev
 # make faults ARGS="'worker splice' ENOMEM" tries those whose name has one of the words.
 faults: $(VENV)/installed-dev
 	cd tests && $(CURDIR)/$(BIN)/python -m faults $(ARGS)
+
+# Whatever can happen, under a load that checks every byte; needs root. The same SEED does the same;
+# without it, by chance. MINUTES may be part of one.
+chaos: $(VENV)/installed-dev
+	cd tests && $(CURDIR)/$(BIN)/python -m chaos $(if $(SEED),--seed $(SEED)) --minutes $(or $(MINUTES),1) $(ARGS)
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check

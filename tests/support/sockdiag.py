@@ -33,12 +33,16 @@ _ANSWER: Final = struct.Struct("=BBxx48sIIIII")
 
 @dataclass(frozen=True)
 class Tcp:
-    """A socket. ``waiting`` is what is in its queue to read: of a listener, who can be accepted."""
+    """A socket; ``peer`` is zeros if there is none.
+
+    ``waiting`` is what is in its queue to read: of a listener, who can be accepted.
+    """
 
     state: int
     local: tuple[str, int]
     waiting: int
     inode: int
+    peer: tuple[str, int]
 
 
 def listening() -> list[Tcp]:
@@ -64,8 +68,23 @@ def states(pid: int) -> list[int]:
     return [state for inode, state in found.items() if inode in inodes]
 
 
-def _ask(flags: int, states: int, which: bytes, family: int = socket.AF_INET) -> Iterator[Tcp]:
-    body = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, states, which)
+def peers(pid: int) -> set[str]:
+    """The addresses that sockets of IPv4 of a process are connected to, by TCP or UDP."""
+    targets = procfs.descriptors(pid).values()
+    inodes = {int(target[8:-1]) for target in targets if target.startswith("socket:")}
+    protocols = (socket.IPPROTO_TCP, socket.IPPROTO_UDP)
+    found = (sock for each in protocols for sock in _ask(_ALL, 0xFFFFFFFF, _ANY, protocol=each))
+    return {sock.peer[0] for sock in found if sock.inode in inodes}
+
+
+def _ask(
+    flags: int,
+    states: int,
+    which: bytes,
+    family: int = socket.AF_INET,
+    protocol: int = socket.IPPROTO_TCP,
+) -> Iterator[Tcp]:
+    body = _REQUEST.pack(family, protocol, 0, states, which)
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _SOCK_DIAG) as sock:
         sock.send(_HEADER.pack(_HEADER.size + len(body), _BY_FAMILY, flags, 1, 0) + body)
         while True:
@@ -83,6 +102,7 @@ def _ask(flags: int, states: int, which: bytes, family: int = socket.AF_INET) ->
 
 def _read(answer: bytes, at: int) -> Tcp:
     family, state, which, _, waiting, _, _, inode = _ANSWER.unpack_from(answer, at)
-    port, _, host, *_ = _WHICH.unpack(which)
-    text = socket.inet_ntop(family, host[: 4 if family == socket.AF_INET else 16])
-    return Tcp(state, (text, port), waiting, inode)
+    port, peer_port, host, peer, *_ = _WHICH.unpack(which)
+    length = 4 if family == socket.AF_INET else 16
+    text, peer_text = (socket.inet_ntop(family, each[:length]) for each in (host, peer))
+    return Tcp(state, (text, port), waiting, inode, (peer_text, peer_port))
