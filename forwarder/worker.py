@@ -143,7 +143,8 @@ class Worker:
 
     def close(self) -> None:
         """Give back everything. Sessions that are left are reset."""
-        self._loop.remove_reader(self._channel.fileno())
+        if self._channel.fileno() >= 0:  # else the one to a new master, which has gone, too
+            self._loop.remove_reader(self._channel.fileno())
         self._stop_listening()
         is_late = self._last_phase is Phase.DRAIN
         why = "drain_timeout" if is_late else "worker stopped"
