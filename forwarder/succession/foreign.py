@@ -62,11 +62,9 @@ class OldWorker:
         """Ask for sessions."""
         self._before.to_worker(self.pid, consignment.move(number, limit, choice or {}))
 
-    def settle(self, number: int, *, is_back: bool = False, refused: Sequence[int] = ()) -> None:
+    def settle(self, number: int, refused: Sequence[int] = ()) -> None:
         """Say what became of them."""
-        self._before.to_worker(
-            self.pid, consignment.moved(number, is_back=is_back, refused=refused)
-        )
+        self._before.to_worker(self.pid, consignment.moved(number, refused=refused))
 
 
 class Orphan(Line):
@@ -108,9 +106,9 @@ class Orphan(Line):
         """Ask for sessions."""
         self._send(consignment.move(number, limit, choice or {}))
 
-    def settle(self, number: int, *, is_back: bool = False, refused: Sequence[int] = ()) -> None:
+    def settle(self, number: int, refused: Sequence[int] = ()) -> None:
         """Say what became of them."""
-        self._send(consignment.moved(number, is_back=is_back, refused=refused))
+        self._send(consignment.moved(number, refused=refused))
 
     def _handle(self, received: Received) -> None:
         if received.message["op"] == Op.PARCELS:

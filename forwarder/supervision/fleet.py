@@ -69,8 +69,10 @@ class Fleet:
         self.names = KnownNames()
         self.telling = Telling(selector, table, self.names, self.logs, self.ledger, self.servers)
         self.refusal = ""  # why a worker cannot serve its last assignment
-        # Of ``Moves``: whether sessions are on their way, and what a worker says about them.
+        # Of ``Moves``: whether sessions are on their way, or those of a worker that has died; and
+        # what a worker says about them.
         self.is_amid_moves: Callable[[], bool] = lambda: False
+        self.is_adopting: Callable[[], bool] = lambda: False
         self.on_moving: Callable[[int, Received], None] = lambda _pid, _received: None
         self._table = table
         self._selector = selector
@@ -244,9 +246,12 @@ class Fleet:
     def _recount(self) -> None:
         """What a dead worker held is free again.
 
-        What sessions hold that are on their way is counted nowhere: once more when none are.
+        Not before others hold it instead that go on with its sessions. What others hold that are on
+        their way is counted nowhere: once more when none are.
         """
         is_amid_moves = self.is_amid_moves()
+        if self.is_adopting():
+            return
         if self._must_recount or (self._has_counted_amid_moves and not is_amid_moves):
             living = [process.tables.holdings for process in self.processes()]
             with suppress(Busy):  # a turn soon tries again

@@ -42,8 +42,26 @@ class Giver(Protocol):
     def ask(self, number: int, limit: int, choice: Message | None) -> None:
         """Ask for up to ``limit`` sessions, perhaps only those that meet a choice."""
 
-    def settle(self, number: int, *, is_back: bool = False, refused: Sequence[int] = ()) -> None:
-        """A consignment is taken; ``is_back``: it is not, and is to go on where it was.
+    def settle(self, number: int, refused: Sequence[int] = ()) -> None:
+        """A consignment is taken, but for those with these indices, which go on where they were."""
 
-        ``refused``: so are these of it.
-        """
+
+class Departed:
+    """A process that has died; others have kept its sessions."""
+
+    pid = 0
+    is_foreign = False
+    is_gone = is_dead = True
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def sessions(self) -> int:
+        """It has none left."""
+        return 0
+
+    def ask(self, number: int, limit: int, choice: Message | None) -> None:
+        """Nobody is there."""
+
+    def settle(self, number: int, refused: Sequence[int] = ()) -> None:
+        """Nobody is there."""

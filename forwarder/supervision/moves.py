@@ -32,11 +32,12 @@ from forwarder.ipc import claim
 from forwarder.ipc.consignment import MAX_SESSIONS, Consignment, Refusal, read_taken
 from forwarder.ipc.messages import Op
 from forwarder.supervision import move_plan
+from forwarder.supervision.givers import Departed
 from forwarder.supervision.move_plan import Fate, Taker
 from forwarder.system.daemonlog import warn_rarely
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from forwarder.ipc.channel import Message, Received
     from forwarder.supervision.givers import Giver
@@ -122,6 +123,7 @@ class _Errand:
     share: int = 0  # sessions at a time; 0: not known yet
     left: int = 0  # by its last answer: could be moved, too
     busy: int = 0  # cannot be moved yet
+    is_heard: bool = False  # has answered
     moved: int = 0
     failures: int = 0  # consignments in a row that came back
     deaths: int = 0  # of takers in a row that have not answered
@@ -134,8 +136,8 @@ class _Errand:
 
     @property
     def slot(self) -> int | None:
-        """Where to, if not anywhere."""
-        return None if self.order is None else self.order.slot
+        """Where to, if not anywhere, as when they cannot go back."""
+        return None if self.order is None or self.giver.is_gone else self.order.slot
 
     @property
     def next_look(self) -> float | None:
@@ -150,12 +152,13 @@ class _Errand:
         is_done = self.ask_at is None and not self.number
         return is_done and (self.order is not None or self.giver.is_gone)
 
-    def settle(self, *, is_back: bool = False, refused: Sequence[int] = ()) -> None:
-        """Tell the giver what became of what it has given; others have that now, or nobody."""
+    def settle(self, refused: Sequence[int] = ()) -> None:
+        """Tell the giver with what it has to go on; the rest has another one now, or nobody."""
         if not self.giver.is_gone:
-            self.giver.settle(self.number, is_back=is_back, refused=refused)
+            self.giver.settle(self.number, refused)
         self.close()
         self.number = self.taker = self.tries = 0
+        self.look_at = 0.0
 
     def close(self) -> None:
         """Close what is on its way."""
@@ -199,6 +202,21 @@ class Moves:
         """Take over all sessions of a giver, until it has none left or is gone."""
         now = time.monotonic()
         self._errands.append(_Errand(giver, began_at=now, ask_at=now))
+
+    def adopt(self, name: str, consignments: Iterable[Consignment]) -> None:
+        """Find workers for the sessions of a process that has died; it is called ``name``."""
+        now = time.monotonic()
+        for consignment in consignments:
+            consignment.number = next(self._numbers)
+            errand = _Errand(Departed(name), began_at=now, ask_at=None)
+            errand.number, errand.consignment = consignment.number, consignment
+            errand.rules = consignment.rules()
+            self._errands.append(errand)
+
+    @property
+    def is_adopting(self) -> bool:
+        """Whether sessions of a process that has died are on their way."""
+        return any(isinstance(one.giver, Departed) and one.number for one in self._errands)
 
     def order(self, choice: Message, slot: int, callback: Callable[[Outcome], None]) -> str:
         """Move some sessions to the worker of a slot. Returns why not; "": it is called back."""
@@ -287,7 +305,8 @@ class Moves:
                 giver.sessions(), len(takers), MAX_SESSIONS
             )
             errand.number = next(self._numbers)
-            giver.ask(errand.number, errand.share, None if order is None else order.choice)
+            limit = min(errand.share, errand.left or errand.share)
+            giver.ask(errand.number, limit, None if order is None else order.choice)
         elif order is not None:
             self._end(errand, "the worker there is not ready any more")
 
@@ -296,7 +315,7 @@ class Moves:
         left, busy = errand.left, errand.busy
         if errand.order is not None:  # is about what can be moved now
             left, busy = 0 if errand.order.is_answered else left, 0
-        errand.ask_at = move_plan.next_ask(left, busy, errand.failures, now)
+        errand.ask_at = move_plan.next_ask(max(0, left), busy, errand.failures, now)
         if errand.ask_at is None:
             self._end(errand)
 
@@ -339,10 +358,14 @@ class Moves:
             what = "no descriptors left to move sessions; raise the limit of open files"
             warn_rarely(log, what, f"master: {what}", logging.ERROR)
             errand.share = max(1, errand.share // 2)
-            self._take_back(errand, "no descriptors left", now)
+            count = len(received.message["sessions"])  # type: ignore[arg-type]  # else: nonsense
+            self._take_back(errand, "no descriptors left", now, range(count))
             return
         consignment = Consignment.read(received)
-        errand.left, errand.busy = consignment.left, consignment.busy
+        left = consignment.left
+        if errand.order is not None and errand.is_heard:  # not those that another order brings
+            left = min(left, errand.left - len(consignment))
+        errand.left, errand.busy, errand.is_heard = left, consignment.busy, True
         if not len(consignment):
             errand.number = errand.failures = 0
             self._plan(errand, now)
@@ -355,17 +378,18 @@ class Moves:
 
     def _deliver(self, errand: _Errand, consignment: Consignment, now: float) -> None:
         """See to what nobody has taken yet."""
-        giver = errand.giver
+        giver, everything = errand.giver, range(len(consignment))
         if errand.taker and self._force.is_alive(errand.taker):
             is_late = now >= errand.look_at and not self._force.holds_back(errand.taker)
-            if is_late and not giver.is_gone:  # it may be stopped
+            # It may be stopped. What it has claimed is its own, whenever it says so.
+            if is_late and not giver.is_gone and consignment.claim():
                 self._avoid(errand.taker, now)
-                self._take_back(errand, "the worker there does not answer", now)
+                self._take_back(errand, "the worker there does not answer", now, everything)
             return
         if errand.taker:
             errand.taker, errand.look_at = 0, now
             errand.deaths += 1
-            if giver.is_gone and not giver.is_dead and not consignment.claim():
+            if giver.is_gone and not (giver.is_dead or consignment.claim()):
                 errand.settle()  # it goes on with them
                 return
             with suppress(OSError):  # it is no token, so nobody will have them
@@ -379,7 +403,7 @@ class Moves:
             deaths=errand.deaths,
         )
         if fate is Fate.BACK:
-            self._take_back(errand, "the worker there has ended", now)
+            self._take_back(errand, "the worker there has ended", now, everything)
         elif fate is Fate.RESET:
             self._reset(errand, consignment)
         elif fate is Fate.SEND and taker is not None and now >= errand.look_at:
@@ -411,18 +435,16 @@ class Moves:
             self._keep(errand, consignment, refused, now)
         else:
             self._avoid(errand.taker, now)
-            self._take_back(errand, why, now, refused if taken else ())
+            self._take_back(errand, why, now, refused)
 
     def _avoid(self, pid: int, now: float) -> None:
         self._avoided[pid] = now + move_plan.PASSED_OVER_S
 
-    def _take_back(
-        self, errand: _Errand, why: str, now: float, refused: Sequence[int] = ()
-    ) -> None:
-        """Let the giver go on with what was not taken: with all, or those ``refused``."""
+    def _take_back(self, errand: _Errand, why: str, now: float, refused: Sequence[int]) -> None:
+        """Let the giver go on with those that were not taken."""
         if errand.order is not None:
-            errand.order.outcome.back += len(refused) or len(errand.consignment or ())
-        errand.settle(is_back=not refused, refused=refused)
+            errand.order.outcome.back += len(refused)
+        errand.settle(refused)
         errand.failures += 1
         is_hopeless = why == Refusal.VERSION or errand.deaths >= move_plan.MOST_DEATHS
         if self._is_ending or is_hopeless or errand.order is not None:

@@ -56,10 +56,10 @@ class WorkerGiver:
             consignment.ask(self._process.channel, number, limit, choice or {})
             self._fleet.telling.watch(self._process)
 
-    def settle(self, number: int, *, is_back: bool = False, refused: Sequence[int] = ()) -> None:
+    def settle(self, number: int, refused: Sequence[int] = ()) -> None:
         """Send MOVED."""
         with suppress(ChannelClosed):  # as above
-            consignment.confirm(self._process.channel, number, is_back=is_back, refused=refused)
+            consignment.confirm(self._process.channel, number, refused=refused)
             self._fleet.telling.watch(self._process)
 
 
@@ -72,6 +72,7 @@ class Workers:
     def report_to(self, moves: Moves) -> None:
         """What the fleet and its ledger have to know of it."""
         self._fleet.is_amid_moves = lambda: moves.is_busy
+        self._fleet.is_adopting = lambda: moves.is_adopting
         self._fleet.on_moving = moves.on_message
         self._fleet.ledger.afloat = moves.afloat
 
