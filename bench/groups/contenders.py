@@ -173,10 +173,10 @@ def _reload_forwarder(directory: Path) -> None:
 def _reload_haproxy_with_state(pid: int, directory: Path) -> None:
     """What it knows of servers is written to the file first, as its manual says."""
     (directory / STATE_FILE).write_text(_ask_haproxy(directory, "show servers state"))
-    _reload_haproxy(pid, directory)
+    reload_haproxy(pid, directory)
 
 
-def _reload_haproxy(pid: int, directory: Path) -> None:
+def reload_haproxy(pid: int, directory: Path) -> None:
     """Another worker than before answers. A signal that comes amid a reload is lost: once more."""
     before = _haproxy_worker(directory)
     again_s = 0.0
@@ -225,7 +225,7 @@ def contenders(forwarder: list[str]) -> dict[str, Contender]:
             "haproxy.cfg",
             haproxy_config,
             lambda d: ["haproxy", "-W", "-db", "-f", f"{d}/haproxy.cfg"],
-            _reload_haproxy,
+            reload_haproxy,
         ),
         Contender(
             "haproxy-state",

@@ -195,7 +195,9 @@ class Monkey:
         self._beside(resume)
 
     def _retire_worker(self, act: Act) -> None:
-        self._signal(self._choose(self._place.workers(), act), signal.SIGTERM)
+        pid = self._choose(self._place.workers(), act)
+        self.ended.add(pid)  # one that has just been born dies of it
+        self._signal(pid, signal.SIGTERM)
 
     # -- masters
 
