@@ -16,7 +16,6 @@ import time
 from contextlib import suppress
 from enum import Enum
 from functools import partial
-from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 import setproctitle
@@ -121,6 +120,7 @@ class Worker:
         self._balancers = Balancers(
             spec.table, spec.board.row, holder, self._relay.restrictions.settle_soon
         )
+        self._mover = Mover(self._relay, self._pools, self._cuts, spec.board.row)
         self._listeners: dict[int, AnyListener] = {}
         self._sockets: dict[int, socket.socket] = {}
         self._unreceived: list[int] = []  # ids of sockets for which there was no descriptor
@@ -132,7 +132,6 @@ class Worker:
         self._is_draining = False
         self._last_phase = Phase.SHUTDOWN  # why sessions end that are left when we leave
         self._door: OrphanDoor | None = None
-        self._mover = Mover(self._relay)
 
     async def run(self) -> WorkerExit:
         """Serve until stopped, drained, or left alone by the master."""
@@ -146,6 +145,7 @@ class Worker:
         if self._channel.fileno() >= 0:  # else the one to a new master, which has gone, too
             self._loop.remove_reader(self._channel.fileno())
         self._stop_listening()
+        self._mover.close()
         is_late = self._last_phase is Phase.DRAIN
         why = "drain_timeout" if is_late else "worker stopped"
         self._relay.abort_sessions(self._last_phase, why)
@@ -198,6 +198,8 @@ class Worker:
             self._answer(received.message)
         elif op == Op.ACCESS:
             self._on_access(received)
+        elif op in (Op.MOVE, Op.PARCELS, Op.MOVED):
+            self._mover.on_message(received, self._channel)
 
     def _take_sockets(self, received: Received) -> None:
         """Own listening sockets, for assignments to come."""
@@ -243,22 +245,11 @@ class Worker:
         """List or end some sessions. A bug in that costs the answer, not the worker."""
         answer: object = None
         try:
-            answer = self._choose(question)
+            answer = listing.answer(question, self._relay, self._loop.time())
         except Exception:
             log.exception("worker.bug: cannot %s sessions", question["op"])
         with suppress(ChannelClosed):
             send_answer(self._channel, question["number"], answer)
-
-    def _choose(self, question: Message) -> object:
-        now = self._loop.time()
-        chosen = listing.Choice.read(question).of(self._relay.sessions)
-        if question["op"] == Op.LIST:
-            limit = question["limit"]
-            assert isinstance(limit, int)  # noqa: S101 - our own master wrote it
-            return [listing.describe(session, now) for session in islice(chosen, limit)]
-        doomed = tuple(chosen)
-        self._relay.abort_sessions(Phase.KILL, "killed", doomed)
-        return len(doomed)
 
     def _say(self, op: Op, **fields: object) -> None:
         try:
@@ -277,6 +268,7 @@ class Worker:
         Closing them at once would reset queued clients and refuse all others until then. One that
         drains has none, but sessions that the heir of its master may ask for.
         """
+        self._mover.on_hang_up(self._channel)
         if not self._is_draining:
             log.warning(
                 "worker.orphaned slot=%d: the master has ended; serving on for %.0f s or until a "
@@ -389,10 +381,8 @@ class Worker:
         for socket_id, index in assignment.routes.items():
             if socket_id in self._sockets:  # else descriptors ran out: see _acknowledge
                 self._route(socket_id, rules[index], accesses[index])
-        self._cuts.after(
-            assignment.config.settings.drain_timeout_s,
-            [session for session in self._relay.sessions if session.pool.origin in gone],
-        )
+        self._cuts.limit_s = assignment.config.settings.drain_timeout_s
+        self._cuts.begin([one for one in self._relay.sessions if one.pool.origin in gone])
         if assignment.config.settings.cut_denied:
             by_rule = dict(zip((rule.name for rule in rules), accesses, strict=True))
             of = partial(access_of, assignment.config)
@@ -468,7 +458,8 @@ class Worker:
         self._relay.abort_sessions(Phase.DRAIN, "no address of an upstream is known", waiting)
 
     def _leave_when_idle(self) -> None:
-        if self._relay.sessions or self._relay.restrictions.has_undecided:
+        is_busy = self._relay.restrictions.has_undecided or self._mover.is_out
+        if self._relay.sessions or is_busy:
             self._loop.call_later(0.05, self._leave_when_idle)
         else:
             self._finish()

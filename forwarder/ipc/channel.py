@@ -198,11 +198,19 @@ def from_memory_file(fd: int, limit: int = -1) -> bytes:
         if limit < 0:
             os.lseek(fd, 0, os.SEEK_SET)
             return file.readall()
-        try:
-            fcntl.fcntl(fd, fcntl.F_GET_SEALS)  # EINVAL unless it is in memory, fcntl(2)
-            content = os.pread(fd, limit + 1, 0)
-        except OSError as err:
-            raise ValueError("not a memory file") from err
+        return read_memory_file(fd, limit)
+
+
+def read_memory_file(fd: int, limit: int) -> bytes:
+    """Content of a memory file of someone who is not trusted; the descriptor stays open.
+
+    Raises ValueError as :func:`from_memory_file`.
+    """
+    try:
+        fcntl.fcntl(fd, fcntl.F_GET_SEALS)  # EINVAL unless it is in memory, fcntl(2)
+        content = os.pread(fd, limit + 1, 0)
+    except OSError as err:
+        raise ValueError("not a memory file") from err
     if len(content) > limit:
         raise ValueError("more than is allowed")
     return content

@@ -30,7 +30,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
 from forwarder.ipc import claim
-from forwarder.ipc.channel import MAX_FDS, from_memory_file, to_memory_file
+from forwarder.ipc.channel import MAX_FDS, read_memory_file, to_memory_file
 from forwarder.ipc.messages import Op
 from forwarder.net.sockets import set_abort_on_close
 
@@ -159,10 +159,10 @@ class Consignment:
         return claim.claim(self.token)
 
     def read_content(self) -> dict[str, object]:
-        """What it says of its sessions. Raises ValueError for nonsense, or without descriptors."""
+        """What it says of its sessions. Raises ValueError for nonsense."""
         try:
-            found = json.loads(from_memory_file(os.dup(self.content), _MAX_CONTENT_BYTES))
-        except (OSError, RecursionError) as err:
+            found = json.loads(read_memory_file(self.content, _MAX_CONTENT_BYTES))
+        except RecursionError as err:
             raise ValueError("nothing to be read") from err
         if not isinstance(found, dict):
             raise ValueError("not the content of a consignment")  # noqa: TRY004 - as all nonsense

@@ -25,13 +25,13 @@ import time
 from collections import deque
 from fcntl import LOCK_EX, LOCK_NB, LOCK_UN
 from fcntl import lockf as _lockf
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from forwarder.limits.tables import CountTable, RateTable, pass_at, table_words
 from forwarder.stats.board import ROWS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
 # Clients of limited rules that have sessions at the same time, all rules together. Beyond it new
 # clients are refused: their limit could not be kept.
@@ -237,16 +237,31 @@ class Gate:
             if count := rows[0]:
                 rows[0] = count - 1
 
-    def take_server(self, mine: Holdings, row: int) -> None:
+    def take_server(self, mine: Holdings, row: int, _: int = 0) -> None:
         """Count a session of a server, beside that of its rule; or one that waits in a group."""
         mine.rows[row] += 1
         self._rows[row] += 1
 
-    def leave_server(self, mine: Holdings, row: int) -> None:
+    def leave_server(self, mine: Holdings, row: int, _: int = 0) -> None:
         """What :meth:`take_server` has counted is over."""
         for rows in (mine.rows, self._rows):
             if count := rows[row]:
                 rows[row] = count - 1
+
+    def pass_on(self, mine: Holdings, row: int, key: int) -> None:
+        """A session that was counted goes on in another worker: only what we hold changes."""
+        if key:
+            mine.clients.remove(key)
+        for number in _counting(row):
+            if count := mine.rows[number]:
+                mine.rows[number] = count - 1
+
+    def take_on(self, mine: Holdings, row: int, key: int) -> None:
+        """The other worker's side of that."""
+        if key:
+            mine.clients.add(key)
+        for number in _counting(row):
+            mine.rows[number] += 1
 
     def _count(self, mine: Holdings, row: int) -> None:
         # Our own first: whenever we are killed, the shared count is not below that of the others.
@@ -274,6 +289,14 @@ class Gate:
         self._lines[2 * row] = self._lines[2 * row + 1] = 0.0
 
 
+_Deed: TypeAlias = "Callable[[Gate, Holdings, int, int], None]"
+
+
+def _counting(row: int) -> tuple[int, ...]:
+    """The rows in which a session of a rule, or of a server, is counted."""
+    return (row,) if row >= ROWS else (0, row)
+
+
 class Holder:
     """The gate as one worker uses it: what it holds is in ``mine``.
 
@@ -286,9 +309,9 @@ class Holder:
     def __init__(self, gate: Gate, mine: Holdings) -> None:
         self.gate = gate
         self.mine = mine
-        # Row, key, whether it begins, and the rate of which one is given back; 0: none. A server
+        # What is to be done; row, key, and the rate of which one is given back, 0: none. A server
         # has no key and no rate.
-        self._owed: deque[tuple[int, int, bool, float]] = deque()
+        self._owed: deque[tuple[_Deed, int, int, float]] = deque()
 
     def __enter__(self) -> Gate:
         self.gate.lock()
@@ -301,22 +324,30 @@ class Holder:
 
     def hold(self, row: int, key: int) -> None:
         """Count a session that has begun already, whatever the limits are, at :meth:`settle`."""
-        self._owed.append((row, key, True, 0.0))
+        self._owed.append((Gate.hold_anyway, row, key, 0.0))
 
     def let_go(self, row: int, key: int, rate: float = 0.0) -> None:
         """A session that was counted has ended; as for :meth:`hold`.
 
         With a ``rate`` it has not begun at all, and another one may in its place.
         """
-        self._owed.append((row, key, False, rate))
+        self._owed.append((Gate.let_go, row, key, rate))
 
     def take_server(self, row: int) -> None:
         """Count a session of a server, or one that waits, at :meth:`settle`."""
-        self._owed.append((row, 0, True, 0.0))
+        self._owed.append((Gate.take_server, row, 0, 0.0))
 
     def leave_server(self, row: int) -> None:
         """What was counted in the row of a server or a group is over; as :meth:`take_server`."""
-        self._owed.append((row, 0, False, 0.0))
+        self._owed.append((Gate.leave_server, row, 0, 0.0))
+
+    def pass_on(self, row: int, key: int) -> None:
+        """A session that was counted, or its server, goes on in another worker; as :meth:`hold`."""
+        self._owed.append((Gate.pass_on, row, key, 0.0))
+
+    def take_on(self, row: int, key: int) -> None:
+        """One that another worker has passed on is ours; as :meth:`hold`."""
+        self._owed.append((Gate.take_on, row, key, 0.0))
 
     def settle(self) -> bool:
         """Count what is owed. Returns whether all of it is counted."""
@@ -331,10 +362,7 @@ class Holder:
     def _work_off(self) -> None:
         owed, gate, mine = self._owed, self.gate, self.mine
         for _ in range(min(len(owed), _PART)):
-            row, key, begins, rate = owed.popleft()
-            if row >= ROWS:
-                (gate.take_server if begins else gate.leave_server)(mine, row)
-                continue
-            (gate.hold_anyway if begins else gate.let_go)(mine, row, key)
+            do, row, key, rate = owed.popleft()
+            do(gate, mine, row, key)
             if rate:
                 gate.unpass_row(row, rate)

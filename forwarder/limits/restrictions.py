@@ -118,18 +118,21 @@ class Restrictions:
             former.wake_all()
 
     def _make_meters(self, row: int, bandwidth: float) -> None:
+        for meter in self._made.get(row, ()):
+            meter.set_rate(bandwidth)
+        if bandwidth:
+            self.meters[row] = self._made_for(row, bandwidth)
+        else:
+            self.meters.pop(row, None)
+
+    def _made_for(self, row: int, bandwidth: float) -> tuple[Meter, Meter]:
+        """The meters of a row, made if there were none."""
         pair = self._made.get(row)
-        if pair is not None:
-            for meter in pair:
-                meter.set_rate(bandwidth)
-        elif bandwidth:
+        if pair is None:
             gate = self.holder.gate
             c2u, u2c = (Meter(self._loop, gate, 2 * row + one, bandwidth) for one in (0, 1))
             pair = self._made[row] = (c2u, u2c)
-        if bandwidth and pair is not None:
-            self.meters[row] = pair
-        else:
-            self.meters.pop(row, None)
+        return pair
 
     def _hold_as_wanted(self, session: Held) -> None:
         row = session.pool.row
@@ -145,6 +148,33 @@ class Restrictions:
         if key is not None:
             self.holder.hold(row, key)
         session.held_as = key
+
+    # -- sessions that go on in another worker
+
+    def pass_on(self, session: Held) -> None:
+        """A session goes to another worker: it stays counted, but we do not hold it any more."""
+        if session.held_as is not None:
+            self.holder.pass_on(session.pool.row, session.held_as)
+            session.held_as = None
+            self.settle_soon()
+
+    def take_on(self, session: Held, held_as: int | None, *, is_foreign: bool) -> None:
+        """A session has come from another worker, which has held it so; None: not at all.
+
+        Unless it is another instance's, one of a rule that is gone keeps its bandwidth.
+        """
+        row, bandwidth = session.pool.row, session.pool.rule.limits.bandwidth
+        if held_as is not None:
+            self.holder.take_on(row, held_as)
+            session.held_as = held_as
+        self._hold_as_wanted(session)
+        meters = self.meters.get(row)
+        if meters is None and bandwidth and not is_foreign:
+            meters = self._made_for(row, bandwidth)
+        if meters is not None:
+            session.put_under(meters)
+        if self._holder is not None:
+            self.settle_soon()
 
     # -- sessions that end, clients that have to wait
 

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import fcntl
 import os
+import stat
+import struct
+import termios
 from dataclasses import dataclass
 from typing import Final
 
@@ -47,6 +50,22 @@ class Pipe:
             raise
         self.pages = granted // PAGE_BYTES
 
+    @classmethod
+    def with_data(cls, read_fd: int, write_fd: int) -> Pipe:
+        """A pipe of another process, with what is in it. Takes over both ends.
+
+        Raises OSError or ValueError if it is none; the descriptors then stay the caller's.
+        """
+        if not (_is_end(read_fd, os.O_RDONLY) and _is_end(write_fd, os.O_WRONLY)):
+            raise ValueError("not a pipe")
+        pipe = cls.__new__(cls)
+        pipe.read_fd, pipe.write_fd = read_fd, write_fd
+        pipe.pages = fcntl.fcntl(write_fd, fcntl.F_GETPIPE_SZ) // PAGE_BYTES
+        pipe.filled = bytes_in(read_fd)
+        for fd in (read_fd, write_fd):
+            os.set_blocking(fd, False)
+        return pipe
+
     def close(self) -> None:
         """Close both ends; what is still inside is lost."""
         read_fd, write_fd = self.read_fd, self.write_fd
@@ -56,6 +75,18 @@ class Pipe:
 
 
 PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
+
+
+def bytes_in(read_fd: int) -> int:
+    """How many bytes are in a pipe. Raises OSError."""
+    found: int = struct.unpack("i", fcntl.ioctl(read_fd, termios.FIONREAD, b"\0" * 4))[0]
+    return found
+
+
+def _is_end(fd: int, mode: int) -> bool:
+    """Whether a descriptor is an end of a pipe, that to read or that to write. Raises OSError."""
+    is_pipe = stat.S_ISFIFO(os.fstat(fd).st_mode)
+    return is_pipe and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == mode
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,9 +140,21 @@ class PipePool:
 
     def discard(self, pipe: Pipe) -> None:
         """Close a borrowed pipe that still holds data."""
+        self.pass_on(pipe)
+        pipe.close()
+
+    def pass_on(self, pipe: Pipe) -> None:
+        """A borrowed pipe, with what is in it, is another process's from now on."""
         self._made -= 1
         self._pages -= pipe.pages
-        pipe.close()
+
+    def take_on(self, pipe: Pipe) -> None:
+        """A pipe that another process had is one of these, and borrowed.
+
+        It is there already, so the budget is not asked; it keeps others from being made.
+        """
+        self._made += 1
+        self._pages += pipe.pages
 
     def close(self) -> None:
         """Close the idle pipes. Borrowed ones stay with their borrowers."""

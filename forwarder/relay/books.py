@@ -22,6 +22,8 @@ from forwarder.stats.rows import (
     CONNECTS_FAILED,
     DATAGRAMS_DROPPED,
     ENDS,
+    MOVED_IN,
+    MOVED_OUT,
     REFUSED,
     SESSIONS,
     SESSIONS_TOTAL,
@@ -44,8 +46,9 @@ log = logging.getLogger(__name__)
 
 
 class Books:
-    """``total`` counts sessions, ``failed`` those without an upstream, ``refused`` clients that got
-    none, each since the worker has begun; the other numbers are of all rules, too.
+    """``total`` counts sessions that began here, ``failed`` those without an upstream, ``refused``
+    clients that got none, each since the worker has begun; ``moved_in`` and ``moved_out`` sessions
+    that came from another worker and that went to one. The other numbers are of all rules, too.
     """
 
     __slots__ = (
@@ -58,6 +61,8 @@ class Books:
         "connlog",
         "datagrams_dropped",
         "failed",
+        "moved_in",
+        "moved_out",
         "refused",
         "total",
     )
@@ -68,6 +73,7 @@ class Books:
         self._logs_sessions = log.isEnabledFor(logging.DEBUG)
         self.connlog = ConnectionLog()
         self.total = self.failed = self.refused = 0
+        self.moved_in = self.moved_out = 0
         self.bytes_c2u = self.bytes_u2c = self.bytes_spliced = 0
         self.datagrams_dropped = 0
 
@@ -117,6 +123,22 @@ class Books:
                 log.debug("session.unlogged id=%d", session.id)
         if self._logs_sessions:
             self._log_session(session, reason)
+
+    def on_moved_out(self, session: Session) -> None:
+        """A session goes on in another worker, which will log its end."""
+        self.count_moved(session)
+        self.moved_out += 1
+        counts = session.pool.counts
+        counts[SESSIONS] -= 1
+        counts[MOVED_OUT] += 1
+
+    def on_moved_in(self, session: Session) -> None:
+        """A session has come from another worker, which has counted what it moved so far."""
+        session.c2u.counted, session.u2c.counted = session.c2u.moved, session.u2c.moved
+        self.moved_in += 1
+        counts = session.pool.counts
+        counts[SESSIONS] += 1
+        counts[MOVED_IN] += 1
 
     def count_moved(self, session: Session) -> None:
         """Count what a session has moved since the last call."""

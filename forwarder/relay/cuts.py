@@ -13,24 +13,25 @@ if TYPE_CHECKING:
 
 
 class Cuts:
-    """Which session is reset when; times are those of the loop."""
+    """Which session is reset when; times are those of the loop.
 
-    __slots__ = ("_at", "_cut", "_loop", "_times")
+    ``limit_s``: how long sessions may go on without their rule; 0 or None is no limit.
+    """
+
+    __slots__ = ("_at", "_cut", "_loop", "_times", "limit_s")
 
     def __init__(self, loop: Clock, cut: Callable[[Iterable[Session]], None]) -> None:
         """``cut`` resets sessions; those that have ended it skips."""
+        self.limit_s: float | None = None
         self._loop = loop
         self._cut = cut
         self._at: dict[Session, float] = {}
         self._times: set[float] = set()  # for which there is a timer
 
-    def after(self, limit_s: float | None, sessions: Iterable[Session]) -> None:
-        """Reset what is left of ``sessions`` after so many seconds; 0 or None is no limit.
-
-        For each its first limit holds.
-        """
-        if limit_s:
-            self._await(self._loop.time() + limit_s, sessions)
+    def begin(self, sessions: Iterable[Session]) -> None:
+        """The rules of these sessions are gone. Of two limits of a session the first one holds."""
+        if self.limit_s:
+            self._await(self._loop.time() + self.limit_s, sessions)
 
     def resume(self, session: Session, at: float) -> None:
         """Reset a session that has come from another worker when that would have done so."""

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Final
 
+from forwarder.ipc.messages import Op
 from forwarder.net.sockets import client_text
 from forwarder.relay.access import AccessList, Decision, pattern_matcher
 from forwarder.relay.session import id_text
+from forwarder.stats.reasons import Phase
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from forwarder.config.model import AccessRule, Rule
+    from forwarder.relay.relay import Relay
     from forwarder.relay.session import Session
 
 
@@ -125,6 +129,18 @@ def describe(session: Session, now: float) -> dict[str, object]:
         "age_s": round(now - session.started_at, 1),
         "idle_s": round(now - session.active_at, 1),
     }
+
+
+def answer(question: Mapping[str, object], relay: Relay, now: float) -> object:
+    """List or end the sessions that a question is about. Raises PatternError as :class:`Choice`."""
+    chosen = Choice.read(question).of(relay.sessions)
+    if question["op"] == Op.LIST:
+        limit = question["limit"]
+        assert isinstance(limit, int)  # noqa: S101 - our own master wrote it
+        return [describe(session, now) for session in islice(chosen, limit)]
+    doomed = tuple(chosen)
+    relay.abort_sessions(Phase.KILL, "killed", doomed)
+    return len(doomed)
 
 
 def denied_by(

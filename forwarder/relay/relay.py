@@ -163,6 +163,8 @@ class Relay:
             pipes.idle,
             pipes.pages,
             books.connlog.dropped,
+            books.moved_in,
+            books.moved_out,
         )
         for index, value in enumerate(counters):
             row[index] = value

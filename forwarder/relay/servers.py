@@ -13,7 +13,15 @@ import logging
 from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol
 
-from forwarder.stats.rows import CONNECTS_FAILED, SESSIONS, SESSIONS_TOTAL, connect_bucket, new_row
+from forwarder.stats.rows import (
+    CONNECTS_FAILED,
+    MOVED_IN,
+    MOVED_OUT,
+    SESSIONS,
+    SESSIONS_TOTAL,
+    connect_bucket,
+    new_row,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -290,6 +298,38 @@ class Servers:
     def give_back(self, pool: Pool, server: Server) -> None:
         """A session of ``pool`` has this no longer; it is free when the batch at hand is over."""
         self._poller.defer(partial(self.let_go, pool, server))
+
+    def pass_on(self, server: Server) -> None:
+        """A session of a server goes on in another worker, where it stays counted."""
+        server.counts[SESSIONS] -= 1
+        server.counts[MOVED_OUT] += 1
+        if server.is_counted:
+            self._restrictions.holder.pass_on(server.row, 0)
+            self._restrictions.settle_soon()
+
+    def take_on(self, session: Served, server: Server | None, held_in: int | None) -> None:
+        """A session that has come from another worker has this server, or is given one.
+
+        ``held_in`` is the row in which it is held at the gate; None: it is not.
+        """
+        if server is None:
+            if session.upstream is not None:
+                session.server = self._adopt(session)
+            return
+        server.counts[SESSIONS] += 1
+        server.counts[MOVED_IN] += 1
+        wanted = server.row if server.is_counted else None
+        if wanted is not None or held_in is not None:
+            holder = self._restrictions.holder
+            if held_in is not None:
+                holder.take_on(held_in, 0)
+            if wanted != held_in:
+                if wanted is not None:
+                    holder.take_server(wanted)
+                if held_in is not None:
+                    holder.leave_server(held_in)
+            self._restrictions.settle_soon()
+        session.server = self.as_in_force(session.pool, server)
 
     def let_go(self, pool: Pool, server: Server) -> None:
         """A session of ``pool`` has this server no longer, and its sockets are closed."""

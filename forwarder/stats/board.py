@@ -19,6 +19,8 @@ from forwarder.system import memfile
 # any server. Rules, and servers, that find no row free share the last. A page exists once something
 # in it was counted, so the memory of unused rows is address space only.
 ROWS: Final = 65536
+SHARED_ROW: Final = ROWS - 1
+SHARED_SERVER_ROW: Final = 2 * ROWS - 1
 BOARD_BYTES: Final = 2 * ROWS * WORDS * 8
 
 

@@ -23,7 +23,8 @@ Row: TypeAlias = "memoryview[int]"
 # REFUSED are clients that were turned away and got no session. ATTEMPTS_FAILED: connects to one
 # address that were refused, or not answered in time. SESSIONS_CUT: sessions reset by a stop or by
 # drain_timeout, or lost with their worker. BYTES_* include open sessions as of the last beat.
-# At any time, sum of ENDS + SESSIONS = SESSIONS_TOTAL + REFUSED.
+# MOVED_IN, MOVED_OUT: sessions that went on in another worker, of this instance or of another one.
+# At any time, sum of ENDS + SESSIONS + MOVED_OUT = SESSIONS_TOTAL + REFUSED + MOVED_IN.
 (
     SESSIONS,
     SESSIONS_TOTAL,
@@ -35,9 +36,11 @@ Row: TypeAlias = "memoryview[int]"
     DATAGRAMS_DROPPED,
     ATTEMPTS_FAILED,
     SESSIONS_CUT,
-) = range(10)
+    MOVED_IN,
+    MOVED_OUT,
+) = range(12)
 # How long connecting took: below 1 ms, below 2, 4, 8 ... ms, and longer.
-CONNECT_MS: Final = SESSIONS_CUT + 1
+CONNECT_MS: Final = MOVED_OUT + 1
 CONNECT_BUCKETS: Final = 16
 # How often sessions ended for each reason, in the order of ``reasons.REASONS``.
 ENDS: Final = CONNECT_MS + CONNECT_BUCKETS
@@ -71,6 +74,8 @@ COUNTERS: Final = (
     "pipes_idle",
     "pipe_pages",
     "log_lines_dropped",
+    "moved_in",
+    "moved_out",
 )
 _STATES: Final = frozenset({"sessions", "pipes_made", "pipes_idle", "pipe_pages"})
 
@@ -97,6 +102,8 @@ def rule_counters(row: Sequence[int]) -> dict[str, object]:
         "bytes_u2c": row[BYTES_U2C],
         "bytes_spliced": row[BYTES_SPLICED],
         "datagrams_dropped": row[DATAGRAMS_DROPPED],
+        "moved_in": row[MOVED_IN],
+        "moved_out": row[MOVED_OUT],
         "connect_ms": {
             connect_label(bucket): row[CONNECT_MS + bucket]
             for bucket in range(CONNECT_BUCKETS)

@@ -57,6 +57,7 @@ class Pool:
     """
 
     __slots__ = (
+        "__weakref__",
         "_all",
         "_found",
         "_hosts",

@@ -57,6 +57,7 @@ PURE = {
     "relay.wheel",
     "connlog.record",
     "relay.moving.parcel",
+    "relay.moving.terms",
     "relay.udp.framing",
     "relay.udp.flow_table",
     "upstream.schedule",

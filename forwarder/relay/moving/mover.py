@@ -1,56 +1,200 @@
 """Giving sessions up and taking them in: a worker's side of ``ipc.consignment``.
 
-Owns what it has given up until that is settled. Knows no session's insides: each kind of session
-has a :class:`Kind`.
+Works between two batches of events, in one go: nothing that is taken out of the relay is touched
+there again, and what was taken in has been answered for before it handles an event.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+import logging
+from typing import TYPE_CHECKING, Any
+
+from forwarder.ipc import claim
+from forwarder.ipc.channel import ChannelClosed
+from forwarder.ipc.consignment import VERSION, Consignment, Refusal, answer_taken
+from forwarder.ipc.messages import Op
+from forwarder.relay.listing import Choice
+from forwarder.relay.moving.packing import Packing
+from forwarder.relay.moving.unpacking import Unpacker
+from forwarder.relay.session import SessionState
 
 if TYPE_CHECKING:
-    from forwarder.ipc.channel import Channel, Received
-    from forwarder.relay.moving.parcel import Parcel
+    from collections.abc import Callable, Iterable, Sequence
+
+    from forwarder.ipc.channel import Channel, Message, Received
+    from forwarder.relay.cuts import Cuts
+    from forwarder.relay.moving.kinds import Kind
+    from forwarder.relay.moving.parcel import Json
+    from forwarder.relay.pools import Pools
     from forwarder.relay.relay import Relay
     from forwarder.relay.session import Session
-    from forwarder.upstream.pool import Pool
+    from forwarder.stats.rows import Row
 
-
-class Kind(Protocol):
-    """How sessions of one kind are taken out of a relay and put into one."""
-
-    def may_move(self, session: Session) -> bool:
-        """Whether it can be moved now; False: later."""
-
-    def descriptors(self, session: Session) -> int:
-        """How many it would have in a consignment."""
-
-    def pack(self, session: Session, parcel: Parcel) -> tuple[Parcel, list[int]]:
-        """Take it out: nothing here touches it again. ``parcel`` has what all kinds have.
-
-        Its descriptors become the caller's, out of the poller. Raises OSError; then it stays.
-        """
-
-    def unpack(self, parcel: Parcel, fds: list[int], relay: Relay, pool: Pool) -> Session:
-        """Make it a session of this relay, which handles no event before all are taken.
-
-        Takes over the descriptors. Raises OSError or ValueError; they then stay the caller's.
-        """
+log = logging.getLogger(__name__)
 
 
 class Mover:
-    """Gives sessions of a worker up, and takes others in."""
+    """Gives sessions of a worker up, and takes others in.
 
-    def __init__(self, relay: Relay) -> None:
+    What it has given up it owns until that is settled: at most one consignment at a time.
+    """
+
+    def __init__(
+        self, relay: Relay, pools: Pools, cuts: Cuts, row_of: Callable[[int], Row]
+    ) -> None:
+        """``row_of`` gives the row of a number on the worker's board."""
         self._relay = relay
+        self._pools = pools
+        self._cuts = cuts
+        self._unpacker = Unpacker(relay, pools, cuts, row_of)
+        self._out: Consignment | None = None
+        self._out_over: Channel | None = None
 
     @property
     def is_out(self) -> bool:
         """Whether sessions are on their way that may come back: the worker must not leave."""
-        return False
+        return self._out is not None
 
     def on_message(self, received: Received, channel: Channel) -> None:
-        """Handle MOVE, PARCELS or MOVED, and answer over the channel that it came by."""
+        """Handle MOVE, PARCELS or MOVED, and answer over the channel that it came by.
+
+        Takes over the descriptors. Raises KeyError, TypeError or ValueError for nonsense, but for
+        that in parcels, which are refused.
+        """
+        self._relay.poller.read_clock()
+        op = received.message["op"]
+        try:
+            if op == Op.MOVE:
+                self._give(received.message, channel)
+            elif op == Op.PARCELS:
+                self._take(received, channel)
+            elif op == Op.MOVED:
+                self._settle(received.message)
+        except ChannelClosed:  # who reads it will notice
+            log.debug("moves: nobody hears the answer to %s", op)
+        finally:
+            received.close()
 
     def on_hang_up(self, channel: Channel) -> None:
         """Who has asked over a channel is gone: take back what is out and nobody has claimed."""
+        if self._out_over is channel:
+            self._take_back()
+
+    def close(self) -> None:
+        """The worker ends its sessions: those that are out and nobody has claimed as well."""
+        self._take_back()
+
+    # -- giving
+
+    def _give(self, question: Message, channel: Channel) -> None:
+        """Give sessions up, as many as are asked for and fit. Raises ChannelClosed."""
+        number, limit = question["number"], question["limit"]
+        if not (isinstance(number, int) and isinstance(limit, int)):
+            raise TypeError("not a question for sessions")
+        if self._out is not None:  # who asks has not settled that yet
+            Consignment(number, busy=1).send(channel)
+            return
+        packing = Packing(self._pools, self._cuts, limit)
+        for session in Choice.read(question).of(self._relay.sessions):
+            packing.add(session)
+        out = packing.seal(number)
+        for session, kind in packing.packed:
+            self._let_go(session, kind)
+        if out.sessions:
+            self._out, self._out_over = out, channel
+        out.send(channel)
+
+    def _let_go(self, session: Session, kind: Kind[Any]) -> None:
+        """A session is on its way: from here on nothing in this worker touches it."""
+        relay = self._relay
+        relay.books.on_moved_out(session)
+        kind.let_go(session)
+        relay.bench.wheel.discard(session)
+        relay.sessions.pop(session, None)
+        session.state = SessionState.CLOSED  # for who has it in a list
+        relay.restrictions.pass_on(session)
+        if session.server is not None:
+            relay.servers.pass_on(session.server)
+            session.server = None
+        session.unlink()
+
+    def _settle(self, message: Message) -> None:
+        """What is out is another's now, or comes back, all or in part."""
+        refused = message.get("refused")
+        if self._out is None or message["number"] != self._out.number:
+            return
+        if message.get("is_back"):
+            self._take_back()
+            return
+        out, self._out, self._out_over = self._out, None, None
+        if isinstance(refused, list) and refused:
+            self._go_on_with(out, [one for one in refused if one in range(len(out))])
+        out.close()
+
+    def _take_back(self) -> None:
+        """Go on with what is out, unless somebody has claimed it."""
+        out, self._out, self._out_over = self._out, None, None
+        if out is not None:
+            if out.claim():
+                self._go_on_with(out, range(len(out)))
+            out.close()
+
+    def _go_on_with(self, out: Consignment, indices: Iterable[int]) -> None:
+        lost = self._unpack(out, out.read_content(), indices, is_foreign=False)
+        if lost:
+            log.error("moves.lost: %d sessions that came back cannot go on", len(lost))
+            Consignment(out.number, sessions=[out.sessions[index] for index in lost]).abort()
+
+    # -- taking
+
+    def _take(self, received: Received, channel: Channel) -> None:
+        """Take sessions in, and say which. Raises ChannelClosed."""
+        number, shares = received.message["number"], received.message["sessions"]
+        if not (isinstance(number, int) and isinstance(shares, list)):
+            raise TypeError("not a consignment")
+        everything = range(len(shares))
+        is_truncated = received.is_truncated
+        try:
+            given = Consignment.read(received)
+        except ValueError:
+            why = Refusal.DESCRIPTORS if is_truncated else Refusal.NONSENSE
+            answer_taken(channel, number, everything, why)
+            return
+        try:
+            refused, why = self._take_in(given)
+            answer_taken(channel, number, refused, why)
+        finally:
+            given.close()
+
+    def _take_in(self, given: Consignment) -> tuple[Sequence[int], Refusal]:
+        """Returns the indices of what is not taken, and why."""
+        everything = range(len(given))
+        if not everything:
+            return (), Refusal.NONE
+        if given.version != VERSION:
+            return everything, Refusal.VERSION
+        try:
+            content = given.read_content()
+        except ValueError:
+            return everything, Refusal.NONSENSE
+        if not given.claim():
+            return (), Refusal.CLAIMED
+        refused = self._unpack(given, content, everything, is_foreign=given.is_foreign)
+        if len(refused) == len(given):
+            claim.give_up(given.token)
+        return refused, Refusal.NONSENSE if refused else Refusal.NONE
+
+    def _unpack(
+        self, given: Consignment, content: Json, indices: Iterable[int], *, is_foreign: bool
+    ) -> list[int]:
+        """Make these of a consignment sessions of this relay. Returns those that are none."""
+        refused = []
+        for index in indices:
+            place, fds = given.sessions[index]
+            try:
+                self._unpacker.unpack(content, place, fds, is_foreign=is_foreign)
+            except Exception as err:  # a bug must cost one session, not the worker
+                is_bug = not isinstance(err, OSError | ValueError)
+                log.warning("moves: cannot go on with a session: %s", err, exc_info=is_bug)
+                refused.append(index)
+        return refused

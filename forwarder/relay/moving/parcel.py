@@ -91,8 +91,8 @@ class Parcel:
     ``terms``: which of the terms of its consignment are its rule's; ``offset``: its port behind the
     first one of the rule. ``id`` is that of its birth, see ``Session``. ``held_as``: by the gate of
     the instance it comes from; None: not at all. ``deadline`` 0 is none. ``cut_at``: when it will
-    be reset, as its rule is gone; 0 is never. ``ending``: who, phase, detail and whether by reset,
-    of a session of which one side is gone.
+    be reset, as its rule is gone; ``due_at``: when its timer looks at it; 0 is never. ``ending``:
+    who, phase, detail and whether by reset, of a session of which one side is gone.
 
     Its descriptors: client, upstream, those of the data that waits in ``c2u``, and in ``u2c``; then
     what ``more`` says.
@@ -113,6 +113,7 @@ class Parcel:
     held_as: int | None = None
     server: ServerShare | None = None
     cut_at: float = 0.0
+    due_at: float = 0.0
     adoptions: int = 0
     ending: tuple[str, str, str, bool] | None = None
     unsent: int = 0
@@ -162,6 +163,7 @@ class Parcel:
             held_as=None if held_as is None else read(given, "held_as", 0),
             server=_server(given.get("server")),
             cut_at=read(given, "cut_at", 0.0),
+            due_at=read(given, "due_at", 0.0),
             adoptions=read(given, "adoptions", 0),
             ending=_ending(given.get("ending")),
             unsent=read(given, "unsent", 0),
@@ -183,6 +185,7 @@ _PLAIN: Final[dict[str, object]] = {
     "active_at": 0.0,
     "deadline": 0.0,
     "cut_at": 0.0,
+    "due_at": 0.0,
     "adoptions": 0,
     "unsent": 0,
 }
