@@ -23,7 +23,6 @@ from forwarder.config.model import MAX_WORKERS, STOP_TIMEOUT_S
 from forwarder.connlog.files import discard
 from forwarder.control.requests import STOPPING, UNDER_WAY, Requests
 from forwarder.errors import ExitCode, StartupError
-from forwarder.ipc.messages import Op
 from forwarder.serving import probing
 from forwarder.serving.latebind import LateBinds
 from forwarder.serving.loader import look_up
@@ -59,7 +58,8 @@ if TYPE_CHECKING:
     from collections.abc import Collection
 
     from forwarder.control.orders import Wanted
-    from forwarder.control.server import Reply
+    from forwarder.control.server import Message, Reply
+    from forwarder.ipc.messages import Op
     from forwarder.ipc.questions import Answered
     from forwarder.serving.loader import Candidate
     from forwarder.succession.lineage import Elder
@@ -403,13 +403,13 @@ class Master:
         """Describe the instance: what it serves and what it has done."""
         return self._status.describe(self._state)
 
-    def list_sessions(self, choice: dict[str, object], callback: Answered) -> None:
-        """Ask the workers, and old masters that drain, for some of their sessions."""
-        self._ending.sessions.ask(Op.LIST, choice, callback)
+    def ask_sessions(self, op: Op, choice: Message, callback: Answered) -> None:
+        """Let the workers, and old masters that drain, list (LIST) or end (KILL) some sessions."""
+        self._ending.sessions.ask(op, choice, callback)
 
-    def kill_sessions(self, choice: dict[str, object], callback: Answered) -> None:
-        """Let the workers, and old masters that drain, end some of their sessions."""
-        self._ending.sessions.ask(Op.KILL, choice, callback)
+    def move_sessions(self, choice: Message, slot: int, reply: Reply) -> str:
+        """Move some sessions to the worker of a slot. Returns why not; "": it is answered."""
+        return self._why_not() or self._moves.order(choice, slot, reply)
 
     def describe_upstreams(self, only: str | None) -> list[dict[str, object]]:
         """Describe the groups of upstreams with their servers, all or ``only`` this one."""

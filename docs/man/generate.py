@@ -110,6 +110,12 @@ List the sessions of a rule, and end all of them:
 forwarder sessions \\-\\-rule web
 forwarder kill \\-\\-rule web \\-\\-yes
 .EE
+.PP
+Have another worker go on with them:
+.PP
+.EX
+forwarder move \\-\\-rule web \\-\\-to 1
+.EE
 .SH SEE ALSO
 .BR forwarder.toml (5),
 .BR rinetd (8),

@@ -27,6 +27,7 @@ _COMMANDS: Final = {
     "diff": "diff",
     "help": "group",
     "kill": "sessions",
+    "move": "sessions",
     "reload": "control",
     "run": "run",
     "sessions": "sessions",

@@ -1,4 +1,4 @@
-"""Commands about the open sessions of a running instance: listing them, ending some of them."""
+"""Commands about the open sessions of a running instance: listing, ending, moving some of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from forwarder.control.protocol import MAX_LISTED
 from forwarder.errors import ExitCode, ForwarderError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 # Ids in one request, of some 12 bytes each; a request is bounded.
 _IDS_AT_ONCE: Final = 1000
@@ -83,6 +83,17 @@ class _Choice:
             found.silent |= _tell_silent(answer)
         return found
 
+    def move(self, slot: int) -> dict[str, object]:
+        """Move them to the worker of a slot; what became of them. Raises ControlError."""
+        outcome: dict[str, object] = {}
+        for ids in self.parts():
+            answer = ask(self.control, {**self.asked("move", ids), "slot": slot}, None)
+            for key in ("moved", "busy", "back"):
+                outcome[key] = status.count(outcome, key) + status.count(answer, key)
+            outcome["why"] = outcome.get("why") or answer.get("why")
+            _tell_silent(answer)
+        return outcome
+
     def kill(self) -> int:
         """End them; returns how many. Raises ControlError."""
         killed = 0
@@ -114,6 +125,17 @@ def _complete_server(ctx: click.Context, _parameter: click.Parameter, incomplete
     group = ctx.params.get("group")
     of = [names for name, names in _known(ctx).items() if group in (None, name)]
     return [name for names in of for name in names if name.startswith(incomplete)]
+
+
+def _complete_slot(ctx: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
+    """Slots of workers."""
+    control = ctx.params.get("control") or ctx.find_root().params.get("control")
+    try:
+        workers = ask(control, {"op": "status"}, STATUS_TIMEOUT_S).get("workers")
+    except ForwarderError:
+        return []
+    slots = [str(one.get("slot")) for one in workers or () if isinstance(one, dict)]  # type: ignore[attr-defined]
+    return [slot for slot in slots if slot.startswith(incomplete)]
 
 
 def _known(ctx: click.Context) -> dict[str, list[str]]:
@@ -195,11 +217,7 @@ def kill_command(
     Unless IDs or the address of one client are given, it asks first at a terminal, and needs --yes
     elsewhere.
     """
-    if not ids and all(one is None for one in conditions.values()):
-        what = "--rule, --client, --group or --server"
-        raise click.UsageError(f"give IDs (see `forwarder sessions`), {what}")
-    choice = _Choice(control=control, ids=ids, **conditions)
-    unknown = _unknown_ids(control, ids)
+    choice, unknown = _chosen(control, ids, conditions)
     if dry_run:
         found = choice.find()
         if not found.sessions:
@@ -217,6 +235,49 @@ def kill_command(
         raise ControlError(unknown)
     if not count:
         _check_names(choice)
+
+
+@click.command("move", short_help="Move open sessions to another worker.")
+@control_option
+@_choice_options
+@click.option(
+    "--to",
+    "slot",
+    metavar="SLOT",
+    type=click.IntRange(0),
+    required=True,
+    shell_complete=_complete_slot,
+    help="The worker that gets them, by its slot as in the status.",
+)
+@click.argument("ids", metavar="[ID]...", nargs=-1)
+def move_command(
+    control: str | None, ids: tuple[str, ...], slot: int, **conditions: str | None
+) -> None:
+    """Move open sessions to another worker: by ID, of a rule, a client, a server.
+
+    Filters combine with AND. Clients and upstreams notice nothing, and the IDs stay.
+    """
+    choice, unknown = _chosen(control, ids, conditions)
+    outcome = choice.move(slot)
+    for line in status.moved_as_text(outcome, slot):
+        click.echo(line)
+    if unknown:
+        raise ControlError(unknown)
+    if outcome.get("why"):
+        raise ControlError(f"not all could be moved: {outcome.get('why')}")
+    if not status.count(outcome, "moved"):
+        _check_names(choice)
+
+
+def _chosen(
+    control: str | None, ids: tuple[str, ...], conditions: Mapping[str, str | None]
+) -> tuple[_Choice, str]:
+    """What a command is about that is not for all sessions; and the error for unknown ids."""
+    if not ids and all(one is None for one in conditions.values()):
+        what = "--rule, --client, --group or --server"
+        raise click.UsageError(f"give IDs (see `forwarder sessions`), {what}")
+    choice = _Choice(control=control, ids=ids, **conditions)
+    return choice, _unknown_ids(control, ids)
 
 
 def _confirm(choice: _Choice) -> None:

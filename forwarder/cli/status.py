@@ -21,15 +21,15 @@ def as_text(status: Mapping[str, object], now: float) -> list[str]:
     lines = [
         f"forwarder {status.get('version')}, pid {status.get('pid')}, {status.get('state')}, "
         f"generation {status.get('generation')}, up {as_duration(_number(status.get('uptime_s')))}",
-        f"{_count(totals, 'sessions')} sessions, {_count(totals, 'sessions_total')} in total, "
-        f"{_count(totals, 'connects_failed')} failed to connect; "
-        f"{as_bytes(_count(totals, 'bytes_c2u'))} to upstreams, "
-        f"{as_bytes(_count(totals, 'bytes_u2c'))} to clients",
+        f"{count(totals, 'sessions')} sessions, {count(totals, 'sessions_total')} in total, "
+        f"{count(totals, 'connects_failed')} failed to connect; "
+        f"{as_bytes(count(totals, 'bytes_c2u'))} to upstreams, "
+        f"{as_bytes(count(totals, 'bytes_u2c'))} to clients",
         f"now {_number(rates.get('sessions_total_per_s')):.1f} new sessions/s, "
-        f"{as_bytes(_count(rates, 'bytes_c2u_per_s'))}/s to upstreams, "
-        f"{as_bytes(_count(rates, 'bytes_u2c_per_s'))}/s to clients",
+        f"{as_bytes(count(rates, 'bytes_c2u_per_s'))}/s to upstreams, "
+        f"{as_bytes(count(rates, 'bytes_u2c_per_s'))}/s to clients",
         *(
-            f"predecessor pid {one.get('pid')} drains, {sessions(_count(one, 'sessions'))}"
+            f"predecessor pid {one.get('pid')} drains, {sessions(count(one, 'sessions'))}"
             for one in map(_table, _list(status.get("predecessors")))
         ),
         "",
@@ -53,9 +53,9 @@ def _unserved_as_text(status: Mapping[str, object]) -> list[str]:
         if worker.get("refusal")
     ]
     lines += [
-        f"rule {rule.get('name')}: no worker accepts on {_count(rule, 'unserved')} of its sockets"
+        f"rule {rule.get('name')}: no worker accepts on {count(rule, 'unserved')} of its sockets"
         for rule in map(_table, _list(status.get("rules")))
-        if _count(rule, "unserved")
+        if count(rule, "unserved")
     ]
     return ["", *lines] if lines else []
 
@@ -100,9 +100,9 @@ def groups_as_text(groups: Sequence[object], now: float) -> list[str]:
     if not rows:
         return []
     waiting = [
-        f"group {group.get('name')}: {sessions(_count(group, 'waiting'))} wait for a server"
+        f"group {group.get('name')}: {sessions(count(group, 'waiting'))} wait for a server"
         for group in map(_table, groups)
-        if _count(group, "waiting")
+        if count(group, "waiting")
     ]
     return [*_columns(_SERVER_COLUMNS, rows), *waiting]
 
@@ -119,7 +119,7 @@ def _server_row(group: str, server: Mapping[str, object], now: float) -> list[st
         str(server.get("server")),
         state,
         _weight_text(server),
-        *(str(_count(server, key)) for key in ("sessions", "sessions_total", "failed")),
+        *(str(count(server, key)) for key in ("sessions", "sessions_total", "failed")),
         "; ".join(filter(None, said)),
     ]
 
@@ -136,7 +136,7 @@ def _order_text(order: Mapping[str, object], now: float) -> str:
     """What was ordered of a server, by whom, and when; "" for nothing."""
     if not order:
         return ""
-    weight = "" if order.get("weight") is None else f"weight {_count(order, 'weight')}"
+    weight = "" if order.get("weight") is None else f"weight {count(order, 'weight')}"
     what = {"drain": "drained", "disable": "disabled"}.get(str(order.get("what")), "")
     if what and order.get("reset") is True:
         what += " with reset"
@@ -155,8 +155,8 @@ def order_as_text(answer: Mapping[str, object], now: float) -> list[str]:
             said = said.rpartition(" by ")[0] or said
         if server.get("state") not in {"up", "absent"}:
             said += f", {server.get('state')}"
-        count = sessions(_count(server, "sessions"))
-        lines.append(f"{answer.get('group')} {server.get('server')}: {said}, {count}")
+        left = sessions(count(server, "sessions"))
+        lines.append(f"{answer.get('group')} {server.get('server')}: {said}, {left}")
     return lines
 
 
@@ -168,21 +168,32 @@ def servers_in(group: Mapping[str, object]) -> list[str]:
 def sessions_of(group: Mapping[str, object], servers: Collection[str]) -> int:
     """How many sessions some servers of a group have together."""
     found = [_table(one) for one in _list(group.get("servers"))]
-    return sum(_count(one, "sessions") for one in found if one.get("server") in servers)
+    return sum(count(one, "sessions") for one in found if one.get("server") in servers)
 
 
 def stop_as_text(answer: Mapping[str, object]) -> str:
     """What became of sessions at a stop, for people."""
-    ended, cut = _count(answer, "ended"), _count(answer, "cut")
+    ended, cut = count(answer, "ended"), count(answer, "cut")
     if not ended and not cut:
         return "stopped"
     after_s = _number(answer.get("after_s"))
     return f"stopped: {ended} ended, {cut} reset after {after_s:.{0 if after_s >= 10 else 1}f} s"
 
 
-def sessions(count: int) -> str:
+def moved_as_text(answer: Mapping[str, object], slot: int) -> list[str]:
+    """What became of an order to move sessions."""
+    lines = [f"{sessions(count(answer, 'moved'))} moved to the worker in slot {slot}"]
+    if busy := count(answer, "busy"):
+        why = "they look for an upstream, or are UDP flows that have not settled"
+        lines.append(f"{sessions(busy)} cannot be moved yet: {why}")
+    if back := count(answer, "back"):
+        lines.append(f"{sessions(back)} stay where they are")
+    return lines
+
+
+def sessions(number: int) -> str:
     """A number of sessions, for people."""
-    return f"{count} session{'' if count == 1 else 's'}"
+    return f"{number} session{'' if number == 1 else 's'}"
 
 
 def sessions_as_text(sessions: Sequence[object]) -> list[str]:
@@ -196,8 +207,8 @@ def sessions_as_text(sessions: Sequence[object]) -> list[str]:
             *(str(session.get(key)) for key in ("id", "rule", "client", "upstream")),
             *(str(session.get(key) or "-") for key in more),
             str(session.get("state")),
-            as_bytes(_count(session, "bytes_c2u")),
-            as_bytes(_count(session, "bytes_u2c")),
+            as_bytes(count(session, "bytes_c2u")),
+            as_bytes(count(session, "bytes_u2c")),
             as_duration(_number(session.get("age_s"))),
             as_duration(_number(session.get("idle_s"))),
         ]
@@ -229,12 +240,12 @@ def as_bytes(count: int) -> str:
 
 
 def _worker_row(worker: Mapping[str, object]) -> list[str]:
-    moved = _count(worker, "bytes_c2u") + _count(worker, "bytes_u2c")
+    moved = count(worker, "bytes_c2u") + count(worker, "bytes_u2c")
     return [
         *(str(worker.get(key)) for key in ("slot", "pid", "state", "generation")),
         as_duration(_number(worker.get("uptime_s"))),
-        str(_count(worker, "sessions")),
-        str(_count(worker, "sessions_total")),
+        str(count(worker, "sessions")),
+        str(count(worker, "sessions_total")),
         as_bytes(moved),
     ]
 
@@ -248,8 +259,8 @@ def _rule_row(rule: Mapping[str, object]) -> list[str]:
         str(rule.get("name")),
         listens,
         " ".join(map(str, _list(rule.get("upstreams")))),
-        *(str(_count(rule, key)) for key in ("sessions", "sessions_total", "connects_failed")),
-        str(_count(_table(rule.get("queue")), "waiting")),
+        *(str(count(rule, key)) for key in ("sessions", "sessions_total", "connects_failed")),
+        str(count(_table(rule.get("queue")), "waiting")),
     ]
 
 
@@ -274,5 +285,6 @@ def _number(value: object) -> float:
     return value if isinstance(value, int | float) and -_MOST < value < _MOST else 0.0
 
 
-def _count(table: Mapping[str, object], key: str) -> int:
+def count(table: Mapping[str, object], key: str) -> int:
+    """A counter of an answer; 0 if it is none."""
     return int(_number(table.get(key)))

@@ -20,6 +20,7 @@ from forwarder.control import path as control_path
 from forwarder.control.orders import Action, Wanted, is_weight
 from forwarder.control.protocol import MAX_LISTED, MAX_LOGIN, REJECTED
 from forwarder.control.server import ControlServer, refusal
+from forwarder.ipc.messages import Op
 
 if TYPE_CHECKING:
     import selectors
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 
 OPERATIONS: Final = (
     "kill",
+    "move",
     "preview",
     "reload",
     "sessions",
@@ -62,11 +64,14 @@ class Instance(Protocol):
     def status(self) -> Message:
         """Describe the instance."""
 
-    def list_sessions(self, choice: Message, callback: Answered) -> None:
-        """Ask the workers for some of their sessions; called back with a list of each."""
+    def ask_sessions(self, op: Op, choice: Message, callback: Answered) -> None:
+        """Let the workers list (LIST) or end (KILL) some of their sessions.
 
-    def kill_sessions(self, choice: Message, callback: Answered) -> None:
-        """Let the workers end some of their sessions; called back with a count of each."""
+        Called back with a list or a count of each.
+        """
+
+    def move_sessions(self, choice: Message, slot: int, reply: Reply) -> str:
+        """Move some sessions to the worker of a slot. Returns why not; "": it is answered."""
 
     def reload(self) -> str:
         """Begin a reload. Returns why not, or ""."""
@@ -117,6 +122,14 @@ def read_choice(message: Message) -> tuple[Message, int]:
     if len(json.dumps(choice)) > MAX_CHOICE_BYTES:
         raise ValueError(f"the conditions have more than {MAX_CHOICE_BYTES} bytes together")
     return choice, limit
+
+
+def read_slot(message: Message) -> int:
+    """To which worker sessions shall be moved. Raises ValueError."""
+    slot = message.get("slot")
+    if not isinstance(slot, int) or isinstance(slot, bool) or slot < 0:
+        raise ValueError("slot is the number of a worker, as `forwarder status` shows it")
+    return slot
 
 
 def read_order(message: Message) -> Wanted:
@@ -270,7 +283,7 @@ class Requests:
                 reply(refusal(problem))
         elif op == "preview":
             self._preview(message, reply)
-        elif op in {"sessions", "kill"}:
+        elif op in {"sessions", "kill", "move"}:
             self._choose(message, reply)
         elif op == "upstream":
             self._order(message, reply, uid)
@@ -293,25 +306,33 @@ class Requests:
         return {"groups": self._instance.describe_upstreams(only)}
 
     def _choose(self, message: Message, reply: Reply) -> None:
-        """Begin to list or to end the sessions that a message describes."""
+        """Begin to list, to end or to move the sessions that a message describes."""
+        op = message["op"]
         try:
             choice, limit = read_choice(message)
+            slot = read_slot(message) if op == "move" else 0
         except ValueError as err:
             reply(refusal(str(err)))
             return
-        if message["op"] == "sessions":
+        if op == "sessions":
             # One more than wanted shows whether that was all.
-            self._instance.list_sessions(
+            self._instance.ask_sessions(
+                Op.LIST,
                 {**choice, "limit": limit + 1},
                 lambda found, silent: reply(_listing(found, silent, limit)),
             )
-        elif any(one is not None for one in choice.values()):
-            self._instance.kill_sessions(
-                choice, lambda found, silent: reply(_killed(found, silent))
+        elif all(one is None for one in choice.values()):
+            reply(refusal(f"{op} wants one of {', '.join(CONDITIONS)}: it is not for all sessions"))
+        elif op == "kill":
+            self._instance.ask_sessions(
+                Op.KILL, choice, lambda found, silent: reply(_killed(found, silent))
             )
         else:
-            what = ", ".join(CONDITIONS)
-            reply(refusal(f"kill wants one of {what}: it does not end all sessions"))
+            problem = self._instance.move_sessions(
+                choice, slot, lambda moved: reply({"ok": True, **moved})
+            )
+            if problem:
+                reply(refusal(problem))
 
     def _order(self, message: Message, reply: Reply, uid: int) -> None:
         try:

@@ -25,7 +25,7 @@ import os
 import time
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Final, Protocol
 
 from forwarder.ipc import claim
@@ -106,7 +106,7 @@ class _Order:
 
     slot: int
     choice: Message
-    callback: Callable[[Outcome], None]
+    callback: Callable[[Message], None]
     deadline: float
     outcome: Outcome = field(default_factory=Outcome)
     is_answered: bool = False
@@ -218,8 +218,11 @@ class Moves:
         """Whether sessions of a process that has died are on their way."""
         return any(isinstance(one.giver, Departed) and one.number for one in self._errands)
 
-    def order(self, choice: Message, slot: int, callback: Callable[[Outcome], None]) -> str:
-        """Move some sessions to the worker of a slot. Returns why not; "": it is called back."""
+    def order(self, choice: Message, slot: int, callback: Callable[[Message], None]) -> str:
+        """Move some sessions to the worker of a slot.
+
+        Returns why not; if that is "", it is called back with the fields of an :class:`Outcome`.
+        """
         now = time.monotonic()
         takers = self._force.takers(now)
         to = [one.pid for one in takers if one.slot == slot]
@@ -490,4 +493,4 @@ class Moves:
             errand.ask_at = None  # what has still to be settled will be
             if errand.number:
                 order.outcome.silent.append(errand.giver.pid)
-        order.callback(order.outcome)
+        order.callback(asdict(order.outcome))

@@ -20,6 +20,7 @@ from forwarder.control.server import (
     RequestError,
     parse,
 )
+from forwarder.ipc.messages import Op
 from forwarder.ipc.questions import ANSWER_WITHIN_S, Questions
 
 if TYPE_CHECKING:
@@ -42,13 +43,18 @@ class Instance:
     def reload(self) -> str:
         return self.problem
 
-    def list_sessions(self, choice: Message, callback: Answered) -> None:
+    def ask_sessions(self, op: Op, choice: Message, callback: Answered) -> None:
         self.choice = choice
-        callback([[{"id": 1}, {"id": 2}], [{"id": 3}, "no session"], "no list"], [7])
+        if op is Op.LIST:
+            callback([[{"id": 1}, {"id": 2}], [{"id": 3}, "no session"], "no list"], [7])
+        else:
+            callback([2, 1, None, -5, 10**30], [7])
 
-    def kill_sessions(self, choice: Message, callback: Answered) -> None:
-        self.choice = choice
-        callback([2, 1, None, -5, 10**30], [7])
+    def move_sessions(self, choice: Message, slot: int, reply: Reply) -> str:
+        self.choice, self.slot = choice, slot
+        if not self.problem:
+            reply({"moved": 3})
+        return self.problem
 
     def resize(self, size: int) -> str:
         self.size = size
@@ -281,6 +287,19 @@ def test_killing_says_how_many_and_wants_to_know_which() -> None:
     assert answer_to({"op": "kill"})["ok"] is False
 
 
+def test_moving_wants_to_know_which_and_to_whom() -> None:
+    instance = Instance()
+    assert answer_to({"op": "move", "rule": "a", "slot": 1}, instance) == {"ok": True, "moved": 3}
+    assert instance.slot == 1
+    assert instance.choice == {**dict.fromkeys(CONDITIONS), "rule": "a"}
+    assert answer_to({"op": "move", "slot": 1})["ok"] is False
+    for slot in (None, -1, "1", True):
+        assert answer_to({"op": "move", "rule": "a", "slot": slot})["ok"] is False
+    instance.problem = "not now"
+    refused = answer_to({"op": "move", "rule": "a", "slot": 1}, instance)
+    assert refused == {"ok": False, "error": "not now"}
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -300,8 +319,8 @@ def test_killing_says_how_many_and_wants_to_know_which() -> None:
     ],
 )
 def test_a_choice_that_makes_no_sense_is_refused(wrong: Message) -> None:
-    for op in ("sessions", "kill"):
-        assert answer_to({"op": op, **wrong})["ok"] is False
+    for op in ("sessions", "kill", "move"):
+        assert answer_to({"op": op, "slot": 0, **wrong})["ok"] is False
 
 
 def test_a_question_is_answered_when_all_have_spoken_died_or_time_is_up() -> None:

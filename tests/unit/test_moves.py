@@ -16,11 +16,12 @@ from support.moved import RULE, Process, World
 from forwarder.ipc.channel import Received
 from forwarder.ipc.consignment import MAX_SESSIONS, Consignment, Refusal
 from forwarder.supervision import move_plan, moves
+from forwarder.supervision.moves import Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from forwarder.supervision.moves import Outcome
+    from forwarder.ipc.channel import Message
 
 
 @pytest.fixture
@@ -358,12 +359,13 @@ def test_sessions_that_nobody_has_asked_for_are_nonsense_or_another_masters(
 # -- orders
 
 
-def ordered(world: World, slot: int, **choice: object) -> list[Outcome]:
+def ordered(world: World, slot: int, **choice: object) -> Outcome:
     """Order sessions to a slot; what became of it, once that is known."""
-    found: list[Outcome] = []
+    found: list[Message] = []
     assert world.moves.order(dict(choice), slot, found.append) == ""
     world.settle()
-    return found
+    (outcome,) = found
+    return Outcome(**outcome)  # type: ignore[arg-type]  # its own fields
 
 
 def test_an_order_moves_what_is_meant_and_says_what_became_of_it(
@@ -372,7 +374,7 @@ def test_an_order_moves_what_is_meant_and_says_what_became_of_it(
     world = make(3, 4)
     one, two, three = world.processes
     one.busy = {1}
-    (outcome,) = ordered(world, 2, ids=[0, 1, 4, 8])
+    outcome = ordered(world, 2, ids=[0, 1, 4, 8])
     assert three.has == {0, 4, 8, 9, 10, 11}
     assert (outcome.moved, outcome.busy, outcome.back, outcome.silent) == (2, 1, 0, [])
     assert one.has | two.has == {1, 2, 3, 5, 6, 7}
@@ -389,7 +391,7 @@ def test_an_order_is_answered_though_a_worker_is_not(make: Callable[[int, int], 
     world = make(3, 4)
     one, two, three = world.processes
     one.is_stopped = True
-    (outcome,) = ordered(world, 2)
+    outcome = ordered(world, 2)
     assert (outcome.moved, outcome.silent) == (4, [one.pid])
     one.is_stopped = False
     world.settle()
@@ -400,7 +402,7 @@ def test_an_order_does_not_try_again_what_is_refused(make: Callable[[int, int], 
     world = make(2, 4)
     one, two = world.processes
     two.refuses = 3
-    (outcome,) = ordered(world, 1)
+    outcome = ordered(world, 1)
     assert (outcome.moved, outcome.back, outcome.why) == (1, 3, Refusal.DESCRIPTORS)
     assert len(one.has) == 3
 
@@ -409,7 +411,7 @@ def test_orders_that_contradict_each_other_come_to_an_end(
     make: Callable[[int, int], World],
 ) -> None:
     world = make(2, 150)
-    found: list[Outcome] = []
+    found: list[Message] = []
     for slot in (0, 1):
         assert world.moves.order({}, slot, found.append) == ""
     world.settle()
@@ -435,10 +437,10 @@ def test_where_both_die_of_an_order_another_worker_gets_the_sessions(
 
 def test_an_order_ends_with_the_master(make: Callable[[int, int], World]) -> None:
     world = make(2, 4)
-    found: list[Outcome] = []
+    found: list[Message] = []
     world.moves.order({}, 1, found.append)
     world.moves.cancel()
-    assert [outcome.why for outcome in found] == ["the forwarder is stopping"]
+    assert [outcome["why"] for outcome in found] == ["the forwarder is stopping"]
     world.settle()
 
 
