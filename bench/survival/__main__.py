@@ -22,7 +22,7 @@ from bench.procs import BenchError, compiled, set_fd_limit
 from bench.report import Table
 from bench.rounds import say
 from bench.survival import findings
-from bench.survival.contenders import contenders
+from bench.survival.contenders import RefusedError, contenders
 from bench.survival.events import EVENTS, PATIENCE_S, happen
 from bench.survival.program import Program, Streams
 
@@ -92,18 +92,26 @@ def _row(name: str, contender: Contender, directory: Path, args: argparse.Namesp
     event = EVENTS[name]
     contender.write(args.workers, directory)
     program = Program(contender, directory, args.workers)
+    blows: list[findings.Blow] = []
+    is_refused = False
     try:
         program.start()
         streams = Streams(directory, args.streams, args.bulk)
         try:
-            blows = [
+            # Those before one that is refused stay.
+            blows.extend(
                 happen(event, program, streams, directory, number) for number in range(args.times)
-            ]
+            )
+        except RefusedError as err:
+            say(f"refused: {err}")
+            is_refused = True
         finally:
             streams.end()
     finally:
         program.end()
-    return findings.row(event.what, blows, PATIENCE_S, leave_something=event.leave_something)
+    row = findings.row(event.what, blows, PATIENCE_S, leave_something=event.leave_something)
+    row[1] += ", then refused" if is_refused else ""
+    return row
 
 
 if __name__ == "__main__":

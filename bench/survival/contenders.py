@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,14 +16,19 @@ from bench.groups.contenders import (
 )
 from bench.instance import ANSWER_S, ask
 from bench.peers import FD_LIMIT, HOST, NGINX_HEAD, nginx_stream_module
-from bench.procs import PROC, tree, wait_until
+from bench.procs import PROC, BenchError, tree, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+REFUSED_S: Final = 10.0  # what has not begun by then is refused
 NGINX_WORKER: Final = "nginx: worker process"
 HAPROXY_SESSIONS: Final = 7000  # bounded by FD_LIMIT, see peers.py
+
+
+class RefusedError(BenchError):
+    """A program does not do what it was told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +38,8 @@ class Contender:
     ``upgrade`` and ``reload`` return when new clients get to what is new; ``resize`` likewise, and
     gets the number of workers, or threads. ``upgrade`` returns the new master. ``worker_title`` is
     how the command line of a worker begins; "": all processes but the master are workers.
-    ``has_one``: its workers are threads of one process.
+    ``has_one``: its workers are threads of one process. ``daemon``: it goes into the background,
+    its pid file is DIRECTORY/NAME.pid, and the command lines of its processes begin like this.
     """
 
     name: str
@@ -45,6 +52,7 @@ class Contender:
     upgrade: Callable[[int, Path], int]
     worker_title: str
     has_one: bool = False
+    daemon: str = ""
 
     def write(self, workers: int, directory: Path) -> None:
         """Write the configuration."""
@@ -61,6 +69,11 @@ def command_line(pid: int) -> str:
     with suppress(OSError):
         return (PROC / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode()
     return ""
+
+
+def program_path(name: str) -> str:
+    """Where a program is; its name if it is nowhere."""
+    return shutil.which(name) or name
 
 
 def _forwarder_config(workers: int, directory: Path) -> str:
@@ -117,9 +130,10 @@ def _upgrade_haproxy(pid: int, directory: Path) -> int:
 
 
 def _nginx_config(workers: int, directory: Path) -> str:
-    head = nginx_stream_module() + NGINX_HEAD.format(directory=directory)
+    # In the foreground it takes itself for one that is being upgraded, and ignores USR2.
+    head = NGINX_HEAD.format(directory=directory).replace("daemon off;", "daemon on;")
     return f"""\
-{head}worker_processes {workers};
+{nginx_stream_module()}{head}worker_processes {workers};
 events {{ worker_connections {FD_LIMIT - 100}; }}
 stream {{
     access_log off;
@@ -159,7 +173,10 @@ def _resize_nginx(pid: int, directory: Path, workers: int) -> None:
 
 
 def _upgrade_nginx(pid: int, directory: Path) -> int:
-    """As its documentation says: USR2, then QUIT to the old master when the new one serves."""
+    """As its documentation says: USR2, then QUIT to the old master when the new one serves.
+
+    It ignores USR2 while the master that it was upgraded from still lives. Raises RefusedError.
+    """
     pid_file = directory / "nginx.pid"
     os.kill(pid, signal.SIGUSR2)
 
@@ -169,7 +186,10 @@ def _upgrade_nginx(pid: int, directory: Path) -> int:
             return found if found != pid and _fresh_nginx(found) else 0
         return 0
 
-    wait_until(lambda: new_master() != 0, "a new master of nginx", ANSWER_S)
+    try:
+        wait_until(lambda: new_master() != 0, "a new master of nginx", REFUSED_S)
+    except BenchError as err:
+        raise RefusedError(str(err)) from None
     new = new_master()
     os.kill(pid, signal.SIGQUIT)
     return new
@@ -206,11 +226,21 @@ def contenders(forwarder: list[str]) -> dict[str, Contender]:
             "nginx",
             "nginx.conf",
             _nginx_config,
-            lambda d: ["nginx", "-p", str(d), "-e", "stderr", "-c", f"{d}/nginx.conf"],
+            # It executes itself by the name that it was called by, without a look at PATH.
+            lambda d: [
+                program_path("nginx"),
+                "-p",
+                str(d),
+                "-e",
+                "stderr",
+                "-c",
+                f"{d}/nginx.conf",
+            ],
             _reload_nginx,
             _resize_nginx,
             _upgrade_nginx,
             NGINX_WORKER,
+            daemon="nginx: ",
         ),
     )
     return {one.name: one for one in every}

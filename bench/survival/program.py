@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Final
 
 from bench.groups.contenders import PORT, SERVER_PORT
 from bench.peers import HOST
-from bench.procs import BenchError, is_listening, read_proc, tree, wait_until
+from bench.procs import PROC, BenchError, is_listening, read_proc, tree, wait_until
+from bench.survival.contenders import command_line
 from bench.survival.findings import Spell
 
 if TYPE_CHECKING:
@@ -47,12 +48,17 @@ class Program:
         )
         self._started.append(started)
         self.master = started.pid
+        if self.contender.daemon:
+            started.wait(WITHIN_S)
+            pid_file = self._directory / f"{self.contender.name}.pid"
+            wait_until(pid_file.exists, f"{pid_file} is there", WITHIN_S)
+            self.master = int(pid_file.read_text())
         wait_until(lambda: is_listening(PORT), f"{self.contender.name} listens", WITHIN_S)
         wait_until(self._has_workers, f"{self.contender.name} has its workers", WITHIN_S)
 
     def _has_workers(self) -> bool:
-        if self._started[-1].poll() is not None and self.master == self._started[-1].pid:
-            raise BenchError(f"{self.contender.name} has ended: {self._started[-1].returncode}")
+        if not is_running(self.master):
+            raise BenchError(f"{self.contender.name} has ended: see {self._log.name}")
         return len(self.workers()) >= self.expected
 
     @property
@@ -64,7 +70,11 @@ class Program:
         """All that lives of it."""
         for one in self._started:
             one.poll()
-        return sorted({proc.pid for one in self._started for proc in tree(one.pid)})
+        found = {proc.pid for one in self._started for proc in tree(one.pid)}
+        if title := self.contender.daemon:  # nobody else has such ones in this namespace
+            every = (int(path.name) for path in PROC.iterdir() if path.name.isdigit())
+            found |= {pid for pid in every if command_line(pid).startswith(title)}
+        return sorted(found)
 
     def workers(self) -> list[int]:
         """Those that serve and those that have to leave yet."""

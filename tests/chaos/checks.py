@@ -44,6 +44,7 @@ _DIED: Final = re.compile(r"worker\.(?:died|hung)\b.*?pid=(\d+)")
 _IDLE_S: Final = 2.0
 _IDLE_SHARE: Final = 0.15  # of a processor; one that spins has much more, beside others too
 _GROWTH_KIB: Final = 12 * 1024  # what a process may have grown: buffers, and lists that stay
+_GONE_S: Final = 20.0  # each within 2 s, on a machine that is not busy
 _CHECKED: Final = 20  # of each kind of problem, so many are said
 _REASON_LOST: Final = "us/lost"
 
@@ -99,6 +100,21 @@ def _roles(place: Place) -> dict[str, list[int]]:
         "worker": place.workers(),
         "checker": place.checkers(),
     }
+
+
+def wait_for_old_ones(place: Place) -> None:
+    """Until old instances, orphans and retired workers have gone, though sessions go on."""
+
+    def have_gone() -> bool:
+        roles = _roles(place)
+        return len(roles["master"]) == 1 and len(roles["worker"]) == config.WORKERS
+
+    try:
+        wait_until(have_gone, "", _GONE_S)
+    except ChaosError:
+        open_now = place.ask("sessions", limit=20)["sessions"]
+        text = f"old processes stay: {place.describe()}, of sessions {open_now}"
+        raise ChaosError(text) from None
 
 
 def wait_for_rest(place: Place) -> None:

@@ -225,7 +225,7 @@ class Place:
         """What the instance can do for its sessions, by what its status counts."""
         totals = self.ask("status")["totals"]
         assert isinstance(totals, dict)
-        words = {Ability.MOVES: "moved", Ability.DEPOSIT: "deposited"}
+        words = {Ability.MOVES: "moved_in", Ability.DEPOSIT: "deposited"}
         return frozenset(ability for ability, word in words.items() if word in totals)
 
     def pids(self) -> list[int]:

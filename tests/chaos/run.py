@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Final
 from chaos import acts, checks
 from chaos.checks import Level
 from chaos.clients import HANG_S
-from chaos.model import OK, TURNED_AWAY, Ending
+from chaos.model import OK, TURNED_AWAY, Ability, Ending
 from chaos.monkey import Monkey
 from chaos.place import ChaosError, Child, Place, wait_until
 
 if TYPE_CHECKING:
     from chaos.acts import Deed
-    from chaos.model import Ability
 
 # How many sessions of each kind at once. Two processes, so that one who is busy delays no other.
 STREAMS: Final = {
@@ -120,6 +119,9 @@ def _run(place: Place, report: Report, deeds: frozenset[Deed]) -> None:
         report.acts = monkey.run(acts.plan(report.seed, deeds), report.seconds)
         monkey.settle()
         abilities = place.abilities()
+        if Ability.MOVES in abilities:
+            checks.wait_for_old_ones(place)
+            monkey.note("the old ones have gone")
         for load in loads:
             load.finish(HANG_S * 2)
             monkey.note("a load has ended")
