@@ -41,6 +41,7 @@ from support.dialogues import (
     Send,
 )
 from support.restless import Restless
+from support.shuffled import shuffled_routes
 from support.waiting import eventually
 
 if TYPE_CHECKING:
@@ -128,6 +129,19 @@ def test_nobody_sees_what_the_operator_does_meanwhile(
         assert ask(site.control, "stop")["ok"]
         assert site.forwarder.wait() == 0, site.forwarder.lines
         assert not site.forwarder.trouble(), site.forwarder.trouble()
+
+
+def test_nobody_sees_that_sessions_move_all_the_time(tmp_path: Path) -> None:
+    """Among relays that splice and that copy, several times in each dialogue."""
+    seed = random.getrandbits(32)
+    (tmp_path / "direct").mkdir()
+    (tmp_path / "site").mkdir()
+    with ExitStack() as stack:
+        judge = Judge(stack.enter_context(direct_routes(tmp_path / "direct")))
+        routes = stack.enter_context(shuffled_routes(tmp_path / "site", seed))
+        dialogues = written_dialogues(COUNT // 3, seed)
+        failures = judge.failures(list(zip(dialogues, itertools.cycle(routes), strict=False)))
+        assert not failures, f"seed {seed}\n{report(judge, failures)}"
 
 
 @pytest.mark.parametrize("relay", ["splice", "copy"])

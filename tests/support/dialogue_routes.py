@@ -13,7 +13,7 @@ from support.forwarder import Forwarder, Leaks, reserve_port
 from support.waiting import eventually
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
 _TIMEOUTS = "half_close_timeout = 3600\nconnect_timeout = 60\ndrain_timeout = 0\n"
@@ -49,12 +49,7 @@ class Site:
 
     def write(self, turn: int) -> None:
         """Write the configuration; in odd turns other rules have a bandwidth than in even ones."""
-        text = f'relay = "{self.relay}"\nworkers = 2\n{_TIMEOUTS}'
-        for route, (name, rule) in zip(self.routes, RULES.items(), strict=True):
-            more = rule[2] if turn % 2 == 0 or name == "tight" else _OTHERWISE[name]
-            text += f'[[forwarding_rules]]\nlisten = "{written(route.address)}"\n'
-            text += f'upstream = "{written(route.upstream())}"\n{more}\n'
-        self.config.write_text(text)
+        self.config.write_text(written_rules(self.relay, self.routes, turn))
 
     def sessions(self) -> object:
         """How many are open, in all workers."""
@@ -66,6 +61,16 @@ class Site:
         """Wait until no session is open, and no descriptor that was not at the start."""
         eventually(lambda: self.sessions() == 0, lambda: f"{self.sessions()} sessions are left")
         self.leaks.check()
+
+
+def written_rules(relay: str, routes: Iterable[Route], turn: int) -> str:
+    """A configuration with a rule of each kind; see :meth:`Site.write`."""
+    text = f'relay = "{relay}"\nworkers = 2\n{_TIMEOUTS}'
+    for route, (name, rule) in zip(routes, RULES.items(), strict=True):
+        more = rule[2] if turn % 2 == 0 or name == "tight" else _OTHERWISE[name]
+        text += f'[[forwarding_rules]]\nlisten = "{written(route.address)}"\n'
+        text += f'upstream = "{written(route.upstream())}"\n{more}\n'
+    return text
 
 
 @contextmanager
