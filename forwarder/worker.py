@@ -287,15 +287,14 @@ class Worker:
         """A new master has our sockets; it takes our sessions, too, over this channel."""
         self._channel = channel
         self._loop.add_reader(channel.fileno(), self._on_new_master)
+        self.drain()  # first, so that it hears of all sessions that there will be
         self._heed(said)
-        self.drain()
 
     def _on_new_master(self) -> None:
         try:
             self._heed(self._channel.receive())
         except (ChannelClosed, KeyError, TypeError, ValueError, RecursionError):
             self._loop.remove_reader(self._channel.fileno())
-            self._mover.on_hang_up(self._channel)
             self._channel.close()
             self._become_orphan()
 

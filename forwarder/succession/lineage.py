@@ -228,9 +228,16 @@ class Heir(Line):
     def turn(self, now: float) -> None:
         """Report what is left, now and then, if it has changed."""
         super().turn(now)
-        if self._tell_at is not None and now >= self._tell_at:
+        if self._tell_at is None or now < self._tell_at:
+            return
+        if self.is_open:
             self._tell_at = now + TELL_S
             self.tell()
+        else:
+            self._tell_at = None
+            left = self._master.sessions.left().sessions
+            what = f"pid={self.pid}, has ended; {left} sessions go on here until they end"
+            log.warning("upgrade: the new one, %s", what)
 
     @property
     def deadline(self) -> float | None:
@@ -282,7 +289,7 @@ class Heir(Line):
                 os.kill(self.pid, signal.SIGHUP)
 
     def _on_end(self) -> None:
-        self._tell_at = None
+        self._tell_at = time.monotonic() + TELL_S  # once more, to the log
         for pid, (_, is_out) in tuple(self._asked.items()):
             if is_out:  # others are when they come, and nobody is there to pass them on to
                 self._take_back(pid)
@@ -307,6 +314,8 @@ class Heir(Line):
         pid = message["worker"]
         if not isinstance(pid, int):
             raise TypeError("for no worker")
+        # To it this would be a condition that it does not know.
+        message = {key: it for key, it in message.items() if key != "worker"}
         if message["op"] == Op.MOVE:
             self._asked[pid] = message["number"], False
         else:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from forwarder.ipc.messages import Op
 from forwarder.stats.reasons import Phase
-from forwarder.stats.rows import SESSIONS_TOTAL
+from forwarder.stats.rows import MOVED_IN, MOVED_OUT, SESSIONS_TOTAL
 from forwarder.succession.lineage import Left
 from forwarder.supervision.sessions import Sessions
 
@@ -31,12 +31,16 @@ _LONGEST_PAUSE_S: Final = 600.0
 
 @dataclass(frozen=True, slots=True)
 class _Account:
-    """What there was when the end began; ``is_whole``: with what an old master has left."""
+    """What there was when the end began; ``is_whole``: with what an old master has left.
+
+    ``away``: sessions that had gone on in another instance, see :meth:`Ending._away`.
+    """
 
     at: float
     open: int
     total: int
     cut: int
+    away: int
     is_whole: bool
 
 
@@ -167,7 +171,10 @@ class Ending:
         """Nothing is open."""
 
     def sum_up(self) -> dict[str, object]:
-        """Log what became of the sessions, and return it. ``cut`` were reset by us."""
+        """Log what became of the sessions, and return it. ``cut`` were reset by us.
+
+        Those that an heir has taken over are no longer ours.
+        """
         begun = self._begun
         if begun is None:
             return {}
@@ -176,9 +183,11 @@ class Ending:
         late = late or Left()
         cut = self.sessions.left().cut - begun.cut - late.cut
         more = self._fleet.ledger.sum(SESSIONS_TOTAL) - begun.total
-        ended = begun.open + late.sessions + more - cut
+        moved = max(0, self._away() - begun.away)
+        ended = begun.open + late.sessions + more - cut - moved
         after_s = round(time.monotonic() - begun.at, 1)
-        log.info("master.stopped ended=%d cut=%d after_s=%.1f", ended, cut, after_s)
+        rest = f" moved={moved}" if moved else ""
+        log.info("master.stopped ended=%d cut=%d after_s=%.1f%s", ended, cut, after_s, rest)
         return {"ended": max(0, ended), "cut": cut, "after_s": after_s}
 
     def _begin(self, now: float) -> Left:
@@ -187,8 +196,13 @@ class Ending:
             total = self._fleet.ledger.sum(SESSIONS_TOTAL)
             before = self._handover.predecessor
             is_whole = before is None or before.first is not None
-            self._begun = _Account(now, left.sessions, total, left.cut, is_whole)
+            self._begun = _Account(now, left.sessions, total, left.cut, self._away(), is_whole)
         return left
+
+    def _away(self) -> int:
+        """How many sessions more have gone on in another worker than have come from one."""
+        ledger = self._fleet.ledger
+        return ledger.sum(MOVED_OUT) - ledger.sum(MOVED_IN)
 
     def _pass_on_drain(self) -> None:
         before = self.sessions.before

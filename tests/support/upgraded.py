@@ -19,9 +19,27 @@ if TYPE_CHECKING:
     import subprocess
     from pathlib import Path
 
+    import pytest
     from process.conftest import Launch
 
     from support.forwarder import Forwarder
+
+
+_OTHERS = """
+import os
+from forwarder.ipc import consignment
+consignment.VERSION = os.getpid()
+"""
+
+
+def keep_sessions(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let each instance that starts from now on take the sessions of others for another version's.
+
+    So it takes none, and an old one lets its sessions end, as one of older code does.
+    """
+    directory.mkdir(exist_ok=True)
+    (directory / "sitecustomize.py").write_text(_OTHERS)
+    monkeypatch.setenv("PYTHONPATH", str(directory), prepend=os.pathsep)
 
 
 class Site:

@@ -164,13 +164,22 @@ class Unit:
         return self.box.run(sys.executable, "-m", "forwarder", *arguments)
 
     def upgrade(self) -> int:
-        """Upgrade; returns the new main process."""
+        """Upgrade; returns the new main process. The old one has gone, whatever sessions it had."""
+        old = self.master()
         done = self.command("upgrade")
         assert done.returncode == 0, done.stderr + self.journal()
         new = int(re.findall(r"pid (\d+) serves", done.stdout)[0])
         eventually(lambda: self.master() == new, self.journal)
-        self.wait_logged(r"master\.stopping how=drain")
+        eventually(lambda: not self.is_running(old), self.journal)
         return new
+
+    def workers(self) -> list[int]:
+        """The processes of its workers."""
+        return [int(pid) for pid in self.box.run("pgrep", "-f", "forwarder: worker").stdout.split()]
+
+    def is_running(self, pid: int) -> bool:
+        """Whether there is such a process in the box."""
+        return self.box.run("kill", "-0", str(pid)).returncode == 0
 
     def kill(self, pid: int, number: signal.Signals) -> None:
         """Send a signal to a process of the box."""

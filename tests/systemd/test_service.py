@@ -37,12 +37,11 @@ def end_well(links: list[Link], job: subprocess.Popen[str]) -> None:
 @pytest.mark.parametrize("verb", ["stop", "restart"])
 @pytest.mark.parametrize("upgrades", [0, 1, 2])
 def test_a_stop_lets_all_sessions_end(unit: Unit, verb: str, upgrades: int) -> None:
-    """One begun before each upgrade, which its old process still has, and one after the last."""
+    """One begun before each upgrade, and one after the last."""
     unit.systemctl("start")
     links = [unit.link()]
-    for number in range(upgrades):
+    for _ in range(upgrades):
         unit.upgrade()
-        unit.wait_logged(rf"(?s)(master\.stopping how=drain.*){{{number + 1}}}")
         links.append(unit.link())
     old = unit.master()
     job = unit.begin(verb)
@@ -56,6 +55,32 @@ def test_a_stop_lets_all_sessions_end(unit: Unit, verb: str, upgrades: int) -> N
     unit.assert_stopped_well()
 
 
+def test_sessions_go_on_in_the_new_main_process_and_no_old_one_stays(unit: Unit) -> None:
+    """Through upgrades; then the main process is killed, and the one that systemd starts has them.
+
+    The workers must outlive their master for that, which is not what the shipped unit says.
+    """
+    unit.set_more("KillMode=process\n")
+    unit.systemctl("start")
+    links = [unit.link() for _ in range(4)]
+    links[0].client.shutdown(1)
+    for _ in range(2):
+        new = unit.upgrade()
+        assert unit.master() == new
+    workers = unit.workers()
+    unit.kill(new, signal.SIGKILL)
+    eventually(lambda: unit.master() not in (0, new), unit.journal)
+    eventually(lambda: not any(map(unit.is_running, workers)), unit.journal)
+    for link in links[1:]:
+        carry(link.client, link.upstream, b"x" * 1000)
+    carry(links[0].upstream, links[0].client, b"x" * 1000)
+    job = unit.begin("stop")
+    unit.wait_logged(rf"\[{unit.master()}\] INFO master\.stopping how=drain sessions=4")
+    links[0].close()
+    end_well(links[1:], job)
+    unit.assert_stopped_well()
+
+
 def test_a_stop_when_idle_after_an_upgrade_is_a_success(unit: Unit) -> None:
     unit.systemctl("start")
     unit.upgrade()
@@ -63,7 +88,9 @@ def test_a_stop_when_idle_after_an_upgrade_is_a_success(unit: Unit) -> None:
     unit.assert_stopped_well()
 
 
-def test_sessions_of_an_old_process_are_reset_by_us_at_the_end_of_drain_timeout(unit: Unit) -> None:
+def test_sessions_from_before_an_upgrade_are_reset_by_us_at_the_end_of_drain_timeout(
+    unit: Unit,
+) -> None:
     """Not by a SIGKILL of systemd."""
     unit.systemctl("start")
     link = unit.link()
@@ -80,7 +107,7 @@ def test_forwarder_stop_after_an_upgrade_ends_the_unit_well(unit: Unit) -> None:
     links = [unit.link()]
     unit.upgrade()
     job = unit.box.popen(sys.executable, "-m", "forwarder", "stop")
-    unit.wait_logged(r"how=drain sessions=1 predecessors=1")
+    unit.wait_logged(r"how=drain sessions=1 limit_s=")
     with job:
         end_well(links, job)
         assert job.stdout is not None

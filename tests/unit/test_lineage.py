@@ -145,7 +145,7 @@ def parcels(number: int, sessions: int = 2) -> Received:
     return Received(message, [os.dup(0) for _ in range(sessions)])
 
 
-MOVE = {"op": Op.MOVE, "number": 5, "limit": 100, "worker": 7}
+MOVE = {"op": Op.MOVE, "number": 5, "limit": 100}
 TAKE_BACK = {"op": Op.MOVED, "number": 5, "is_back": True}
 
 
@@ -159,7 +159,7 @@ def test_an_heir_asks_a_worker_of_the_old_one(both: Both) -> None:
     assert (pid, message["number"], message["sessions"], fds) == (7, 5, [[0, 1]] * 2, 2)
     both.worker.settle(5, refused=[1])
     both.turn()
-    moved = {"op": Op.MOVED, "number": 5, "worker": 7, "is_back": False, "refused": [1]}
+    moved = {"op": Op.MOVED, "number": 5, "is_back": False, "refused": [1]}
     assert both.workers.told[1:] == [(7, moved)]
 
 
