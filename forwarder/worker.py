@@ -372,11 +372,7 @@ class Worker:
         self._relay.bench.pipes.budget_pages = assignment.pipe_budget_pages
         self._relay.flows.workers = assignment.workers
         self._names.keep(all_names(rules).keys())  # as the master, which sends only news
-        self._relay.restrictions.apply(
-            self._pools.in_force.values(),
-            assignment.config.settings.max_sessions,
-            self._relay.sessions,
-        )
+        self._relay.apply(assignment.config.settings, self._pools.in_force.values())
         for socket_id, index in assignment.routes.items():
             if socket_id in self._sockets:  # else descriptors ran out: see _acknowledge
                 self._route(socket_id, rules[index], accesses[index])

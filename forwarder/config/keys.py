@@ -283,6 +283,7 @@ DEFAULTS: Final = {name: key for name, key in OF_A_RULE.items() if key.at_top}
 AT_THE_TOP: Final = _table(
     Key("control", read.text, Settings),
     Key("cut_denied", read.flag, Settings),
+    Key("deposit_after", read.duration, Settings),
     Key("drain_timeout", read.duration, Settings),
     Key("group", read.text, Settings),
     Key("hang_timeout", read.hang_timeout, Settings),

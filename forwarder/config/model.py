@@ -459,8 +459,8 @@ class Settings:
     the workers. ``drain_timeout_s`` bounds how long sessions go on after their rule, their worker
     or the instance has to end; None means 30 s for a stop and no limit else, 0 none at all.
     ``cut_denied``: changed access rules also end open sessions that they do not allow.
-    ``runs_commands``: checks may be commands. ``state_file`` keeps what operators have ordered of
-    servers over a restart.
+    ``runs_commands``: checks may be commands. ``state_file`` keeps orders over a restart.
+    ``deposit_after_s``: from this age on sessions outlive their worker; 0: none does.
     """
 
     workers: int = 0
@@ -473,6 +473,7 @@ class Settings:
     group: str | None = None
     drain_timeout_s: float | None = None
     hang_timeout_s: float = HANG_TIMEOUT_S
+    deposit_after_s: float = 1.0
     cut_denied: bool = False
     runs_commands: bool = False
     state_file: str | None = None

@@ -29,6 +29,7 @@ MAX_FDS: Final = 250
 MAX_MESSAGE_BYTES: Final = 32 * 1024
 # Messages taken in at once: a peer that never stops sending must not hold us up. Arbitrary.
 MAX_AT_ONCE: Final = 64
+_SPACE: Final = 0x20
 
 
 class ChannelClosed(Exception):  # noqa: N818 - an event, not a fault
@@ -40,11 +41,20 @@ class Received:
     """One message and the descriptors that came with it, which the receiver owns and closes.
 
     ``is_truncated``: some did not arrive because the receiving process ran out of descriptors.
+    ``raw``: a message that is not JSON, see :meth:`Channel.send_raw`; then ``message`` is empty.
     """
 
     message: Message
     fds: list[int]
     is_truncated: bool = False
+    raw: bytes = b""
+
+    def read(self, data: bytes) -> None:
+        """Take in what was said. Raises ValueError or RecursionError for nonsense."""
+        if data[0] < _SPACE:
+            self.raw = data
+        else:
+            self.message = json.loads(data)
 
     def close(self) -> None:
         """Close the descriptors that are still in it."""
@@ -90,6 +100,14 @@ class Channel:
             self._drop_all()
             raise
 
+    def send_raw(self, data: bytes, fds: Sequence[int] = ()) -> bool:
+        """Send ``data`` that is no JSON, now or not at all; returns whether it was sent.
+
+        It begins with a byte below that of a space, and is no longer than other messages.
+        Raises ChannelClosed.
+        """
+        return not self._outbox and self._try_send(data, fds)
+
     def flush(self) -> None:
         """Send what waits, as far as the peer takes it. Raises ChannelClosed."""
         while self._outbox and self._try_send(*self._outbox[0][:2]):
@@ -120,7 +138,7 @@ class Channel:
             is_truncated = bool(flags & socket.MSG_CTRUNC)
             found.append(Received({}, fds.tolist(), is_truncated))
             try:
-                found[-1].message = json.loads(data)
+                found[-1].read(data)
             except BaseException:
                 for received in found:
                     received.close()

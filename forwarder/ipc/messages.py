@@ -4,10 +4,11 @@ Master to worker: SOCKETS (listening sockets, by id), APPLY (which of them serve
 now on), LOGS (where the connection log goes), NAMES (their addresses, see ``upstream.messages``),
 DRAIN, STOP, LIST and KILL (some of its sessions), ACCESS (the access rules of an heir). Worker to
 master: APPLIED, LEAVING, REFRESH (look a name up soon), FAILING (addresses of upstreams that do),
-and ANSWER to LIST or KILL. How sessions go from one worker to another (MOVE, PARCELS, TAKEN,
-MOVED): ``consignment``. A worker that starts, one that gets a new configuration and one that takes
-over another's sockets do the same: apply an assignment. One that cannot answers with a ``refusal``
-in APPLIED, and goes on as before. For messages between masters see ``lineage``.
+and ANSWER to LIST or KILL; TERMS (of a rule), for ``deposit``. How sessions go from one worker to
+another (MOVE, PARCELS, TAKEN, MOVED): ``consignment``. A worker that starts, one that gets a new
+configuration and one that takes over another's sockets do the same: apply an assignment. One that
+cannot answers with a ``refusal`` in APPLIED, and goes on as before. For messages between masters
+see ``lineage``.
 
 The assignment travels pickled, from the master to its own forked child, never the other way: a
 worker may run with fewer rights than the master and must not be able to make it run anything.
@@ -66,6 +67,7 @@ class Op(StrEnum):
     PARCELS = "parcels"
     TAKEN = "taken"
     MOVED = "moved"
+    TERMS = "terms"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from forwarder.balancing.table import ServerTable
     from forwarder.config.model import RelayMode
     from forwarder.ipc.channel import Channel
+    from forwarder.ipc.deposit import DepositMemory
     from forwarder.ipc.heartbeat import Heartbeats
     from forwarder.limits.gate import Gate, Holdings
     from forwarder.stats.board import Board
@@ -27,6 +28,7 @@ class WorkerSpec:
     gate: Gate
     holdings: Holdings
     table: ServerTable
+    deposit: DepositMemory
     relay: RelayMode
     identity: Identity | None
     capabilities: int  # kept by the worker

@@ -7,6 +7,7 @@ operation the relay needs, is half the size and skips the Python-level construct
 from __future__ import annotations
 
 import array
+import ctypes
 import errno
 import fcntl
 import os
@@ -36,6 +37,9 @@ NUL: Final = "\0"
 
 _NONBLOCKING_STREAM: Final = socket.SOCK_STREAM | getattr(socket, "SOCK_NONBLOCK", 0)
 _LINGER_ABORT: Final = struct.pack("ii", 1, 0)
+_UNSPEC: Final = bytes(16)  # a struct sockaddr of AF_UNSPEC
+_NOTHING: Final = b"\0\0\0\0"
+_libc: Final = ctypes.CDLL(None)
 # linux/in.h; Python 3.11 has no name for it. The port is then chosen at connect(), by the whole
 # 4-tuple, so that one source address can hold more than 28,000 connections.
 _IP_BIND_ADDRESS_NO_PORT: Final = 24
@@ -441,6 +445,28 @@ def set_abort_on_close(sock: socket.SocketType) -> None:
     """Make close() send RST in place of FIN (SO_LINGER with 0 seconds, socket(7))."""
     with suppress(OSError):  # a socket that is gone needs no RST
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_ABORT)
+
+
+def end_for_all(sock: socket.SocketType) -> None:
+    """Close a socket, and end its connection as close(2) does where nobody else has it.
+
+    By RST if :func:`set_abort_on_close` was called, or if something was not read. Others that have
+    it have to close it as well, but its peer does not wait for that: it gets FIN or RST now.
+    """
+    try:
+        linger = sock.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, len(_LINGER_ABORT))
+        if linger != _LINGER_ABORT and not _has_unread(sock):
+            sock.shutdown(socket.SHUT_RDWR)
+        elif sock.family != socket.AF_UNIX:  # which has no reset
+            # connect(2): AF_UNSPEC dissolves the association, for TCP as the ABORT of RFC 9293.
+            _libc.connect(sock.fileno(), _UNSPEC, len(_UNSPEC))
+    except OSError:
+        pass  # it is gone already
+    sock.close()
+
+
+def _has_unread(sock: socket.SocketType) -> bool:
+    return fcntl.ioctl(sock.fileno(), termios.FIONREAD, _NOTHING) != _NOTHING
 
 
 def unsent_bytes(sock: socket.SocketType) -> int:

@@ -20,7 +20,10 @@ from __future__ import annotations
 
 import logging
 import select
+from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol
+
+from forwarder.net import sockets
 
 if TYPE_CHECKING:
     import socket
@@ -130,6 +133,16 @@ class Poller:
             if fd < len(self._handlers):
                 self._handlers[fd] = None
             self.defer(sock.close)
+
+    def release_shared(self, sock: socket.SocketType) -> None:
+        """The same for a socket that another process may have, too: closing it would end nothing.
+
+        Nor would epoll forget it before the last of its descriptors is closed (epoll(7)).
+        """
+        fd = sock.fileno()
+        if fd >= 0:
+            self.unregister(fd)
+            self.defer(partial(sockets.end_for_all, sock))
 
     def call_again(self, direction: Resumable) -> None:
         """Resume ``direction`` after the others had their turn: its budget was used up."""

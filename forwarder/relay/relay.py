@@ -20,6 +20,7 @@ from forwarder.limits.restrictions import Restrictions
 from forwarder.net import sockets
 from forwarder.relay.books import Books
 from forwarder.relay.descriptors import Descriptors
+from forwarder.relay.moving.deposits import Deposits
 from forwarder.relay.outages import Outages
 from forwarder.relay.pauses import Pauses
 from forwarder.relay.servers import Servers
@@ -37,10 +38,11 @@ from forwarder.system.printable import field
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
     from forwarder.balancing.balancer import Balancer
     from forwarder.balancing.server import Server
+    from forwarder.config.model import Settings
     from forwarder.limits.admission import Admission
     from forwarder.limits.gate import Holder
     from forwarder.net.sockets import SockAddr
@@ -82,6 +84,7 @@ class Relay:
         self.outages = Outages(bench)
         self.flows = FlowTables(self.books.on_limit)
         self.descriptors = Descriptors(loop, bench, self.flows)
+        self.deposits = Deposits(loop, bench)
         self.restrictions = Restrictions(loop, holder, bench.poller.defer)
         self._servers_as_of = 0  # a revision of their table
         self.servers = Servers(loop, bench.poller, self.restrictions)
@@ -137,6 +140,11 @@ class Relay:
 
     # -- all sessions
 
+    def apply(self, settings: Settings, pools: Collection[Pool]) -> None:
+        """Put in force what holds for all sessions, and the limits of these pools' rules."""
+        self.restrictions.apply(pools, settings.max_sessions, self.sessions)
+        self.deposits.apply(settings.deposit_after_s, pools, self.sessions)
+
     def count(self, row: Row) -> None:
         """Count what open sessions have moved so far, and write the counters of ``row``, our own.
 
@@ -145,6 +153,7 @@ class Relay:
         books, batch = self.books, self.bench.batch
         for session in self.sessions:
             books.count_moved(session)
+        self.deposits.look(self.sessions)
         pipes = self.bench.pipes.statistics()
         counters = (
             len(self.sessions),

@@ -36,7 +36,8 @@ BULK_BYTES: Final = 256 * 1024
 
 
 class Workbench:
-    """One for each worker. ``splices``: whether bulk goes through ``pipes``.
+    """One for each worker. ``splices``: whether bulk goes through ``pipes``; ``has_pipes``: whether
+    what could not be sent waits in one.
 
     ``small_view``, ``bulk_view`` and ``batch`` are scratch space, used within one call and never
     across.
@@ -49,6 +50,7 @@ class Workbench:
         "_tick_at",
         "batch",
         "bulk_view",
+        "has_pipes",
         "pipes",
         "poller",
         "small_view",
@@ -64,6 +66,7 @@ class Workbench:
         self._rarely = Rarely()
         self.poller = Poller(loop)
         self.wheel = Wheel(loop.time())
+        self.has_pipes = HAS_SPLICE
         self.splices = HAS_SPLICE and mode is not RelayMode.COPY
         self.pipes = PipePool(pipe_budget_pages)
         self.bulk_view = memoryview(bytearray(BULK_BYTES))

@@ -6,6 +6,7 @@ The master's. Reads the boards; writes to them only where no worker does any mor
 from __future__ import annotations
 
 from collections.abc import Hashable
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, Generic, TypeAlias, TypeVar
 
 from forwarder.stats.board import ROWS, Board
@@ -64,10 +65,24 @@ class Ledger:
         self._boards.append(board)
         return board
 
-    def close(self, board: Board) -> None:
-        """A worker is gone: keep what it has counted."""
+    def close(
+        self,
+        board: Board,
+        by_rule: Mapping[str, int] = MappingProxyType({}),
+        by_server: Mapping[int, int] = MappingProxyType({}),
+    ) -> None:
+        """A worker is gone: keep what it has counted.
+
+        ``by_rule``, by name, and ``by_server``, by row: so many of its sessions go on elsewhere.
+        """
         if board in self._boards:
             self._boards.remove(board)
+            for row, count in (
+                *((self.row(name), count) for name, count in by_rule.items()),
+                *by_server.items(),
+            ):
+                counts = board.row(row)
+                counts[SESSIONS] = max(0, counts[SESSIONS] - count)
             self._rules.on_exit(board, 0)
             self._servers.on_exit(board)
             board.close()

@@ -32,6 +32,7 @@ class Phase(Enum):
     KILL = "kill"
     ERROR = "error"
     UPSTREAM_DOWN = "upstream-down"
+    LOST = "lost"
 
 
 # Every way a session can end. docs/operations.md explains each.
@@ -55,6 +56,7 @@ REASONS: Final = (
     "us/kill",
     "us/upstream-down",
     "us/error",
+    "us/lost",
 )
 _INDEX: Final = {code: index for index, code in enumerate(REASONS)}
 

@@ -24,6 +24,7 @@ from forwarder.limits.gate import STUCK_S, Busy, Gate, Holdings
 from forwarder.stats.ledger import Ledger
 from forwarder.stats.reasons import Phase
 from forwarder.supervision import policy
+from forwarder.supervision.keeper import Keeper
 from forwarder.supervision.servers import Servers
 from forwarder.supervision.slot import (
     Slot,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from forwarder.ipc.channel import Message, Received
+    from forwarder.ipc.consignment import Consignment
     from forwarder.serving.generation import Serving
     from forwarder.serving.listeners import ListenerTable
     from forwarder.stats.board import Board
@@ -67,12 +69,14 @@ class Fleet:
         self.servers = Servers(self.ledger)
         self.questions = Questions()
         self.names = KnownNames()
+        self.keeper = Keeper()
         self.telling = Telling(selector, table, self.names, self.logs, self.ledger, self.servers)
         self.refusal = ""  # why a worker cannot serve its last assignment
-        # Of ``Moves``: whether sessions are on their way, or those of a worker that has died; and
-        # what a worker says about them.
+        # Of ``Moves``: whether sessions are on their way, or those of a worker that has died; what
+        # a worker says about them; and who finds workers for sessions of the dead.
         self.is_amid_moves: Callable[[], bool] = lambda: False
         self.is_adopting: Callable[[], bool] = lambda: False
+        self.adopt: Callable[[str, list[Consignment]], None] = lambda _name, _found: None
         self.on_moving: Callable[[int, Received], None] = lambda _pid, _received: None
         self._table = table
         self._selector = selector
@@ -325,7 +329,7 @@ class Fleet:
         board: Board | None = None
         try:
             holdings, board = Holdings(), self.ledger.open()
-            tables = WorkerTables(board, holdings)
+            tables = WorkerTables(board, holdings, self.keeper.open())
             become = partial(self._become, slot, cell, tables)
             process = fork_worker(slot.index, tables, now, become)
         except OSError as err:
@@ -356,6 +360,7 @@ class Fleet:
             gate=self._gate,
             holdings=tables.holdings,
             table=self.servers.table,
+            deposit=tables.deposit.memory,
             relay=self.serving.config.settings.relay,
             identity=self.identity,
             capabilities=self.capabilities,
@@ -376,9 +381,11 @@ class Fleet:
         while self.hear(process):
             pass  # its last words
         self._hang_up(process)
-        self.ledger.close(process.tables.board)
+        estate = self.keeper.give_up(process.tables.deposit)
+        self.ledger.close(process.tables.board, estate.by_rule, estate.by_server)
         self._must_recount = True
         self.questions.on_exit(process.pid)
+        self.adopt(f"worker slot={process.slot} pid={process.pid}", estate.consignments)
         if process in self._retiring:
             self._retiring.remove(process)
             return
@@ -428,7 +435,9 @@ class Fleet:
 
     def _handle(self, process: WorkerProcess, received: Received) -> None:
         message = received.message
-        if message["op"] == messages.Op.APPLIED:
+        if received.raw or message["op"] == messages.Op.TERMS:
+            self.keeper.on_message(process.tables.deposit, received)
+        elif message["op"] == messages.Op.APPLIED:
             self._on_applied(process, message)
         elif message["op"] == messages.Op.LEAVING:
             self._on_leaving(process)

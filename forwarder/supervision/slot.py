@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from forwarder.ipc.channel import Message
     from forwarder.limits.gate import Holdings
     from forwarder.stats.board import Board
+    from forwarder.supervision.keeper import Deposit
     from forwarder.upstream.failing import Failing
 
 
@@ -42,10 +43,11 @@ class WorkerState(Enum):
 
 @dataclass(frozen=True, slots=True)
 class WorkerTables:
-    """Memory that a worker shares with its master: what it counts, and what it holds."""
+    """Memory that a worker shares with its master: what it counts, holds, and has deposited."""
 
     board: Board
     holdings: Holdings
+    deposit: Deposit
 
 
 class WorkerProcess:

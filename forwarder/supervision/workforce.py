@@ -73,6 +73,7 @@ class Workers:
         """What the fleet and its ledger have to know of it."""
         self._fleet.is_amid_moves = lambda: moves.is_busy
         self._fleet.is_adopting = lambda: moves.is_adopting
+        self._fleet.adopt = moves.adopt
         self._fleet.on_moving = moves.on_message
         self._fleet.ledger.afloat = moves.afloat
 

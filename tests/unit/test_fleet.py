@@ -17,6 +17,7 @@ from forwarder.serving.generation import Serving
 from forwarder.serving.listeners import ListenerTable
 from forwarder.stats.board import Board
 from forwarder.supervision.fleet import Fleet
+from forwarder.supervision.keeper import Keeper
 from forwarder.supervision.slot import RETRY_S, Slot, WorkerProcess, WorkerTables
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def test_who_could_not_be_told_is_told_again_in_time_however_long_a_worker_may_h
     fleet.serving = Serving(revision=1, generation=1, config=config, binds={}, counted_as={})
     ours, theirs = channel_pair()
     now = time.monotonic()
-    tables = WorkerTables(fleet.ledger.open(), Holdings())
+    tables = WorkerTables(fleet.ledger.open(), Holdings(), fleet.keeper.open())
     process = WorkerProcess(0, os.getpid(), tables, ours, now)
     fleet._retiring.append(process)
     assert fleet.next_look() > now + 100
@@ -74,7 +75,8 @@ def test_a_worker_that_is_told_again_what_it_refused_has_time_to_answer() -> Non
     """
     ours, theirs = channel_pair()
     board = Board()
-    process = WorkerProcess(0, os.getpid(), WorkerTables(board, Holdings()), ours, 0.0)
+    tables = WorkerTables(board, Holdings(), Keeper().open())
+    process = WorkerProcess(0, os.getpid(), tables, ours, 0.0)
     wanted = (1, 1, (0,))
     refused: dict[str, object] = {"missing": [], "refusal": "RuntimeError: planted"}
     process.told, process.sent_serial = wanted, 1

@@ -48,7 +48,7 @@ class Worker:
         self.selector = selectors.DefaultSelector()
         self.fleet = Fleet(ListenerTable(), self.selector)
         now = time.monotonic()
-        tables = WorkerTables(self.fleet.ledger.open(), Holdings())
+        tables = WorkerTables(self.fleet.ledger.open(), Holdings(), self.fleet.keeper.open())
         self.process = WorkerProcess(0, self.child.pid, tables, Channel(ours), now)
         self.selector.register(self.process.channel, selectors.EVENT_READ, self.process)
         self.fleet._retiring.append(self.process)

@@ -241,7 +241,7 @@ def test_an_assignment_has_the_rows_of_servers_by_rule() -> None:
     with selectors.DefaultSelector() as selector:
         fleet = Fleet(ListenerTable(), selector)
         fleet.serving = serving
-        tables = WorkerTables(fleet.ledger.open(), Holdings())
+        tables = WorkerTables(fleet.ledger.open(), Holdings(), fleet.keeper.open())
         process = WorkerProcess(0, os.getpid(), tables, ours, time.monotonic())
         selector.register(ours, selectors.EVENT_READ, process)
         fleet.telling.serve(process, serving, 1, (0,))

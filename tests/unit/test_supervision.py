@@ -125,7 +125,9 @@ def test_the_news_of_a_death_may_come_after_the_death() -> None:
     fleet = Fleet(ListenerTable(), selector)
     fleet.resize(1)
     ours, theirs = channel_pair()
-    process = WorkerProcess(0, 2**22 + 1, WorkerTables(fleet.ledger.open(), Holdings()), ours, 0.0)
+    process = WorkerProcess(
+        0, 2**22 + 1, WorkerTables(fleet.ledger.open(), Holdings(), fleet.keeper.open()), ours, 0.0
+    )
     try:
         (slot,) = fleet._slots
         slot.process = process

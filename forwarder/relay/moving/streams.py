@@ -225,6 +225,7 @@ def _put(direction: Direction, what: Pipe | bytes) -> None:
     elif isinstance(direction, SpliceDirection):
         direction.pipe = what
         direction.bench.pipes.take_on(what)
+        direction.bench.pipes.note(what, direction.src.fileno())
     else:
         data = bytearray()
         while part := os.read(what.read_fd, what.filled - len(data)):

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, Protocol
 
-from forwarder.relay.poller import BROKEN, READ_ON, READABLE, URGENT, WRITABLE
+from forwarder.relay.poller import ALWAYS, BROKEN, READ_ON, READABLE, URGENT, WRITABLE
 from forwarder.relay.workbench import SMALL_BYTES
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ BUDGET_BYTES: Final = 1024 * 1024
 SPLICES: Final = 1 << 40
 # One number for all directions of TCP: computed for each it would take 32 bytes in each.
 READS_ON: Final = READ_ON | SPLICES
+ALWAYS_COPIES: Final = ALWAYS & ~SPLICES
 # In place of ``missed``: nothing follows. It has all bits, so no event that is added changes it.
 _DONE: Final = -1
 
@@ -225,9 +226,13 @@ class Direction:
             sent = 0
         if sent == count:
             return True
-        self.pending = memoryview(bytes(view[sent:count]))
+        self.keep(view[sent:count])
         self.block()
         return False
+
+    def keep(self, rest: memoryview) -> None:
+        """Keep what ``dst`` did not take; ``rest`` is scratch space."""
+        self.pending = memoryview(bytes(rest))
 
     def flush(self) -> bool:
         """Send what a short send left behind; False if some of it is still left."""

@@ -11,7 +11,8 @@ each), so the loop goes on until EAGAIN.
 
 A pipe is borrowed for one wake-up and given back empty; only a direction whose ``dst`` is full
 keeps it, with the data in it, until ``dst`` takes the rest. So one hot pipe serves most of a
-worker's bulk.
+worker's bulk. What was copied and ``dst`` did not take goes into a pipe, too: it outlives this
+process there, and in memory it would not.
 
 SPLICE_F_NONBLOCK is only for the pipe; the sockets are O_NONBLOCK. splice(2), pipe(7).
 """
@@ -22,6 +23,7 @@ import errno
 import os
 from typing import TYPE_CHECKING, Final
 
+from forwarder.net.pipes import PAGE_BYTES
 from forwarder.relay.poller import READ_ON
 from forwarder.relay.tcp.direction import READS_ON, SPLICES, Direction
 from forwarder.relay.workbench import SMALL_BYTES
@@ -63,6 +65,7 @@ class SpliceDirection(Direction):
         """Move bulk through ``pipe``, which is given back or kept."""
         pool = self.bench.pipes
         src_fd = self.src.fileno()
+        pool.notes[pipe.number] = pipe.mark | src_fd
         moved = 0
         budget, chunk = self.budget_bytes, CHUNK_BYTES
         if room:
@@ -102,6 +105,20 @@ class SpliceDirection(Direction):
             return False
         self.bench.pipes.give(pipe)
         return True
+
+    def keep(self, rest: memoryview) -> None:
+        """Keep what ``dst`` did not take, in a pipe if one has room for it."""
+        pool = self.bench.pipes
+        pipe = pool.take_for_rest()
+        if pipe is None:
+            super().keep(rest)
+        elif pipe.pages * PAGE_BYTES < len(rest):
+            pool.give(pipe)
+            super().keep(rest)
+        else:
+            pool.note(pipe, self.src.fileno())
+            pipe.filled = os.write(pipe.write_fd, rest)  # all of it: it is empty, pipe(7)
+            self.pipe = pipe
 
     @property
     def holds_data(self) -> bool:

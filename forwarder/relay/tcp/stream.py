@@ -39,10 +39,10 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final, Protocol
 
 from forwarder.net import sockets
-from forwarder.relay.poller import ALWAYS, BROKEN, READABLE
+from forwarder.relay.poller import ALWAYS, BROKEN, READ_ON, READABLE
 from forwarder.relay.session import Home, Session, SessionState
 from forwarder.relay.tcp import fast_open, sink
-from forwarder.relay.tcp.direction import READS_ON, Direction
+from forwarder.relay.tcp.direction import ALWAYS_COPIES, READS_ON, Direction
 from forwarder.relay.tcp.splice import SpliceDirection
 from forwarder.relay.wheel import TICK_S
 from forwarder.stats.reasons import CLIENT_HAD_ENDED, UPSTREAM_HAD_ENDED, CloseReason, Phase, Who
@@ -73,19 +73,38 @@ _LINGERING, _ABORTING = SessionState.LINGERING, SessionState.ABORTING
 _CLOSED = SessionState.CLOSED
 
 
+class Depositary(Protocol):
+    """See ``moving.deposits``. ``after_s``: how long a session relays before it is offered; 0: it
+    is not.
+    """
+
+    after_s: float
+
+    def offer(self, session: Stream, adoptions: int = 0, adopted_at: float = 0.0) -> None:
+        """Deposit a session, if it can be; it was adopted so often, the last time then."""
+
+    def withdraw(self, session: Stream) -> None:
+        """It ends, or cannot go on elsewhere any more."""
+
+
 class TcpHome(Home, Protocol):
     """A home for sessions with TCP on both sides."""
 
     descriptors: Descriptors
+
+    @property
+    def deposits(self) -> Depositary:
+        """Who lets sessions outlive this process."""
 
 
 class Stream(Session):
     """A client and its upstream. Owns both sockets from the constructor on.
 
     ``ending``: one side is gone by RST, and this will be the reason when all is delivered.
+    ``is_shared``: the master may have its descriptors, too (see ``moving.deposits``).
     """
 
-    __slots__ = ("client", "ending", "is_short", "unsent")
+    __slots__ = ("client", "ending", "is_shared", "is_short", "unsent")
 
     relay: TcpHome
     c2u: Direction
@@ -99,10 +118,14 @@ class Stream(Session):
         self.client = client
         self.ending: CloseReason | None = None
         self.is_short = False  # a direction waits for memory of the kernel
+        self.is_shared = False
         self.unsent = 0  # in our send queues when a timeout was last looked at
         bench = relay.bench
-        make = SpliceDirection if bench.splices else Direction
-        read_on = ALWAYS if pool.has_unix else READS_ON
+        make = SpliceDirection if bench.has_pipes else Direction
+        if bench.splices:
+            read_on = ALWAYS if pool.has_unix else READS_ON
+        else:
+            read_on = ALWAYS_COPIES if pool.has_unix else READ_ON
         c2u = self.c2u = make(bench, self, read_on)
         u2c = self.u2c = make(bench, self, read_on)
         c2u.reverse = u2c
@@ -146,7 +169,7 @@ class Stream(Session):
         self.dialer = None
         self.upstream = self.c2u.dst = self.u2c.src = upstream
         if mask & BROKEN:
-            self._lose(self.c2u, "reset")
+            self.lose(self.c2u, "reset")
         if early:
             self.c2u.moved += early
             if self.c2u.meter is not None:
@@ -159,7 +182,7 @@ class Stream(Session):
         self.deadline = 0.0  # unused from here on, and a number of its own if it was used
         self.relay.books.on_open(self)
         self.relay.poller.hand_over(upstream.fileno(), self.u2c)
-        self.arm(self.pool.rule.idle_timeout_s)
+        self.arm(self.relay.deposits.after_s or self.pool.rule.idle_timeout_s)
         self.u2c.is_blocked = False
         self.c2u.resume()
         if mask & READABLE and not self.u2c.is_blocked:
@@ -224,7 +247,7 @@ class Stream(Session):
         if reverse.is_sink:  # it was the survivor
             self._end_without_sides(reverse, err.strerror or "reset")
             return
-        self._lose(direction, err.strerror or "reset")
+        self.lose(direction, err.strerror or "reset")
         if reverse.is_done:
             self._linger(reverse)
         elif reverse.is_blocked:
@@ -259,15 +282,17 @@ class Stream(Session):
         elif direction.is_sink:
             self._end_without_sides(direction, "reset")
         elif self.ending is None and self.state in (_RELAYING, _HALF_CLOSED):
-            self._lose(direction.reverse, "reset")
+            self.lose(direction.reverse, "reset")
             if direction.is_done:
                 self._linger(direction)
             # else it delivers what that side had sent first, if the survivor takes it
 
     # -- when one side is gone
 
-    def _lose(self, direction: Direction, detail: str) -> None:
+    def lose(self, direction: Direction, detail: str) -> None:
         """The destination of ``direction`` is gone by RST: what its source sends is dropped."""
+        if self.is_shared:
+            self.relay.deposits.withdraw(self)
         self.ending = self._reset_by(direction.reverse, detail)
         dropping = sink.in_place_of(direction)
         if direction is self.c2u:
@@ -279,7 +304,7 @@ class Stream(Session):
     def _cut(self, direction: Direction, detail: str) -> None:
         """All is read that the source of ``direction`` had sent before its reset, and no FIN."""
         if self.ending is None:
-            self._lose(direction.reverse, detail)
+            self.lose(direction.reverse, detail)
         direction.stop()
         survivor = direction.dst
         sockets.set_abort_on_close(survivor)
@@ -335,6 +360,8 @@ class Stream(Session):
     def on_timer(self, now: float) -> float:
         """End this session if it is overdue; returns its next deadline, 0 for none."""
         rule = self.pool.rule
+        if not self.is_shared:
+            self.relay.deposits.offer(self)
         if self.is_short:
             self.is_short = False
             self.c2u.resume()
@@ -414,6 +441,8 @@ class Stream(Session):
 
     def _end(self, reason: CloseReason) -> None:
         """Stop both directions and report the end."""
+        if self.is_shared:  # first: it must not go on elsewhere if we are killed from here on
+            self.relay.deposits.withdraw(self)
         self.c2u.stop()
         self.u2c.stop()
         self.relay.books.on_end(self, reason)
@@ -427,9 +456,10 @@ class Stream(Session):
         relay = self.relay
         relay.bench.wheel.discard(self)
         relay.sessions.pop(self, None)
-        relay.poller.release(self.client)
+        release = relay.poller.release_shared if self.is_shared else relay.poller.release
+        release(self.client)
         if self.upstream is not None:
-            relay.poller.release(self.upstream)
+            release(self.upstream)
         relay.poller.defer(self.unlink)
 
     def unlink(self) -> None:
