@@ -120,6 +120,7 @@ class Worker:
         self._balancers = Balancers(
             spec.table, spec.board.row, holder, self._relay.restrictions.settle_soon
         )
+        self._relay.deposits.join(spec.channel, spec.deposit, self._pools.terms)
         self._mover = Mover(self._relay, self._pools, self._cuts, spec.board.row)
         self._listeners: dict[int, AnyListener] = {}
         self._sockets: dict[int, socket.socket] = {}

@@ -34,6 +34,8 @@ _SERIAL: Final = _WORDS - 1
 # Sessions whose descriptors go into one message.
 SESSIONS_AT_ONCE: Final = MAX_FDS // 2
 _NUMBERS_AT_ONCE: Final = MAX_MESSAGE_BYTES // 8
+# The kind of its sessions when they are on their way to another worker.
+KEPT: Final = "kept"
 _HEADER: Final = struct.Struct("=I")
 _SERVER_BITS: Final = 24
 
@@ -79,15 +81,15 @@ class DepositMemory:
         self._room[0] = has_room
 
 
-def pack_server(row: int | None, adoptions: int) -> int:
-    """The row of a server, if there is one, and a small number, in 32 bits."""
-    return (0 if row is None else row + 1) | adoptions << _SERVER_BITS
+def pack_server(row: int, adoptions: int, *, is_counted: bool) -> int:
+    """The row of a server, 0 for none, a small number, and whether the gate counts it, as one."""
+    return row | is_counted << _SERVER_BITS | adoptions << _SERVER_BITS + 1
 
 
-def unpack_server(packed: int) -> tuple[int | None, int]:
-    """The same again."""
-    row = packed & (1 << _SERVER_BITS) - 1
-    return row - 1 if row else None, packed >> _SERVER_BITS
+def unpack_server(packed: int) -> tuple[int, int, bool]:
+    """Row, small number and whether it is counted again."""
+    is_counted = bool(packed >> _SERVER_BITS & 1)
+    return packed & (1 << _SERVER_BITS) - 1, packed >> _SERVER_BITS + 1, is_counted
 
 
 def send(channel: Channel, word: Word, numbers: Sequence[int], fds: Sequence[int] = ()) -> bool:

@@ -134,13 +134,15 @@ class Restrictions:
             pair = self._made[row] = (c2u, u2c)
         return pair
 
-    def _hold_as_wanted(self, session: Held) -> None:
-        row = session.pool.row
-        admission = self.admissions.get(row)
+    def wanted(self, session: Held) -> int | None:
+        """The key that a session should be held by; None: not at all."""
+        admission = self.admissions.get(session.pool.row)
         if admission is not None:
-            key: int | None = admission.key(client_host(session.client_address))
-        else:  # of a rule that is gone
-            key = 0 if self._max_total else None
+            return admission.key(client_host(session.client_address))
+        return 0 if self._max_total else None  # of a rule that is gone
+
+    def _hold_as_wanted(self, session: Held) -> None:
+        row, key = session.pool.row, self.wanted(session)
         if key == session.held_as:
             return
         if session.held_as is not None:

@@ -10,7 +10,15 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, Generic, TypeAlias, TypeVar
 
 from forwarder.stats.board import ROWS, Board
-from forwarder.stats.rows import SESSIONS, WORDS, Rows, Tally, rule_counters, worker_counters
+from forwarder.stats.rows import (
+    MOVED_OUT,
+    SESSIONS,
+    WORDS,
+    Rows,
+    Tally,
+    rule_counters,
+    worker_counters,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -68,21 +76,18 @@ class Ledger:
     def close(
         self,
         board: Board,
-        by_rule: Mapping[str, int] = MappingProxyType({}),
-        by_server: Mapping[int, int] = MappingProxyType({}),
+        moved: Mapping[int, int] = MappingProxyType({}),
     ) -> None:
         """A worker is gone: keep what it has counted.
 
-        ``by_rule``, by name, and ``by_server``, by row: so many of its sessions go on elsewhere.
+        ``moved``, by row: so many of its sessions go on elsewhere.
         """
         if board in self._boards:
             self._boards.remove(board)
-            for row, count in (
-                *((self.row(name), count) for name, count in by_rule.items()),
-                *by_server.items(),
-            ):
-                counts = board.row(row)
-                counts[SESSIONS] = max(0, counts[SESSIONS] - count)
+            for number, count in moved.items():
+                row = board.row(number)
+                row[SESSIONS] = max(0, row[SESSIONS] - count)
+                row[MOVED_OUT] += count
             self._rules.on_exit(board, 0)
             self._servers.on_exit(board)
             board.close()
@@ -172,6 +177,10 @@ class Ledger:
         """
         row = self.find_server(group, server)
         return rule_counters(_ZEROS if row is None else self._servers.total(row, self._boards))
+
+    def server_name(self, row: int) -> str | None:
+        """The name of the server that a row counts, if it counts one only."""
+        return next((name for (_, name), at in self._servers.rows.items() if at == row), None)
 
     def forget_servers(
         self, known: Iterable[Server], is_free: Callable[[int], bool] = lambda _: True

@@ -6,6 +6,7 @@ Decides nothing about configurations or the life of the instance; the master doe
 from __future__ import annotations
 
 import logging
+import os
 import selectors
 import signal
 import time
@@ -69,7 +70,7 @@ class Fleet:
         self.servers = Servers(self.ledger)
         self.questions = Questions()
         self.names = KnownNames()
-        self.keeper = Keeper()
+        self.keeper = Keeper(self.ledger.server_name)
         self.telling = Telling(selector, table, self.names, self.logs, self.ledger, self.servers)
         self.refusal = ""  # why a worker cannot serve its last assignment
         # Of ``Moves``: whether sessions are on their way, or those of a worker that has died; what
@@ -381,8 +382,11 @@ class Fleet:
         while self.hear(process):
             pass  # its last words
         self._hang_up(process)
-        estate = self.keeper.give_up(process.tables.deposit)
-        self.ledger.close(process.tables.board, estate.by_rule, estate.by_server)
+        # One that others have killed has not died of a session.
+        is_killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+        is_suspect = process.state is WorkerState.HUNG or not is_killed
+        estate = self.keeper.give_up(process.tables.deposit, is_suspect=is_suspect)
+        self.ledger.close(process.tables.board, estate.by_row)
         self._must_recount = True
         self.questions.on_exit(process.pid)
         self.adopt(f"worker slot={process.slot} pid={process.pid}", estate.consignments)

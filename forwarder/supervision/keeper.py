@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Final
 
 from forwarder.ipc import deposit
 from forwarder.ipc.consignment import MAX_SESSION_FDS, MAX_SESSIONS, Consignment
-from forwarder.ipc.deposit import ROW, DepositMemory, Word, unpack_server
+from forwarder.ipc.deposit import KEPT, ROW, DepositMemory, Word, unpack_server
 from forwarder.net.pipes import waiting_bytes
+from forwarder.stats.board import ROWS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from forwarder.ipc.channel import Message, Received
 
@@ -44,12 +45,20 @@ class _Kept:
     fds: list[int]
 
 
+@dataclass(frozen=True, slots=True)
+class _Terms:
+    """Those of a rule, and the row that counts it."""
+
+    row: int
+    terms: dict[str, object]
+
+
 class Deposit:
     """That of one worker. Owns the descriptors. A session has the number of its row in memory."""
 
     def __init__(self, memory: DepositMemory) -> None:
         self.memory = memory
-        self.terms: dict[int, object] = {}
+        self.terms: dict[int, _Terms] = {}
         self._serials = array("I")  # 0: there is no such session
         self._clients = array("i")
         self._upstreams = array("i")
@@ -140,17 +149,18 @@ class _Row:
 
 @dataclass(slots=True)
 class Estate:
-    """The sessions of a dead worker. ``by_rule`` and ``by_server``, a row: how many."""
+    """The sessions of a dead worker. ``by_row``: how many there are of each rule and server."""
 
     consignments: list[Consignment] = field(default_factory=list)
-    by_rule: Counter[str] = field(default_factory=Counter)
-    by_server: Counter[int] = field(default_factory=Counter)
+    by_row: Counter[int] = field(default_factory=Counter)
 
 
 class Keeper:
     """All deposits. ``refused``: sessions that could not be kept, as descriptors have run out."""
 
-    def __init__(self) -> None:
+    def __init__(self, server_name: Callable[[int], str | None]) -> None:
+        """``server_name`` gives the name of the server that a row counts."""
+        self._server_name = server_name
         self._deposits: list[Deposit] = []
         self._full_at: int | None = None  # how many sessions there were when they ran out
         self.refused = 0
@@ -204,10 +214,12 @@ class Keeper:
 
     def _on_terms(self, to: Deposit, message: Message) -> None:
         """The terms of a rule of which sessions are deposited."""
-        number, terms = message["number"], message["terms"]
-        if not (isinstance(number, int) and isinstance(terms, dict)):
+        number, row, terms = message["number"], message["row"], message["terms"]
+        if not (isinstance(number, int) and isinstance(row, int) and isinstance(terms, dict)):
             raise ValueError("no terms")  # noqa: TRY004 - as all nonsense
-        to.terms[number] = terms
+        if not 0 < row < ROWS:
+            raise ValueError("not the row of a rule")
+        to.terms[number] = _Terms(row, terms)
 
     def _has_room_for(self, received: Received, count: int) -> bool:
         """Whether descriptors are left for others beside those of so many that have come."""
@@ -242,10 +254,10 @@ class Keeper:
 
     # -- after a worker's death
 
-    def give_up(self, one: Deposit) -> Estate:
+    def give_up(self, one: Deposit, *, is_suspect: bool) -> Estate:
         """What becomes of the sessions of a worker that is dead: others may go on with them.
 
-        The rest is closed.
+        ``is_suspect``: one of them may be what it has died of. The rest is closed.
         """
         estate = Estate()
         pipes = one.full_pipes()
@@ -262,12 +274,16 @@ class Keeper:
                     waiting.append("pipe" if ends else "")
                     fds += ends
                 if len(parcels) == MAX_SESSIONS or count + len(fds) > MAX_SESSION_FDS:
-                    self._consign(one, parcels, estate)
+                    estate.consignments += self._consign(
+                        one, parcels, estate.by_row, is_suspect=is_suspect
+                    )
                     parcels, count = [], 0
                 parcels.append((row, waiting, fds))
                 count += len(fds)
             if parcels:
-                self._consign(one, parcels, estate)
+                estate.consignments += self._consign(
+                    one, parcels, estate.by_row, is_suspect=is_suspect
+                )
         finally:
             for ends in pipes.values():
                 for fd in ends:
@@ -277,20 +293,27 @@ class Keeper:
         return estate
 
     def _consign(
-        self, one: Deposit, parcels: list[tuple[_Row, list[str], list[int]]], estate: Estate
-    ) -> None:
+        self,
+        one: Deposit,
+        parcels: list[tuple[_Row, list[str], list[int]]],
+        by_row: Counter[int],
+        *,
+        is_suspect: bool,
+    ) -> list[Consignment]:
+        """Put some sessions into a consignment, if there are descriptors for it."""
         used: dict[int, int] = {}
         for row, _, _ in parcels:
             used.setdefault(row.terms, len(used))
         described = []
         for row, waiting, _ in parcels:
-            server, adoptions = unpack_server(row.server_and_adoptions)
-            estate.by_rule[_name(one.terms[row.terms])] += 1
-            if server is not None:
-                estate.by_server[server] += 1
+            server, adoptions, is_counted = unpack_server(row.server_and_adoptions)
+            by_row[one.terms[row.terms].row] += 1
+            if server:
+                by_row[server] += 1
+            name = self._server_name(server) if server else None
             described.append(
                 {
-                    "kind": "kept",
+                    "kind": KEPT,
                     "id": row.id,
                     "terms": used[row.terms],
                     "client": "",
@@ -299,21 +322,21 @@ class Keeper:
                     "started_at": row.started_at,
                     "connected_at": row.started_at + row.connecting_s,
                     "adoptions": adoptions,
-                    "server": None if server is None else ["", server, True],
+                    "server": None if name is None else [name, server, is_counted],
                     "c2u": {"waiting": waiting[0]},
                     "u2c": {"waiting": waiting[1]},
-                    "more": {"adopted_at": row.adopted_at},
+                    "more": {"adopted_at": row.adopted_at, "is_suspect": is_suspect},
                 }
             )
-        content = {"terms": [one.terms[number] for number in used], "sessions": described}
+        content = {
+            "rows": [one.terms[number].row for number in used],
+            "terms": [one.terms[number].terms for number in used],
+            "sessions": described,
+        }
         fds = [fds for _, _, fds in parcels]
         try:
-            estate.consignments.append(Consignment.of(0, content, fds))
+            return [Consignment.of(0, content, fds)]
         except OSError as err:
             log.error("keeper: %d sessions end, as there is no descriptor left: %s", len(fds), err)
-            lost = Consignment(0, sessions=list(enumerate(fds)))
-            lost.abort()
-
-
-def _name(terms: object) -> str:
-    return str(terms.get("name")) if isinstance(terms, dict) else ""
+            Consignment(0, sessions=list(enumerate(fds))).abort()
+            return []

@@ -75,7 +75,7 @@ def test_a_worker_that_is_told_again_what_it_refused_has_time_to_answer() -> Non
     """
     ours, theirs = channel_pair()
     board = Board()
-    tables = WorkerTables(board, Holdings(), Keeper().open())
+    tables = WorkerTables(board, Holdings(), Keeper(lambda _: None).open())
     process = WorkerProcess(0, os.getpid(), tables, ours, 0.0)
     wanted = (1, 1, (0,))
     refused: dict[str, object] = {"missing": [], "refusal": "RuntimeError: planted"}

@@ -32,7 +32,6 @@ from forwarder.relay.tcp.stream import Stream
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
 
-    from forwarder.config.model import Rule
     from forwarder.ipc.channel import Channel
     from forwarder.ipc.deposit import DepositMemory
     from forwarder.net.pipes import Pipe
@@ -93,12 +92,12 @@ class Deposits:
         self._gone: list[int] = []
         self._pipes: list[Pipe] = []
         self._pipes_gone: list[int] = []
-        self._terms_of: Callable[[Rule], Json]
+        self._terms_of: Callable[[Pool], Json]
         self._terms: dict[Pool, int] = {}
         self._free_terms: list[int] = []
 
     def join(
-        self, channel: Channel, memory: DepositMemory, terms_of: Callable[[Rule], Json]
+        self, channel: Channel, memory: DepositMemory, terms_of: Callable[[Pool], Json]
     ) -> None:
         """Deposit with the master at the other end of ``channel``, who shares ``memory``.
 
@@ -214,7 +213,9 @@ class Deposits:
             session.started_at,
             session.connected_at - session.started_at,
             upstream_fd,
-            pack_server(None if server is None else server.row, adoptions),
+            pack_server(0, adoptions, is_counted=False)
+            if server is None
+            else pack_server(server.row, adoptions, is_counted=server.is_counted),
             adopted_at,
             serial,
         )
@@ -227,7 +228,7 @@ class Deposits:
         self._terms[pool] = number
         if self._channel is not None:
             self._channel.send(
-                {"op": Op.TERMS, "number": number, "terms": self._terms_of(pool.rule)}
+                {"op": Op.TERMS, "number": number, "row": pool.row, "terms": self._terms_of(pool)}
             )
         return number
 

@@ -162,6 +162,7 @@ class Mover:
             return
         try:
             refused, why = self._take_in(given)
+            self._relay.deposits.flush()  # they outlive this worker from the moment they are here
             answer_taken(channel, number, refused, why)
         finally:
             given.close()

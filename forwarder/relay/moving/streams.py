@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 from forwarder.ipc.channel import read_memory_file, to_memory_file
 from forwarder.net.pipes import Pipe
 from forwarder.relay.moving.kinds import Load, restore
-from forwarder.relay.moving.parcel import FILE, PIPE, Way
+from forwarder.relay.moving.parcel import FILE, PIPE, Way, read
 from forwarder.relay.poller import ALWAYS, READABLE
 from forwarder.relay.session import SessionState
 from forwarder.relay.tcp.direction import SPLICES, Direction
@@ -71,8 +71,9 @@ class Streams:
         return Load(fields, fds, made)
 
     def let_go(self, session: Stream) -> None:
-        """Take it from poller, meters and pipes."""
+        """Take it from poller, meters, pipes and the deposit."""
         poller = session.relay.poller
+        session.relay.deposits.withdraw(session)
         for direction in (session.c2u, session.u2c):
             if isinstance(direction, SpliceDirection) and direction.pipe is not None:
                 direction.bench.pipes.pass_on(direction.pipe)
@@ -110,6 +111,9 @@ class Streams:
             for sock in socks:
                 sock.detach()
             raise
+        session.is_shared = True  # its giver and the master still have it
+        adopted_at = read(parcel.more, "adopted_at", 0.0)
+        relay.deposits.offer(session, parcel.adoptions, adopted_at)
         _go_on(session, waiting)
         for fd in spent:
             os.close(fd)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 from forwarder.balancing.server import Server
 from forwarder.config.address import parse_upstream
 from forwarder.config.model import Upstream
+from forwarder.relay.moving.adopting import Kept
 from forwarder.relay.moving.packing import KINDS
 from forwarder.relay.moving.parcel import Parcel
 from forwarder.stats.board import ROWS, SHARED_SERVER_ROW
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from forwarder.stats.rows import Row
     from forwarder.upstream.pool import Pool
 
-_BY_NAME: Final[Mapping[str, Kind[Any]]] = {kind.name: kind for kind in KINDS.values()}
+_BY_NAME: Final[Mapping[str, Kind[Any]]] = {kind.name: kind for kind in (*KINDS.values(), Kept())}
 
 
 class Unpacker:
@@ -79,7 +80,7 @@ class Unpacker:
         relay, share = self._relay, parcel.server
         held_as = held_in = None
         if not is_foreign:
-            held_as = parcel.held_as
+            held_as = parcel.held_as if session.held_as is None else session.held_as
             held_in = share.row if share is not None and share.is_counted else None
         relay.books.on_moved_in(session)
         relay.servers.take_on(session, server, held_in)
