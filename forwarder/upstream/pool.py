@@ -46,11 +46,11 @@ class Pool:
     unix socket, or may be. ``listen_host`` and ``upstream_text`` (host and port; NOBODY where there
     are several) are as written. ``local`` is the address that all clients connect to, or None if
     only their sockets know it. ``how`` says how upstream sockets are made, by family;
-    ``opens_fast``: connect with data in the first segment, where there is some. ``failures``: the addresses that failed just
-    now, of all ports of the rule. ``takes_ports``: each upstream socket takes a local port that
-    others need, too: for UDP, unless it is a client's. ``race_after_s``: how long an address may
-    not answer until the next one is tried beside it; 0: none is. ``balancer`` chooses among the
-    upstreams, by their index; None: there is nothing to choose.
+    ``opens_fast``: connect with data in the first segment, where there is some. ``failures``: the
+    addresses that failed just now, of all ports of the rule. ``takes_ports``: each upstream socket
+    takes a local port that others need, too: for UDP, unless it is a client's. ``race_after_s``:
+    how long an address may not answer until the next one is tried beside it; 0: none is.
+    ``balancer`` chooses among the upstreams, by their index; None: there is nothing to choose.
 
     As of when :meth:`targets` was last asked: ``has_unanswered``: some name had no answer yet;
     ``without_address``: the upstreams that had none, as a set of bits.
