@@ -306,8 +306,9 @@ class Worker:
         """Notice interfaces that come and go, and report which addresses fail, if some do."""
         relay = self._relay
         relay.look_at_servers(self._balancers, self._balancers.revision)
+        relay.poller.read_clock()
+        relay.outages.look()
         if self._needing:
-            relay.poller.read_clock()
             relay.outages.look_at_interfaces(self._needing)
         outages = relay.outages.pools
         failing = [*outages]
