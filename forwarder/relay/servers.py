@@ -99,6 +99,9 @@ class Queue:
     def __len__(self) -> int:
         return len(self._waiting)
 
+    def __contains__(self, one: object) -> bool:
+        return one in self._waiting
+
     @property
     def is_closed(self) -> bool:
         """Whether who comes now has to wait: behind others, or as this worker leaves its places."""
@@ -269,6 +272,10 @@ class Servers:
             queue = Queue(balancer.row, self._loop, self._poller, self._restrictions)
             self._queues[balancer.row] = queue
         return queue
+
+    def has_in_queue(self, one: object) -> bool:
+        """Whether the search of a session waits for room at a server."""
+        return any(one in queue for queue in self._queues.values())
 
     # -- counting
 
