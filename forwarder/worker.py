@@ -116,7 +116,7 @@ class Worker:
         self._slot = spec.slot
         self._cell = spec.cell
         holder = Holder(spec.gate, spec.holdings)
-        self._relay = Relay(loop, spec.relay, slot=spec.slot, holder=holder)
+        self._relay = Relay(loop, spec.relay, holder, slot=spec.slot)
         self._is_flushing = False
         self._names = Names(self._ask_for_name, loop.time)
         self._pools: dict[str, Pool] = {}
@@ -315,7 +315,7 @@ class Worker:
         if not failing and not self._has_said_failing:
             return
         for pool in failing:
-            if not pool.failures or self._pools.get(pool.rule.name) is not pool:
+            if not pool.failures.known or self._pools.get(pool.rule.name) is not pool:
                 del outages[pool]
         if not self._channel.has_outbox:
             self._say(Op.FAILING, failing=of_pools(outages, self._loop.time()))

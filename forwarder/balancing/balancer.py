@@ -84,6 +84,7 @@ class Balancer:
         "_choosers",
         "_counts",
         "_has_primaries",
+        "_holder",
         "_limits",
         "_open",
         "_returns_from",
@@ -121,6 +122,7 @@ class Balancer:
         *of_servers, self.row = rows
         self._surroundings = surroundings
         self._table = surroundings.table
+        self._holder = surroundings.holder
         self._counts = _counts(group, upstreams)
         self.servers = tuple(
             self._server(upstream, index, row, former)
@@ -169,7 +171,7 @@ class Balancer:
 
     def _chooser(self) -> Chooser:
         balance, part = self.group.balance, self._surroundings.part
-        sessions = self._surroundings.holder.gate.sessions_by_row
+        sessions = self._holder.gate.sessions_by_row
         rows = [server.row for server in self.servers]
         match balance:
             case Balance.TURN:
@@ -198,14 +200,21 @@ class Balancer:
         if self._table.revision != self._revision:
             self._refresh()
         skip = tried | avoid
-        for members, chooser in self._tiers:
+        for members, chooser in self._tiers:  # noqa: B007 - used behind it
             allowed = members & ~skip
             if allowed:
-                return self._choose_from(chooser, allowed, key)
-        return self._choose_else(key, tried, avoid)
+                break
+        else:
+            left = self._left(tried, avoid)
+            if left is None:
+                return self._choose_later(key, tried, avoid)
+            allowed, chooser = left
+        if self._counts:
+            return self._take(chooser, allowed, key)
+        return self.servers[chooser.pick(allowed, key)]
 
-    def _choose_else(self, key: bytes, tried: int, avoid: int) -> Server | None:
-        """Choose one to be avoided; if there is none, one that is not usable."""
+    def _left(self, tried: int, avoid: int) -> tuple[int, Chooser] | None:
+        """Those to be avoided; if there are none, those that are not usable."""
         for tiers, skip in (
             (self._tiers, tried),
             (self._open, tried | avoid),
@@ -214,38 +223,30 @@ class Balancer:
             for members, chooser in tiers:
                 allowed = members & ~skip
                 if allowed:
-                    return self._choose_from(chooser, allowed, key)
+                    return allowed, chooser
+        return None
+
+    def _choose_later(self, key: bytes, tried: int, avoid: int) -> Server | None:
+        """None is left, or not yet; unless the first check has been awaited for long enough."""
         if self._awaits and self._surroundings.clock() >= self._awaits_until:
             self._refresh()
             return self.choose(key, tried, avoid)
         self.is_full, self.is_unknown = False, self._awaits
         return None
 
-    def choose_beside(self, server: Server, key: bytes, skip: int) -> Server | None:
-        """Choose one as good as ``server``, of the same tier, to be tried beside it.
+    def others_than(self, server: Server) -> int:
+        """Those that must not be tried beside ``server``, which is silent, as a set of bits.
 
-        If that has just been taken out, for it is silent, whichever there is: the session must not
-        wait for it. ``skip``: set of servers that are not chosen. Else as :meth:`choose`.
+        All that are not of its tier. If it has just been taken out, none: the session must not wait
+        for it.
         """
-        if self._table.revision != self._revision:
-            self._refresh()
-        own = 1 << server.index
+        own, choosable = 1 << server.index, self.choosable
         tiers = self._tiers or self._open
-        is_out = not _union(tiers) & own
-        for members, chooser in tiers:
-            allowed = members & ~(skip | own)
-            if allowed and (is_out or members & own):
-                return self._choose_from(chooser, allowed, key)
-        return None
-
-    def _choose_from(self, chooser: Chooser, allowed: int, key: bytes) -> Server | None:
-        if self._counts:
-            return self._take(chooser, allowed, key)
-        return self.servers[chooser.pick(allowed, key)]
+        return ~next((members for members, _ in tiers if members & own), choosable)
 
     def _take(self, chooser: Chooser, allowed: int, key: bytes) -> Server | None:
         """Choose one that has room, and count the session there."""
-        holder = self._surroundings.holder
+        holder = self._holder
         try:
             with holder as gate:
                 index = chooser.pick(allowed, key)
@@ -275,14 +276,14 @@ class Balancer:
         if not allowed:
             raise Busy
         server = self.servers[chooser.pick(allowed, key)]
-        self._surroundings.holder.take_server(server.row)
+        self._holder.take_server(server.row)
         self._surroundings.settle_soon()
         return server
 
     def let_go(self, server: Server) -> None:
         """A session of a server has ended, or goes to another one. Never blocks."""
         if server.is_counted:
-            self._surroundings.holder.leave_server(server.row)
+            self._holder.leave_server(server.row)
             self._surroundings.settle_soon()
 
     def adopt(self, server: Server) -> None:
@@ -292,7 +293,7 @@ class Balancer:
         """
         self.cut.pop(server.name, None)
         if server.is_counted:
-            self._surroundings.holder.take_server(server.row)
+            self._holder.take_server(server.row)
             self._surroundings.settle_soon()
 
     def take_over(self, server: Server) -> Server:
@@ -307,7 +308,7 @@ class Balancer:
             if new.name == server.name:
                 is_moved = new.row != server.row
                 if new.is_counted and (is_moved or not server.is_counted):
-                    self._surroundings.holder.take_server(new.row)
+                    self._holder.take_server(new.row)
                     self._surroundings.settle_soon()
                 if is_moved or not new.is_counted:
                     self.let_go(server)

@@ -31,7 +31,7 @@ from forwarder.limits.tables import CountTable, RateTable, pass_at, table_words
 from forwarder.stats.board import ROWS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
 # Clients of limited rules that have sessions at the same time, all rules together. Beyond it new
 # clients are refused: their limit could not be kept.
@@ -242,11 +242,12 @@ class Gate:
         mine.rows[row] += 1
         self._rows[row] += 1
 
-    def leave_server(self, mine: Holdings, row: int) -> None:
-        """What :meth:`take_server` has counted is over."""
-        for rows in (mine.rows, self._rows):
-            if count := rows[row]:
-                rows[row] = count - 1
+    def change_servers(self, mine: Holdings, changes: Mapping[int, int]) -> None:
+        """The same for several rows: so many sessions more, or less."""
+        own, everyone = mine.rows, self._rows
+        for row, change in changes.items():
+            own[row] = max(own[row] + change, 0)
+            everyone[row] = max(everyone[row] + change, 0)
 
     def _count(self, mine: Holdings, row: int) -> None:
         # Our own first: whenever we are killed, the shared count is not below that of the others.
@@ -281,20 +282,25 @@ class Holder:
     be counted while another process has the lock is owed, so that no loop stands still for it.
     """
 
-    __slots__ = ("_owed", "gate", "mine")
+    __slots__ = ("_changes", "_owed", "gate", "mine")
 
     def __init__(self, gate: Gate, mine: Holdings) -> None:
         self.gate = gate
         self.mine = mine
-        # Row, key, whether it begins, and the rate of which one is given back; 0: none. A server
-        # has no key and no rate.
+        # Of rules: row, key, whether it begins, and the rate of which one is given back; 0: none.
         self._owed: deque[tuple[int, int, bool, float]] = deque()
+        # Of servers: by how many the sessions of a row have changed.
+        self._changes: dict[int, int] = {}
 
     def __enter__(self) -> Gate:
-        self.gate.lock()
+        gate = self.gate
+        gate.lock()
+        if self._changes:
+            gate.change_servers(self.mine, self._changes)
+            self._changes.clear()
         if self._owed:
             self._work_off()
-        return self.gate
+        return gate
 
     def __exit__(self, *_: object) -> None:
         self.gate.unlock()
@@ -312,18 +318,18 @@ class Holder:
 
     def take_server(self, row: int) -> None:
         """Count a session of a server, or one that waits, at :meth:`settle`."""
-        self._owed.append((row, 0, True, 0.0))
+        self._changes[row] = self._changes.get(row, 0) + 1
 
     def leave_server(self, row: int) -> None:
         """What was counted in the row of a server or a group is over; as :meth:`take_server`."""
-        self._owed.append((row, 0, False, 0.0))
+        self._changes[row] = self._changes.get(row, 0) - 1
 
     def settle(self) -> bool:
         """Count what is owed. Returns whether all of it is counted."""
-        while self._owed:
+        while self._owed or self._changes:
             try:
-                with self.gate:
-                    self._work_off()
+                with self:
+                    pass
             except Busy:
                 return False
         return True
@@ -332,9 +338,6 @@ class Holder:
         owed, gate, mine = self._owed, self.gate, self.mine
         for _ in range(min(len(owed), _PART)):
             row, key, begins, rate = owed.popleft()
-            if row >= ROWS:
-                (gate.take_server if begins else gate.leave_server)(mine, row)
-                continue
             (gate.hold_anyway if begins else gate.let_go)(mine, row, key)
             if rate:
                 gate.unpass_row(row, rate)

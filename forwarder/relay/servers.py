@@ -13,7 +13,7 @@ import logging
 from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol
 
-from forwarder.stats.rows import CONNECTS_FAILED, SESSIONS, SESSIONS_TOTAL, connect_bucket, new_row
+from forwarder.stats.rows import CONNECTS_FAILED, SESSIONS, SESSIONS_TOTAL, new_row
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -259,7 +259,7 @@ class Servers:
             return None
         now.targets()  # what is known of names
         for server in now.balancer.servers:
-            if session.target in (now.addresses(server.index) or ()):
+            if session.target in (now.addresses[server.index] or ()):
                 now.balancer.adopt(server)
                 self.on_taken(server)
                 return server
@@ -285,10 +285,6 @@ class Servers:
         counts[SESSIONS_TOTAL] += 1
         counts[SESSIONS] += 1
 
-    def on_worked(self, server: Server, seconds: float) -> None:
-        """A server was connected to, or has answered, after so many seconds."""
-        server.counts[connect_bucket(seconds)] += 1
-
     def on_failed(self, server: Server) -> None:
         """No address of a server could be connected to, or it refuses datagrams."""
         server.counts[CONNECTS_FAILED] += 1
@@ -302,14 +298,10 @@ class Servers:
         """A session of ``pool`` has this server no longer, and its sockets are closed."""
         server.counts[SESSIONS] -= 1
         if server.is_counted:
-            restrictions = self._restrictions
-            restrictions.holder.leave_server(server.row)
-            if server.is_limited:  # somebody may wait for its place
-                restrictions.settle_soon()
-            else:  # the lock that is taken for the next choice does for both
-                restrictions.settle_later()
-        whole = self._whole(pool) if self._queues else None
-        if whole is not None and whole.balancer is not None:
-            queue = self._queues.get(whole.balancer.row)
-            if queue is not None:
-                queue.on_end()
+            self._restrictions.leave_server(server.row, is_awaited=server.is_limited)
+        if self._queues:
+            whole = self._whole(pool)
+            if whole is not None and whole.balancer is not None:
+                queue = self._queues.get(whole.balancer.row)
+                if queue is not None:
+                    queue.on_end()

@@ -438,7 +438,7 @@ def shown(session: Session) -> dict[str, object]:
 
 def changed(bench: Bench, pool: GroupPool, rows: Sequence[int] = (), **group: object) -> GroupPool:
     """The same servers after a reload."""
-    again = bench.group(*pool.found, former=pool.balancer, rows=rows, **group)  # type: ignore[arg-type]
+    again = bench.group(*pool.addresses, former=pool.balancer, rows=rows, **group)  # type: ignore[arg-type]
     bench.relay.servers.apply({again.rule.name: again}, bench.relay.sessions)
     return again
 
@@ -556,7 +556,7 @@ def test_sessions_of_a_group_that_becomes_a_plain_rule_give_their_servers_back(
     bench: Bench, stack: ExitStack
 ) -> None:
     pool = full(bench, stack)
-    plain = pool_of(tuple(one for found in pool.found for one in found or ()), 10.0)
+    plain = pool_of(tuple(one for found in pool.addresses for one in found or ()), 10.0)
     put_in_force(bench, plain, pool)
     (session,) = bench.relay.sessions
     server = session.server
@@ -570,7 +570,7 @@ def test_who_waits_is_served_where_a_reload_leaves_nothing_to_choose(
 ) -> None:
     pool = full(bench, stack, max_queue=2)
     waits = [begin(bench, stack, pool)[1] for _ in range(2)]
-    plain = pool_of(tuple(one for found in pool.found for one in found or ()), 10.0)
+    plain = pool_of(tuple(one for found in pool.addresses for one in found or ()), 10.0)
     put_in_force(bench, plain, pool)
     bench.loop.pass_time(SOON_S)
     turning(bench, lambda: all(session.connected_at > 0 for session in waits))
