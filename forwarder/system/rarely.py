@@ -15,6 +15,8 @@ INTERVAL_S: Final = 10.0
 MAX_KNOWN: Final = 4096
 # Of many things to which the same happens at once, as in an outage, so many are named. Arbitrary.
 MOST_NAMED: Final = 5
+# The others are counted when it has happened to none for this long, or has gone on for INTERVAL_S.
+QUIET_S: Final = 2.0
 
 
 class Rarely:
@@ -48,7 +50,8 @@ class Rarely:
 class _Crowd:
     """Things to which the same happens: those that were named, and those that were not."""
 
-    until: float
+    latest: float  # when it is over in any case
+    until: float = 0.0
     named: set[str] = field(default_factory=set)
     others: set[str] = field(default_factory=set)
 
@@ -73,6 +76,7 @@ class Crowds:
         crowd = self._crowds.get(kind)
         if crowd is None:
             crowd = self._crowds[kind] = _Crowd(now + self._interval_s)
+        crowd.until = min(crowd.latest, now + QUIET_S)
         if one in crowd.named or len(crowd.named) < MOST_NAMED:
             crowd.named.add(one)
             return True

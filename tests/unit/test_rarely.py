@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from forwarder.system import daemonlog
 from forwarder.system.daemonlog import PatientHandler, RareTracebacks
-from forwarder.system.rarely import INTERVAL_S, MAX_KNOWN, MOST_NAMED, Crowds, Rarely
+from forwarder.system.rarely import INTERVAL_S, MAX_KNOWN, MOST_NAMED, QUIET_S, Crowds, Rarely
 
 if TYPE_CHECKING:
     import pytest
@@ -56,6 +56,15 @@ def test_of_many_at_once_the_first_are_named_and_the_others_counted() -> None:
     assert crowds.names(down, "7", 110.0), "a new crowd"
     assert crowds.over(200.0) == []
     assert crowds.deadline is None
+
+
+def test_the_others_are_counted_as_soon_as_it_is_quiet() -> None:
+    """In an outage all go within a moment; what follows must not come before that."""
+    crowds = Crowds(10.0)
+    for one in range(8):
+        crowds.names(("down", "pg"), str(one), 100.0)
+    assert crowds.deadline == 100.0 + QUIET_S
+    assert crowds.over(100.0 + QUIET_S) == [(("down", "pg"), 8 - MOST_NAMED)]
 
 
 def _fail(*, otherwise: bool) -> None:
