@@ -30,7 +30,7 @@ pytestmark = pytest.mark.process
 
 MORE, FEWER = signal.SIGTTIN, signal.SIGTTOU
 # A worker is taken for hung after 10 s without a sign of life.
-HUNG_S = 30.0
+HUNG_S = 60.0
 
 
 class Site:
