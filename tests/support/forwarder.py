@@ -211,6 +211,10 @@ class Leaks:
         # libuv keeps a byte in a pipe of its own, as a lock.
         self._in_pipes = {pid: procfs.bytes_in_pipes(pid) for pid in pids}
 
+    def is_idle(self) -> bool:
+        """Whether the workers have as many sockets open as before, and no other descriptors."""
+        return all(procfs.without_pipes(pid) == found for pid, found in self._before.items())
+
     def check(self) -> None:
         """Wait until the workers have as much open as before, and nothing more in a pipe.
 
