@@ -28,7 +28,7 @@ def run_command(*arguments: str, prefix: Sequence[str] = ()) -> subprocess.Compl
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=2 * PATIENCE_S,
+        timeout=4 * PATIENCE_S,
         check=False,
     )
 
