@@ -33,4 +33,4 @@ class WorkerSpec:
 
     def descriptors(self) -> tuple[int, ...]:
         """The descriptors that it inherits, beside the standard ones."""
-        return self.channel.fileno(), self.gate.fileno(), self.gate.bell
+        return self.channel.fileno(), self.gate.fileno()

@@ -87,7 +87,6 @@ class Gate:
         self._rated = RateTable(_words(RATED_CLIENTS), _times(RATED_CLIENTS))
         self._lines = _times(2 * ROWS)
         self._lock_fd = os.memfd_create("forwarder-gate", os.MFD_CLOEXEC)
-        self._bell_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         # Of this process. 0: not at all.
         self._stuck_until = self._owed_until = 0.0
 
@@ -95,19 +94,9 @@ class Gate:
         """The file that is locked."""
         return self._lock_fd
 
-    @property
-    def bell(self) -> int:
-        """A descriptor with an edge (EPOLLET) for each :meth:`ring`. Nobody reads it."""
-        return self._bell_fd
-
-    def ring(self) -> None:
-        """Wake the workers that watch the bell. Never blocks: eventfd(2) counts to 2 ** 64."""
-        os.eventfd_write(self._bell_fd, 1)
-
     def close(self) -> None:
-        """Close the file that is locked, and the bell."""
+        """Close the file that is locked."""
         os.close(self._lock_fd)
-        os.close(self._bell_fd)
 
     # -- the lock
 

@@ -10,8 +10,6 @@ closed: a server never has more sessions than it may have.
 from __future__ import annotations
 
 import logging
-import select
-from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -68,69 +66,16 @@ class Served(Protocol):
         """The upstreams of its rule."""
 
 
-class Bell:
-    """By which workers tell each other that there is room at a server, while sessions wait for it.
-
-    Rung when a place is left to others. It wakes all where some wait, for whichever group; who
-    comes late finds nothing.
-    """
-
-    __slots__ = ("_is_rung", "_poller", "_queues", "_restrictions")
-
-    def __init__(self, poller: Poller, restrictions: Restrictions) -> None:
-        self._poller = poller
-        self._restrictions = restrictions
-        self._queues: dict[Queue, None] = {}
-        self._is_rung = False
-
-    def listen(self, queue: Queue) -> None:
-        """Have a queue look when the bell rings."""
-        if not self._queues:
-            with suppress(OSError):  # ENOMEM: epoll_ctl(2); it looks by its own clock as well
-                bell = self._restrictions.holder.gate.bell
-                self._poller.register(bell, self, select.EPOLLIN | select.EPOLLET)
-        self._queues[queue] = None
-
-    def ignore(self, queue: Queue) -> None:
-        """Have it look no more."""
-        if queue not in self._queues:
-            return
-        del self._queues[queue]
-        if not self._queues:
-            with suppress(OSError):  # it was not registered
-                self._poller.unregister(self._restrictions.holder.gate.bell)
-
-    def ring(self) -> None:
-        """Wake others, as soon as the gate has counted that there is room."""
-        if not self._is_rung:
-            self._is_rung = True
-            self._poller.defer(self._ring)
-
-    def _ring(self) -> None:
-        self._is_rung = False
-        self._restrictions.holder.gate.ring()
-
-    def on_events(self, mask: int) -> None:
-        """Another worker has made room, or this one has."""
-        del mask
-        for queue in tuple(self._queues):
-            queue.look()
-
-    def on_bug(self) -> None:
-        """As in Poller: nothing ends here."""
-
-
 class Queue:
     """The sessions of one worker that wait for a server of a group, the longest first.
 
-    They are let on when a session of the group ends in this worker, when another one rings the
-    bell, and every LOOK_S, as no bell is rung for what a dead worker had. So that those who wait in
-    other workers have their turn, this one now and then leaves what becomes free to them. ``row``
-    is that of the group: there the gate counts how many wait in all workers.
+    They are let on when a session of the group ends in this worker, and every LOOK_S, as another
+    worker may have made room. So that those who wait in other workers have their turn, this one now
+    and then leaves what becomes free to them. ``row`` is that of the group: there the gate counts
+    how many wait in all workers.
     """
 
     __slots__ = (
-        "_bell",
         "_is_armed",
         "_is_looking",
         "_loop",
@@ -142,11 +87,8 @@ class Queue:
         "_waiting",
     )
 
-    def __init__(
-        self, row: int, loop: Clock, poller: Poller, restrictions: Restrictions, bell: Bell
-    ) -> None:
+    def __init__(self, row: int, loop: Clock, poller: Poller, restrictions: Restrictions) -> None:
         self._row = row
-        self._bell = bell
         self._loop = loop
         self._poller = poller
         self._restrictions = restrictions
@@ -189,16 +131,14 @@ class Queue:
         if now >= self._rests_at and self._wait_elsewhere() > 0:
             self._rests_until = now + REST_S
             self._rests_at = self._rests_until + SERVES_S
-        self.look()
-        if (now < self._rests_until or not self._waiting) and self._wait_elsewhere() > 0:
-            self._bell.ring()
+        self._look()
 
     def _wait_elsewhere(self) -> int:
         """How many wait in other workers."""
         holder = self._restrictions.holder
         return holder.gate.sessions(self._row) - holder.mine.rows[self._row]
 
-    def look(self) -> None:
+    def _look(self) -> None:
         """Let those go on for whom there is room, in order."""
         if self._is_looking or self._poller.now < self._rests_until:
             return  # the former: what goes on may end at once, and so come here
@@ -222,16 +162,13 @@ class Queue:
         if not self._is_armed:
             self._is_armed = True
             self._loop.call_later(LOOK_S, self._on_look)
-            self._bell.listen(self)
 
     def _on_look(self) -> None:
         self._is_armed = False
         self._poller.read_clock()
-        self.look()
+        self._look()
         if self._waiting:
             self._arm()
-        else:
-            self._bell.ignore(self)
 
 
 class Servers:
@@ -240,7 +177,7 @@ class Servers:
     ``alarm`` is the row whose first word counts failed connects to servers of any group.
     """
 
-    __slots__ = ("_bell", "_loop", "_poller", "_pools", "_queues", "_restrictions", "alarm")
+    __slots__ = ("_loop", "_poller", "_pools", "_queues", "_restrictions", "alarm")
 
     def __init__(self, loop: Clock, poller: Poller, restrictions: Restrictions) -> None:
         self._loop = loop
@@ -248,7 +185,6 @@ class Servers:
         self._restrictions = restrictions
         self._pools: Mapping[str, Pool] | None = None
         self._queues: dict[int, Queue] = {}
-        self._bell = Bell(poller, restrictions)
         self.alarm: Row = new_row()
 
     def apply(self, pools: Mapping[str, Pool], sessions: Iterable[Served]) -> None:
@@ -333,7 +269,7 @@ class Servers:
         """Where sessions of a group wait."""
         queue = self._queues.get(balancer.row)
         if queue is None:
-            queue = Queue(balancer.row, self._loop, self._poller, self._restrictions, self._bell)
+            queue = Queue(balancer.row, self._loop, self._poller, self._restrictions)
             self._queues[balancer.row] = queue
         return queue
 

@@ -207,55 +207,6 @@ def test_room_that_another_worker_makes_is_found(bench: Bench, stack: ExitStack)
     turning(bench, lambda: session.connected_at > 0)
 
 
-def test_room_that_another_worker_makes_is_found_when_it_rings(
-    bench: Bench, stack: ExitStack
-) -> None:
-    """At once: no time passes."""
-    pool = bench.group(at(stack.enter_context(listen())), changes=ONE_EACH, max_queue=1)
-    (server,) = servers_of(pool)
-    gate = bench.shared.gate
-    other = Holder(gate, Holdings())
-    for _ in range(2):
-        other.take_server(server.row)
-        other.settle()
-        _, session = begin(bench, stack, pool)
-        gate.ring()
-        bench.relay.poller.turn()
-        assert waiting(bench, pool) == 1, "there is no room yet"
-        other.leave_server(server.row)
-        other.settle()
-        gate.ring()
-        turning(bench, lambda: session.connected_at > 0)  # noqa: B023 - called here only
-        end(bench, session)
-
-
-def rings(bench: Bench) -> int:
-    """How often the bell was rung since the last call."""
-    with suppress(BlockingIOError):
-        return os.eventfd_read(bench.shared.gate.bell)
-    return 0
-
-
-def test_the_bell_rings_for_those_who_wait_elsewhere_only(bench: Bench, stack: ExitStack) -> None:
-    pool = full(bench, stack, max_queue=4)
-    assert pool.balancer is not None
-    (first,) = bench.relay.sessions
-    end(bench, first)
-    assert rings(bench) == 0, "nobody waits"
-    _, session = serve(bench, stack, pool)
-    _, waits = begin(bench, stack, pool)
-    end(bench, session)
-    assert rings(bench) == 0, "who waits here has the place"
-    turning(bench, lambda: waits.connected_at > 0)
-    other = Holder(bench.shared.gate, Holdings())
-    other.take_server(pool.balancer.row)
-    other.settle()
-    end(bench, waits)
-    assert rings(bench) == 1
-    other.leave_server(pool.balancer.row)
-    other.settle()
-
-
 @pytest.mark.parametrize("queue_timeout_s", [3.0, None], ids=["its own", "connect_timeout"])
 def test_nobody_waits_for_longer_than_one_may(
     bench: Bench, stack: ExitStack, queue_timeout_s: float | None
