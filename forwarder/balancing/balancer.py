@@ -11,8 +11,9 @@ choose by sessions, or that limit them. The count is read, decided upon and rais
 so that no limit is ever exceeded, and two workers never choose the same gap. Giving back is owed,
 and done at the end of a batch.
 
-While another process keeps the lock, servers without a limit are chosen by the counts as they are;
-where all have one nothing can be decided, and :class:`Busy` is raised.
+While another process keeps the lock nothing can be decided, and :class:`Busy` is raised: mostly
+that process has only lost its processor. If it keeps the lock for longer, servers without a limit
+are chosen by the counts as they are.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
 
 # Others that are tried, unless ``retries`` says how many. As in HAProxy.
 MOST_OTHERS: Final = 3
+# The lock is kept so long only by a process that is stopped; one that waits for its processor lets
+# go of it before that. Without the wait, 70 sessions that came in such a moment went to one server.
+GUESSES_AFTER_S: Final = 0.5
 # How long sessions of backups are cut, some at a time, when a primary is back (on_up = "return").
 RETURN_S: Final = 10.0
 _NOT_USABLE: Final = frozenset({Standing.DOWN, Standing.EJECTED})
@@ -262,6 +266,8 @@ class Balancer:
                 gate.take_server(holder.mine, server.row)
                 return server
         except Busy:
+            if holder.gate.stuck_s < GUESSES_AFTER_S:
+                raise
             return self._take_uncertain(chooser, allowed, key)
 
     def _is_full(self, gate: Gate, index: int) -> bool:

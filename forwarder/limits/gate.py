@@ -88,7 +88,7 @@ class Gate:
         self._lines = _times(2 * ROWS)
         self._lock_fd = os.memfd_create("forwarder-gate", os.MFD_CLOEXEC)
         # Of this process. 0: not at all.
-        self._stuck_until = self._owed_until = 0.0
+        self._stuck_since = self._stuck_until = self._owed_until = 0.0
 
     def fileno(self) -> int:
         """The file that is locked."""
@@ -106,6 +106,11 @@ class Gate:
         return self._stuck_until > 0 and time.monotonic() < self._stuck_until
 
     @property
+    def stuck_s(self) -> float:
+        """For how long, in seconds, this process has not got the lock; 0: the last time it did."""
+        return time.monotonic() - self._stuck_since if self._stuck_since else 0.0
+
+    @property
     def is_settled(self) -> bool:
         """Whether the lock is not stuck, and no worker owes anything because it was."""
         if self._owed_until and time.monotonic() >= self._owed_until:
@@ -119,7 +124,7 @@ class Gate:
         except OSError:  # EACCES or EAGAIN: another process has it
             self._wait()
         if self._stuck_until:
-            self._stuck_until = 0.0
+            self._stuck_since = self._stuck_until = 0.0
             self._owed_until = time.monotonic() + RECOVERY_S
 
     def unlock(self) -> None:
@@ -149,6 +154,7 @@ class Gate:
                 now = time.monotonic()
                 continue
             return
+        self._stuck_since = self._stuck_since or now
         self._stuck_until = now + STUCK_S
         raise Busy
 

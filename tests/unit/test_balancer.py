@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forwarder.balancing.balancer import RETURN_S, Balancer, Surroundings
+from forwarder.balancing.balancer import GUESSES_AFTER_S, RETURN_S, Balancer, Surroundings
 from forwarder.balancing.table import (
     CUTS,
     DISABLED,
@@ -393,12 +393,13 @@ def test_limits_hold_for_all_workers_together(bench: Bench, balance: Balance) ->
 
 @pytest.fixture
 def stuck(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """Another process has the lock until this is undone."""
+    """Another process has the lock, and has had it for long, until this is undone."""
 
     def lock() -> None:
         raise Busy
 
     monkeypatch.setattr(bench.gate, "lock", lock)
+    monkeypatch.setattr(type(bench.gate), "stuck_s", GUESSES_AFTER_S)
     return monkeypatch
 
 
@@ -413,6 +414,17 @@ def test_without_the_lock_the_unlimited_are_chosen_and_counted_later(
     assert not bench.holder.settle()
     stuck.undo()
     assert [bench.sessions(index) for index in range(3)] == [0, 2, 2]
+
+
+def test_for_a_moment_nothing_is_chosen_without_the_lock(
+    bench: Bench, stuck: pytest.MonkeyPatch
+) -> None:
+    """By counts that stand still all would go to one server."""
+    balancer = bench.balancer(*some(3), group=Group(balance=Balance.LEAST))
+    stuck.setattr(type(bench.gate), "stuck_s", GUESSES_AFTER_S / 2)
+    with pytest.raises(Busy):
+        balancer.choose(CLIENT, 0, 0)
+    assert choices(bench.balancer(*some(3), group=Group(balance=Balance.TURN)), 3) == [0, 1, 2]
 
 
 @pytest.mark.usefixtures("stuck")

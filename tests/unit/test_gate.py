@@ -264,12 +264,18 @@ def test_bandwidth_goes_on_beside_a_stopped_holder_of_the_lock(crowd: Crowd) -> 
 
 def test_a_lock_that_was_stuck_is_waited_for_again_later(crowd: Crowd) -> None:
     pid = stop_with_lock(crowd)
+    assert not crowd.gate.stuck_s
     with pytest.raises(Busy):
         crowd.gate.lock()
+    eventually(lambda: crowd.gate.stuck_s > STUCK_S)
+    with pytest.raises(Busy):
+        crowd.gate.lock()
+    assert crowd.gate.stuck_s > STUCK_S  # since the first time
     crowd.kill(pid)
     eventually(lambda: not crowd.gate.is_stuck)
     crowd.gate.lock()
     crowd.gate.unlock()
+    assert not crowd.gate.stuck_s
 
 
 def test_more_is_owed_than_one_turn_works_off(crowd: Crowd) -> None:
