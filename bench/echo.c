@@ -15,28 +15,9 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-enum { BACKLOG = 4096, EVENTS = 256, CHUNK = 65536 };
+#include "tools.h"
 
-static void die(const char *what) {
-    perror(what);
-    exit(1);
-}
-
-static int listen_on(const char *host, int port) {
-    struct sockaddr_in addr = {.sin_family = AF_INET, .sin_port = htons(port)};
-    int one = 1, fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0);
-    if (fd < 0 || inet_pton(AF_INET, host, &addr.sin_addr) != 1) die("socket");
-    setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
-    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one); /* inherited by accept */
-    if (bind(fd, (struct sockaddr *)&addr, sizeof addr) < 0) die("bind");
-    if (listen(fd, BACKLOG) < 0) die("listen");
-    return fd;
-}
-
-static void watch(int epoll, int fd) {
-    struct epoll_event event = {.events = EPOLLIN, .data.fd = fd};
-    if (epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &event) < 0) die("epoll_ctl");
-}
+enum { EVENTS = 256, CHUNK = 65536 };
 
 static void accept_all(int epoll, int listener) {
     int fd;

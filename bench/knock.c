@@ -20,6 +20,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "tools.h"
+
 enum { FDS = 65536, EVENTS = 256, LIFE = 15 };
 
 static struct connection {
@@ -28,17 +30,6 @@ static struct connection {
 } connections[FDS];
 static int epoll, open_count, highest;
 static volatile sig_atomic_t is_ending;
-
-static void die(const char *what) {
-    perror(what);
-    exit(1);
-}
-
-static double now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec + t.tv_nsec / 1e9;
-}
 
 static void say(const struct connection *c, const char *outcome, const char *line) {
     printf("%.0f %.0f %s %s\n", c->began * 1e6, (now() - c->began) * 1e6, outcome, line);

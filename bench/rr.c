@@ -17,6 +17,8 @@
 #include <sys/socket.h>
 #include <time.h>
 
+#include "tools.h"
+
 enum { EVENTS = 256 };
 
 struct connection {
@@ -30,11 +32,6 @@ static size_t request_bytes;
 
 static uint32_t *latencies_ns; /* one per answer; 4.2 s at most, later ones are cut to that */
 static size_t answers, room;
-
-static void die(const char *what) {
-    perror(what);
-    exit(1);
-}
 
 static uint64_t now_ns(void) {
     struct timespec now;

@@ -25,6 +25,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "tools.h"
+
 enum { FULL = 2000, FDS = 65536, EVENTS = 256, LONGEST = 4096, LIFE = 15, STREAMS = 1000 };
 /* A prime, so that no loss of whole buffers or pages goes unnoticed. */
 enum { PERIOD = 65521 };
@@ -45,17 +47,6 @@ static char text[PERIOD + LONGEST];
 static long counts[OUTCOMES], stream_counts[OUTCOMES], stream_bytes;
 static double slowest;
 static int epoll, open_count, stream_count, is_ending;
-
-static void die(const char *what) {
-    perror(what);
-    exit(1);
-}
-
-static double now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec + t.tv_nsec / 1e9;
-}
 
 static const char *expected(const struct connection *c, int offset) {
     return text + (c->position + offset) % PERIOD;

@@ -16,23 +16,14 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "tools.h"
+
 enum { WINDOW = 128, BYTES = 200, EVENTS = 256, BUFFER = 4 << 20 };
 static const double STALL = 0.2;
 
 static int *clients, epoll, upstream, client_count;
 static long sent, arrived, answered, lost, under_way;
 static char seen[65536];
-
-static void die(const char *what) {
-    perror(what);
-    exit(1);
-}
-
-static double now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec + t.tv_nsec / 1e9;
-}
 
 static int make(struct sockaddr_in *bind_to, struct sockaddr_in *connect_to) {
     int fd = socket(AF_INET, SOCK_DGRAM | SOCK_NONBLOCK, 0), size = BUFFER;

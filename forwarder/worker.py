@@ -112,7 +112,7 @@ class Worker:
         self._slot = spec.slot
         self._cell = spec.cell
         holder = Holder(spec.gate, spec.holdings)
-        self._relay = Relay(loop, spec.relay, slot=spec.slot, holder=holder)
+        self._relay = Relay(loop, spec.relay, holder, slot=spec.slot)
         self._is_flushing = False
         self._names = Names(self._ask_for_name, loop.time)
         self._pools = Pools(self._names, spec.board.row)
@@ -322,15 +322,16 @@ class Worker:
         """Notice interfaces that come and go, and report which addresses fail, if some do."""
         relay = self._relay
         relay.look_at_servers(self._balancers, self._balancers.revision)
+        relay.poller.read_clock()
+        relay.outages.look()
         if self._pools.needing:
-            relay.poller.read_clock()
             relay.outages.look_at_interfaces(self._pools.needing)
         outages = relay.outages.pools
         failing = [*outages]
         if not failing and not self._has_said_failing:
             return
         for pool in failing:
-            if not pool.failures or self._pools.in_force.get(pool.rule.name) is not pool:
+            if not pool.failures.known or self._pools.in_force.get(pool.rule.name) is not pool:
                 del outages[pool]
         if not self._channel.has_outbox:
             self._say(Op.FAILING, failing=of_pools(outages, self._loop.time()))

@@ -122,12 +122,10 @@ def no_leaks_here() -> Iterator[None]:
     eventually(
         lambda: len(procfs.descriptors(me)) <= len(fds_before),
         lambda: f"descriptors left open: {set(procfs.descriptors(me)) - set(fds_before)}",
-        within_s=10,
     )
     eventually(
         lambda: set(procfs.children(me)) <= children_before,
         lambda: f"child processes left: {set(procfs.children(me)) - children_before}",
-        within_s=10,
     )
 
 

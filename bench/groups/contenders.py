@@ -34,7 +34,8 @@ NO_RESOLVER: Final = ""
 class Group:
     """A group as all programs understand it; balance is in the forwarder's words.
 
-    ``max_sessions`` of each server, 0 for none. ``check_port`` 0: not checked. ``workers`` are
+    ``max_sessions`` of each server, 0 for none; so many sessions wait in the forwarder, those of
+    HAProxy always. ``check_port`` 0: not checked. ``workers`` are
     processes or threads. ``resets``: the sessions of a server that goes down are ended. ``zone``
     is nginx's memory for all workers. ``resolver``: the name server, where servers have names.
     """
@@ -42,6 +43,7 @@ class Group:
     servers: tuple[str, ...]
     balance: str = "turn"
     max_sessions: int = 0
+    max_queue: int = 0
     check_port: int = 0
     workers: int = 2
     resets: bool = False
@@ -86,6 +88,8 @@ def forwarder_config(group: Group, _directory: Path) -> str:
     limit = f", max_sessions = {group.max_sessions}" if group.max_sessions else ""
     servers = "".join(f'  {{ at = "{one}:{SERVER_PORT}"{limit} }},\n' for one in group.servers)
     text += f'balance = "{group.balance}"\nservers = [\n{servers}]\n'
+    if group.max_queue:
+        text += f"max_queue = {group.max_queue}\n"
     if group.resets:
         text += 'on_down = "reset"\n'
     if group.check_port:

@@ -44,6 +44,15 @@ def seen(text: str) -> dict[str, Seen]:
     return {row[0]: Seen(*map(int, row[1:])) for row in rows}
 
 
+def per_second(found: Iterable[Knock]) -> float:
+    """How many were served a second, from the first that came to the last that was served."""
+    served = [knock for knock in found if knock.outcome == SERVED]
+    if not served:
+        return 0.0
+    last = max(knock.began_s + knock.took_s for knock in served)
+    return len(served) / (last - min(knock.began_s for knock in served))
+
+
 def percentile(values: Iterable[float], part: float) -> float:
     """The smallest value that ``part`` (0 to 1) of all do not exceed; NaN of none."""
     every = sorted(values)

@@ -11,8 +11,9 @@ choose by sessions, or that limit them. The count is read, decided upon and rais
 so that no limit is ever exceeded, and two workers never choose the same gap. Giving back is owed,
 and done at the end of a batch.
 
-While another process keeps the lock, servers without a limit are chosen by the counts as they are;
-where all have one nothing can be decided, and :class:`Busy` is raised.
+While another process keeps the lock nothing can be decided, and :class:`Busy` is raised: mostly
+that process has only lost its processor. If it keeps the lock for longer, servers without a limit
+are chosen by the counts as they are.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
 
 # Others that are tried, unless ``retries`` says how many. As in HAProxy.
 MOST_OTHERS: Final = 3
+# The lock is kept so long only by a process that is stopped; one that waits for its processor lets
+# go of it before that. Without the wait, 70 sessions that came in such a moment went to one server.
+GUESSES_AFTER_S: Final = 0.5
 # How long sessions of backups are cut, some at a time, when a primary is back (on_up = "return").
 RETURN_S: Final = 10.0
 _NOT_USABLE: Final = frozenset({Standing.DOWN, Standing.EJECTED})
@@ -84,6 +88,7 @@ class Balancer:
         "_choosers",
         "_counts",
         "_has_primaries",
+        "_holder",
         "_limits",
         "_open",
         "_returns_from",
@@ -121,6 +126,7 @@ class Balancer:
         *of_servers, self.row = rows
         self._surroundings = surroundings
         self._table = surroundings.table
+        self._holder = surroundings.holder
         self._counts = _counts(group, upstreams)
         self.servers = tuple(
             self._server(upstream, index, row, former)
@@ -169,7 +175,7 @@ class Balancer:
 
     def _chooser(self) -> Chooser:
         balance, part = self.group.balance, self._surroundings.part
-        sessions = self._surroundings.holder.gate.sessions_by_row
+        sessions = self._holder.gate.sessions_by_row
         rows = [server.row for server in self.servers]
         match balance:
             case Balance.TURN:
@@ -198,14 +204,21 @@ class Balancer:
         if self._table.revision != self._revision:
             self._refresh()
         skip = tried | avoid
-        for members, chooser in self._tiers:
+        for members, chooser in self._tiers:  # noqa: B007 - used behind it
             allowed = members & ~skip
             if allowed:
-                return self._choose_from(chooser, allowed, key)
-        return self._choose_else(key, tried, avoid)
+                break
+        else:
+            left = self._left(tried, avoid)
+            if left is None:
+                return self._choose_later(key, tried, avoid)
+            allowed, chooser = left
+        if self._counts:
+            return self._take(chooser, allowed, key)
+        return self.servers[chooser.pick(allowed, key)]
 
-    def _choose_else(self, key: bytes, tried: int, avoid: int) -> Server | None:
-        """Choose one to be avoided; if there is none, one that is not usable."""
+    def _left(self, tried: int, avoid: int) -> tuple[int, Chooser] | None:
+        """Those to be avoided; if there are none, those that are not usable."""
         for tiers, skip in (
             (self._tiers, tried),
             (self._open, tried | avoid),
@@ -214,38 +227,30 @@ class Balancer:
             for members, chooser in tiers:
                 allowed = members & ~skip
                 if allowed:
-                    return self._choose_from(chooser, allowed, key)
+                    return allowed, chooser
+        return None
+
+    def _choose_later(self, key: bytes, tried: int, avoid: int) -> Server | None:
+        """None is left, or not yet; unless the first check has been awaited for long enough."""
         if self._awaits and self._surroundings.clock() >= self._awaits_until:
             self._refresh()
             return self.choose(key, tried, avoid)
         self.is_full, self.is_unknown = False, self._awaits
         return None
 
-    def choose_beside(self, server: Server, key: bytes, skip: int) -> Server | None:
-        """Choose one as good as ``server``, of the same tier, to be tried beside it.
+    def others_than(self, server: Server) -> int:
+        """Those that must not be tried beside ``server``, which is silent, as a set of bits.
 
-        If that has just been taken out, for it is silent, whichever there is: the session must not
-        wait for it. ``skip``: set of servers that are not chosen. Else as :meth:`choose`.
+        All that are not of its tier. If it has just been taken out, none: the session must not wait
+        for it.
         """
-        if self._table.revision != self._revision:
-            self._refresh()
-        own = 1 << server.index
+        own, choosable = 1 << server.index, self.choosable
         tiers = self._tiers or self._open
-        is_out = not _union(tiers) & own
-        for members, chooser in tiers:
-            allowed = members & ~(skip | own)
-            if allowed and (is_out or members & own):
-                return self._choose_from(chooser, allowed, key)
-        return None
-
-    def _choose_from(self, chooser: Chooser, allowed: int, key: bytes) -> Server | None:
-        if self._counts:
-            return self._take(chooser, allowed, key)
-        return self.servers[chooser.pick(allowed, key)]
+        return ~next((members for members, _ in tiers if members & own), choosable)
 
     def _take(self, chooser: Chooser, allowed: int, key: bytes) -> Server | None:
         """Choose one that has room, and count the session there."""
-        holder = self._surroundings.holder
+        holder = self._holder
         try:
             with holder as gate:
                 index = chooser.pick(allowed, key)
@@ -261,6 +266,8 @@ class Balancer:
                 gate.take_server(holder.mine, server.row)
                 return server
         except Busy:
+            if holder.gate.stuck_s < GUESSES_AFTER_S:
+                raise
             return self._take_uncertain(chooser, allowed, key)
 
     def _is_full(self, gate: Gate, index: int) -> bool:
@@ -275,14 +282,14 @@ class Balancer:
         if not allowed:
             raise Busy
         server = self.servers[chooser.pick(allowed, key)]
-        self._surroundings.holder.take_server(server.row)
+        self._holder.take_server(server.row)
         self._surroundings.settle_soon()
         return server
 
     def let_go(self, server: Server) -> None:
         """A session of a server has ended, or goes to another one. Never blocks."""
         if server.is_counted:
-            self._surroundings.holder.leave_server(server.row)
+            self._holder.leave_server(server.row)
             self._surroundings.settle_soon()
 
     def adopt(self, server: Server) -> None:
@@ -292,7 +299,7 @@ class Balancer:
         """
         self.cut.pop(server.name, None)
         if server.is_counted:
-            self._surroundings.holder.take_server(server.row)
+            self._holder.take_server(server.row)
             self._surroundings.settle_soon()
 
     def take_over(self, server: Server) -> Server:
@@ -307,7 +314,7 @@ class Balancer:
             if new.name == server.name:
                 is_moved = new.row != server.row
                 if new.is_counted and (is_moved or not server.is_counted):
-                    self._surroundings.holder.take_server(new.row)
+                    self._holder.take_server(new.row)
                     self._surroundings.settle_soon()
                 if is_moved or not new.is_counted:
                     self.let_go(server)

@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections import Counter
 from hashlib import blake2b
 from itertools import accumulate
-from operator import add
+from operator import add, itemgetter
 from typing import TYPE_CHECKING, Final, Protocol
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ class Turn:
 class Least:
     """The one that would have the fewest sessions by its weight; if several, these in turn."""
 
-    __slots__ = ("_last", "_mask", "_members", "_pairs", "_part", "_rows", "_sessions")
+    __slots__ = ("_last", "_mask", "_members", "_part", "_read", "_rows", "_sessions", "_weights")
 
     def __init__(self, sessions: Sequence[int], rows: Sequence[int], part: float = 0.0) -> None:
         """``sessions`` is how many each row has now, ``rows`` which one each server has.
@@ -185,7 +185,8 @@ class Least:
         self._last = -1  # the place of the one chosen last
         self._mask = 0
         self._members: list[int] = []
-        self._pairs: list[tuple[int, int]] = []  # row and weight of each member
+        self._weights: list[int] = []  # of each member; none if all are the same
+        self._read = _reader(rows)
 
     def reweigh(self, weights: Sequence[int]) -> None:
         """See :class:`Chooser`."""
@@ -196,26 +197,32 @@ class Least:
             last = self._members[self._last]
             self._last = sum(index <= last for index in members) - 1
         self._members = members
-        self._pairs = [(self._rows[index], weights[index]) for index in members]
+        chosen = [weights[index] for index in members]
+        self._weights = chosen if len(set(chosen)) > 1 else []
+        self._read = _reader([self._rows[index] for index in members])
         self._mask = mask_of(weights)
 
     def pick(self, allowed: int, key: bytes = b"") -> int:
         """See :class:`Chooser`."""
         del key
-        sessions = self._sessions
-        loads = [(sessions[row] + 1) / weight for row, weight in self._pairs]
+        loads: tuple[float, ...] = self._read(self._sessions)
+        if self._weights:
+            pairs = zip(loads, self._weights, strict=True)
+            loads = tuple([(load + 1) / weight for load, weight in pairs])
         if allowed != self._mask:
-            for place, index in enumerate(self._members):
-                if not allowed >> index & 1:
-                    loads[place] = math.inf
-        least = min(loads)
-        place = loads.index(least)
-        if place <= self._last:  # another one may be as good, and was chosen longer ago
-            later = loads[self._last + 1 :]
-            if least in later:
-                place = self._last + 1 + later.index(least)
+            chances = zip(self._members, loads, strict=True)
+            loads = tuple([load if allowed >> index & 1 else math.inf for index, load in chances])
+        # Of those that are as good, the one that was chosen longest ago.
+        place = (loads * 2).index(min(loads), self._last + 1) % len(loads)
         self._last = place
         return self._members[place]
+
+
+def _reader(rows: Sequence[int]) -> Callable[[Sequence[int]], tuple[int, ...]]:
+    """What reads these rows of a table at once."""
+    if len(rows) == 1:
+        return lambda table: (table[rows[0]],)
+    return itemgetter(*rows)
 
 
 class Random:

@@ -64,3 +64,9 @@ def _tiers(states: Sequence[State], shares: Sequence[int]) -> tuple[tuple[int, .
         tier = (BACKUPS if state.is_backup else PRIMARIES) if state.weight else LAST
         tiers[tier][index] = (state.weight or 1) * share
     return tuple(map(tuple, tiers))
+
+
+def in_turn(ranks: Ranks) -> tuple[int, ...]:
+    """The weights of the servers that the next sessions go to; 0 for those that come after them."""
+    tiers = (*ranks.usable, *ranks.open)
+    return next((tier for tier in tiers if any(tier)), tiers[0])

@@ -12,6 +12,7 @@ _MOST = 1 << 64
 _WORKER_COLUMNS = ("slot", "pid", "state", "generation", "uptime", "sessions", "total", "bytes")
 _RULE_COLUMNS = ("rule", "listens on", "upstreams", "sessions", "total", "failed", "queued")
 _SERVER_COLUMNS = ("group", "server", "state", "weight", "sessions", "total", "failed", "why")
+_USABLE = ("up", "slow")  # states of servers
 _SESSION_COLUMNS = ("id", "rule", "client", "upstream", "state", "to", "from", "age", "silent")
 
 
@@ -113,7 +114,12 @@ def _server_row(group: str, server: Mapping[str, object], now: float) -> list[st
         state += " backup"
     if server.get("since_s") is not None:
         state += f" {as_duration(_number(server.get('since_s')))}"
-    said = (_order_text(_table(server.get("order")), now), str(server.get("why") or ""))
+    is_missed = server.get("is_used") is True and server.get("state") not in _USABLE
+    said = (
+        _order_text(_table(server.get("order")), now),
+        str(server.get("why") or ""),
+        "used all the same" if is_missed else "",
+    )
     return [
         group,
         str(server.get("server")),

@@ -9,7 +9,7 @@ import pwd
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import click
 
@@ -18,9 +18,6 @@ from forwarder.cli.arguments import control_option, most_like
 from forwarder.cli.control import STATUS_TIMEOUT_S, ControlError, ask
 from forwarder.control.protocol import MAX_LOGIN
 from forwarder.errors import ForwarderError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 # Between two looks while a command waits for sessions to end. Arbitrary.
 _LOOK_S: Final = 0.5
@@ -68,22 +65,6 @@ _servers_argument = click.argument(
 )
 
 
-def _waiting_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options of an order after which sessions have to end."""
-    for option in (
-        click.option("--reset", is_flag=True, help="Reset its open sessions as well."),
-        click.option("--wait", is_flag=True, help="Return when its last session has ended."),
-        click.option(
-            "--timeout",
-            type=click.FloatRange(min=0),
-            metavar="SECONDS",
-            help="Give up waiting after this time; the order stays.",
-        ),
-    )[::-1]:
-        command = option(command)
-    return command
-
-
 @click.group("upstream", short_help="List servers of groups, drain them, bring them back.")
 def upstream_command() -> None:
     """List the servers of groups, keep new sessions from some of them, and bring these back.
@@ -116,44 +97,45 @@ def list_command(control: str | None, group: str | None, *, as_json: bool) -> No
         click.echo(line)
 
 
-@upstream_command.command("drain", short_help="Send no new sessions to servers.")
-@control_option
-@_waiting_options
-@_group_argument
-@_servers_argument
-def drain_command(
-    control: str | None,
-    group: str,
-    servers: tuple[str, ...],
-    timeout: float | None,
-    *,
-    reset: bool,
-    wait: bool,
-) -> None:
-    """Send no new sessions to servers; open ones go on. Checks go on as well."""
-    ordered = _order(control, "drain", group, servers, reset=reset)
-    if wait:
-        _wait(control, group, ordered, timeout)
+def _add_command_against(what: str, short_help: str, text: str) -> None:
+    """Add the command of an order that keeps new sessions from servers."""
+
+    @upstream_command.command(what, short_help=short_help, help=text)
+    @control_option
+    @click.option("--reset", is_flag=True, help="Reset its open sessions as well.")
+    @click.option("--wait", is_flag=True, help="Return when its last session has ended.")
+    @click.option(
+        "--timeout",
+        type=click.FloatRange(min=0),
+        metavar="SECONDS",
+        help="Give up waiting after this time; the order stays.",
+    )
+    @_group_argument
+    @_servers_argument
+    def command(
+        control: str | None,
+        group: str,
+        servers: tuple[str, ...],
+        timeout: float | None,
+        *,
+        reset: bool,
+        wait: bool,
+    ) -> None:
+        ordered = _order(control, what, group, servers, reset=reset)
+        if wait:
+            _wait(control, group, ordered, timeout)
 
 
-@upstream_command.command("disable", short_help="Neither use nor check servers.")
-@control_option
-@_waiting_options
-@_group_argument
-@_servers_argument
-def disable_command(
-    control: str | None,
-    group: str,
-    servers: tuple[str, ...],
-    timeout: float | None,
-    *,
-    reset: bool,
-    wait: bool,
-) -> None:
-    """Send no new sessions to servers, and check them no more; open sessions go on."""
-    ordered = _order(control, "disable", group, servers, reset=reset)
-    if wait:
-        _wait(control, group, ordered, timeout)
+_add_command_against(
+    "drain",
+    "Send no new sessions to servers.",
+    "Send no new sessions to servers; open ones go on. Checks go on as well.",
+)
+_add_command_against(
+    "disable",
+    "Neither use nor check servers.",
+    "Send no new sessions to servers, and check them no more; open sessions go on.",
+)
 
 
 @upstream_command.command("enable", short_help="Use servers as configured again.")

@@ -31,7 +31,7 @@ from forwarder.limits.tables import CountTable, RateTable, pass_at, table_words
 from forwarder.stats.board import ROWS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
 # Clients of limited rules that have sessions at the same time, all rules together. Beyond it new
 # clients are refused: their limit could not be kept.
@@ -54,6 +54,7 @@ _PART: Final = 256
 # How much of the time that a line was idle can be made up for: late timers must not cost rate.
 CATCH_UP_S: Final = 0.005
 _TRY: Final = LOCK_EX | LOCK_NB
+_NONE: Final[Mapping[int, int]] = {}
 
 
 def _words(count: int) -> memoryview[int]:
@@ -88,7 +89,7 @@ class Gate:
         self._lines = _times(2 * ROWS)
         self._lock_fd = os.memfd_create("forwarder-gate", os.MFD_CLOEXEC)
         # Of this process. 0: not at all.
-        self._stuck_until = self._owed_until = 0.0
+        self._stuck_since = self._stuck_until = self._owed_until = 0.0
 
     def fileno(self) -> int:
         """The file that is locked."""
@@ -106,6 +107,11 @@ class Gate:
         return self._stuck_until > 0 and time.monotonic() < self._stuck_until
 
     @property
+    def stuck_s(self) -> float:
+        """For how long, in seconds, this process has not got the lock; 0: the last time it did."""
+        return time.monotonic() - self._stuck_since if self._stuck_since else 0.0
+
+    @property
     def is_settled(self) -> bool:
         """Whether the lock is not stuck, and no worker owes anything because it was."""
         if self._owed_until and time.monotonic() >= self._owed_until:
@@ -119,7 +125,7 @@ class Gate:
         except OSError:  # EACCES or EAGAIN: another process has it
             self._wait()
         if self._stuck_until:
-            self._stuck_until = 0.0
+            self._stuck_since = self._stuck_until = 0.0
             self._owed_until = time.monotonic() + RECOVERY_S
 
     def unlock(self) -> None:
@@ -149,6 +155,7 @@ class Gate:
                 now = time.monotonic()
                 continue
             return
+        self._stuck_since = self._stuck_since or now
         self._stuck_until = now + STUCK_S
         raise Busy
 
@@ -242,17 +249,25 @@ class Gate:
         mine.rows[row] += 1
         self._rows[row] += 1
 
-    def leave_server(self, mine: Holdings, row: int, _: int = 0) -> None:
-        """What :meth:`take_server` has counted is over."""
-        for rows in (mine.rows, self._rows):
-            if count := rows[row]:
-                rows[row] = count - 1
+    def change_servers(
+        self, mine: Holdings, changes: Mapping[int, int], moves: Mapping[int, int] = _NONE
+    ) -> None:
+        """The same for several rows: so many sessions more, or less.
+
+        ``moves``: so many of them are ours that were counted in another worker, or the reverse.
+        """
+        own, everyone = mine.rows, self._rows
+        for row, change in changes.items():
+            own[row] = max(own[row] + change + moves.get(row, 0), 0)
+            everyone[row] = max(everyone[row] + change, 0)
+        for row in moves.keys() - changes.keys():
+            own[row] = max(own[row] + moves[row], 0)
 
     def pass_on(self, mine: Holdings, row: int, key: int) -> None:
         """A session that was counted goes on in another worker: only what we hold changes."""
         if key:
             mine.clients.remove(key)
-        for number in _counting(row):
+        for number in (0, row):
             if count := mine.rows[number]:
                 mine.rows[number] = count - 1
 
@@ -260,7 +275,7 @@ class Gate:
         """The other worker's side of that."""
         if key:
             mine.clients.add(key)
-        for number in _counting(row):
+        for number in (0, row):
             mine.rows[number] += 1
 
     def _count(self, mine: Holdings, row: int) -> None:
@@ -292,11 +307,6 @@ class Gate:
 _Deed: TypeAlias = "Callable[[Gate, Holdings, int, int], None]"
 
 
-def _counting(row: int) -> tuple[int, ...]:
-    """The rows in which a session of a rule, or of a server, is counted."""
-    return (row,) if row >= ROWS else (0, row)
-
-
 class Holder:
     """The gate as one worker uses it: what it holds is in ``mine``.
 
@@ -304,20 +314,28 @@ class Holder:
     be counted while another process has the lock is owed, so that no loop stands still for it.
     """
 
-    __slots__ = ("_owed", "gate", "mine")
+    __slots__ = ("_changes", "_moves", "_owed", "gate", "mine")
 
     def __init__(self, gate: Gate, mine: Holdings) -> None:
         self.gate = gate
         self.mine = mine
-        # What is to be done; row, key, and the rate of which one is given back, 0: none. A server
-        # has no key and no rate.
+        # Of rules: what is to be done; row, key, and the rate of which one is given back, 0: none.
         self._owed: deque[tuple[_Deed, int, int, float]] = deque()
+        # Of servers: by how many the sessions of a row have changed; how many went from or to
+        # other workers.
+        self._changes: dict[int, int] = {}
+        self._moves: dict[int, int] = {}
 
     def __enter__(self) -> Gate:
-        self.gate.lock()
+        gate = self.gate
+        gate.lock()
+        if self._changes or self._moves:
+            gate.change_servers(self.mine, self._changes, self._moves)
+            self._changes.clear()
+            self._moves.clear()
         if self._owed:
             self._work_off()
-        return self.gate
+        return gate
 
     def __exit__(self, *_: object) -> None:
         self.gate.unlock()
@@ -335,26 +353,34 @@ class Holder:
 
     def take_server(self, row: int) -> None:
         """Count a session of a server, or one that waits, at :meth:`settle`."""
-        self._owed.append((Gate.take_server, row, 0, 0.0))
+        self._changes[row] = self._changes.get(row, 0) + 1
 
     def leave_server(self, row: int) -> None:
         """What was counted in the row of a server or a group is over; as :meth:`take_server`."""
-        self._owed.append((Gate.leave_server, row, 0, 0.0))
+        self._changes[row] = self._changes.get(row, 0) - 1
 
     def pass_on(self, row: int, key: int) -> None:
-        """A session that was counted, or its server, goes on in another worker; as :meth:`hold`."""
+        """A session that was counted goes on in another worker; as :meth:`hold`."""
         self._owed.append((Gate.pass_on, row, key, 0.0))
 
     def take_on(self, row: int, key: int) -> None:
         """One that another worker has passed on is ours; as :meth:`hold`."""
         self._owed.append((Gate.take_on, row, key, 0.0))
 
+    def pass_server_on(self, row: int) -> None:
+        """A session that is counted for a server goes on in another worker."""
+        self._moves[row] = self._moves.get(row, 0) - 1
+
+    def take_server_on(self, row: int) -> None:
+        """The other worker's side of that."""
+        self._moves[row] = self._moves.get(row, 0) + 1
+
     def settle(self) -> bool:
         """Count what is owed. Returns whether all of it is counted."""
-        while self._owed:
+        while self._owed or self._changes or self._moves:
             try:
-                with self.gate:
-                    self._work_off()
+                with self:
+                    pass
             except Busy:
                 return False
         return True

@@ -47,34 +47,27 @@ class Held(Protocol):
 class Restrictions:
     """By the row of a rule; a rule without limits is in neither table.
 
-    ``meters`` are those of ``c2u`` and of ``u2c``.
+    ``meters`` are those of ``c2u`` and of ``u2c``; ``holder`` is the gate.
     """
 
     def __init__(
         self,
         loop: Clock,
-        holder: Holder | None,
+        holder: Holder,
         defer: Callable[[Callable[[], None]], None],
     ) -> None:
-        """``holder`` is needed as soon as a rule has limits; ``defer``: see ``Poller.defer``."""
+        """``defer``: see ``Poller.defer``."""
         self.admissions: dict[int, Admission] = {}
         self.meters: dict[int, tuple[Meter, Meter]] = {}
         self._loop = loop
         self._defer = defer
-        self._holder = holder
+        self.holder = holder
         self._known: dict[int, Rule] = {}
         self._max_total = 0
         # Meters are for good: sessions that have one keep it, whatever becomes of their rule.
         self._made: dict[int, tuple[Meter, Meter]] = {}
         self._undecided: list[Callable[[], None]] = []
         self._is_armed = self._is_settling = False
-
-    @property
-    def holder(self) -> Holder:
-        """The gate; used only where there are limits."""
-        if self._holder is None:
-            raise RuntimeError("a relay without a gate has got a rule with limits")
-        return self._holder
 
     @property
     def has_undecided(self) -> bool:
@@ -103,8 +96,7 @@ class Restrictions:
             meters = self.meters.get(session.pool.row)
             if meters is not None:
                 session.put_under(meters)
-        if self._holder is not None:
-            self._settle()
+        self._settle()
 
     def _make_admission(self, row: int, rule: Rule | None, max_total: int) -> None:
         if rule is not None and max_total == self._max_total:
@@ -175,8 +167,7 @@ class Restrictions:
             meters = self._made_for(row, bandwidth)
         if meters is not None:
             session.put_under(meters)
-        if self._holder is not None:
-            self.settle_soon()
+        self.settle_soon()
 
     # -- sessions that end, clients that have to wait
 
@@ -197,9 +188,16 @@ class Restrictions:
             self._is_settling = True
             self._defer(self._settle)
 
-    def settle_later(self) -> None:
-        """The same within STUCK_S, or with the next decision: for what nobody waits for."""
-        self._arm()
+    def leave_server(self, row: int, *, is_awaited: bool) -> None:
+        """A session of a server has ended; it is counted as :meth:`settle_soon` does.
+
+        Unless nobody waits for its place: then with the next decision, or within STUCK_S.
+        """
+        self.holder.leave_server(row)
+        if is_awaited:
+            self.settle_soon()
+        elif not self._is_armed:
+            self._arm()
 
     def decide_later(self, decide: Callable[[], None]) -> None:
         """The lock cannot be taken: call again. Listeners rest meanwhile, so these are few.

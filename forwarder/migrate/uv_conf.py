@@ -14,7 +14,7 @@ from forwarder.config.address import Address, AddressError, parse_unix
 from forwarder.config.model import Protocol, Upstream
 from forwarder.config.raw import Placed, RawRule
 from forwarder.errors import Place
-from forwarder.migrate import uv_words
+from forwarder.migrate import uv_names, uv_words
 from forwarder.migrate.draft import Draft
 from forwarder.migrate.rinetd import note_line
 
@@ -34,13 +34,14 @@ _RULE: Final = re.compile(
 )
 _OPTIONS: Final = ("connect-timeout", "dns-refresh", "keepalive", "mode", "src", "timeout")
 _SWITCH: Final = ("on", "off")
+_IN_YAML_ONLY: Final = "rinetd-uv 2.1 does that in YAML only, though its manual says otherwise"
 
 
 def read(text: str, source: str, service_port: Callable[[str, str], int], find: Find) -> Draft:
     """Read a whole file, and those that it includes. Problems are in the draft."""
     reader = _UvReader(source, service_port, find)
     reader.read_text(text, source, ())
-    uv_words.finish(reader.draft, Place(source), reader.flows)
+    uv_words.finish(reader.draft, Place(source), reader.flows, reader.names)
     return reader.draft
 
 
@@ -54,6 +55,7 @@ class _UvReader(rinetd_conf.Reader):
         super().__init__(source, self.draft.issues, service_port)
         self.draft.raw = self.raw
         self.flows: Placed[int] | None = None
+        self.names = uv_names.Names(expands=False, remark=_IN_YAML_ONLY)
         self._find = find
         self._files: tuple[str, ...] = ()
 
@@ -94,6 +96,13 @@ class _UvReader(rinetd_conf.Reader):
             self.flows = uv_words.flows(self.draft, word, value, place)
         elif word == "listen-backlog":
             uv_words.backlog(self.draft, word, value, place)
+        elif word == "dns-multi-ip-expand":
+            if value in _SWITCH:
+                self.names.set_expands(f"{word} {value}", place, is_on=value == "on")
+            else:
+                self._issues.error(place, f"{word} is {value[:40]!r}", allowed="on or off")
+        elif word == "dns-multi-ip-proto":
+            self.names.set_family(self.draft, value, f"{word} {value}", place)
         else:
             self.draft.leave_out(place, f"{word} {value}", uv_words.CONF_WORDS[word])
 

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Final
 from forwarder.config.address import Address, UnixAddress
 from forwarder.config.model import Protocol
 from forwarder.config.raw import Placed, RawRule
+from forwarder.migrate import uv_names
 from forwarder.migrate.draft import Remark
 
 if TYPE_CHECKING:
     from forwarder.config.address import Endpoint
     from forwarder.errors import Place
     from forwarder.migrate.draft import Draft
+    from forwarder.migrate.uv_names import Names
 
 UDP_TIMEOUT_S: Final = 10.0
 MOST_SECONDS: Final = 86400
@@ -21,7 +23,6 @@ MOST_WAITING: Final = 65535
 
 NO_ADDRESS: Final = "clients of a unix socket have no address, and rinetd-uv does not ask either"
 _BUFFERS: Final = "buffers need no setting"
-_NAMES: Final = "names are looked up again every 30 s"
 _STATUS: Final = "`forwarder status --json` shows it at any time"
 UNKNOWN: Final = "rinetd-uv does not know it either"
 
@@ -29,9 +30,9 @@ UNKNOWN: Final = "rinetd-uv does not know it either"
 CONF_WORDS: Final = {
     "buffersize": _BUFFERS,
     "connect-timeout": "",
-    "dns-multi-ip-expand": "all addresses of a name are tried, beginning with the first",
-    "dns-multi-ip-proto": "addresses of both families are used",
-    "dns-refresh": _NAMES,
+    "dns-multi-ip-expand": "",
+    "dns-multi-ip-proto": "",
+    "dns-refresh": uv_names.REFRESH,
     "include": "",
     "listen-backlog": "",
     "max-udp-connections": "",
@@ -47,9 +48,7 @@ CONF_WORDS: Final = {
 
 YAML_GLOBAL_GAPS: Final = {
     "buffer_size": _BUFFERS,
-    "dns_multi_ip_expand": CONF_WORDS["dns-multi-ip-expand"],
-    "dns_multi_ip_proto": CONF_WORDS["dns-multi-ip-proto"],
-    "dns_refresh": _NAMES,
+    "dns_refresh": uv_names.REFRESH,
     "pool_max_free": _BUFFERS,
     "pool_min_free": _BUFFERS,
     "pool_trim_delay": _BUFFERS,
@@ -58,7 +57,7 @@ YAML_GLOBAL_GAPS: Final = {
 }
 YAML_BALANCE_GAPS: Final = {"affinity_max_entries": "nothing is kept of clients"}
 YAML_UPSTREAM_GAPS: Final = {
-    "dns_refresh": _NAMES,
+    "dns_refresh": uv_names.REFRESH,
     "name": "upstreams are called by their address",
 }
 
@@ -152,8 +151,9 @@ def finish_rule(draft: Draft, rule: RawRule, connect_kind: str, connect_place: P
     draft.raw.rules.append(rule)
 
 
-def finish(draft: Draft, place: Place, most_flows: Placed[int] | None) -> None:
+def finish(draft: Draft, place: Place, most_flows: Placed[int] | None, names: Names) -> None:
     """What holds for the whole file; ``place`` is that of the file."""
+    uv_names.apply(draft, names)
     for rule in draft.raw.rules:
         if isinstance(rule.listen.value, UnixAddress):
             for entry in rule.access:

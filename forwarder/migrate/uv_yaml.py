@@ -13,7 +13,7 @@ from forwarder.config.address import Address, AddressError, parse_host, parse_po
 from forwarder.config.model import AccessRule, LogFormat, LogPlace, Protocol, Upstream, Verdict
 from forwarder.config.raw import Placed, RawRule
 from forwarder.errors import Place
-from forwarder.migrate import uv_balance, uv_words
+from forwarder.migrate import uv_balance, uv_names, uv_words
 from forwarder.migrate.yaml_nodes import NodeReader, last_line, written
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def read(text: str, source: str, service_port: Callable[[str, str], int]) -> Dra
         reader.draft.issues.error(place, f"not valid YAML: {problem}")
         return reader.draft
     reader.read_root(root)
-    uv_words.finish(reader.draft, Place(source), reader.flows)
+    uv_words.finish(reader.draft, Place(source), reader.flows, reader.names)
     return reader.draft
 
 
@@ -65,6 +65,7 @@ class _UvReader(NodeReader):
     def __init__(self, source: str, service_port: Callable[[str, str], int]) -> None:
         super().__init__(source)
         self.flows: Placed[int] | None = None
+        self.names = uv_names.Names(expands=True)
         self._service_port = service_port
 
     # -- the document
@@ -115,6 +116,11 @@ class _UvReader(NodeReader):
             self.flows = uv_words.flows(draft, key, text, place)
         elif key == "listen_backlog":
             uv_words.backlog(draft, key, text, place)
+        elif key == "dns_multi_ip_expand":
+            is_on = text.lower() not in _FALSE
+            self.names.set_expands(f"{key}: {text}", place, is_on=is_on)
+        elif key == "dns_multi_ip_proto":
+            self.names.set_family(draft, text, f"{key}: {text}", place)
         else:
             draft.leave_out(place, f"{key}: {text}", uv_words.UNKNOWN)
 
@@ -144,7 +150,8 @@ class _UvReader(NodeReader):
         binds = self._listens(keys, start)
         upstreams, source, kind = self._upstreams(keys, start)
         access = self._access(keys["access"][1]) if "access" in keys else []
-        balance = self._balance(keys, is_alone=len(upstreams) == 1)
+        is_alone = len(upstreams) == 1 and not self.names.stands_for_several(upstreams)
+        balance = self._balance(keys, is_alone=is_alone)
         uv_balance.report_weights(self.draft, upstreams, balance)
         self._note_gaps(keys)
         if not binds or not upstreams:

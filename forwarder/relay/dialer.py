@@ -373,7 +373,7 @@ class Dialer:
                 if other is not attempt and other.sock is not None:
                     self._poller.release(other.sock)
         caller.target = attempt.target
-        if caller.pool.failures and caller.is_answered:
+        if caller.pool.failures.known and caller.is_answered:
             self._outages.on_attempt_worked(caller.pool, attempt.target)
         caller.on_connected(sock, mask)
 

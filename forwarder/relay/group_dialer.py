@@ -34,6 +34,7 @@ from forwarder.net import sockets
 from forwarder.relay.dialer import Caller, Dialer
 from forwarder.relay.wheel import TICK_S
 from forwarder.stats.reasons import Phase, Who
+from forwarder.stats.rows import connect_bucket
 
 if TYPE_CHECKING:
     import socket
@@ -130,32 +131,41 @@ class GroupDialer(Dialer):
 
     def _has_found_more(self) -> bool:
         """Choose the next server: if one is being tried, a rival; else whichever there is."""
+        self._is_full = False
         if not self._left or self._poller.now < self._again_at:
             return False
         balancer = self._balancer
         if self._attempts:
-            return self.adds_rivals and balancer is not None and self._has_rival(balancer)
+            return balancer is not None and self._has_rival(balancer)
         if self._error in _STARVED:
             self._left = 0
             return False
-        if balancer is not None and balancer.is_retired:
+        if balancer is None or balancer.is_retired:
             balancer = self._follow()
-        if balancer is None:
-            return self._has_plain_targets()
-        self._is_full = False
-        if self._queue is None and balancer.group.max_queue and not self._tried:
+            if balancer is None:
+                return self._has_plain_targets()
+        if balancer.group.max_queue and self._queue is None and not self._tried:
             self._is_full = self._servers.queue(balancer).is_closed
             if self._is_full:
                 return False
-        return self._has_next(balancer)
+        return self._has_next(balancer, self._tried)
 
-    def _has_next(self, balancer: Balancer) -> bool:
+    def _has_rival(self, balancer: Balancer) -> bool:
+        """Choose one as good as the server that was chosen, to be tried beside it."""
+        beside = self.server
+        if not self.adds_rivals or beside is None or balancer.is_retired:
+            return False
+        return self._has_next(balancer, self._tried | balancer.others_than(beside))
+
+    def _has_next(self, balancer: Balancer, tried: int) -> bool:
+        """Choose a server, none of ``tried``, and take it."""
         pool, now = self._pool, self._poller.now
         pool.targets()  # names may have moved
         if self._more_until and not pool.has_unanswered:
             self._more_until = 0.0
-        tried = self._tried | pool.without_address
-        avoid = pool.avoided(now) if pool.failures else 0
+        tried |= pool.without_address
+        has_failures = bool(pool.failures.known)
+        avoid = pool.avoided(now) if has_failures else 0
         try:
             server = balancer.choose(self._key, tried, avoid)
             if server is None and balancer.is_full and avoid and not balancer.group.max_queue:
@@ -163,50 +173,30 @@ class GroupDialer(Dialer):
         except Busy:
             self._again_at = now + TICK_S
             return False
-        if server is not None:
-            self._take(server)
-            return True
+        if server is None:
+            self._on_none(balancer)
+            return False
+        self._servers.on_taken(server)
+        self._taken[server] = now
+        self.server = server
+        self._left -= 1
+        self._tried |= 1 << server.index
+        if server.name in balancer.cut:
+            self._knew_cut |= 1 << server.index
+        if self._queue is not None:
+            self._leave_queue()
+        addresses = pool.addresses[server.index] or ()
+        self._targets = pool.failures.order(addresses, now) if has_failures else addresses
+        self._next = 0
+        return True
+
+    def _on_none(self, balancer: Balancer) -> None:
+        """No server can be had now."""
         if balancer.is_unknown:
-            self._again_at = now + TICK_S
+            self._again_at = self._poller.now + TICK_S
         self._is_full = balancer.is_full
         if not self._is_full:
             self._leave_queue()
-        return False
-
-    def _has_rival(self, balancer: Balancer) -> bool:
-        """Choose another server of the same tier, to be tried beside the one that was chosen."""
-        pool, beside = self._pool, self.server
-        if beside is None or balancer.is_retired:
-            return False
-        pool.targets()
-        tried = self._tried | pool.without_address
-        avoid = pool.avoided(self._poller.now)
-        try:
-            server = balancer.choose_beside(beside, self._key, tried | avoid)
-            if server is None and avoid:
-                server = balancer.choose_beside(beside, self._key, tried)
-        except Busy:
-            return False
-        if server is None:
-            return False
-        self._take(server)
-        return True
-
-    def _take(self, server: Server) -> None:
-        self._taken[server] = self._poller.now
-        self._servers.on_taken(server)
-        if self._queue is not None:
-            self._leave_queue()
-        self._left -= 1
-        self._tried |= 1 << server.index
-        if self._balancer is not None and server.name in self._balancer.cut:
-            self._knew_cut |= 1 << server.index
-        self.server = server
-        pool = self._pool
-        addresses = pool.addresses(server.index) or ()
-        if pool.failures:
-            addresses = pool.failures.order(addresses, self._poller.now)
-        self._targets, self._next = addresses, 0
 
     def _follow(self) -> Balancer | None:
         """Choose as the configuration in force says. None: it leaves nothing to choose."""
@@ -283,7 +273,7 @@ class GroupDialer(Dialer):
             if balancer is None or balancer.is_retired:
                 caller.server = self._servers.as_in_force(self._pool, server)
             if caller.is_answered:
-                self._servers.on_worked(server, self._poller.now - taken_at)
+                server.counts[connect_bucket(self._poller.now - taken_at)] += 1
         if not self._taken:  # as mostly: nothing else is being tried
             super().win(attempt, sock, mask)
             return

@@ -66,14 +66,11 @@ class Relay:
         self,
         loop: Loop,
         mode: RelayMode,
+        holder: Holder,
         pipe_budget_pages: int = 0,
         slot: int = 0,
-        holder: Holder | None = None,
     ) -> None:
-        """Join ``loop``. ``mode`` must not be SPLICE on a system without it.
-
-        ``holder`` is needed as soon as a rule has limits.
-        """
+        """Join ``loop``. ``mode`` must not be SPLICE on a system without it."""
         self.slot = slot
         self.births = births(os.getpid())
         # In order of age. Not a set, which takes 16 to 64 bytes more for each.

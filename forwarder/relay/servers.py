@@ -19,7 +19,6 @@ from forwarder.stats.rows import (
     MOVED_OUT,
     SESSIONS,
     SESSIONS_TOTAL,
-    connect_bucket,
     new_row,
 )
 
@@ -106,6 +105,9 @@ class Queue:
 
     def __len__(self) -> int:
         return len(self._waiting)
+
+    def __contains__(self, one: object) -> bool:
+        return one in self._waiting
 
     @property
     def is_closed(self) -> bool:
@@ -264,7 +266,7 @@ class Servers:
             return None
         now.targets()  # what is known of names
         for server in now.balancer.servers:
-            if session.target in (now.addresses(server.index) or ()):
+            if session.target in (now.addresses[server.index] or ()):
                 now.balancer.adopt(server)
                 self.on_taken(server)
                 return server
@@ -278,6 +280,10 @@ class Servers:
             self._queues[balancer.row] = queue
         return queue
 
+    def has_in_queue(self, one: object) -> bool:
+        """Whether the search of a session waits for room at a server."""
+        return any(one in queue for queue in self._queues.values())
+
     # -- counting
 
     def on_taken(self, server: Server) -> None:
@@ -285,10 +291,6 @@ class Servers:
         counts = server.counts
         counts[SESSIONS_TOTAL] += 1
         counts[SESSIONS] += 1
-
-    def on_worked(self, server: Server, seconds: float) -> None:
-        """A server was connected to, or has answered, after so many seconds."""
-        server.counts[connect_bucket(seconds)] += 1
 
     def on_failed(self, server: Server) -> None:
         """No address of a server could be connected to, or it refuses datagrams."""
@@ -304,7 +306,7 @@ class Servers:
         server.counts[SESSIONS] -= 1
         server.counts[MOVED_OUT] += 1
         if server.is_counted:
-            self._restrictions.holder.pass_on(server.row, 0)
+            self._restrictions.holder.pass_server_on(server.row)
             self._restrictions.settle_soon()
 
     def take_on(self, session: Served, server: Server | None, held_in: int | None) -> None:
@@ -322,7 +324,7 @@ class Servers:
         if wanted is not None or held_in is not None:
             holder = self._restrictions.holder
             if held_in is not None:
-                holder.take_on(held_in, 0)
+                holder.take_server_on(held_in)
             if wanted != held_in:
                 if wanted is not None:
                     holder.take_server(wanted)
@@ -335,14 +337,10 @@ class Servers:
         """A session of ``pool`` has this server no longer, and its sockets are closed."""
         server.counts[SESSIONS] -= 1
         if server.is_counted:
-            restrictions = self._restrictions
-            restrictions.holder.leave_server(server.row)
-            if server.is_limited:  # somebody may wait for its place
-                restrictions.settle_soon()
-            else:  # the lock that is taken for the next choice does for both
-                restrictions.settle_later()
-        whole = self._whole(pool) if self._queues else None
-        if whole is not None and whole.balancer is not None:
-            queue = self._queues.get(whole.balancer.row)
-            if queue is not None:
-                queue.on_end()
+            self._restrictions.leave_server(server.row, is_awaited=server.is_limited)
+        if self._queues:
+            whole = self._whole(pool)
+            if whole is not None and whole.balancer is not None:
+                queue = self._queues.get(whole.balancer.row)
+                if queue is not None:
+                    queue.on_end()

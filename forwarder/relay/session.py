@@ -215,7 +215,7 @@ class Session:
         if self.pool.balancer is not None:
             self.choose()
             return
-        if self.pool.failures:
+        if self.pool.failures.known:
             targets = self.pool.failures.order(targets, self.relay.poller.now)
         self.state = _CONNECTING
         self.dialer = Dialer(self, targets, self.relay.poller, self.relay.outages)

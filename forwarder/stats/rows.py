@@ -9,6 +9,7 @@ worker.
 from __future__ import annotations
 
 import operator
+from bisect import bisect_right
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Final, Generic, TypeAlias, TypeVar
 
@@ -42,6 +43,7 @@ Row: TypeAlias = "memoryview[int]"
 # How long connecting took: below 1 ms, below 2, 4, 8 ... ms, and longer.
 CONNECT_MS: Final = MOVED_OUT + 1
 CONNECT_BUCKETS: Final = 16
+_BOUNDS_S: Final = tuple(2**bucket / 1000 for bucket in range(CONNECT_BUCKETS - 1))
 # How often sessions ended for each reason, in the order of ``reasons.REASONS``.
 ENDS: Final = CONNECT_MS + CONNECT_BUCKETS
 WORDS: Final = 64
@@ -82,7 +84,7 @@ _STATES: Final = frozenset({"sessions", "pipes_made", "pipes_idle", "pipe_pages"
 
 def connect_bucket(seconds: float) -> int:
     """Where in a row a connect of this duration is counted."""
-    return CONNECT_MS + min(int(seconds * 1000).bit_length(), CONNECT_BUCKETS - 1)
+    return CONNECT_MS + bisect_right(_BOUNDS_S, seconds)
 
 
 def connect_label(bucket: int) -> str:

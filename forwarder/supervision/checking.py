@@ -84,6 +84,7 @@ class Checking:
         """Keep the checker alive, and tell it what is new."""
         self.helper.turn(now)
         self.naming.turn(now)
+        self.findings.turn(now)
         self._tell()
 
     def cancel(self) -> None:
@@ -98,7 +99,8 @@ class Checking:
         """When :meth:`turn` has something to do without an event; None for never."""
         is_untold = self.helper.is_started and self._told is not self._wanted
         tell_at = self._tell_at if is_untold else None
-        deadlines = (self.helper.deadline, self.naming.deadline, tell_at)
+        parts = (self.helper, self.naming, self.findings)
+        deadlines = (*(part.deadline for part in parts), tell_at)
         return min((one for one in deadlines if one is not None), default=None)
 
     # -- see helper.Job
@@ -119,9 +121,9 @@ class Checking:
         """Take in what the checker has found. Raises KeyError, TypeError or ValueError."""
         message = received.message
         if message["op"] == FOUND:
-            self.naming.on_found(message)
+            self.naming.on_found(message, time.monotonic())
         elif message["op"] == NEWS:
-            self.findings.take(read_news(message))
+            self.findings.take(read_news(message), time.monotonic())
         elif message["op"] == KNOWN:
             serial = int(str(message["serial"]))
             for older in [one for one in self._watched if one < serial]:

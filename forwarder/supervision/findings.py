@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 from forwarder.balancing.table import Standing
 from forwarder.checker.standing import What
 from forwarder.system.printable import field, visible
+from forwarder.system.rarely import Crowds
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -57,6 +58,7 @@ class Findings:
         self._ledger = ledger
         self._found: dict[Server, Finding] = {}
         self._groups: dict[str, Checked] = {}
+        self._crowds = Crowds()
 
     def use(self, groups: Iterable[Checked]) -> None:
         """Forget what was found of all servers but those of these groups."""
@@ -68,8 +70,8 @@ class Findings:
         """The last change of a server; None if there was none."""
         return self._found.get((group, server))
 
-    def take(self, news: Iterable[News]) -> None:
-        """Take in what the checker has found, and log it."""
+    def take(self, news: Iterable[News], now: float) -> None:
+        """Take in what the checker has found, and log it: some servers by name, if it is many."""
         for one in news:
             if one.group not in self._groups:
                 continue  # it did not know that yet
@@ -80,8 +82,26 @@ class Findings:
                 continue
             if one.what not in _HINTS:
                 self._found[one.group, one.server] = Finding(one.what, one.why, one.at)
-            level = logging.WARNING if one.what in _TROUBLES else logging.INFO
-            log.log(level, "%s %s", _EVENTS[one.what], self._line(one))
+            if self._crowds.names((one.what.value, one.group), one.server, now):
+                log.log(_level(one.what), "%s %s", _EVENTS[one.what], self._line(one))
+
+    @property
+    def deadline(self) -> float | None:
+        """When :meth:`turn` has something to do; None for never."""
+        return self._crowds.deadline
+
+    def turn(self, now: float) -> None:
+        """Log how many servers were not named."""
+        for (word, group), more in self._crowds.over(now):
+            what = What(word)
+            log.log(
+                _level(what),
+                "%s group=%s and %d more servers, left=%d: `forwarder upstream list`",
+                _EVENTS[what],
+                field(visible(group)),
+                more,
+                self.usable(group),
+            )
 
     def usable(self, group: str) -> int:
         """How many servers of a group get sessions now, by what was found and ordered."""
@@ -103,3 +123,7 @@ class Findings:
             sessions = self._ledger.server(one.group, one.server)["sessions"]
             parts.append(f"sessions={sessions} left={self.usable(one.group)}")
         return " ".join(parts)
+
+
+def _level(what: What) -> int:
+    return logging.WARNING if what in _TROUBLES else logging.INFO

@@ -10,6 +10,7 @@ import logging
 from typing import TYPE_CHECKING, Final, Protocol
 
 from forwarder.system.printable import field
+from forwarder.system.rarely import Crowds
 from forwarder.upstream.answers import Answer
 from forwarder.upstream.asking import FORGET, HURRY, WANT
 from forwarder.upstream.messages import read_answers, say_hosts
@@ -26,8 +27,6 @@ log = logging.getLogger(__name__)
 # A name without an answer of the helper for this long has failed: the helper is dead, hung, or has
 # too many dead names to wait for.
 SILENCE_S: Final = LIMIT_S + 4.0
-# Lines about names that change at the same time, as in an outage. Arbitrary.
-MOST_LINES: Final = 5
 # Rules that are named in one of these lines: thousands may lead to one name. Arbitrary.
 MOST_RULES: Final = 5
 
@@ -60,6 +59,7 @@ class Naming:
         self._rules: dict[str, list[str]] = {}  # that have a name
         self._unanswered: dict[str, float] = {}  # until when that is no failure
         self._told: set[str] = set()  # what is looked up
+        self._crowds = Crowds()
 
     def inherit(self, text: bytes) -> None:
         """Take in what a predecessor knew; what cannot be read is looked up again."""
@@ -86,19 +86,22 @@ class Naming:
         self._tell()
 
     def turn(self, now: float) -> None:
-        """Pass on what workers ask for, and give up waiting for a helper that is dead."""
+        """Pass on what workers ask for, give up waiting for a dead helper, finish the log."""
         if self.known.hurried and self._asked.is_free:
             for message in say_hosts(HURRY, self.known.hurried):
                 self._asked.send(message)
             self.known.hurried.clear()
         silent = [host for host, until in self._unanswered.items() if now >= until]
         why = "not looked up yet: the process that does that is busy or dead"
-        self._take({host: Answer((), why, since=now) for host in silent})
+        self._take({host: Answer((), why, since=now) for host in silent}, now)
+        for (event, _), more in self._crowds.over(now):
+            log.log(_level(event), "%s and %d more names: `forwarder status`", event, more)
 
     @property
     def deadline(self) -> float | None:
         """When :meth:`turn` has something to do without an event; None for never."""
-        return min(self._unanswered.values(), default=None)
+        deadlines = (*self._unanswered.values(), self._crowds.deadline)
+        return min((one for one in deadlines if one is not None), default=None)
 
     def describe(self, rules: Collection[dict[str, object]], now: float) -> list[dict[str, object]]:
         """Rules as in the status, each with those of its names that have no good answer now."""
@@ -115,10 +118,10 @@ class Naming:
         self._told.clear()
         self._tell()
 
-    def on_found(self, message: Message) -> None:
+    def on_found(self, message: Message, now: float) -> None:
         """Take in what the helper has found. Raises KeyError, TypeError or ValueError."""
         answers = read_answers(message)
-        self._take({host: answer for host, answer in answers.items() if host in self._rules})
+        self._take({host: answer for host, answer in answers.items() if host in self._rules}, now)
 
     def _tell(self) -> None:
         if self._asked.is_started:
@@ -128,8 +131,7 @@ class Naming:
                 self._asked.send(message)
             self._told = set(self._rules)
 
-    def _take(self, answers: Mapping[str, Answer]) -> None:
-        news: dict[str, list[str]] = {}
+    def _take(self, answers: Mapping[str, Answer], at: float) -> None:
         changed = []
         for host, answer in answers.items():
             before = self.known.answers.get(host)
@@ -137,9 +139,9 @@ class Naming:
             self._unanswered.pop(host, None)
             if now != before:
                 changed.append(host)
-                if event := _event(before, now):
-                    news.setdefault(event, []).append(self._what(host, now))
-        self._log(news)
+                event = _event(before, now)
+                if event and self._crowds.names((event, ""), host, at):
+                    log.log(_level(event), "%s %s", event, self._what(host, now))
         if changed:
             self._on_answers(changed)
 
@@ -153,15 +155,9 @@ class Naming:
         names = field(",".join(rules[:MOST_RULES]))
         return f"host={host} rules={names}{others}: {used}"
 
-    def _log(self, news: Mapping[str, list[str]]) -> None:
-        """Log what has changed: once for a change, not for each look-up."""
-        for event, lines in news.items():
-            level = logging.WARNING if event == "name.failed" else logging.INFO
-            for line in lines[:MOST_LINES]:
-                log.log(level, "%s %s", event, line)
-            if len(lines) > MOST_LINES:
-                more = len(lines) - MOST_LINES
-                log.log(level, "%s and %d more names: `forwarder status`", event, more)
+
+def _level(event: str) -> int:
+    return logging.WARNING if event == "name.failed" else logging.INFO
 
 
 def _event(before: Answer | None, now: Answer) -> str:

@@ -18,8 +18,11 @@ from forwarder.balancing.table import (
     CHECKS_PASSED,
     EJECTIONS,
     FULL,
+    SHARED,
     SINCE_NS,
+    Standing,
 )
+from forwarder.balancing.tiers import State, in_turn, rank
 from forwarder.control.orders import (
     MOST_ORDERS,
     Action,
@@ -152,7 +155,8 @@ class Upstreams:
                 changed.append(name)
                 self._log(wanted.action, group, name, order)
         known = groups.get(group, _NONE)
-        shown = [self._describe_one(group, name, known.servers.get(name)) for name in names]
+        used = self._used(group, known)
+        shown = [self._describe_one(group, one, known.servers.get(one), used) for one in names]
         answer = {
             "ok": True,
             "group": group,
@@ -227,10 +231,11 @@ class Upstreams:
         return [
             {
                 **self._describe_group(name, groups.get(name, _NONE).made),
-                "servers": [self._describe_one(name, *one) for one in of_it.items()],
+                "servers": [self._describe_one(name, *one, used) for one in of_it.items()],
             }
             for name, of_it in servers.items()
             if only in (None, name)
+            for used in [self._used(name, groups.get(name, _NONE))]
         ]
 
     def _describe_group(self, name: str, made: Group | None) -> dict[str, object]:
@@ -249,8 +254,28 @@ class Upstreams:
                 found[name] = _Group(rule.group, {str(one): one for one in rule.upstreams})
         return found
 
-    def _describe_one(self, group: str, name: str, upstream: Upstream | None) -> dict[str, object]:
-        """A server, or what is left of one that is not in force."""
+    def _used(self, name: str, group: _Group) -> frozenset[str]:
+        """The servers of a group that new sessions go to now, by the rules of the workers.
+
+        While the first check of one is awaited, those that are not usable are not used.
+        """
+        if group.made is None:
+            return frozenset()
+        table, states, is_awaited = self._servers.table, [], False
+        for server, upstream in group.servers.items():
+            seat = self._servers.seat(name, server)
+            at = SHARED if seat is None else seat
+            weight, is_out = table.orders(at, upstream.weight)
+            states.append(State(weight, table.share(at), upstream.is_backup, is_out))
+            is_awaited |= table.standing(at) is Standing.UNKNOWN and not is_out
+        fails_open = group.made.fails_open and not is_awaited
+        weights = in_turn(rank(states, group.made.panic, fails_open=fails_open))
+        return frozenset(one for one, weight in zip(group.servers, weights, strict=True) if weight)
+
+    def _describe_one(
+        self, group: str, name: str, upstream: Upstream | None, used: Collection[str]
+    ) -> dict[str, object]:
+        """A server, or what is left of one that is not in force. ``used``: see :meth:`_used`."""
         order = self._servers.orders.given.get((group, name))
         counters = self._ledger.server(group, name)
         found: dict[str, object] = {
@@ -260,9 +285,13 @@ class Upstreams:
             **{key: counters[key] for key in _SHOWN},
             "failed": counters["connects_failed"],
         }
-        return found if upstream is None else found | self._describe_standing(group, name, upstream)
+        if upstream is None:
+            return found
+        return found | self._describe_standing(group, name, upstream, is_used=name in used)
 
-    def _describe_standing(self, group: str, name: str, upstream: Upstream) -> dict[str, object]:
+    def _describe_standing(
+        self, group: str, name: str, upstream: Upstream, *, is_used: bool
+    ) -> dict[str, object]:
         """What is configured, and what the table says now."""
         table = self._servers.table
         finding = self._findings.of(group, name)
@@ -273,16 +302,20 @@ class Upstreams:
             "max_sessions": upstream.max_sessions or None,
             "of": str(upstream.origin) if upstream.origin is not None else None,
             "why": finding.why if finding is not None else "",
+            "is_used": is_used,
         }
         if seat is None:  # as configured, see ServerTable
             return {**found, "state": "up", "weight_now": float(upstream.weight), "share": 1.0}
         since_ns = table.word(seat, SINCE_NS)
         age_s = (time.monotonic_ns() - since_ns) / 1e9
+        weight_now = table.weight(seat, upstream.weight) / FULL
+        if is_used and not table.share(seat):
+            weight_now = float(table.orders(seat, upstream.weight)[0])
         return {
             **found,
             "state": table.standing(seat).name.lower(),
             "since_s": round(max(0.0, age_s), 1) if since_ns else None,
-            "weight_now": table.weight(seat, upstream.weight) / FULL,
+            "weight_now": weight_now,
             "share": table.share(seat) / FULL,
             "checks_passed": table.word(seat, CHECKS_PASSED),
             "checks_failed": table.word(seat, CHECKS_FAILED),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
 
     from forwarder.net.sockets import Target
     from forwarder.net.zones import Zoned
@@ -41,24 +41,16 @@ class Failure:
 
 
 class Failures:
-    """The addresses of a rule that fail in one worker. Usually empty, and then false."""
+    """The addresses of a rule that fail in one worker. ``known`` has them all; usually none."""
 
-    __slots__ = ("_known",)
+    __slots__ = ("known",)
 
     def __init__(self) -> None:
-        self._known: dict[Target | Zoned | str, Failure] = {}
-
-    def __len__(self) -> int:
-        return len(self._known)
-
-    @property
-    def known(self) -> Mapping[Target | Zoned | str, Failure]:
-        """All that fail."""
-        return self._known
+        self.known: dict[Target | Zoned | str, Failure] = {}
 
     def note(self, target: Target | Zoned | str, why: str, now: float) -> bool:
         """``target`` has failed. Returns whether that is news."""
-        failure = self._known.get(target)
+        failure = self.known.get(target)
         if failure is not None:
             if failure.is_tried or now >= failure.until:
                 failure.pause_s = min(2 * failure.pause_s, MOST_S)
@@ -67,28 +59,28 @@ class Failures:
             failure.last = now
             failure.why = why
             return False
-        if len(self._known) >= MAX_KNOWN:
-            del self._known[min(self._known, key=lambda known: self._known[known].last)]
-        self._known[target] = Failure(why, now, now, until=now + FIRST_S)
+        if len(self.known) >= MAX_KNOWN:
+            del self.known[min(self.known, key=lambda known: self.known[known].last)]
+        self.known[target] = Failure(why, now, now, until=now + FIRST_S)
         return True
 
     def forget(self, target: Target | Zoned | str) -> bool:
         """``target`` works. Returns whether that is news."""
-        return self._known.pop(target, None) is not None
+        return self.known.pop(target, None) is not None
 
     def expire(self, now: float) -> None:
         """Forget what no session has tried for long."""
-        for target in [one for one, how in self._known.items() if now >= how.last + FORGET_S]:
+        for target in [one for one, how in self.known.items() if now >= how.last + FORGET_S]:
             self.forget(target)
 
     def is_avoided(self, target: Target, now: float) -> bool:
         """Whether others are tried before ``target``."""
-        failure = self._known.get(target)
+        failure = self.known.get(target)
         return failure is not None and now < failure.until
 
     def is_worth_a_try(self, target: Target, now: float) -> bool:
         """Whether ``target`` has not failed within the last moments."""
-        failure = self._known.get(target)
+        failure = self.known.get(target)
         return failure is None or now >= failure.last + FIRST_S
 
     def order(self, targets: Iterable[Target], now: float) -> tuple[Target, ...]:
@@ -98,7 +90,7 @@ class Failures:
         """
         first, last = [], []
         for target in targets:
-            failure = self._known.get(target)
+            failure = self.known.get(target)
             if failure is None:
                 first.append(target)
             elif now < failure.until:

@@ -19,7 +19,7 @@ from forwarder.upstream.failures import Failures
 from forwarder.upstream.wanted import hosts_of_origins
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from forwarder.balancing.balancer import Balancer
     from forwarder.config.address import Endpoint
@@ -52,14 +52,14 @@ class Pool:
     how long an address may not answer until the next one is tried beside it; 0: none is.
     ``balancer`` chooses among the upstreams, by their index; None: there is nothing to choose.
 
-    As of when :meth:`targets` was last asked: ``has_unanswered``: some name had no answer yet;
-    ``without_address``: the upstreams that had none, as a set of bits.
+    As of when :meth:`targets` was last asked: ``addresses`` are those of each upstream, None while
+    its name has no answer; ``has_unanswered``: some name had none yet; ``without_address``: the
+    upstreams that had no address, as a set of bits.
     """
 
     __slots__ = (
         "__weakref__",
         "_all",
-        "_found",
         "_hosts",
         "_names",
         "_origin",
@@ -70,6 +70,7 @@ class Pool:
         "_zoned",
         "_zoned_source",
         "_zones",
+        "addresses",
         "balancer",
         "counts",
         "failures",
@@ -127,8 +128,7 @@ class Pool:
         self._origins = hosts_of_origins(rule)
         self._zoned = tuple(up for up in upstreams if isinstance(up, Zoned))
         self._zones: tuple[Target | None, ...] = ()  # as they were last used
-        # For each upstream its addresses; None while its name has no answer.
-        self._found: tuple[tuple[Target, ...] | None, ...] = (None,) * len(upstreams)
+        self.addresses: Sequence[tuple[Target, ...] | None] = (None,) * len(upstreams)
         self._all: tuple[Target, ...] | None = None
         self.without_address = 0
         if not self._hosts:
@@ -169,10 +169,6 @@ class Pool:
             self._look_up()
         return self._all
 
-    def addresses(self, index: int) -> tuple[Target, ...] | None:
-        """The addresses of one upstream, as :meth:`targets` has found them last; None: not yet."""
-        return self._found[index]
-
     def choosable(self) -> tuple[Target, ...]:
         """The addresses that a session may be sent to now, in order."""
         targets = self.targets() or ()
@@ -182,17 +178,15 @@ class Pool:
         found: list[Target] = []
         for index in range(len(self.rule.upstreams)):
             if choosable >> index & 1:
-                found += self.addresses(index) or ()
+                found += self.addresses[index] or ()
         return tuple(found)
 
     def avoided(self, now: float) -> int:
         """The upstreams all of whose addresses have failed just now, as a set of bits."""
-        failures = self.failures
-        if not failures:
+        failures, found = self.failures, 0
+        if not failures.known:
             return 0
-        found = 0
-        for index in range(len(self.rule.upstreams)):
-            addresses = self.addresses(index)
+        for index, addresses in enumerate(self.addresses):
             if addresses and all(failures.is_avoided(one, now) for one in addresses):
                 found |= 1 << index
         return found
@@ -262,7 +256,7 @@ class Pool:
                 found.append(() if target is None else (target,))
             else:
                 found.append(self._names.at(*upstream))
-        self._found = tuple(found)
+        self.addresses = tuple(found)
         self.has_unanswered = None in found
         self.without_address = sum(1 << index for index, one in enumerate(found) if not one)
         self._all = None

@@ -55,6 +55,7 @@ def launch() -> Iterator[Launch]:
     yield start
     for forwarder in started:
         kill_session(forwarder.pid)
+    for forwarder in started:
         forwarder.wait()
     for forwarder in started:
         bugs = [line for line in forwarder.lines if any(word in line for word in _BUGS)]
@@ -128,10 +129,18 @@ def stop(forwarder: Forwarder, *numbers: signal.Signals) -> int:
 
 
 def kill_session(session: int) -> None:
-    """Kill what is left of a session that we started."""
-    for pid in members(session):
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    """Kill what is left of a session that we started; returns when nothing is.
+
+    Pids start over at kernel.pid_max, so a worker may come before its master, which replaces it.
+    """
+
+    def is_empty() -> bool:
+        for pid in (left := members(session)):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return not left
+
+    eventually(is_empty, lambda: f"left: {members(session)}")
 
 
 def as_pairs(listen_at: tuple[str, int], upstream: socket.socket) -> list[str]:

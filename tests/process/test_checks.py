@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from support.configured import Configured
+from support.control import ask
 from support.ends import written
 from support.forwarder import reserve_port
 from support.processes import state
@@ -70,6 +71,12 @@ class Site:
         """How many lines there are of something."""
         return sum(f"upstream.{what} " in line for line in self.it.forwarder.lines)
 
+    def uses(self) -> list[tuple[object, object]]:
+        """What the status says of each server: whether it is used, and at what weight."""
+        groups = ask(f"{self._path}.sock", "upstreams")["groups"]
+        assert isinstance(groups, list)
+        return [(one["is_used"], one["weight_now"]) for one in groups[0]["servers"]]
+
     def helper(self) -> int:
         """The checker."""
         eventually(lambda: len(self.it.forwarder.helpers()) == 1)
@@ -128,11 +135,14 @@ def test_without_any_server_all_are_used_or_none(site: Site) -> None:
     for server in site.servers:
         site.wait("down", server)
     assert site.seen() == ALL
+    assert site.uses() == [(True, 1)] * 3
     site.reload(f"check = {{ {QUICK} }}\nfail_open = false")
     eventually(lambda: _is_turned_away(site.addresses[0]))
+    assert site.uses() == [(False, 0)] * 3
     site.servers[2].is_well = True
     site.wait("up", site.servers[2])
     assert site.seen() == {"third"}
+    assert site.uses() == [(False, 0), (False, 0), (True, 1)]
 
 
 def _is_turned_away(address: tuple[str, int]) -> bool:

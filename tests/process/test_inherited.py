@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import socket
 from contextlib import ExitStack
@@ -11,7 +10,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 from support import procfs
-from support.configured import Configured, many_rules
+from support.configured import Configured
+from support.leases import kept_from_readers
+from support.processes import suspend
 from support.upgraded import Site
 from support.waiting import eventually
 
@@ -102,14 +103,12 @@ def read(rich: Rich) -> list[int]:
     """A configuration is being read, by a process that is suspended then."""
     it = Configured(rich.forwarder, rich.config)
     before = set(procfs.children(rich.master()))
-    text = rich.config.read_text()
-    rich.config.write_text(text + many_rules(600))
-    it.forwarder.signal(signal.SIGHUP)
-    eventually(lambda: set(procfs.children(rich.master())) > before)
-    (loader,) = set(procfs.children(rich.master())) - before
-    eventually(lambda: len(rich.shared(loader)) == 2, lambda: str(rich.shared(loader)))
-    os.kill(loader, signal.SIGSTOP)
-    rich.config.write_text(text)
+    with kept_from_readers(rich.config):
+        it.forwarder.signal(signal.SIGHUP)
+        eventually(lambda: set(procfs.children(rich.master())) > before)
+        (loader,) = set(procfs.children(rich.master())) - before
+        eventually(lambda: len(rich.shared(loader)) == 2, lambda: str(rich.shared(loader)))
+        suspend(loader)
     (pipe,) = rich.shared(loader) - {str(rich.foreign)}
     assert pipe.startswith("pipe:")
     return [loader]
@@ -117,12 +116,7 @@ def read(rich: Rich) -> list[int]:
 
 def upgrade(rich: Rich) -> list[int]:
     """A successor comes, and is suspended before it serves."""
-    rich.signal(signal.SIGUSR2)
-    rich.wait_logged("upgrade: started")
-    lines = "\n".join(rich.forwarder.lines)
-    successor = int(re.findall(r"upgrade: started pid=(\d+)", lines)[-1])
-    os.kill(successor, signal.SIGSTOP)
-    return [successor]
+    return [rich.begin_upgrade()]
 
 
 def take_over(rich: Rich) -> list[int]:

@@ -13,8 +13,6 @@ from support.processes import run_command
 from support.waiting import eventually
 
 if TYPE_CHECKING:
-    from support.limited import Limited
-
     from process.conftest import Limit
 
 pytestmark = pytest.mark.process
@@ -63,19 +61,7 @@ def test_sessions_of_rules_that_are_gone_count_among_all(limit: Limit) -> None:
     it.link(), it.link()
     it.refused()
     it.links.pop(0).close()
-    eventually(lambda: can_connect(it))
-
-
-def can_connect(it: Limited) -> bool:
-    with connect(it.address) as client:
-        try:
-            client.settimeout(0.2)
-            return client.recv(1) != b""
-        except TimeoutError:
-            accept(it.upstream).close()
-            return True
-        except ConnectionResetError:
-            return False
+    eventually(it.link_if_there_is_room)
 
 
 def test_who_waits_for_a_slow_rate_goes_on_when_a_reload_takes_it_away(limit: Limit) -> None:

@@ -472,7 +472,7 @@ def test_a_stop_while_the_file_is_read_leaves_nothing(
     with killed_at_the_end(loader):
         it.forwarder.signal(number)
         assert it.forwarder.process.wait(20) == 0
-        eventually(lambda: not members(pid), lambda: f"left: {members(pid)}", within_s=5)
+        eventually(lambda: not members(pid), lambda: f"left: {members(pid)}")
     it.forwarder.wait()
 
 
@@ -556,7 +556,6 @@ def test_workers_notice_the_death_of_the_master_while_the_file_is_read(
             eventually(
                 lambda: sum("worker.orphaned" in line for line in it.forwarder.lines) == 2,
                 lambda: "\n".join(it.forwarder.lines),
-                within_s=5,
             )
     it.forwarder.wait()
 

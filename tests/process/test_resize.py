@@ -16,7 +16,7 @@ from support.configured import IS_SOAK, Configured, rule
 from support.ends import Link, accept, carry, connect, listen
 from support.forwarder import reserve_port
 from support.loads import Load
-from support.processes import listeners, owner, queued, state, title
+from support.processes import listeners, owner, queued, state, suspend, title
 from support.waiting import eventually
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.process
 
 MORE, FEWER = signal.SIGTTIN, signal.SIGTTOU
 # A worker is taken for hung after 10 s without a sign of life.
-HUNG_S = 30.0
+HUNG_S = 60.0
 
 
 class Site:
@@ -103,11 +103,6 @@ def site(launch: Launch, tmp_path: Path) -> Iterator[Site]:
 def assert_alive(link: Link) -> None:
     carry(link.client, link.upstream, b"x" * 1000)
     carry(link.upstream, link.client, b"y" * 1000)
-
-
-def suspend(pid: int) -> None:
-    os.kill(pid, signal.SIGSTOP)
-    eventually(lambda: state(pid) == "T")
 
 
 def sizes(count: int) -> list[int]:

@@ -187,22 +187,8 @@ def test_the_places_of_a_killed_worker_are_free_again(limit: Limit) -> None:
         it.links.remove(link)
     free = len(lost)
 
-    def can_have_one_more() -> bool:
-        try:
-            client = connect(it.address)
-        except ConnectionResetError:
-            return False
-        try:
-            client.sendall(b"x")
-            it.upstream.settimeout(0.5)
-            it.links.append(Link(client, accept(it.upstream)))
-        except (ConnectionError, TimeoutError):
-            client.close()
-            return False
-        return True
-
     for _ in range(free):
-        eventually(can_have_one_more, "a place is not free")
+        eventually(it.link_if_there_is_room, "a place is not free")
     it.refused()
     it.close_links()
     it.assert_all_places_free()

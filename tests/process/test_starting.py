@@ -12,7 +12,7 @@ from support.ends import accept, carry, connect, listen
 from support.forwarder import reserve_port
 from support.names import FakeNames
 from support.processes import as_nobody, listeners, members, run_command
-from support.waiting import eventually
+from support.waiting import PATIENCE_S, eventually
 
 from forwarder.stats.board import BOARD_BYTES
 from process.conftest import as_pairs, stop
@@ -152,7 +152,8 @@ def test_two_names_of_one_address_are_not_two_listeners(
 
 def run_command_for_a_while(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run a command that should end by itself; one that serves is ended by SIGINT."""
-    return run_command(*arguments, prefix=["timeout", "--signal=INT", "--preserve-status", "20"])
+    after = f"{2 * PATIENCE_S:.0f}"
+    return run_command(*arguments, prefix=["timeout", "--signal=INT", "--preserve-status", after])
 
 
 # -- pid files
@@ -317,8 +318,10 @@ def test_ten_thousand_rules_are_served(
 
 @pytest.mark.parametrize("limit", ["500:500", "500:700"])
 def test_too_few_descriptors_for_all_rules_say_so(ten_thousand: Path, limit: str) -> None:
+    lines = ten_thousand.read_text().splitlines(keepends=True)
+    ten_thousand.write_text("".join(lines[:1000]))
     ended = run_command("-c", str(ten_thousand), prefix=["prlimit", f"--nofile={limit}"])
-    assert_refused(ended, 69, "10000 addresses", "open files", "ulimit -n")
+    assert_refused(ended, 69, "1000 addresses", "open files", "ulimit -n")
 
 
 def test_the_soft_limit_of_descriptors_is_no_limit(

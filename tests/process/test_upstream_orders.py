@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from support.configured import many_rules
 from support.control import ask
 from support.datagrams import udp
 from support.echo import Echo
 from support.grouped import Grouped, kill
-from support.processes import COMMAND, members
+from support.leases import kept_from_readers
+from support.processes import COMMAND, members, suspend
 from support.waiting import PATIENCE_S, eventually
 
 if TYPE_CHECKING:
@@ -305,12 +305,12 @@ def test_orders_are_refused_while_an_upgrade_is_under_way(it: Grouped) -> None:
     """The successor has those of before, and would not hear of them."""
     forwarder = it.start()
     it.order("drain", "pg", it.servers[0])
-    it.config.write_text(it.text(more=many_rules(600)))  # so that it takes a while
-    forwarder.signal(signal.SIGUSR2)
-    forwarder.wait_logged("upgrade: started")
-    (line,) = it.logged("upgrade: started")
-    successor = int(line.rpartition("=")[2])
-    os.kill(successor, signal.SIGSTOP)
+    with kept_from_readers(it.config):
+        forwarder.signal(signal.SIGUSR2)
+        forwarder.wait_logged("upgrade: started")
+        (line,) = it.logged("upgrade: started")
+        successor = int(line.rpartition("=")[2])
+        suspend(successor)
     done = it.run("upstream", "enable", "pg", it.servers[0])
     assert done.returncode == 1
     assert "an upgrade is under way; ask the new one when it serves" in done.stderr

@@ -220,6 +220,11 @@ NAMED: Final = {
     "an end and a reset at once": Dialogue(
         client=(HalfClose(), Reset()), upstream=(Pause(50), Send(9))
     ),
+    "a speech that waits longer than directly, as the kernel tries a full buffer again": Dialogue(
+        client=(ReadAll(), Send(60_000, piece=20_480), Reset()),
+        upstream=(HalfClose(), Pause(3500)),
+        upstream_buffers=Buffers(receive=4096, send=4608),
+    ),
 }
 """What was found once, and what is too particular to be found at random every time."""
 

@@ -220,7 +220,7 @@ def test_nobody_waits_for_longer_than_one_may(
     assert (ended(pool), waiting(bench, pool)) == ({"us/limit": 1}, 0)
 
 
-@pytest.mark.parametrize("how", ["the client resets", "a kill"])
+@pytest.mark.parametrize("how", ["the client resets", "it has said something", "a kill"])
 def test_who_goes_while_it_waits_makes_room_in_the_queue(
     bench: Bench, stack: ExitStack, how: str
 ) -> None:
@@ -230,6 +230,9 @@ def test_who_goes_while_it_waits_makes_room_in_the_queue(
     if how == "a kill":
         end(bench, session)
     else:
+        if how == "it has said something":
+            client.sendall(b"request")
+            bench.relay.poller.turn()
         reset(client)
         turning(bench, lambda: session not in bench.relay.sessions)
         assert ended(pool) == {"client/connect/reset": 1}
@@ -237,6 +240,19 @@ def test_who_goes_while_it_waits_makes_room_in_the_queue(
     assert waiting(bench, pool) == 0
     assert len(procfs.descriptors(os.getpid())) == before - 1, "it has had no upstream"
     begin(bench, stack, pool)
+    assert waiting(bench, pool) == 1
+
+
+def test_who_ends_while_it_waits_keeps_its_place(bench: Bench, stack: ExitStack) -> None:
+    """By FIN: it may wait for its answer."""
+    pool = full(bench, stack, max_queue=1)
+    client, session = begin(bench, stack, pool)
+    client.sendall(b"request")
+    client.shutdown(socket.SHUT_WR)
+    for _ in range(3):
+        bench.relay.poller.turn()
+        bench.loop.pass_time(TICK_S)
+    assert session in bench.relay.sessions
     assert waiting(bench, pool) == 1
 
 
@@ -422,7 +438,7 @@ def shown(session: Session) -> dict[str, object]:
 
 def changed(bench: Bench, pool: GroupPool, rows: Sequence[int] = (), **group: object) -> GroupPool:
     """The same servers after a reload."""
-    again = bench.group(*pool.found, former=pool.balancer, rows=rows, **group)  # type: ignore[arg-type]
+    again = bench.group(*pool.addresses, former=pool.balancer, rows=rows, **group)  # type: ignore[arg-type]
     bench.relay.servers.apply({again.rule.name: again}, bench.relay.sessions)
     return again
 
@@ -540,7 +556,7 @@ def test_sessions_of_a_group_that_becomes_a_plain_rule_give_their_servers_back(
     bench: Bench, stack: ExitStack
 ) -> None:
     pool = full(bench, stack)
-    plain = pool_of(tuple(one for found in pool.found for one in found or ()), 10.0)
+    plain = pool_of(tuple(one for found in pool.addresses for one in found or ()), 10.0)
     put_in_force(bench, plain, pool)
     (session,) = bench.relay.sessions
     server = session.server
@@ -554,7 +570,7 @@ def test_who_waits_is_served_where_a_reload_leaves_nothing_to_choose(
 ) -> None:
     pool = full(bench, stack, max_queue=2)
     waits = [begin(bench, stack, pool)[1] for _ in range(2)]
-    plain = pool_of(tuple(one for found in pool.found for one in found or ()), 10.0)
+    plain = pool_of(tuple(one for found in pool.addresses for one in found or ()), 10.0)
     put_in_force(bench, plain, pool)
     bench.loop.pass_time(SOON_S)
     turning(bench, lambda: all(session.connected_at > 0 for session in waits))

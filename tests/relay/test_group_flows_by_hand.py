@@ -274,7 +274,7 @@ def test_a_flow_follows_the_name_of_its_server(bench: UdpBench, protocol: Protoc
     assert server is not None
     was_at = (old, other)[server.index]
     assert drain(was_at) == [b"question"]
-    pool.found[server.index] = at(new)
+    pool.addresses[server.index] = at(new)
     bench.relay.follow_names()
     ask(bench, client, new, b"next")
     assert session.server is server

@@ -376,7 +376,7 @@ def test_a_name_that_is_answered_meanwhile_serves(bench: Bench, stack: ExitStack
     stack.enter_context(bench.open(pool))
     turning(bench, lambda: failed(pool) == [0, 1])
     bench.loop.pass_time(2.0)
-    pool.found[0] = at(late)
+    pool.addresses[0] = at(late)
     bench.loop.pass_time(SOON_S)
     (session,) = bench.relay.sessions
     turning(bench, lambda: session.connected_at > 0)
@@ -388,7 +388,7 @@ def test_where_no_name_is_answered_a_session_waits_for_one(bench: Bench, stack: 
     stack.enter_context(bench.open(pool))
     bench.loop.pass_time(2.0)
     late = stack.enter_context(listen())
-    pool.found[1] = at(late)
+    pool.addresses[1] = at(late)
     pool.waiting.pop()(pool.targets() or ())
     (session,) = bench.relay.sessions
     turning(bench, lambda: session.connected_at > 0)

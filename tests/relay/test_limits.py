@@ -33,6 +33,7 @@ from support.forwarder import reserve_port
 from support.waiting import eventually
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from conftest import MakeTunnel, StartForwarder, Tunnel
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
 MIB = 1 << 20
 SESSIONS = 12
 BOTH = pytest.mark.parametrize("first", ["client", "upstream"])
+IN_USE_S = 3
+"""A timeout that must not end what is in use: longer than a busy machine keeps a test waiting."""
+TIMES = 30
 RELAYS = pytest.mark.parametrize("relay", ["splice", "copy"])
 
 
@@ -161,7 +165,7 @@ def test_a_saturating_session_does_not_starve_another(tunnel: Tunnel, first: str
 def test_a_silent_session_ends_at_the_idle_timeout(
     make_tunnel: MakeTunnel, relay: str, first: str
 ) -> None:
-    tunnel = make_tunnel("--relay", relay, rule='idle_timeout = "300ms"')
+    tunnel = make_tunnel("--relay", relay, rule='idle_timeout = "1s"')
     link = tunnel.link()
     carry(*link.end(first), b"something")
     assert link.client.recv(1) == b""
@@ -172,13 +176,11 @@ def test_a_silent_session_ends_at_the_idle_timeout(
 def test_the_idle_timeout_does_not_end_a_session_in_use(
     make_tunnel: MakeTunnel, first: str
 ) -> None:
-    """One byte every 50 ms for 1.5 s, in one direction only, with a timeout of 1 s."""
-    tunnel = make_tunnel(rule='idle_timeout = "1s"')
+    """A byte now and then in one direction only, for longer than the timeout."""
+    tunnel = make_tunnel(rule=f'idle_timeout = "{IN_USE_S}s"')
     near, far = tunnel.link().end(first)
-    pace = threading.Event()
-    for _ in range(30):
+    for _ in now_and_then():
         carry(near, far, b".")
-        pace.wait(0.05)
 
 
 @BOTH
@@ -189,6 +191,14 @@ def test_a_half_closed_session_in_silence_is_reset(make_tunnel: MakeTunnel, firs
     assert receive_to_end(far) == b""
     assert receive_to_reset(near) == b""
     assert_reset(far)
+
+
+def now_and_then() -> Iterator[int]:
+    """``TIMES`` numbers from 1, over a time and a half of the timeout."""
+    pace = threading.Event()
+    for number in range(1, TIMES + 1):
+        yield number
+        pace.wait(1.5 * IN_USE_S / TIMES)
 
 
 def assert_reset(sock: socket.socket) -> None:
@@ -203,23 +213,19 @@ def assert_reset(sock: socket.socket) -> None:
 def test_the_half_close_timeout_does_not_end_a_session_in_use(
     make_tunnel: MakeTunnel, first: str
 ) -> None:
-    tunnel = make_tunnel(rule='half_close_timeout = "1s"')
+    tunnel = make_tunnel(rule=f'half_close_timeout = "{IN_USE_S}s"')
     near, far = tunnel.link().end(first)
     near.shutdown(socket.SHUT_WR)
     assert receive_to_end(far) == b""
-    pace = threading.Event()
-    for _ in range(30):
+    for _ in now_and_then():
         carry(far, near, b".")
-        pace.wait(0.05)
 
 
 def read_slowly(sock: socket.socket, data: bytes) -> None:
-    """Read ``data`` in 30 parts with a pause before each: some 1.5 s in all."""
-    pace = threading.Event()
+    """Read ``data`` in parts, for longer than the timeout."""
     done = 0
-    for number in range(1, 31):
-        pace.wait(0.05)
-        part = len(data) * number // 30 - done
+    for number in now_and_then():
+        part = len(data) * number // TIMES - done
         assert receive_exactly(sock, part) == data[done : done + part]
         done += part
 
@@ -234,7 +240,7 @@ def test_a_slow_reader_gets_all_that_the_kernel_holds_for_it(
     *Result*: bytes that flow keep a session alive, whoever holds them.
     """
     with listen(receive_buffer=32 * 1024) as listener:
-        tunnel = make_tunnel(listener=listener, rule=f'{timeout} = "1s"')
+        tunnel = make_tunnel(listener=listener, rule=f'{timeout} = "{IN_USE_S}s"')
         near, far = tunnel.link(receive_buffer=32 * 1024).end(first)
         data = seeded(1_500_000, 25)
         near.sendall(data)

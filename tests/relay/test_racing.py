@@ -6,6 +6,7 @@ On a clock that the test turns, so that "at once" means that no time has passed 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import socket
 from contextlib import ExitStack, suppress
@@ -31,19 +32,21 @@ from support.waiting import eventually
 from forwarder.config.address import parse_listen
 from forwarder.config.model import Protocol, RelayMode, Upstream
 from forwarder.net import sockets
+from forwarder.net.sockets import Target
 from forwarder.relay.dialer import MAX_ATTEMPTS
 from forwarder.relay.poller import Poller
 from forwarder.relay.tcp import fast_open
 from forwarder.relay.wheel import TICK_S
 from forwarder.stats.reasons import REASONS, Phase
 from forwarder.stats.rows import ATTEMPTS_FAILED, CONNECTS_FAILED, ENDS, new_row
+from forwarder.system.rarely import INTERVAL_S, MOST_NAMED
 from forwarder.upstream.failures import FIRST_S
 from forwarder.upstream.names import Names
 from forwarder.upstream.pool import Pool
 
 if TYPE_CHECKING:
     from forwarder.net.options import How
-    from forwarder.net.sockets import SockAddr, Target
+    from forwarder.net.sockets import SockAddr
 
 RACE_S = RACE_AFTER_S + 2 * TICK_S  # a tick is as fine as it gets
 
@@ -180,7 +183,7 @@ def test_what_is_remembered_makes_no_rule_unusable(bench: Bench, stack: ExitStac
     client = stack.enter_context(bench.open(pool))
     bench.relay.poller.turn()
     works(bench, client, stack.enter_context(accept(back)))
-    assert not pool.failures
+    assert not pool.failures.known
 
 
 @pytest.mark.parametrize("how", ["the client resets", "a kill", "a drain"])
@@ -272,7 +275,7 @@ def test_what_went_with_a_syn_is_not_sent_to_a_rival(
     bench.relay.open_session(pool, sock, address)
     bench.loop.pass_time(3 * RACE_S)
     assert asking() == 1
-    assert pool.failures
+    assert pool.failures.known
     session_client.close()
 
 
@@ -376,6 +379,27 @@ def test_who_asks_all_ports_of_a_dead_range_does_not_fill_the_log(
             bench.relay.outages.on_attempt_failed(pool, target, "refused", has_others=True)
     assert whole.counts[ATTEMPTS_FAILED] == 2 * 999
     assert len(caplog.messages) == 1
+
+
+def test_many_upstreams_that_fail_at_once_take_few_lines(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And few when they work again."""
+    caplog.set_level(logging.INFO)
+    targets = [Target(socket.AF_INET, ("192.0.2.1", port)) for port in range(1, 41)]
+    pool, outages = pool_of(tuple(targets), 10.0), bench.relay.outages
+    for word in ("failed", "recovered"):
+        caplog.clear()
+        for target in targets:
+            if word == "failed":
+                outages.on_attempt_failed(pool, target, "refused", has_others=True)
+            else:
+                outages.on_attempt_worked(pool, target)
+        assert len(caplog.messages) == MOST_NAMED
+        bench.loop.pass_time(INTERVAL_S)
+        bench.relay.poller.read_clock()
+        outages.look()
+        assert caplog.messages[-1] == f"upstream.{word} rule=test and 35 more upstreams"
 
 
 def test_carry_is_unchanged_after_a_race(bench: Bench, stack: ExitStack) -> None:

@@ -142,19 +142,16 @@ class GroupPool(StubPool):
     def __init__(self, rule: Rule, balancer: Balancer, *servers: tuple[Target, ...] | None) -> None:
         super().__init__(rule, None)
         self.balancer: Balancer | None = balancer
-        self.found = [*servers]
+        self.addresses: list[tuple[Target, ...] | None] = [*servers]
 
     def targets(self) -> tuple[Target, ...] | None:
-        self.has_unanswered = None in self.found
-        self.without_address = sum(1 << i for i, one in enumerate(self.found) if not one)
-        self.resolved = tuple(target for one in self.found for target in one or ())
+        self.has_unanswered = None in self.addresses
+        self.without_address = sum(1 << i for i, one in enumerate(self.addresses) if not one)
+        self.resolved = tuple(target for one in self.addresses for target in one or ())
         return self.resolved or (None if self.has_unanswered else ())
 
     def leads_to(self, target: Target) -> bool:
         return target in (self.targets() or ())
-
-    def addresses(self, index: int) -> tuple[Target, ...] | None:
-        return self.found[index]
 
 
 class Shared:
@@ -256,7 +253,7 @@ class Bench:
         self.loop = HandLoop()
         self.shared = Shared()
         holder = Holder(self.shared.gate, Holdings())
-        self.relay = Relay(self.loop, RelayMode.AUTO, 1024, holder=holder)
+        self.relay = Relay(self.loop, RelayMode.AUTO, holder, 1024)
 
     def group(
         self,
@@ -307,7 +304,7 @@ class UdpBench:
         self.loop = HandLoop()
         self.shared = Shared()
         holder = Holder(self.shared.gate, Holdings())
-        self.relay = Relay(self.loop, mode, 1024, holder=holder)
+        self.relay = Relay(self.loop, mode, holder, 1024)
         self.relay.flows.workers = workers
         self.sockets: list[socket.socket] = []
         self.listeners: list[UdpListener] = []

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import re
 import signal
-import time
 from typing import TYPE_CHECKING, Final
 
 from support import procfs
 from support.ends import written
 from support.hosts import own_host
-from support.waiting import PATIENCE_S, eventually
+from support.leases import kept_from_readers
+from support.processes import suspend
+from support.waiting import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -80,16 +81,12 @@ class Configured:
     def begin_slow_reload(self, text: str) -> int:
         """Reload, and suspend the process that reads the file; returns its id."""
         workers = {*self.forwarder.workers()}
-        # Long enough that the process can be caught at it.
-        self.path.write_text(text + "#\n" * 300_000)
-        self.forwarder.signal(signal.SIGHUP)
-        deadline = time.monotonic() + PATIENCE_S
-        while not (found := set(procfs.children(self.forwarder.pid)) - workers):
-            assert time.monotonic() < deadline, "no process reads the file"
-        (loader,) = found
-        # At first it still has all that the master has; it gives that up before it reads.
-        while procfs.socket_count(loader):
-            assert time.monotonic() < deadline, "it keeps sockets"
-        os.kill(loader, signal.SIGSTOP)
-        assert len(self.outcomes()) == 0, "too late"
+        self.path.write_text(text)
+        with kept_from_readers(self.path):
+            self.forwarder.signal(signal.SIGHUP)
+            eventually(lambda: set(procfs.children(self.forwarder.pid)) > workers)
+            (loader,) = set(procfs.children(self.forwarder.pid)) - workers
+            # At first it still has all that the master has; it gives that up before it reads.
+            eventually(lambda: not procfs.socket_count(loader), "it keeps sockets")
+            suspend(loader)
         return loader

@@ -280,7 +280,10 @@ class End:
 
 
 class Driver:
-    """Holds dialogues, ``at_once`` of them at the same time."""
+    """Holds dialogues, ``at_once`` of them at the same time.
+
+    Each may take ``limit_s`` in addition to its pauses and what the kernel makes of them.
+    """
 
     def __init__(self, at_once: int = 200, limit_s: float = 20.0) -> None:
         self._at_once = at_once
@@ -288,7 +291,7 @@ class Driver:
         self._epoll = select.epoll()
         self._by_fd: dict[int, End | Route] = {}
         self._timers: list[tuple[float, int, End]] = []
-        self._limits: deque[tuple[float, Conversation]] = deque()
+        self._limits: list[tuple[float, int, Conversation]] = []
         self._tick = itertools.count()
         self._open: set[Conversation] = set()
         self._are_waiting = False
@@ -341,7 +344,8 @@ class Driver:
         sock.settimeout(self._limit_s)
         sock.connect(route.address)
         it.began_s = time.monotonic()
-        self._limits.append((it.began_s + self._limit_s, it))
+        silent_s = it.dialogue.pauses_s() + it.dialogue.kernel_delays_s()
+        heapq.heappush(self._limits, (it.began_s + self._limit_s + silent_s, next(self._tick), it))
         self._begin(it, sock)
 
     def _accept(self, route: Route) -> None:
@@ -385,7 +389,7 @@ class Driver:
         for it in touched:
             self._advance(it)
         while self._limits and self._limits[0][0] <= now_s:
-            self._give_up(self._limits.popleft()[1])
+            self._give_up(heapq.heappop(self._limits)[2])
 
     def _let_begin(self, first: Callable[[], object] | None) -> None:
         if first is not None:
@@ -425,7 +429,7 @@ class Driver:
             if not end.is_over:
                 del self._by_fd[end.fd]
                 end.give_up()
-        it.outcome.took_s = self._limit_s
+        it.outcome.took_s = time.monotonic() - it.began_s
         self._open.discard(it)
 
 

@@ -16,10 +16,13 @@ if TYPE_CHECKING:
 
     Held = tuple[Dialogue, Route]
 
-_LIMIT_S: Final = 25.0
-"""Per dialogue, while hundreds of others are held on a busy machine."""
+_LIMIT_S: Final = 50.0
+"""Per dialogue, without its pauses, while hundreds of others are held on a busy machine."""
+_LIMIT_OF_SMALLER_S: Final = 3.0
+"""The same while a failing dialogue is made smaller: few are held then, and many may hang."""
 _SLOW_S: Final = 4.0
-"""What a dialogue may take longer than directly; beyond that it is held again, alone."""
+"""What a dialogue may take longer than directly, beside what the kernel may add; beyond that it is
+held again, alone."""
 _TRIES: Final = 6
 """How often a smaller dialogue is held, at once, to see whether it fails as well."""
 _ROUNDS: Final = 60
@@ -102,7 +105,8 @@ class Judge:
         for (dialogue, route), way, one, other in zip(pairs, ways, direct, here, strict=True):
             said = [f"DIRECTLY: {law}" for law in complaints(one, way.carrier)]
             said += complaints(other, route.carrier) or differences(one, other, route.carrier)
-            if said or other.took_s > one.took_s + slow_s:
+            may_take_s = one.took_s + slow_s + dialogue.kernel_delays_s()
+            if said or other.took_s > may_take_s:
                 found.append(Failure(dialogue, route, said, other, one))
         return found
 
@@ -116,12 +120,11 @@ class Judge:
         return failure
 
     def _simpler(self, failure: Failure) -> Failure | None:
-        limit_s = 3 + failure.dialogue.pauses_s()
         candidates = list(smaller(failure.dialogue))
         pairs = [(one, failure.route) for one in candidates for _ in range(_TRIES)]
         failing = [
             one
-            for one in self._judged(pairs, slow_s=_LIMIT_S, limit_s=min(limit_s, _LIMIT_S))
+            for one in self._judged(pairs, slow_s=_LIMIT_S, limit_s=_LIMIT_OF_SMALLER_S)
             if one.kind() == failure.kind()
         ]
         return min(failing, key=lambda one: _weight(one.dialogue), default=None)

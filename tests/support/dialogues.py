@@ -114,8 +114,18 @@ class Dialogue:
         return Dialogue(self.upstream, self.client, self.upstream_buffers, self.client_buffers)
 
     def pauses_s(self) -> float:
-        """No more than this is it silent on purpose."""
-        return sum(_pauses_ms(op) for op in (*self.client, *self.upstream)) / 1000
+        """How long it is silent on purpose; a little longer if reads bring less than a piece."""
+        ends = ((self.client, self.upstream), (self.upstream, self.client))
+        return sum(_pauses_ms(op, _said(other)) for mine, other in ends for op in mine) / 1000
+
+    def kernel_delays_s(self) -> float:
+        """By how much the kernel may prolong it, by chance: each pause may count twice.
+
+        What does not fit into a small receive buffer is dropped or not sent, and tried again by a
+        timer that doubles (RFC 6298, 5.5; RFC 9293, 3.8.6.1). A reader that comes back after 6.5 s
+        finds the next try just done or just ahead, and gets the rest at once or after 6.5 s more.
+        """
+        return self.pauses_s()
 
     def as_code(self) -> str:
         """Itself as Python, without defaults."""
@@ -127,12 +137,19 @@ class Dialogue:
         return "\n".join(["Dialogue(", *parts, ")"])
 
 
-def _pauses_ms(op: Op) -> int:
+def _said(script: Script) -> int:
+    """How many bytes an end says in all."""
+    return sum(op.count for op in script if isinstance(op, Send))
+
+
+def _pauses_ms(op: Op, there: int) -> int:
+    """The pauses of one operation, at an end that is told ``there`` bytes in all."""
     if isinstance(op, Pause):
         return op.ms
-    if isinstance(op, Read):
-        return (op.count // op.piece + 1) * op.pause_ms
-    return (MAX_BYTES // op.piece + 1) * op.pause_ms if isinstance(op, ReadAll) else 0
+    if not isinstance(op, Read | ReadAll):
+        return 0
+    count = min(op.count, there) if isinstance(op, Read) else there
+    return -(-count // op.piece) * op.pause_ms
 
 
 def _code(value: Op | Buffers) -> str:

@@ -59,11 +59,12 @@ class Echo:
                 with suppress(BlockingIOError, ConnectionError):
                     self._serve(sock, key.data)
 
-    def _serve(self, sock: socket.socket, kind: socket.SocketKind | None) -> None:
+    def _serve(self, sock: socket.socket, kind: socket.SocketKind | str) -> None:
+        """``kind``: of a listening socket; of an accepted one the host of its client."""
         if kind == socket.SOCK_STREAM:
-            peer, _ = sock.accept()
+            peer, (host, *_) = sock.accept()
             peer.setblocking(False)
-            self._selector.register(peer, selectors.EVENT_READ, None)
+            self._selector.register(peer, selectors.EVENT_READ, host)
         elif kind == socket.SOCK_DGRAM:
             data, client = sock.recvfrom(65536)
             if data:  # rinetd begins each flow with an empty one
@@ -71,7 +72,7 @@ class Echo:
         else:
             data = sock.recv(65536)
             if data:
-                sock.send(_answer(sock, sock.getpeername()[0], data))
+                sock.send(_answer(sock, str(kind), data))  # it may be reset: no getpeername
             else:
                 self._selector.unregister(sock)
                 sock.close()

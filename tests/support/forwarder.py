@@ -13,6 +13,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from support import procfs, sockdiag
+from support.processes import state
 from support.waiting import PATIENCE_S, eventually
 
 if TYPE_CHECKING:
@@ -126,11 +127,15 @@ class Forwarder:
         return self.wait()
 
     def kill(self) -> None:
-        """End the master and its workers without mercy."""
-        workers = self.workers() if self.process.poll() is None else []
+        """End the master and its children without mercy."""
+        children = []
+        if self.process.poll() is None:
+            self.signal(signal.SIGSTOP)  # or it could have one more meanwhile
+            eventually(lambda: state(self.pid) in "TZ")
+            children = procfs.children(self.pid)
         self.process.kill()
         self.process.wait()
-        for pid in workers:
+        for pid in children:
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
@@ -184,11 +189,11 @@ class Forwarder:
                 self.lines += [line.decode(errors="replace") for line in lines]
 
     def _clean_up(self) -> None:
-        self._reader.join(PATIENCE_S)
-        if not self._reader.is_alive():  # else a process of it lives, and is still listened to
-            assert self.process.stderr is not None
-            self.process.stderr.close()
         self._notify.close()
+        self._reader.join(PATIENCE_S)
+        assert not self._reader.is_alive(), f"stderr is open in {procfs.holders(self._stderr)}"
+        assert self.process.stderr is not None
+        self.process.stderr.close()
 
 
 class Leaks:
@@ -205,6 +210,10 @@ class Leaks:
         self._before = {pid: procfs.without_pipes(pid) for pid in pids}
         # libuv keeps a byte in a pipe of its own, as a lock.
         self._in_pipes = {pid: procfs.bytes_in_pipes(pid) for pid in pids}
+
+    def is_idle(self) -> bool:
+        """Whether the workers have as many sockets open as before, and no other descriptors."""
+        return all(procfs.without_pipes(pid) == found for pid, found in self._before.items())
 
     def check(self) -> None:
         """Wait until the workers have as much open as before, and nothing more in a pipe.

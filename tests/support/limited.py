@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import select
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from support import control
-from support.ends import Link, be_reset, carry, open_link
+from support.ends import Link, accept, be_reset, carry, connect, open_link, receive_to_reset
 from support.flood import Flood
-from support.waiting import eventually
+from support.waiting import PATIENCE_S, eventually
 
 if TYPE_CHECKING:
     import socket
@@ -50,6 +51,21 @@ class Limited:
         self.links.append(link)
         carry(link.client, link.upstream, b"x")
         return link
+
+    def link_if_there_is_room(self) -> bool:
+        """A session, or a client that is reset; False then."""
+        try:
+            client = connect(self.address)
+        except ConnectionResetError:
+            return False
+        ready, _, _ = select.select([client, self.upstream], [], [], PATIENCE_S)
+        assert ready, "neither reset nor led to the upstream"
+        if client in ready:
+            with client:
+                assert receive_to_reset(client) == b""
+            return False
+        self.links.append(Link(client, accept(self.upstream)))
+        return True
 
     def refused(self) -> None:
         """One more client is reset."""

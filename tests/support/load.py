@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Final, TypeAlias
 
 # How long one connection may take, a SYN that is sent again twice included.
-LIFE_S: Final = 20.0
+LIFE_S: Final = 60.0
 _TURN_S: Final = 0.005
 _PART: Final = 1 << 16
 MOST_AT_ONCE: Final = 300  # a slow machine gets fewer connections, not a longer and longer queue

@@ -37,7 +37,7 @@ class Side:
         self.rows: dict[int, Row] = {}
         self.holdings = Holdings()
         holder = Holder(shared.gate, self.holdings)
-        self.relay = Relay(loop, mode, 1024, slot=slot, holder=holder)
+        self.relay = Relay(loop, mode, holder, 1024, slot=slot)
         # Two processes have two; here it is one, and an id must not be that of two sessions.
         self.relay.births += slot << 24
         self.pools = Pools(no_names(), self.row)

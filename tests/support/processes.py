@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from contextlib import suppress
@@ -27,7 +28,7 @@ def run_command(*arguments: str, prefix: Sequence[str] = ()) -> subprocess.Compl
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=2 * PATIENCE_S,
+        timeout=4 * PATIENCE_S,
         check=False,
     )
 
@@ -53,6 +54,12 @@ def members(session: int) -> list[int]:
 def state(pid: int) -> str:
     """The letter of proc(5): R, S, T when stopped, Z."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def suspend(pid: int) -> None:
+    """Stop a process until SIGCONT; returns when it has stopped."""
+    os.kill(pid, signal.SIGSTOP)
+    eventually(lambda: state(pid) == "T")
 
 
 def title(pid: int) -> str:

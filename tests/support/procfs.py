@@ -63,6 +63,18 @@ def waiting_in(fd: int) -> int:
     return int(struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, b"\0\0\0\0"))[0])
 
 
+def holders(fd: int) -> dict[int, str]:
+    """Who else has one of our descriptors, or the other end of our pipe: process ids and titles."""
+    wanted = descriptors(os.getpid())[fd]
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if wanted in descriptors(int(process.name)).values():
+                found[int(process.name)] = title(int(process.name))
+    found.pop(os.getpid(), None)
+    return found
+
+
 def resident_kib(pid: int) -> int:
     """Memory that a process uses, shared pages included (VmRSS)."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():

@@ -8,11 +8,12 @@ import signal
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
-from support.configured import many_rules, rule
+from support.configured import rule
 from support.control import ask
 from support.ends import Link, accept, carry, connect, listen
 from support.forwarder import reserve_port
-from support.processes import listeners, members, run_command, state
+from support.leases import kept_from_readers
+from support.processes import listeners, members, run_command, state, suspend
 from support.waiting import eventually
 
 if TYPE_CHECKING:
@@ -105,13 +106,13 @@ class Site:
         return self.master()
 
     def begin_upgrade(self) -> int:
-        """Begin an upgrade whose successor takes a while, and suspend that; returns its pid."""
-        self.config.write_text(self.text(more=many_rules(600)))
-        self.signal(signal.SIGUSR2)
-        self.wait_logged("upgrade: started")
-        lines = "\n".join(self.forwarder.lines)
-        successor = int(re.findall(r"upgrade: started pid=(\d+)", lines)[-1])
-        os.kill(successor, signal.SIGSTOP)
+        """Begin an upgrade, and suspend the successor before it reads; returns its pid."""
+        with kept_from_readers(self.config):
+            self.signal(signal.SIGUSR2)
+            self.wait_logged("upgrade: started")
+            lines = "\n".join(self.forwarder.lines)
+            successor = int(re.findall(r"upgrade: started pid=(\d+)", lines)[-1])
+            suspend(successor)
         return successor
 
     def wait_logged(self, pattern: str, times: int = 1) -> None:

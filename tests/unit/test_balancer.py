@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forwarder.balancing.balancer import RETURN_S, Balancer, Surroundings
+from forwarder.balancing.balancer import GUESSES_AFTER_S, RETURN_S, Balancer, Surroundings
 from forwarder.balancing.table import (
     CUTS,
     DISABLED,
@@ -245,15 +245,21 @@ def test_who_has_tried_all_that_are_up_tries_the_others(bench: Bench) -> None:
     assert choices(balancer, 1, avoid=0b001) == [0]
 
 
+def beside(balancer: Balancer, server: Server, tried: int = 0) -> Server | None:
+    """What is tried beside a server, which is one of those that were tried."""
+    tried |= 1 << server.index
+    return balancer.choose(CLIENT, tried | balancer.others_than(server), 0)
+
+
 def test_a_rival_is_of_the_same_tier(bench: Bench) -> None:
     servers = [upstream(1), upstream(2), upstream(3, is_backup=True), upstream(4, is_backup=True)]
     balancer = bench.balancer(*servers, group=Group(balance=Balance.LEAST))
     first, second, third, fourth = balancer.servers
-    assert balancer.choose_beside(first, CLIENT, 0b0001) is second
-    assert balancer.choose_beside(first, CLIENT, 0b0011) is None
-    assert balancer.choose_beside(third, CLIENT, 0) is fourth
+    assert beside(balancer, first, 0b0001) is second
+    assert beside(balancer, first, 0b0011) is None
+    assert beside(balancer, third) is fourth
     bench.find(1, Standing.DOWN)
-    assert balancer.choose_beside(first, CLIENT, 0) is None
+    assert beside(balancer, first) is None
     assert [bench.sessions(index) for index in range(4)] == [0, 1, 0, 1]
 
 
@@ -263,12 +269,12 @@ def test_a_session_does_not_wait_for_a_server_that_was_taken_out_meanwhile(bench
     first, second, third = balancer.servers
     assert balancer.choose(CLIENT, 0b001, 0) is second
     bench.find(1, Standing.EJECTED)
-    assert balancer.choose_beside(second, CLIENT, 0) is first
+    assert beside(balancer, second) is first
     bench.find(0, Standing.DOWN)
-    assert balancer.choose_beside(second, CLIENT, 0) is third
-    assert balancer.choose_beside(second, CLIENT, 0b100) is None
+    assert beside(balancer, second) is third
+    assert beside(balancer, second, 0b100) is None
     bench.find(2, Standing.DOWN)
-    assert balancer.choose_beside(second, CLIENT, 0) is first  # all are used
+    assert beside(balancer, second) is first  # all are used
 
 
 def test_workers_begin_with_different_servers(bench: Bench) -> None:
@@ -387,12 +393,13 @@ def test_limits_hold_for_all_workers_together(bench: Bench, balance: Balance) ->
 
 @pytest.fixture
 def stuck(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """Another process has the lock until this is undone."""
+    """Another process has the lock, and has had it for long, until this is undone."""
 
     def lock() -> None:
         raise Busy
 
     monkeypatch.setattr(bench.gate, "lock", lock)
+    monkeypatch.setattr(type(bench.gate), "stuck_s", GUESSES_AFTER_S)
     return monkeypatch
 
 
@@ -407,6 +414,17 @@ def test_without_the_lock_the_unlimited_are_chosen_and_counted_later(
     assert not bench.holder.settle()
     stuck.undo()
     assert [bench.sessions(index) for index in range(3)] == [0, 2, 2]
+
+
+def test_for_a_moment_nothing_is_chosen_without_the_lock(
+    bench: Bench, stuck: pytest.MonkeyPatch
+) -> None:
+    """By counts that stand still all would go to one server."""
+    balancer = bench.balancer(*some(3), group=Group(balance=Balance.LEAST))
+    stuck.setattr(type(bench.gate), "stuck_s", GUESSES_AFTER_S / 2)
+    with pytest.raises(Busy):
+        balancer.choose(CLIENT, 0, 0)
+    assert choices(bench.balancer(*some(3), group=Group(balance=Balance.TURN)), 3) == [0, 1, 2]
 
 
 @pytest.mark.usefixtures("stuck")

@@ -18,6 +18,7 @@ from bench.groups.findings import (
     failures,
     knocks,
     ms,
+    per_second,
     percentile,
     seen,
     shares,
@@ -77,6 +78,11 @@ def test_a_span_has_those_that_began_in_it_and_times_of_those_that_were_served()
     assert Span.of(CLIENTS, 2.0, 4.0) == Span(
         count=2, rate=1.0, failed=Counter({"reset": 1}), p50_s=0.002, p99_s=0.002, slowest_s=0.002
     )
+
+
+def test_who_was_served_counts_from_the_first_to_the_last() -> None:
+    assert per_second(CLIENTS) == pytest.approx(3 / 3.004)
+    assert per_second(CLIENTS[2:3]) == 0
 
 
 def test_failures_are_told_by_kind_the_most_common_first() -> None:

@@ -7,7 +7,18 @@ from random import Random
 import pytest
 from support import dialogues
 from support.dialogue_writer import written
-from support.dialogues import Carrier, Dialogue, Outcome, Seen, complaints, smaller
+from support.dialogues import (
+    Carrier,
+    Dialogue,
+    Outcome,
+    Pause,
+    Read,
+    ReadAll,
+    Seen,
+    Send,
+    complaints,
+    smaller,
+)
 
 TCP = Carrier("tcp")
 UNIX = Carrier("unix", (True, True))
@@ -61,6 +72,12 @@ def test_a_dialogue_as_code_is_the_dialogue() -> None:
     for _ in range(300):
         dialogue = written(random)
         assert eval(dialogue.as_code(), names) == dialogue
+
+
+def test_a_dialogue_pauses_as_often_as_there_are_pieces_to_read() -> None:
+    reading = (Read(10, piece=4, pause_ms=100), ReadAll(piece=20_000, pause_ms=1000))
+    assert Dialogue((Send(30_000), Send(11), Pause(50)), reading).pauses_s() == 2.35
+    assert Dialogue(reading, ()).pauses_s() == 0
 
 
 def test_making_a_dialogue_smaller_comes_to_an_end() -> None:

@@ -30,7 +30,7 @@ def test_what_works_is_avoided_no_more(failures: Failures) -> None:
     failures.note(A, "refused", 100.0)
     assert failures.forget(A)
     assert not failures.forget(A)
-    assert not failures
+    assert not failures.known
     assert failures.order((A, B), 100.0) == (A, B)
 
 
@@ -72,7 +72,7 @@ def test_what_is_remembered_is_bounded_and_the_oldest_makes_room(failures: Failu
     targets = [Target(socket.AF_INET, ("192.0.2.1", port)) for port in range(MAX_KNOWN + 1)]
     for nth, target in enumerate(targets):
         failures.note(target, "refused", 100.0 + nth)
-    assert len(failures) == MAX_KNOWN
+    assert len(failures.known) == MAX_KNOWN
     assert failures.order((targets[1], targets[0]), 101.0) == (targets[0], targets[1])
 
 

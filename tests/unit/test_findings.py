@@ -31,12 +31,13 @@ class Bench:
         self.ledger = Ledger()
         self.servers = Servers(self.ledger)
         self.findings = Findings(self.servers, self.ledger)
-        rows = [self.ledger.server_row("pg", name) for name in NAMES]
-        self.ledger.open().row(rows[0])[SESSIONS] = 12
+        row = self.ledger.server_row("pg", NAMES[0])
+        self.ledger.open().row(row)[SESSIONS] = 12
         self.seats = [self.seat(name) for name in NAMES]
         self.use(*NAMES)
 
     def seat(self, name: str) -> int:
+        self.ledger.server_row("pg", name)
         seat = self.servers.seat("pg", name)
         assert seat is not None
         return seat
@@ -77,7 +78,7 @@ def test_a_line_says_what_has_happened_why_and_what_is_left(
 ) -> None:
     bench.servers.table.find(bench.seats[0], Standing.DOWN, 0, 1)
     bench.servers.table.order(bench.seats[1], HAS_ORDER | DRAINS)
-    bench.findings.take([news(What.DOWN, "http 503", 3)])
+    bench.findings.take([news(What.DOWN, "http 503", 3)], 0.0)
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert record.getMessage() == (
@@ -85,10 +86,31 @@ def test_a_line_says_what_has_happened_why_and_what_is_left(
     )
 
 
+def test_an_outage_of_many_servers_takes_few_lines(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One after the other, as checks end. Their reasons are kept."""
+    names = [f"10.0.1.{number}:80" for number in range(40)]
+    bench.use(*names)
+    for what, word in ((What.DOWN, "down"), (What.UP, "up")):
+        caplog.clear()
+        for number, name in enumerate(names):
+            bench.findings.take([news(what, "refused", 3, name)], 100.0 + number / 100)
+        bench.findings.turn(101.0)
+        assert [line.split()[2] for line in caplog.messages] == [f"server={it}" for it in names[:5]]
+        assert bench.findings.deadline == pytest.approx(102.39)
+        bench.findings.turn(103.0)
+        assert caplog.messages[5:] == [
+            f"upstream.{word} group=pg and 35 more servers, left=40: `forwarder upstream list`"
+        ]
+        assert [bench.findings.of("pg", name) is not None for name in names] == [True] * 40
+    assert bench.findings.deadline is None
+
+
 def test_a_hint_is_a_short_line_and_no_reason(
     bench: Bench, caplog: pytest.LogCaptureFixture
 ) -> None:
-    bench.findings.take([news(What.FAILING, "refused", 1)])
+    bench.findings.take([news(What.FAILING, "refused", 1)], 0.0)
     assert caplog.messages == ["upstream.failing group=pg server=10.0.0.1:80 why=refused after=1"]
     assert bench.findings.of("pg", NAMES[0]) is None
 
@@ -96,9 +118,9 @@ def test_a_hint_is_a_short_line_and_no_reason(
 def test_another_reason_is_kept_and_not_logged(
     bench: Bench, caplog: pytest.LogCaptureFixture
 ) -> None:
-    bench.findings.take([news(What.DOWN, "http 503", 3)])
+    bench.findings.take([news(What.DOWN, "http 503", 3)], 0.0)
     caplog.clear()
-    bench.findings.take([news(What.REASON, "refused")._replace(at=9.0)])
+    bench.findings.take([news(What.REASON, "refused")._replace(at=9.0)], 0.0)
     found = bench.findings.of("pg", NAMES[0])
     assert found is not None
     assert (found.what, found.why, found.at) == (What.DOWN, "refused", 1.0)
@@ -106,8 +128,8 @@ def test_another_reason_is_kept_and_not_logged(
 
 
 def test_a_remark_is_kept_and_not_logged(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
-    bench.findings.take([news(What.REMARK, "29 days")])
-    bench.findings.take([news(What.REMARK, "28 days")._replace(at=9.0)])
+    bench.findings.take([news(What.REMARK, "29 days")], 0.0)
+    bench.findings.take([news(What.REMARK, "28 days")._replace(at=9.0)], 0.0)
     found = bench.findings.of("pg", NAMES[0])
     assert found is not None
     assert (found.what, found.why, found.at) == (What.UP, "28 days", 1.0)
@@ -117,20 +139,20 @@ def test_a_remark_is_kept_and_not_logged(bench: Bench, caplog: pytest.LogCapture
 def test_what_is_gone_has_no_reason_and_no_line(
     bench: Bench, caplog: pytest.LogCaptureFixture
 ) -> None:
-    bench.findings.take([news(What.DOWN, server=NAMES[2])])
+    bench.findings.take([news(What.DOWN, server=NAMES[2])], 0.0)
     bench.use(*NAMES[:2])
     assert bench.findings.of("pg", NAMES[2]) is None
     bench.use(*NAMES)
     assert bench.findings.of("pg", NAMES[2]) is None
     caplog.clear()
-    bench.findings.take([news(What.DOWN)._replace(group="other")])
+    bench.findings.take([news(What.DOWN)._replace(group="other")], 0.0)
     assert caplog.messages == []
 
 
 def test_a_reason_cannot_write_a_line_of_its_own(
     bench: Bench, caplog: pytest.LogCaptureFixture
 ) -> None:
-    bench.findings.take([news(What.DOWN, 'x"\n\x1b[2J upstream.up')])
+    bench.findings.take([news(What.DOWN, 'x"\n\x1b[2J upstream.up')], 0.0)
     assert caplog.messages[0].startswith(
         'upstream.down group=pg server=10.0.0.1:80 why="x\\"\\\\n\\\\x1b[2J upstream.up" '
     )

@@ -264,12 +264,18 @@ def test_bandwidth_goes_on_beside_a_stopped_holder_of_the_lock(crowd: Crowd) -> 
 
 def test_a_lock_that_was_stuck_is_waited_for_again_later(crowd: Crowd) -> None:
     pid = stop_with_lock(crowd)
+    assert not crowd.gate.stuck_s
     with pytest.raises(Busy):
         crowd.gate.lock()
+    eventually(lambda: crowd.gate.stuck_s > STUCK_S)
+    with pytest.raises(Busy):
+        crowd.gate.lock()
+    assert crowd.gate.stuck_s > STUCK_S  # since the first time
     crowd.kill(pid)
     eventually(lambda: not crowd.gate.is_stuck)
     crowd.gate.lock()
     crowd.gate.unlock()
+    assert not crowd.gate.stuck_s
 
 
 def test_more_is_owed_than_one_turn_works_off(crowd: Crowd) -> None:
@@ -405,12 +411,30 @@ def test_a_server_counts_beside_its_rule_and_not_for_all_rules(crowd: Crowd) -> 
     gate.take_server(mine, SERVERS[0])
     gate.take_server(mine, SERVERS[0])
     assert [gate.sessions(row) for row in (0, ROW, SERVERS[0], SERVERS[1])] == [1, 1, 2, 0]
-    gate.leave_server(mine, SERVERS[0])
+    gate.change_servers(mine, {SERVERS[0]: -1})
     gate.let_go(mine, ROW, 0)
     assert [gate.sessions(row) for row in (0, ROW, SERVERS[0])] == [0, 0, 1]
-    gate.leave_server(mine, SERVERS[0])
-    gate.leave_server(mine, SERVERS[0])  # once too often is no debt of others
+    gate.change_servers(mine, {SERVERS[0]: -2})  # once too often is no debt of others
     assert gate.sessions(SERVERS[0]) == mine.rows[SERVERS[0]] == 0
+
+
+def test_a_session_of_a_server_that_moves_is_counted_once_in_any_order(crowd: Crowd) -> None:
+    """It may begin, move and end before the lock is free once."""
+    gate, row = crowd.gate, SERVERS[0]
+    giver, taker = Holder(gate, Holdings()), Holder(gate, Holdings())
+    giver.take_server(row)
+    giver.pass_server_on(row)
+    taker.take_server_on(row)
+    assert giver.settle()
+    assert (gate.sessions(row), giver.mine.rows[row]) == (1, 0)
+    assert taker.settle()
+    assert (gate.sessions(row), taker.mine.rows[row]) == (1, 1)
+    taker.pass_server_on(row)
+    giver.take_server_on(row)
+    giver.leave_server(row)
+    assert giver.settle()
+    assert taker.settle()
+    assert (gate.sessions(row), giver.mine.rows[row], taker.mine.rows[row]) == (0, 0, 0)
 
 
 def test_whoever_is_killed_gives_its_servers_back(crowd: Crowd) -> None:

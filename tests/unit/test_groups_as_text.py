@@ -49,6 +49,8 @@ def line_of(**changes: object) -> list[str]:
         ({"state": "slow", "weight_now": 0.75}, ["slow", "0.75 of 3", ""]),
         ({"state": "down", "since_s": 5, "why": "http 503", "weight_now": 0},
          ["down 5s", "0 of 3", "http 503"]),
+        ({"state": "down", "is_used": True}, ["down", "3", "used all the same"]),
+        ({"state": "slow", "is_used": True}, ["slow", "3", ""]),
         ({"order": ORDER, "weight_now": 0}, ["up", "0 of 3", "drained by alice 1m0s ago"]),
         ({"order": {**ORDER, "what": "disable", "reset": True, "weight": 7}, "why": "refused"},
          ["up", "3", "disabled with reset, weight 7 by alice 1m0s ago; refused"]),

@@ -6,6 +6,7 @@ import array
 import json
 import os
 import selectors
+import signal
 import socket
 import subprocess
 import time
@@ -70,12 +71,10 @@ class Worker:
             os.close(fd)
 
     def is_killed(self) -> bool:
-        """Whether the fleet has killed it, once it has heard everything."""
+        """Whether the fleet has killed it, once it has heard everything. It ends in any case."""
         self.fleet.hear(self.process)
-        try:
-            return self.child.wait(0.2) == -9
-        except subprocess.TimeoutExpired:
-            return False
+        self.child.terminate()  # too late for one that is killed
+        return self.child.wait() == -signal.SIGKILL
 
     def close(self) -> None:
         """End all of it."""

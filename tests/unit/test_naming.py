@@ -34,7 +34,7 @@ def naming() -> Naming:
 
 def hear(naming: Naming, host: str, answer: Answer) -> None:
     (message,) = say_answers("found", {host: answer})
-    naming.on_found(message)
+    naming.on_found(message, 0.0)
 
 
 def test_a_line_about_a_name_has_some_of_its_rules(
@@ -49,6 +49,22 @@ def test_a_line_about_a_name_has_some_of_its_rules(
     many, _, few, _ = (record.getMessage() for record in caplog.records)
     assert many.endswith("rules=rule0,rule1,rule2,rule3,rule4 and 9995 more: no such name")
     assert few == "name.failed host=few.example rules=one: no such name"
+
+
+def test_names_that_fail_one_after_the_other_take_few_lines(
+    naming: Naming, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each answer comes alone, when its name server has been waited for."""
+    caplog.set_level(logging.INFO)
+    hosts = [f"host{number}.example" for number in range(12)]
+    naming.use({host: ["one"] for host in hosts}, 0.0)
+    for host in hosts:
+        hear(naming, host, Answer((), "no answer", since=1.0))
+    assert len(caplog.messages) == 5
+    deadline = naming.deadline
+    assert deadline is not None
+    naming.turn(deadline)
+    assert caplog.messages[5:] == ["name.failed and 7 more names: `forwarder status`"]
 
 
 @pytest.mark.parametrize("since", [10**400, float("inf"), float("nan"), -1], ids=range(4))

@@ -124,7 +124,7 @@ def test_names_and_addresses_stand_in_the_order_of_the_configuration(answers: An
     assert texts(mixed.targets()) == ["192.0.2.1:7", "192.0.2.2:7", "10.0.0.1:8", "unix:@x"]
     answers.give("some.example", "192.0.2.3")
     assert texts(mixed.targets()) == ["192.0.2.3:7", "10.0.0.1:8", "unix:@x"]
-    assert [texts(mixed.addresses(index)) for index in range(3)] == [
+    assert [texts(mixed.addresses[index]) for index in range(3)] == [
         ["192.0.2.3:7"],
         ["10.0.0.1:8"],
         ["unix:@x"],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import time
 from itertools import pairwise
 
 import pytest
@@ -11,14 +13,8 @@ from hypothesis import strategies as st
 from forwarder.checker.outcome import Advice, Word
 from forwarder.checker.probes import why
 from forwarder.checker.probes.agent_words import parse_words
-from forwarder.checker.probes.readers import (
-    MOST_BYTES,
-    AgentLine,
-    Expecting,
-    Reader,
-    StatusLine,
-    Verdict,
-)
+from forwarder.checker.probes.expecting import REST_S, Expecting, Pattern
+from forwarder.checker.probes.readers import MOST_BYTES, AgentLine, Reader, StatusLine, Verdict
 from forwarder.config.model import Check, CheckKind
 
 GOOD = Verdict(is_good=True)
@@ -132,6 +128,29 @@ def test_a_text_is_found_only_if_it_is_there(data: bytes, text: bytes, at: list[
 def test_a_pattern_is_found_over_pieces() -> None:
     assert read(expecting(rb"\A220[ -]", is_pattern=True), [b"2", b"20", b"-x"]) == GOOD
     assert read(expecting(rb"\A220[ -]", is_pattern=True), [b"x220 "]) is None
+
+
+def test_a_pattern_that_takes_without_end_is_given_up_and_rests(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So it costs the other checks a moment, once a minute."""
+    pattern = Pattern(rb"(a+)+$")
+    endless = bytearray(b"a" * 60 + b"b")
+    assert pattern.is_in(endless) is None
+    assert pattern.is_in(bytearray(b"a")) is None, "it rests"
+    later = time.monotonic() + REST_S
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    assert pattern.is_in(bytearray(b"a")) is True
+    assert pattern.is_in(bytearray(b"b")) is False
+    assert pattern.is_in(endless) is None
+    assert signal.getitimer(signal.ITIMER_VIRTUAL)[0] == 0
+
+
+def test_an_answer_that_cannot_be_judged_says_nothing_of_its_server() -> None:
+    verdict = read(expecting(rb"(b+)+$", is_pattern=True), [b"b" * 60 + b"c"])
+    assert verdict is not None
+    assert verdict.is_ours
+    assert "regular expression" in verdict.why
 
 
 def test_anything_will_do_where_nothing_is_expected() -> None:

@@ -71,6 +71,13 @@ def reset(peer: socket.socket) -> None:
     peer.close()
 
 
+def test_an_expression_without_end_says_nothing_of_the_server(tcp: socket.socket) -> None:
+    it = check("tcp", expect=rb"(x+x+)+y", is_pattern=True)
+    with asking(it, target_of(tcp)) as asked, accept(asked, tcp) as peer:
+        peer.sendall(b"x" * 100)
+        assert asked.outcome().is_ours
+
+
 # -- only a handshake
 
 

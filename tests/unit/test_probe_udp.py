@@ -45,6 +45,13 @@ def test_any_answer_will_do_where_none_is_expected(server: socket.socket, data: 
         assert it.outcome()[:2] == (True, "")
 
 
+def test_an_expression_without_end_says_nothing_of_the_server(server: socket.socket) -> None:
+    it = check("udp", send=b"ping", expect=rb"(y+y+)+z", is_pattern=True)
+    with asking(it, target_of(server)) as asked:
+        answer(server, b"y" * 100)
+        assert asked.outcome().is_ours
+
+
 def test_a_question_may_be_empty(server: socket.socket) -> None:
     with asking(check("udp"), target_of(server)) as it:
         assert answer(server, b"x") == b""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from forwarder.system import daemonlog
 from forwarder.system.daemonlog import PatientHandler, RareTracebacks
-from forwarder.system.rarely import INTERVAL_S, MAX_KNOWN, Rarely
+from forwarder.system.rarely import INTERVAL_S, MAX_KNOWN, MOST_NAMED, QUIET_S, Crowds, Rarely
 
 if TYPE_CHECKING:
     import pytest
@@ -39,6 +39,32 @@ def test_more_things_at_once_than_are_remembered_do_not_pile_up_either() -> None
     said.note("0", 105.0)
     assert said.note(str(2 * MAX_KNOWN - 1), 105.0) is None
     assert said.note(str(MAX_KNOWN), 105.0) == "", "the oldest was forgotten"
+
+
+def test_of_many_at_once_the_first_are_named_and_the_others_counted() -> None:
+    crowds = Crowds(10.0)
+    down, up = ("down", "pg"), ("up", "pg")
+    assert [crowds.names(down, str(one), 100.0 + one) for one in range(8)] == (
+        [True] * MOST_NAMED + [False] * (8 - MOST_NAMED)
+    )
+    assert crowds.names(down, "0", 108.0), "it was named already"
+    assert not crowds.names(down, "7", 108.0)
+    assert crowds.names(up, "7", 109.0), "that is something else"
+    assert crowds.deadline == 110.0
+    assert crowds.over(109.0) == []
+    assert crowds.over(110.0) == [(down, 8 - MOST_NAMED)]
+    assert crowds.names(down, "7", 110.0), "a new crowd"
+    assert crowds.over(200.0) == []
+    assert crowds.deadline is None
+
+
+def test_the_others_are_counted_as_soon_as_it_is_quiet() -> None:
+    """In an outage all go within a moment; what follows must not come before that."""
+    crowds = Crowds(10.0)
+    for one in range(8):
+        crowds.names(("down", "pg"), str(one), 100.0)
+    assert crowds.deadline == 100.0 + QUIET_S
+    assert crowds.over(100.0 + QUIET_S) == [(("down", "pg"), 8 - MOST_NAMED)]
 
 
 def _fail(*, otherwise: bool) -> None:

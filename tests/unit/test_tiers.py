@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forwarder.balancing.table import FULL
-from forwarder.balancing.tiers import BACKUPS, LAST, PRIMARIES, State, rank
+from forwarder.balancing.tiers import BACKUPS, LAST, PRIMARIES, State, in_turn, rank
 
 STATES = st.lists(
     st.builds(
@@ -102,3 +102,23 @@ def test_weight_0_is_the_last_resort_of_what_is_up() -> None:
     ranks = rank(states("d0DZ"), 0, fails_open=True)
     assert [members(tier) for tier in ranks.usable] == [set(), set(), {1, 3}]
     assert [members(tier) for tier in ranks.open] == [{0}, {2}, {1, 3}]
+
+
+@pytest.mark.parametrize(
+    ("text", "panic", "fails_open", "used"),
+    [
+        ("uuU", 0, True, {0, 1}),
+        ("duU0", 0, True, {1}),
+        ("ddUU", 0, True, {2, 3}),
+        ("udd", 50, True, {0, 1, 2}),
+        ("dd0", 0, True, {2}),
+        ("ddD", 0, True, {0, 1}),
+        ("odD", 0, True, {1}),
+        ("ooo", 0, True, set()),
+        ("ddD", 0, False, set()),
+    ],
+)
+def test_who_gets_the_next_sessions(
+    text: str, panic: int, fails_open: bool, used: set[int]
+) -> None:
+    assert members(in_turn(rank(states(text), panic, fails_open=fails_open))) == used

@@ -7,7 +7,6 @@ what a server sends within bounds.
 from __future__ import annotations
 
 import re
-from functools import lru_cache
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from forwarder.checker.probes.agent_words import parse_words
@@ -15,7 +14,6 @@ from forwarder.checker.probes.why import got
 
 if TYPE_CHECKING:
     from forwarder.checker.outcome import Advice
-    from forwarder.config.model import Check
 
 MOST_BYTES: Final = 16 * 1024
 """Of an answer; no more is looked at. As documented for ``expect``."""
@@ -30,11 +28,15 @@ _ENDS_OF_LINES: Final = re.compile(rb"[\r\n]")
 
 
 class Verdict(NamedTuple):
-    """What an answer says of its server. ``why`` is empty for a good one."""
+    """What an answer says of its server; ``is_ours``: nothing, as it cannot be judged.
+
+    ``why`` is empty for a good one.
+    """
 
     is_good: bool
     why: str = ""
     advice: Advice | None = None
+    is_ours: bool = False
 
 
 GOOD: Final = Verdict(is_good=True)
@@ -49,42 +51,6 @@ class Reader(Protocol):
 
     def read(self, data: bytes) -> Verdict | None:
         """Go on with the next piece; None: it takes more. Not called after a verdict."""
-
-
-class Expecting:
-    """Waits until an answer contains a text, or a pattern is found in it; empty: for anything."""
-
-    __slots__ = ("_data", "_expect", "_pattern")
-
-    def __init__(self, check: Check) -> None:
-        self._data = bytearray()
-        self._expect = check.expect
-        self._pattern = compiled(check.expect) if check.is_pattern else None
-
-    @property
-    def heard(self) -> bytes:
-        """See :class:`Reader`."""
-        return bytes(self._data)
-
-    def read(self, data: bytes) -> Verdict | None:
-        """See :class:`Reader`."""
-        heard = self._data
-        # What is new, and as much before it as a text may begin in.
-        start = max(0, len(heard) - len(self._expect))
-        heard += data[: MOST_BYTES - len(heard)]
-        if self._pattern:
-            is_found = self._pattern.search(heard) is not None
-        else:
-            is_found = heard.find(self._expect, start) >= 0
-        if is_found:
-            return GOOD
-        return Verdict(False, got(heard)) if len(heard) >= MOST_BYTES else None
-
-
-@lru_cache(maxsize=256)  # a configuration has few; arbitrary
-def compiled(pattern: bytes) -> re.Pattern[bytes]:
-    """A pattern of a check, which the configuration has found right."""
-    return re.compile(pattern)
 
 
 class StatusLine:

@@ -184,7 +184,8 @@ class Asking(Connecting):
         verdict = self._reader.read(data)
         if verdict is not None:
             reason = verdict.why or self.remark
-            self.end(reason, is_good=verdict.is_good, advice=verdict.advice)
+            good, ours = verdict.is_good, verdict.is_ours
+            self.end(reason, is_good=good, is_ours=ours, advice=verdict.advice)
 
     def break_off(self, how: str) -> None:
         """The connection has ended, without all of an answer."""

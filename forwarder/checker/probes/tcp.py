@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from forwarder.checker.probes.readers import Expecting
+from forwarder.checker.probes.expecting import Expecting
 from forwarder.checker.probes.stream import Asking, Connecting
 
 if TYPE_CHECKING:

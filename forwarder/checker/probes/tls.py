@@ -9,8 +9,9 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 from forwarder.checker.probes import certificate, why
+from forwarder.checker.probes.expecting import Expecting
 from forwarder.checker.probes.names import name_for_tls
-from forwarder.checker.probes.readers import MOST_BYTES, Expecting
+from forwarder.checker.probes.readers import MOST_BYTES
 from forwarder.checker.probes.stream import Asking
 
 if TYPE_CHECKING:

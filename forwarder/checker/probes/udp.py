@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from forwarder.checker.probes import why
 from forwarder.checker.probes.attempt import SocketAttempt
-from forwarder.checker.probes.readers import Expecting
+from forwarder.checker.probes.expecting import Expecting
 from forwarder.net.sockets import NO_PORT, OUT_OF_RESOURCES, PEER_GONE, has_met_itself
 from forwarder.net.udp import set_error_queue, upstream_socket
 
@@ -84,8 +84,8 @@ class _Asking(SocketAttempt):
             self.end(why.of_error(err.strerror))
             return
         verdict = Expecting(self._check).read(data)
-        if verdict is not None and verdict.is_good:
-            self.end(is_good=True)
+        if verdict is not None and (verdict.is_good or verdict.is_ours):
+            self.end(verdict.why, is_good=verdict.is_good, is_ours=verdict.is_ours)
             return
         self._heard = data
         self._count += 1

@@ -276,8 +276,10 @@ class Stream(Session):
     def on_broken_while_blocked(self, direction: Direction) -> None:
         """The source of ``direction`` is gone while nothing may be read from it."""
         if self.state is _CONNECTING:
-            # What it has sent before that is acknowledged, and so ours to deliver.
-            if not sockets.received_bytes(direction.src):
+            # What it has sent before that is acknowledged, and so ours to deliver; but not for the
+            # price of a place in the queue, and then at a server, that another client may have.
+            is_free = not sockets.received_bytes(direction.src)
+            if is_free or self.relay.servers.has_in_queue(self.dialer):
                 self.abort(CloseReason(Who.CLIENT, Phase.CONNECT, is_reset=True))
         elif direction.is_sink:
             self._end_without_sides(direction, "reset")

@@ -31,6 +31,7 @@ from forwarder.relay.udp.directions import DatagramDirection, StreamToDatagram
 from forwarder.relay.udp.trial import Trial
 from forwarder.relay.wheel import TICK_S
 from forwarder.stats.reasons import CloseReason, Phase, Who
+from forwarder.stats.rows import connect_bucket
 
 if TYPE_CHECKING:
     import socket
@@ -127,7 +128,7 @@ class Flow(Session):
             self.connected_at = self.active_at
             self.relay.books.on_open(self)
         if self.server is not None and not self.is_answered and self.c2u.trial is None:
-            self.relay.servers.on_worked(self.server, 0.0)
+            self.server.counts[connect_bucket(0.0)] += 1
 
     # -- an upstream that is reached by UDP, as all are unless a subclass says otherwise
 
@@ -165,7 +166,7 @@ class Flow(Session):
         if gathers:
             self.relay.bench.batch.prepare(upstream)
         c2u.to = to
-        c2u.trial = Trial(self) if has_others or self.pool.failures else None
+        c2u.trial = Trial(self) if has_others or self.pool.failures.known else None
         if c2u.trial is not None:
             self.relay.poller.hand_over(upstream.fileno(), c2u.trial)
 
@@ -178,7 +179,8 @@ class Flow(Session):
             relay.poller.hand_over(upstream.fileno(), self.u2c)
             relay.outages.on_attempt_worked(self.pool, self.target)
             if self.server is not None:
-                relay.servers.on_worked(self.server, relay.poller.now - self.active_at)
+                took_s = relay.poller.now - self.active_at
+                self.server.counts[connect_bucket(took_s)] += 1
 
     def on_report(self, number: int) -> None:
         """The upstream refuses; reported within a send or a receive."""
@@ -304,7 +306,7 @@ class Flow(Session):
         server, failures, now = self.server, self.pool.failures, self.relay.poller.now
         if server is None or pool.balancer is None or server not in pool.balancer.servers:
             return 0
-        own = pool.addresses(server.index) or ()
+        own = pool.addresses[server.index] or ()
         others = [one for one in own if one != self.target]
         if len(others) == len(own) or any(failures.is_worth_a_try(one, now) for one in others):
             return 0
