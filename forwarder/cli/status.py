@@ -25,7 +25,7 @@ def as_text(status: Mapping[str, object], now: float) -> list[str]:
         f"{count(totals, 'sessions')} sessions, {count(totals, 'sessions_total')} in total, "
         f"{count(totals, 'connects_failed')} failed to connect; "
         f"{as_bytes(count(totals, 'bytes_c2u'))} to upstreams, "
-        f"{as_bytes(count(totals, 'bytes_u2c'))} to clients",
+        f"{as_bytes(count(totals, 'bytes_u2c'))} to clients" + _moved_text(totals),
         f"now {_number(rates.get('sessions_total_per_s')):.1f} new sessions/s, "
         f"{as_bytes(count(rates, 'bytes_c2u_per_s'))}/s to upstreams, "
         f"{as_bytes(count(rates, 'bytes_u2c_per_s'))}/s to clients",
@@ -43,6 +43,12 @@ def as_text(status: Mapping[str, object], now: float) -> list[str]:
     groups = groups_as_text(_list(status.get("groups")), now)
     tables += ["", *groups] if groups else []
     return [*lines, *tables, *_unserved_as_text(status), *names, *failing]
+
+
+def _moved_text(totals: Mapping[str, object]) -> str:
+    """How many sessions have gone on in another worker, if some have."""
+    moved = count(totals, "moved_in")
+    return f"; {sessions(moved)} moved to other workers" if moved else ""
 
 
 def _unserved_as_text(status: Mapping[str, object]) -> list[str]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final, Generic, TypeAlias, TypeVar
 
 from forwarder.stats.board import ROWS, Board
 from forwarder.stats.rows import (
+    MOVED_IN,
     MOVED_OUT,
     SESSIONS,
     WORDS,
@@ -115,7 +116,8 @@ class Ledger:
 
     def totals_now(self) -> dict[str, int]:
         """The same for people, who compare them: sessions as of now, those on their way as well."""
-        return {**self.totals(), "sessions": self.sum(SESSIONS)}
+        now = {"sessions": SESSIONS, "moved_in": MOVED_IN, "moved_out": MOVED_OUT}
+        return {**self.totals(), **{name: self.sum(column) for name, column in now.items()}}
 
     def sum(self, column: int) -> int:
         """One counter over all rules and workers, as of now; :meth:`totals` lag by a beat."""

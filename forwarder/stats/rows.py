@@ -220,9 +220,9 @@ class Tally:
                 self._add(number, kept)
 
     def lose(self, number: int, sessions: int) -> None:
-        """Sessions of a rule have ended with nobody to count them."""
+        """Sessions of a rule have ended on their way from one worker to another."""
         lost = [0] * WORDS
-        lost[_LOST] = lost[SESSIONS_CUT] = sessions
+        lost[_LOST] = lost[SESSIONS_CUT] = lost[MOVED_IN] = sessions
         self._add(number, lost)
 
     def _add(self, number: int, row: Sequence[int]) -> None:

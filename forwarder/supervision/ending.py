@@ -200,9 +200,10 @@ class Ending:
         return left
 
     def _away(self) -> int:
-        """How many sessions more have gone on in another worker than have come from one."""
+        """How many sessions more have gone on in another instance than have come from one."""
         ledger = self._fleet.ledger
-        return ledger.sum(MOVED_OUT) - ledger.sum(MOVED_IN)
+        afloat = sum(ledger.afloat().values())
+        return ledger.sum(MOVED_OUT) - ledger.sum(MOVED_IN) - afloat
 
     def _pass_on_drain(self) -> None:
         before = self.sessions.before

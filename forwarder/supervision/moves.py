@@ -329,7 +329,7 @@ class Moves:
             outcome = errand.order.outcome
             outcome.busy += errand.busy
             outcome.why = outcome.why or why
-        elif errand.moved or why:
+        elif errand.moved or (why and not self._is_ending):
             after_s = time.monotonic() - errand.began_at
             rest = f"; the rest stays there: {why}" if why else ""
             what = f"{errand.giver.name}: sessions={errand.moved} after_s={after_s:.1f}{rest}"

@@ -102,8 +102,8 @@ def _roles(place: Place) -> dict[str, list[int]]:
     }
 
 
-def wait_for_old_ones(place: Place) -> None:
-    """Until old instances, orphans and retired workers have gone, though sessions go on."""
+def look_for_old_ones(place: Place) -> list[str]:
+    """Old instances, orphans and retired workers go, though sessions go on."""
 
     def have_gone() -> bool:
         roles = _roles(place)
@@ -112,9 +112,8 @@ def wait_for_old_ones(place: Place) -> None:
     try:
         wait_until(have_gone, "", _GONE_S)
     except ChaosError:
-        open_now = place.ask("sessions", limit=20)["sessions"]
-        text = f"old processes stay: {place.describe()}, of sessions {open_now}"
-        raise ChaosError(text) from None
+        return [f"old processes stay: {place.describe()}"]
+    return []
 
 
 def wait_for_rest(place: Place) -> None:

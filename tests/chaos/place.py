@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Final
@@ -254,19 +255,28 @@ class Place:
             one.poll()
 
     def describe(self) -> list[str]:
-        """Each process, and what it waits for in the kernel."""
+        """Each process, what it waits for in the kernel, and where it has how many clients."""
         found = []
         for pid in self.pids():
             with suppress(OSError):
                 wait = Path(f"/proc/{pid}/wchan").read_text()
-                found.append(f"{pid} {procfs.title(pid)!r} {state(pid)} {wait}")
+                who = f"{pid} {procfs.title(pid)!r} {state(pid)} {wait}"
+                found.append(f"{who} {self.ports_of(pid)}")
         return found
 
     def held_by(self, pid: int) -> frozenset[int]:
         """The numbers of the clients whose sockets a process has."""
         with suppress(OSError):
-            return frozenset(number for host in sockdiag.peers(pid) if (number := number_of(host)))
+            hosts = (sock.peer[0] for sock in sockdiag.owned(pid))
+            return frozenset(number for host in hosts if (number := number_of(host)))
         return frozenset()
+
+    def ports_of(self, pid: int) -> dict[int, int]:
+        """How many clients a process has at each port."""
+        with suppress(OSError):
+            clients = (sock for sock in sockdiag.owned(pid) if number_of(sock.peer[0]))
+            return dict(Counter(sock.local[1] for sock in clients))
+        return {}
 
     def said(self) -> list[str]:
         """The program's own log."""

@@ -120,8 +120,8 @@ def _run(place: Place, report: Report, deeds: frozenset[Deed]) -> None:
         monkey.settle()
         abilities = place.abilities()
         if Ability.MOVES in abilities:
-            checks.wait_for_old_ones(place)
-            monkey.note("the old ones have gone")
+            report.problems += checks.look_for_old_ones(place)
+            monkey.note("the old ones should have gone")
         for load in loads:
             load.finish(HANG_S * 2)
             monkey.note("a load has ended")

@@ -2,34 +2,47 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from contextlib import closing, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
-from support.by_hand import RULE, StubPool, pool_of, target_of
+from support import procfs
+from support.by_hand import RULE, StubPool, group_of, pool_of, target_of
 from support.ends import (
     Link,
     accept,
     listen,
+    listen_unix,
     receive_to_end,
+    receive_to_reset,
     reset,
     seeded,
 )
 from support.moving import Pair
 from support.waiting import eventually
 
-from forwarder.config.model import Limits, RelayMode
+from forwarder.config.address import UnixAddress
+from forwarder.config.model import Balance, Limits, RelayMode, Upstream
+from forwarder.ipc.consignment import Consignment
+from forwarder.limits.gate import Holdings
+from forwarder.relay.listing import group_of as group_name
+from forwarder.relay.poller import ALWAYS
 from forwarder.relay.session import SessionState
-from forwarder.stats.reasons import REASONS
+from forwarder.relay.tcp.direction import SPLICES
+from forwarder.stats.board import SHARED_ROW
+from forwarder.stats.reasons import REASONS, Phase
 from forwarder.stats.rows import ENDS, MOVED_IN, MOVED_OUT, SESSIONS, SESSIONS_TOTAL
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from support.moving import Side
 
+    from forwarder.balancing.server import Server
     from forwarder.config.model import Rule
 
 MODES = [
@@ -407,3 +420,391 @@ def test_a_place_within_limits_is_passed_on(
     turning(pair, lambda: not gate.sessions(1))
     assert gate.sessions(0) == 0
     assert not (per_client and gate.sessions_of(held_as))
+
+
+# -- servers of groups
+
+
+def grouped(pair: Pair, *listeners: socket.socket, **group: object) -> None:
+    """Both have a rule with a group of these servers."""
+    targets = [(target_of(sock),) for sock in listeners]
+    for side in pair.sides:
+        pool = group_of(
+            side.relay,
+            pair.shared,
+            pair.loop.time,
+            targets,
+            RULE,
+            changes={0: {"max_sessions": 1}},
+            group=group,
+        )
+        side.serve(pool)
+
+
+def test_the_place_at_a_server_goes_along(pair: Pair, listener: socket.socket) -> None:
+    grouped(pair, listener, balance=Balance.LEAST)
+    client = pair.open(side_pool(pair.one))
+    with accept(listener):
+        turning(pair, lambda: pair.one.session.state is SessionState.RELAYING)
+        (server,) = servers_of(pair.one)
+        row, gate = server.row, pair.shared.gate
+        seen: list[tuple[int, list[int]]] = []
+
+        def look() -> None:
+            pair.turn()
+            seen.append((gate.sessions(row), [side.holdings.rows[row] for side in pair.sides]))
+
+        pair.move(pair.one, pair.other, look)
+        look()
+        assert seen == [(1, [0, 0]), (1, [0, 1])]
+        assert pair.other.session.server is servers_of(pair.other)[0]
+        counts = pair.shared.row(row)
+        assert (counts[SESSIONS], counts[MOVED_OUT], counts[MOVED_IN]) == (1, 1, 1)
+        assert group_name(pair.other.session) == "some group"
+        refused = pair.open(side_pool(pair.one))
+        turning(pair, lambda: not pair.one.relay.sessions)
+        assert receive_to_reset(refused) == b""
+        client.close()
+    turning(pair, lambda: not pair.other.relay.sessions)
+    turning(pair, lambda: gate.sessions(row) == 0)
+    assert pair.shared.row(row)[SESSIONS] == 0
+
+
+@pytest.mark.parametrize("balance", [Balance.LEAST, Balance.TURN])
+def test_a_server_that_the_taker_does_not_know_is_counted_where_it_was(
+    pair: Pair, listener: socket.socket, balance: Balance
+) -> None:
+    """The rule is another one in the other worker, or gone; and the session moves on from there."""
+    grouped(pair, listener, balance=balance)
+    client = pair.open(side_pool(pair.one))
+    with accept(listener):
+        turning(pair, lambda: pair.one.session.state is SessionState.RELAYING)
+        row = servers_of(pair.one)[0].row
+        pair.other.serve(StubPool(replace(RULE, name="another"), (target_of(listener),)))
+        pair.other.rows[row] = pair.shared.row(row)
+        pair.move(pair.one, pair.other)
+        server = pair.other.session.server
+        assert server is not None
+        assert (server.row, server.name) == (row, servers_of(pair.one)[0].name)
+        assert pair.shared.row(row)[SESSIONS] == 1
+        assert pair.other.row(1)[SESSIONS] == 1  # in the row of its rule
+        pair.move(pair.other, pair.one)
+        assert pair.one.session.server is servers_of(pair.one)[0]
+        pair.move(pair.one, pair.other)
+        client.close()
+    turning(pair, lambda: not pair.other.relay.sessions)
+    assert pair.shared.row(row)[SESSIONS] == 0
+
+
+def servers_of(side: Side) -> tuple[Server, ...]:
+    balancer = side_pool(side).balancer
+    assert balancer is not None
+    return balancer.servers
+
+
+# -- rules that are gone, other instances
+
+
+def test_a_session_of_a_rule_that_is_gone_ends_when_it_would_have(
+    pair: Pair, listener: socket.socket
+) -> None:
+    near, far = link(pair, listener)
+    pair.one.cuts.limit_s = 10.0
+    pair.one.cuts.begin([pair.one.session])
+    for side in pair.sides:
+        side.pools.in_force = {}
+    pair.loop.pass_time(4)
+    pair.move(pair.one, pair.other)
+    assert pair.other.session.pool.rule.name == RULE.name
+    assert pair.other.session.pool.rule.idle_timeout_s == RULE.idle_timeout_s
+    pair.loop.pass_time(5.9)
+    pass_on(pair, near, far, b"still there")
+    pair.loop.pass_time(0.2)
+    pair.turn()
+    assert receive_to_reset(far) == b""
+    assert ends(pair.other) == {"us/drain": 1}
+    assert ends(pair.one) == {}
+
+
+def test_a_session_whose_rule_the_taker_does_not_have_may_go_on_for_as_long_as_there(
+    pair: Pair, listener: socket.socket
+) -> None:
+    link(pair, listener)
+    pair.other.cuts.limit_s = 3.0
+    pair.other.pools.in_force = {}
+    pair.move(pair.one, pair.other)
+    pair.loop.pass_time(2.9)
+    assert pair.other.relay.sessions
+    pair.loop.pass_time(0.2)
+    assert not pair.other.relay.sessions
+
+
+def test_pools_of_former_rules_are_shared_and_go_with_their_sessions(
+    pair: Pair, listener: socket.socket
+) -> None:
+    link(pair, listener)
+    pair.open(side_pool(pair.one))
+    pair._stack.enter_context(accept(listener))
+    turning(
+        pair,
+        lambda: all(one.state is SessionState.RELAYING for one in pair.one.relay.sessions),
+    )
+    pair.other.pools.in_force = {}
+    pair.move(pair.one, pair.other)
+    first, second = pair.other.relay.sessions
+    assert first.pool is second.pool
+    assert len(pair.other.pools._brought) == 1
+    del first, second
+    pair.other.relay.abort_sessions(Phase.KILL, "the test")
+    pair.turn()
+    assert not pair.other.pools._brought
+
+
+def test_a_session_of_another_instance_is_counted_and_held_anew(
+    pair: Pair, listener: socket.socket
+) -> None:
+    rule = replace(RULE, limits=Limits(max_sessions=3, max_sessions_per_client=2))
+    near, far = link(pair, listener, rule)
+    gate = pair.shared.gate
+    given = pair.pack(pair.one)
+    pair.turn()
+    given.is_foreign = True
+    assert pair.deliver(given, pair.other) == ([], "")
+    pair.settle(pair.one, given)
+    given.close()
+    pair.turn()
+    # That of the one that it has come from goes with that instance; here both have one gate.
+    assert gate.sessions(1) == 2
+    assert pair.other.holdings.rows[1] == 1
+    assert pair.other.row(1)[MOVED_IN] == 1
+    gate.let_go(Holdings(), 1, pair.other.session.held_as or 0)
+    pass_on(pair, near, far, b"on it goes")
+    near.close()
+    far.close()
+    turning(pair, lambda: not pair.other.relay.sessions)
+
+
+def test_a_foreign_session_of_an_unknown_rule_is_counted_with_all_that_have_no_row(
+    pair: Pair, listener: socket.socket
+) -> None:
+    link(pair, listener)
+    pair.other.pools.in_force = {}
+    given = pair.pack(pair.one)
+    given.is_foreign = True
+    assert pair.deliver(given, pair.other) == ([], "")
+    pair.settle(pair.one, given)
+    given.close()
+    assert pair.other.row(SHARED_ROW)[SESSIONS] == 1
+    assert pair.other.session.pool.rule.name == RULE.name
+
+
+# -- who has them
+
+
+def test_sessions_that_are_given_back_go_on_where_they_were(
+    pair: Pair, listener: socket.socket
+) -> None:
+    near, far = link(pair, listener)
+    given = pair.pack(pair.one)
+    near.sendall(b"meanwhile")
+    pair.settle(pair.one, given, is_back=True)
+    assert not pair.one.mover.is_out
+    arrives(pair, far, b"meanwhile")
+    assert pair.deliver(given, pair.other) == ([], "claimed")
+    assert not pair.other.relay.sessions
+    given.close()
+    row = pair.one.row(1)
+    assert (row[SESSIONS], row[MOVED_OUT], row[MOVED_IN]) == (1, 1, 1)
+
+
+def test_who_is_left_alone_takes_back_what_nobody_has_claimed(
+    pair: Pair, listener: socket.socket
+) -> None:
+    near, far = link(pair, listener)
+    given = pair.pack(pair.one)
+    given.close()
+    pair.one.mover.on_hang_up(pair.one.own)
+    pass_on(pair, near, far, b"on it goes")
+
+
+def test_who_is_left_alone_leaves_others_what_they_have_claimed(
+    pair: Pair, listener: socket.socket
+) -> None:
+    near, far = link(pair, listener)
+    given = pair.pack(pair.one)
+    assert pair.deliver(given, pair.other) == ([], "")
+    given.close()
+    pair.one.mover.on_hang_up(pair.one.own)
+    assert not pair.one.relay.sessions
+    assert not pair.one.mover.is_out
+    pass_on(pair, near, far, b"on it goes")
+
+
+def test_a_worker_that_ends_takes_what_is_out_with_it(pair: Pair, listener: socket.socket) -> None:
+    _, far = link(pair, listener)
+    given = pair.pack(pair.one)
+    pair.one.close()
+    given.close()
+    pair.turn()
+    assert receive_to_reset(far) == b""
+    assert ends(pair.one) == {"us/shutdown": 1}
+
+
+@pytest.mark.parametrize("is_back", [False, True])
+def test_one_that_is_refused_may_go_back_while_the_others_go_on(
+    pair: Pair, listener: socket.socket, *, is_back: bool
+) -> None:
+    first = link(pair, listener)
+    second = Link(pair.open(side_pool(pair.one)), pair._stack.enter_context(accept(listener)))
+    turning(
+        pair,
+        lambda: all(one.state is SessionState.RELAYING for one in pair.one.relay.sessions),
+    )
+    given = pair.pack(pair.one)
+    sent = given.sessions[1][1]
+    whole = sent[0]
+    sent[0] = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)  # no socket: it cannot be taken
+    refused, why = pair.deliver(given, pair.other)
+    assert (refused, why) == ([1], "nonsense")
+    pass_on(pair, *first, b"taken")
+    if is_back:
+        pair.settle(pair.one, given, refused=refused)
+        given.close()
+    else:
+        os.close(sent[0])
+        sent[0] = os.dup(whole)
+        rest = given.only(refused)
+        assert pair.deliver(rest, pair.other) == ([], "")
+        rest.close()
+        pair.settle(pair.one, given)
+    os.close(whole)
+    pass_on(pair, *second, b"as well")
+    assert [len(side.relay.sessions) for side in pair.sides] == ([1, 1] if is_back else [0, 2])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (lambda given: setattr(given, "version", 2), "version"),
+        (lambda given: given.sessions[0][1].append(os.dup(given.token)), "nonsense"),
+        (lambda given: given.sessions[0][1].reverse(), ""),
+    ],
+    ids=["version", "descriptors", "ends"],
+)
+def test_what_cannot_be_taken_is_left_to_others(
+    pair: Pair, listener: socket.socket, spoil: Callable[[Consignment], object], why: str
+) -> None:
+    """Refused as a whole it is not claimed, so that the next one can have it."""
+    link(pair, listener)
+    given = pair.pack(pair.one)
+    spoil(given)
+    refused, said = pair.deliver(given, pair.other)
+    assert (refused, said) == ([0] if why else [], why)
+    if refused:
+        assert given.claim()
+        assert not pair.other.relay.sessions
+    pair.settle(pair.one, given)
+    given.close()
+
+
+def test_hostile_sessions_cost_nothing_but_themselves(pair: Pair, listener: socket.socket) -> None:
+    """What a taker is told of a session may be anything; no descriptor stays behind."""
+    link(pair, listener)
+    given = pair.pack(pair.one)
+    content = given.read_content()
+    (described,) = content["sessions"]  # type: ignore[misc]  # it is a list
+    before = len(procfs.descriptors(os.getpid()))
+    for key, value in {
+        "kind": "nothing",
+        "state": "connecting",
+        "terms": 7,
+        "ending": ["client", "limit", "", True],
+        "server": ["no address", 70_000, True],
+        "c2u": {"waiting": "pipe"},
+        "u2c": {"waiting": "file"},
+    }.items():
+        spoilt = Consignment.of(
+            given.number,
+            {**content, "sessions": [{**described, key: value}]},  # type: ignore[has-type]
+            [[os.dup(fd) for fd in given.sessions[0][1]]],
+        )
+        assert pair.deliver(spoilt, pair.other) == ([0], "nonsense"), key
+        spoilt.close()
+        assert not pair.other.relay.sessions
+    assert len(procfs.descriptors(os.getpid())) == before
+    assert pair.deliver(given, pair.other) == ([], "")
+    pair.settle(pair.one, given)
+    given.close()
+
+
+def test_nothing_but_one_consignment_is_out_at_a_time(pair: Pair, listener: socket.socket) -> None:
+    link(pair, listener)
+    given = pair.pack(pair.one)
+    other = pair.pack(pair.one)
+    assert (len(other), other.busy) == (0, 1)
+    pair.settle(pair.one, other)  # of another number: nothing happens
+    assert pair.one.mover.is_out
+    pair.settle(pair.one, given, is_back=True)
+    given.close()
+
+
+# -- what is left behind in the giver
+
+
+@EVERY_MODE
+def test_nothing_in_the_giver_touches_a_session_again(
+    pair: Pair, listener: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was about to go on with its bulk, and to be looked at by the wheel."""
+    monkeypatch.setattr(Direction, "budget_bytes", 1)  # it yields after each read
+    near, far = link(pair, listener)
+    near.sendall(bytes(100_000))
+    former = pair.one.session
+    pair.one.relay.poller.turn()
+    turning_one = former.c2u
+    assert turning_one.is_queued
+    given = pair.pack(pair.one)
+    assert not pair.one.relay.bench.wheel
+    moved = turning_one.moved
+    pair.one.relay.poller.turn()
+    pair.one.relay.abort_sessions(Phase.DRAIN, "late", [former])
+    pair.loop.pass_time(10_000)
+    assert turning_one.moved == moved
+    assert pair.deliver(given, pair.other) == ([], "")
+    pair.settle(pair.one, given)
+    given.close()
+    arrives(pair, far, bytes(100_000))
+
+
+def test_a_unix_socket_on_a_side_goes_along(pair: Pair, tmp_path: Path) -> None:
+    """What is sent with descriptors is read apart; the relay must read on, there as well."""
+    with listen_unix(str(tmp_path / "up")) as up:
+        rule = replace(RULE, upstreams=(Upstream(UnixAddress(str(tmp_path / "up"))),))
+        near, far = link(pair, up, rule)
+        pair.move(pair.one, pair.other)
+        assert pair.other.session.u2c.read_on == pair.other.session.c2u.read_on == ALWAYS
+        with socket.socket() as sock:
+            socket.send_fds(far, [b"one"], [sock.fileno()])
+            far.sendall(b"two")
+        arrives(pair, near, b"onetwo")
+        pass_on(pair, near, far, b"three")
+        near.shutdown(socket.SHUT_WR)
+        turning(pair, lambda: pair.other.session.state is SessionState.HALF_CLOSED)
+        pair.move(pair.other, pair.one)
+        pass_on(pair, far, near, b"four")
+        far.close()
+        turning(pair, lambda: not pair.one.relay.sessions)
+        assert receive_to_end(near) == b""
+
+
+def test_urgent_data_is_copied_in_the_other_worker_too(pair: Pair, listener: socket.socket) -> None:
+    near, far = link(pair, listener)
+    near.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    pair.one.session.client.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+    pair.move(pair.one, pair.other, lambda: near.send(b"!", socket.MSG_OOB))
+    near.sendall(seeded(50_000, 3))
+    arrives(pair, far, b"!" + seeded(50_000, 3))
+    assert not pair.other.session.c2u.read_on & SPLICES
+    pair.move(pair.other, pair.one)
+    assert not pair.one.session.c2u.read_on & SPLICES
+    assert pair.one.session.u2c.read_on & SPLICES

@@ -81,9 +81,11 @@ class Logged:
         rule = self.rule(index)
         ends = rule["ends"]
         assert isinstance(ends, dict)
-        numbers = [rule[key] for key in ("sessions", "sessions_total", "refused")]
-        is_open, total, refused = (int(str(number)) for number in numbers)
-        assert sum(ends.values()) + is_open == total + refused, rule
+        gone, come = (
+            sum(int(str(rule[key])) for key in keys)
+            for keys in (("sessions", "moved_out"), ("sessions_total", "refused", "moved_in"))
+        )
+        assert sum(ends.values()) + gone == come, rule
         return ends
 
     def reload(self, text: str) -> dict[str, object]:

@@ -68,13 +68,13 @@ def states(pid: int) -> list[int]:
     return [state for inode, state in found.items() if inode in inodes]
 
 
-def peers(pid: int) -> set[str]:
-    """The addresses that sockets of IPv4 of a process are connected to, by TCP or UDP."""
+def owned(pid: int) -> list[Tcp]:
+    """The sockets of IPv4 of a process, of TCP and UDP."""
     targets = procfs.descriptors(pid).values()
     inodes = {int(target[8:-1]) for target in targets if target.startswith("socket:")}
     protocols = (socket.IPPROTO_TCP, socket.IPPROTO_UDP)
     found = (sock for each in protocols for sock in _ask(_ALL, 0xFFFFFFFF, _ANY, protocol=each))
-    return {sock.peer[0] for sock in found if sock.inode in inodes}
+    return [sock for sock in found if sock.inode in inodes]
 
 
 def _ask(
