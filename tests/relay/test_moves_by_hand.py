@@ -31,7 +31,7 @@ from forwarder.limits.gate import Holdings
 from forwarder.relay.listing import group_of as group_name
 from forwarder.relay.poller import ALWAYS
 from forwarder.relay.session import SessionState
-from forwarder.relay.tcp.direction import SPLICES
+from forwarder.relay.tcp.direction import SPLICES, Direction
 from forwarder.stats.board import SHARED_ROW
 from forwarder.stats.reasons import REASONS, Phase
 from forwarder.stats.rows import ENDS, MOVED_IN, MOVED_OUT, SESSIONS, SESSIONS_TOTAL
