@@ -751,7 +751,6 @@ def test_nothing_but_one_consignment_is_out_at_a_time(pair: Pair, listener: sock
 # -- what is left behind in the giver
 
 
-@EVERY_MODE
 def test_nothing_in_the_giver_touches_a_session_again(
     pair: Pair, listener: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
