@@ -169,8 +169,8 @@ def look_at_gauges(place: Place) -> list[str]:
     assert isinstance(rules, list)
     assert isinstance(groups, list)
     for rule in rules:
-        total = rule["sessions_total"] + rule["refused"]
-        if rule["sessions"] or sum(rule["ends"].values()) != total:
+        begun = rule["sessions_total"] + rule["refused"] + rule.get("moved_in", 0)
+        if rule["sessions"] or sum(rule["ends"].values()) + rule.get("moved_out", 0) != begun:
             problems.append(f"rule {rule['name']}: {rule}")
     problems += [
         f"group: {group}"

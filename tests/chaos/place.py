@@ -271,11 +271,15 @@ class Place:
             return frozenset(number for host in hosts if (number := number_of(host)))
         return frozenset()
 
-    def ports_of(self, pid: int) -> dict[int, int]:
-        """How many clients a process has at each port."""
+    def ports_of(self, pid: int) -> dict[str, int]:
+        """How many clients a process has at each port, and sockets to each upstream."""
         with suppress(OSError):
-            clients = (sock for sock in sockdiag.owned(pid) if number_of(sock.peer[0]))
-            return dict(Counter(sock.local[1] for sock in clients))
+            each = (
+                f"at {sock.local[1]}" if number_of(sock.peer[0]) else f"to {sock.peer[1]}"
+                for sock in sockdiag.owned(pid)
+                if sock.peer[1]
+            )
+            return dict(Counter(each))
         return {}
 
     def said(self) -> list[str]:
