@@ -21,6 +21,7 @@ from support.named import Named
 from support.names import FakeNames
 from support.namespaces import Namespace, join
 from support.processes import members, run_command
+from support.upgraded import keep_sessions
 from support.waiting import eventually
 
 if TYPE_CHECKING:
@@ -154,6 +155,12 @@ class Serve(Protocol):
 
     def __call__(self, *arguments: str, workers: int = 1, prefix: Sequence[str] = ()) -> Service:
         """Start it."""
+
+
+@pytest.fixture
+def keeping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Old instances keep their sessions, so they stay until these have ended."""
+    keep_sessions(tmp_path / "others", monkeypatch)
 
 
 @pytest.fixture

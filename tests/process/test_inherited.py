@@ -127,6 +127,7 @@ def take_over(rich: Rich) -> list[int]:
 
 
 @pytest.mark.expects_log(r"worker\.died", r"helper\.died")
+@pytest.mark.usefixtures("keeping")
 @pytest.mark.parametrize("happen", [read, upgrade, take_over])
 def test_a_child_has_of_its_master_what_it_is_given_and_nothing_else(
     rich: Rich, happen: Callable[[Rich], list[int]]

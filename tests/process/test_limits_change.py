@@ -107,7 +107,20 @@ def test_limits_hold_through_resizes(limit: Limit) -> None:
     it.assert_all_places_free()
 
 
-def test_after_an_upgrade_the_new_instance_counts_for_itself(limit: Limit) -> None:
+def test_after_an_upgrade_sessions_that_came_along_count(limit: Limit) -> None:
+    it = limit(f"max_sessions = {LIMIT}", workers=2)
+    for _ in range(LIMIT):
+        it.link()
+    old = it.it.forwarder.pid
+    it.it.forwarder.signal(signal.SIGUSR2)
+    it.it.forwarder.wait_logged(rf"\[{old}\] INFO master\.stopped .* moved={LIMIT}")
+    it.refused()
+    it.close_links()
+    it.assert_all_places_free()
+
+
+@pytest.mark.usefixtures("keeping")
+def test_after_an_upgrade_sessions_that_stay_do_not_count_in_the_new_instance(limit: Limit) -> None:
     it = limit(f"max_sessions = {LIMIT}", workers=2)
     kept = it.link()
     it.it.forwarder.signal(signal.SIGUSR2)

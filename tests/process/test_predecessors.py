@@ -18,7 +18,7 @@ import pytest
 from support import procfs
 from support.ends import receive_to_end, receive_to_reset
 from support.processes import COMMAND, state
-from support.upgraded import Site, assert_alive, is_running, keep_sessions
+from support.upgraded import Site, assert_alive, is_running
 from support.waiting import PATIENCE_S, eventually
 
 if TYPE_CHECKING:
@@ -29,15 +29,14 @@ if TYPE_CHECKING:
 
     from process.conftest import Launch
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.usefixtures("keeping")]
 
 DENIED = '[[forwarding_rules.rules]]\ntype = "deny"\npattern = "127.0.0.1"\n'
 
 
 @pytest.fixture
-def site(launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
-    """See :class:`Site`; old instances keep their sessions."""
-    keep_sessions(tmp_path / "others", monkeypatch)
+def site(launch: Launch, tmp_path: Path) -> Iterator[Site]:
+    """See :class:`Site`."""
     with ExitStack() as stack:
         yield Site(launch, tmp_path, stack)
 

@@ -21,7 +21,7 @@ from support.ends import accept, carry, connect, listen, receive_to_end
 from support.forwarder import reserve_port
 from support.loads import Load
 from support.processes import listeners, members, owner, run_command
-from support.upgraded import Site, assert_alive, is_running, keep_sessions
+from support.upgraded import Site, assert_alive, is_running
 from support.waiting import PATIENCE_S, eventually
 
 from forwarder.control.requests import LOOK_S
@@ -46,12 +46,6 @@ def site(launch: Launch, tmp_path: Path) -> Iterator[Site]:
     """See :class:`Site`."""
     with ExitStack() as stack:
         yield Site(launch, tmp_path, stack)
-
-
-@pytest.fixture
-def keeping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Old instances keep their sessions, so they stay until these have ended."""
-    keep_sessions(tmp_path / "others", monkeypatch)
 
 
 # -- nobody is dropped

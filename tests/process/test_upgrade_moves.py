@@ -28,7 +28,7 @@ from support.ends import (
 from support.fatal import Fatal
 from support.loads import Load
 from support.processes import members, owner
-from support.upgraded import Site, assert_alive, is_running, keep_sessions
+from support.upgraded import Site, assert_alive, is_running
 from support.waiting import eventually
 
 if TYPE_CHECKING:
@@ -257,11 +257,9 @@ def test_a_kill_in_the_old_one_loses_no_session(site: Site, fatal: Fatal, where:
     site.stop()
 
 
-def test_sessions_of_another_version_end_where_they_are(
-    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("keeping")
+def test_sessions_of_another_version_end_where_they_are(site: Site) -> None:
     """The log says so, once for each worker that has some."""
-    keep_sessions(tmp_path / "others", monkeypatch)
     old = site.start(workers=1)
     links = [site.link() for _ in range(3)]
     new = site.upgrade()

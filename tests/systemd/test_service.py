@@ -107,7 +107,7 @@ def test_forwarder_stop_after_an_upgrade_ends_the_unit_well(unit: Unit) -> None:
     links = [unit.link()]
     unit.upgrade()
     job = unit.box.popen(sys.executable, "-m", "forwarder", "stop")
-    unit.wait_logged(r"how=drain sessions=1 limit_s=")
+    unit.wait_logged(r"how=drain sessions=1 limit_s=30")
     with job:
         end_well(links, job)
         assert job.stdout is not None
