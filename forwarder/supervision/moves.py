@@ -121,9 +121,9 @@ class _Errand:
     ask_at: float | None  # None: there is nothing left to be asked for
     order: _Order | None = None
     share: int = 0  # sessions at a time; 0: not known yet
-    left: int = 0  # by its last answer: could be moved, too
+    left: int = 0  # by its last answer: could be moved, too; perhaps more
     busy: int = 0  # cannot be moved yet
-    is_heard: bool = False  # has answered
+    meant: int = 0  # of an order: no more sessions than these, whatever another one brings
     moved: int = 0
     failures: int = 0  # consignments in a row that came back
     deaths: int = 0  # of takers in a row that have not answered
@@ -232,7 +232,7 @@ class Moves:
         order = _Order(slot, choice, callback, now + ORDER_WITHIN_S)
         self._orders.append(order)
         self._errands += [
-            _Errand(giver, began_at=now, ask_at=now, order=order)
+            _Errand(giver, began_at=now, ask_at=now, order=order, meant=giver.sessions())
             for giver in (*self._force.serving(), *self._force.leaving())
             if giver.pid not in to
         ]
@@ -308,17 +308,16 @@ class Moves:
                 giver.sessions(), len(takers), MAX_SESSIONS
             )
             errand.number = next(self._numbers)
-            limit = min(errand.share, errand.left or errand.share)
-            giver.ask(errand.number, limit, None if order is None else order.choice)
+            giver.ask(errand.number, errand.share, None if order is None else order.choice)
         elif order is not None:
             self._end(errand, "the worker there is not ready any more")
 
     def _plan(self, errand: _Errand, now: float) -> None:
         """When to ask again, if at all."""
-        left, busy = errand.left, errand.busy
-        if errand.order is not None:  # is about what can be moved now
-            left, busy = 0 if errand.order.is_answered else left, 0
-        errand.ask_at = move_plan.next_ask(max(0, left), busy, errand.failures, now)
+        left, busy, order = errand.left, errand.busy, errand.order
+        if order is not None:  # is about what could be moved when it was given
+            left, busy = 0 if order.is_answered else max(0, min(left, errand.meant)), 0
+        errand.ask_at = move_plan.next_ask(left, busy, errand.failures, now)
         if errand.ask_at is None:
             self._end(errand)
 
@@ -365,10 +364,8 @@ class Moves:
             self._take_back(errand, "no descriptors left", now, range(count))
             return
         consignment = Consignment.read(received)
-        left = consignment.left
-        if errand.order is not None and errand.is_heard:  # not those that another order brings
-            left = min(left, errand.left - len(consignment))
-        errand.left, errand.busy, errand.is_heard = left, consignment.busy, True
+        errand.left, errand.busy = consignment.left, consignment.busy
+        errand.meant -= len(consignment)
         if not len(consignment):
             errand.number = errand.failures = 0
             self._plan(errand, now)
