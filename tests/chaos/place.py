@@ -223,11 +223,18 @@ class Place:
         return self.ask("workers", count=str(count))["ok"] is True
 
     def abilities(self) -> frozenset[Ability]:
-        """What the instance can do for its sessions, by what its status counts."""
+        """What the instance can do for its sessions: by what it counts, and what it understands."""
         totals = self.ask("status")["totals"]
         assert isinstance(totals, dict)
-        words = {Ability.MOVES: "moved_in", Ability.DEPOSIT: "deposited"}
-        return frozenset(ability for ability, word in words.items() if word in totals)
+        asked = self.directory / "asked.toml"
+        asked.write_text(f'deposit_after = "1s"\n{self.text()}')
+        command = [sys.executable, "-m", "forwarder", "check", str(asked)]
+        checked = subprocess.run(command, capture_output=True, check=False)
+        found = {
+            Ability.MOVES: "moved_in" in totals,
+            Ability.DEPOSIT: checked.returncode == 0,
+        }
+        return frozenset(ability for ability, is_there in found.items() if is_there)
 
     def pids(self) -> list[int]:
         """All processes of the program that live."""

@@ -7,6 +7,7 @@ come and go.
 
 from __future__ import annotations
 
+import itertools
 import socket
 import struct
 from dataclasses import dataclass
@@ -69,11 +70,13 @@ def states(pid: int) -> list[int]:
 
 
 def owned(pid: int) -> list[Tcp]:
-    """The sockets of IPv4 of a process, of TCP and UDP."""
+    """The sockets of a process, of TCP and UDP; an IPv4 address may be that of IPv6 for it."""
     targets = procfs.descriptors(pid).values()
     inodes = {int(target[8:-1]) for target in targets if target.startswith("socket:")}
-    protocols = (socket.IPPROTO_TCP, socket.IPPROTO_UDP)
-    found = (sock for each in protocols for sock in _ask(_ALL, 0xFFFFFFFF, _ANY, protocol=each))
+    kinds = itertools.product(
+        (socket.AF_INET, socket.AF_INET6), (socket.IPPROTO_TCP, socket.IPPROTO_UDP)
+    )
+    found = (sock for kind in kinds for sock in _ask(_ALL, 0xFFFFFFFF, _ANY, *kind))
     return [sock for sock in found if sock.inode in inodes]
 
 
