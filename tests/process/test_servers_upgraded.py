@@ -90,6 +90,7 @@ def mapped_by(pid: int) -> int:
     return int(line.split()[4])
 
 
+@pytest.mark.usefixtures("keeping")
 def test_the_workers_of_both_masters_read_one_table(
     site: Site, spare: tuple[str, int], table_of: Callable[[int], ServerTable]
 ) -> None:
@@ -116,6 +117,7 @@ def test_the_workers_of_both_masters_read_one_table(
     site.stop()
 
 
+@pytest.mark.usefixtures("keeping")
 def test_seats_of_a_group_that_goes_are_kept_while_an_old_master_reads_them(
     site: Site, spare: tuple[str, int], table_of: Callable[[int], ServerTable]
 ) -> None:

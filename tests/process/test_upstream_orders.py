@@ -236,6 +236,7 @@ def test_an_order_outlives_its_server_and_holds_when_that_comes_back(it: Grouped
     assert it.seen(12) == {*it.servers}
 
 
+@pytest.mark.usefixtures("keeping")
 def test_orders_survive_an_upgrade_and_reach_old_sessions(it: Grouped) -> None:
     it.start()
     drained, cut, _ = it.servers
