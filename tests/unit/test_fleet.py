@@ -67,6 +67,40 @@ def test_who_could_not_be_told_is_told_again_in_time_however_long_a_worker_may_h
     theirs.close()
 
 
+def test_what_is_held_is_counted_again_when_no_session_is_on_its_way(fleet: Fleet) -> None:
+    """A worker dies while a session of another one is between two workers.
+
+    *Result*: what the dead one held is free at once; what the session holds is not known then, but
+    in the end. While sessions of a dead one look for a worker, nothing of it is free.
+    """
+    row, gate = fleet.ledger.row("a"), fleet._gate
+    ours, theirs = channel_pair()
+    tables = WorkerTables(fleet.ledger.open(), Holdings(), fleet.keeper.open())
+    fleet._retiring.append(WorkerProcess(0, os.getpid(), tables, ours, 0.0))
+    dead = Holdings()
+    with gate:
+        for mine in (tables.holdings, dead):
+            gate.hold(mine, row, 0)
+    fleet._must_recount = True
+    fleet.is_adopting = lambda: True
+    fleet._recount()
+    assert gate.sessions(row) == 2
+    fleet.is_adopting, fleet.is_amid_moves = lambda: False, lambda: True
+    for place in (0, row):
+        tables.holdings.rows[place] -= 1
+    fleet._recount()
+    assert (gate.sessions(row), fleet.must_recount) == (0, True)
+    for place in (0, row):
+        tables.holdings.rows[place] += 1
+    fleet._recount()
+    assert gate.sessions(row) == 0
+    fleet.is_amid_moves = lambda: False
+    fleet._recount()
+    assert (gate.sessions(row), fleet.must_recount) == (1, False)
+    ours.close()
+    theirs.close()
+
+
 def test_a_worker_that_is_told_again_what_it_refused_has_time_to_answer() -> None:
     """It may take long over thousands of rules, and the master has more turns meanwhile.
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forwarder.cli.status import as_bytes, as_duration, as_text
+from forwarder.cli.status import as_bytes, as_duration, as_text, moved_as_text
 from forwarder.stats.board import ROWS
 from forwarder.stats.ledger import Ledger
 from forwarder.stats.reasons import REASONS, CloseReason, Phase, Who
@@ -17,6 +17,8 @@ from forwarder.stats.rows import (
     CONNECT_BUCKETS,
     CONNECT_MS,
     ENDS,
+    MOVED_IN,
+    MOVED_OUT,
     SESSIONS,
     SESSIONS_TOTAL,
     WORDS,
@@ -63,6 +65,26 @@ def test_what_was_counted_outlives_workers_and_what_was_open_does_not(
         lost = {"us/error": total[name] - still_open} if total[name] > still_open else {}
         assert found["ends"] == lost
     ledger.end()
+
+
+def test_sessions_between_two_workers_are_open_and_lost_ones_have_ended(ledger: Ledger) -> None:
+    """A worker gives three of five up, dies, and two of the three find another one."""
+    giver, taker = ledger.open(), ledger.open()
+    row = giver.row(ledger.row("a"))
+    row[SESSIONS_TOTAL], row[SESSIONS], row[MOVED_OUT] = 5, 2, 3
+    ledger.afloat = lambda: {"a": 3}
+    assert ledger.totals_now()["sessions"] == ledger.rule("a")["sessions"] == 5
+    ledger.close(giver)
+    assert ledger.rule("a")["sessions"] == 3
+    assert ledger.forget([]) == []
+    ledger.afloat = dict
+    row = taker.row(ledger.row("a"))
+    row[SESSIONS] = row[MOVED_IN] = 2
+    ledger.lose("a", 1)
+    found, totals = ledger.rule("a"), ledger.totals_now()
+    assert found["sessions"] == totals["sessions"] == ledger.sessions(taker) == 2
+    assert found["ends"] == {"us/error": 3}
+    assert found["moved_in"] == found["moved_out"] == totals["moved_in"] == 3
 
 
 def test_bytes_outlive_the_worker_that_moved_them(ledger: Ledger) -> None:
@@ -257,3 +279,20 @@ def test_no_two_have_one_row_but_the_shared_one(steps: list[tuple[str, str, int]
     while len(own) < 3:  # nothing is lost: all rows can be had
         own.append(rows.of(f"new {len(own)}"))
     assert sorted(own) == [4, 5, 6]
+
+
+def test_moved_sessions_are_in_the_text_of_the_status_if_there_are_some() -> None:
+    assert "moved" not in as_text({"totals": {"moved_in": 0}}, 0.0)[1]
+    assert as_text({"totals": {"moved_in": 1}}, 0.0)[1].endswith(
+        "; 1 session moved to other workers"
+    )
+
+
+def test_what_became_of_an_order_to_move_sessions_is_said_in_full() -> None:
+    assert moved_as_text({"moved": 2, "busy": 0, "back": 0}, 3) == [
+        "2 sessions moved to the worker in slot 3"
+    ]
+    lines = moved_as_text({"moved": 0, "busy": 1, "back": 4}, 3)
+    assert lines[0] == "0 sessions moved to the worker in slot 3"
+    assert lines[1].startswith("1 session cannot be moved yet: ")
+    assert lines[2:] == ["4 sessions stay where they are"]
