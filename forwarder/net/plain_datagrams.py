@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 import struct
+import sys
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -22,6 +23,8 @@ from forwarder.net.datagrams import (
     REPORTED,
     SLOT_BYTES,
     SLOTS,
+    SOL_UDP,
+    UDP_GRO,
 )
 
 if TYPE_CHECKING:
@@ -58,15 +61,20 @@ class PlainBatch:
         self._peers: list[bytes] = []
 
     def prepare(self, sock: socket.SocketType) -> None:
-        """Nothing: this way cannot separate datagrams that the kernel hands over as one."""
+        """Nothing: one by one they come only."""
 
     def receive(self, fd: int) -> int:
-        """Receive what a connected socket has. Returns how many slots were filled."""
+        """Receive what a connected socket has. Returns how many slots were filled.
+
+        A socket that comes from a worker which goes the batched way may hand over several as one.
+        """
         self._slots = []
         with _borrowed(fd) as sock:
-            receive = partial(sock.recv_into, self._view)
-            while len(self._slots) < SLOTS and (count := self._receive(fd, receive)) is not None:
-                self._slots.append(bytes(self._view[:count]))
+            receive = partial(sock.recvmsg_into, [self._view], _CONTROL_BYTES)
+            while len(self._slots) < SLOTS and (found := self._receive(fd, receive)) is not None:
+                content, ancillary = bytes(self._view[: found[0]]), found[1]
+                size = (ancillary and _segment_bytes(ancillary)) or len(content) or 1
+                self._slots += (content[at : at + size] for at in range(0, found[0] or 1, size))
         return len(self._slots)
 
     def _receive(self, fd: int, receive: Callable[[], T]) -> T | None:
@@ -145,6 +153,14 @@ def _send(sock: socket.socket, peer: bytes | None, content: bytes | memoryview) 
     elif local:
         ancillary = [(socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, _PKTINFO6.pack(local, 0))]
     sock.sendmsg([content], ancillary, 0, peers.address_of(peer))
+
+
+def _segment_bytes(ancillary: list[tuple[int, int, bytes]]) -> int:
+    """The size of all datagrams that were received as one but the last; 0: it is one."""
+    for level, kind, content in ancillary:
+        if (level, kind) == (SOL_UDP, UDP_GRO):
+            return int.from_bytes(content, sys.byteorder)
+    return 0
 
 
 def _local(ancillary: list[tuple[int, int, bytes]]) -> bytes:

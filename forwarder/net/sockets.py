@@ -451,8 +451,12 @@ def end_for_all(sock: socket.SocketType) -> None:
     """Close a socket, and end its connection as close(2) does where nobody else has it.
 
     By RST if :func:`set_abort_on_close` was called, or if something was not read. Others that have
-    it have to close it as well, but its peer does not wait for that: it gets FIN or RST now.
+    it have to close it as well, but its peer does not wait for that: it gets FIN or RST now. One
+    for datagrams is only closed: without its peer it would take the datagrams of others.
     """
+    if sock.type == socket.SOCK_DGRAM:
+        sock.close()
+        return
     try:
         linger = sock.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, len(_LINGER_ABORT))
         if linger != _LINGER_ABORT and not _has_unread(sock):
