@@ -45,8 +45,9 @@ if TYPE_CHECKING:
     from forwarder.config.model import Settings
     from forwarder.limits.admission import Admission
     from forwarder.limits.gate import Holder
-    from forwarder.net.sockets import SockAddr
+    from forwarder.net.sockets import SockAddr, Target
     from forwarder.relay.session import Session
+    from forwarder.relay.udp.client_flow import Adopter
     from forwarder.stats.rows import Row
     from forwarder.system.loop import Loop
     from forwarder.upstream.pool import Pool
@@ -90,6 +91,8 @@ class Relay:
         self.pauses = Pauses(loop, lambda: len(self.sessions))
         # How many UDP listeners are on the IPv6 wildcard, by port.
         self.wildcard_ports: Counter[int] = Counter()
+        # Those that receive, by the address that they are bound to.
+        self.udp_listeners: dict[Target, list[Adopter]] = {}
         bench.batch.on_report = self._on_report
 
     # -- new sessions

@@ -17,16 +17,16 @@ from forwarder.limits.admission import client_host
 from forwarder.limits.gate import Busy
 from forwarder.net import many, peers, sockets, udp
 from forwarder.net.datagrams import SLOTS
-from forwarder.net.sockets import Target
 from forwarder.relay import pauses
 from forwarder.relay.access import Decision
 from forwarder.relay.poller import READABLE, WRITABLE
 from forwarder.relay.udp.answers import flow_class
+from forwarder.relay.udp.client_flow import local_of
 from forwarder.stats.reasons import CloseReason, Phase, Who
 from forwarder.system.printable import field
 
 if TYPE_CHECKING:
-    from forwarder.net.sockets import IpSockAddr
+    from forwarder.net.sockets import IpSockAddr, Target
     from forwarder.relay.access import AccessList
     from forwarder.relay.relay import Relay
     from forwarder.relay.udp.client_flow import UdpFlow
@@ -53,7 +53,6 @@ class UdpListener:
 
     __slots__ = (
         "_blocked",
-        "_bound",
         "_flows",
         "_is_flat",
         "_is_on_wildcard",
@@ -68,6 +67,7 @@ class UdpListener:
         "_strays_to",
         "_timer",
         "access",
+        "bound",
         "pool",
         "sock",
     )
@@ -87,7 +87,7 @@ class UdpListener:
         self.sock = sock
         self._loop = loop
         self._timer: Timer | None = None  # while the poller does not take it
-        self._bound = sockets.bound_to(sock)  # flows outlive the socket
+        self.bound = sockets.bound_to(sock)  # flows outlive the socket
         self.pool = pool
         self.access = access
         self._relay = relay
@@ -106,8 +106,9 @@ class UdpListener:
 
     def start(self) -> None:
         """Begin to receive."""
+        self._relay.udp_listeners.setdefault(self.bound, []).append(self)
         if self._is_on_wildcard and self.sock.family == socket.AF_INET6:
-            self._relay.wildcard_ports[self._bound.port] += 1
+            self._relay.wildcard_ports[self.bound.port] += 1
         self._watch()
 
     def _watch(self) -> None:
@@ -122,12 +123,16 @@ class UdpListener:
     def stop(self) -> None:
         """Take what is queued, then no more; flows settle now, or end. The socket stays open."""
         self._receive(self.sock.fileno(), _LAST_BATCHES)
+        beside = self._relay.udp_listeners[self.bound]
+        beside.remove(self)
+        if not beside:
+            del self._relay.udp_listeners[self.bound]
         if self._timer is None:
             self._relay.poller.unregister(self.sock.fileno())
         else:
             self._timer.cancel()
         if self._is_on_wildcard and self.sock.family == socket.AF_INET6:
-            self._relay.wildcard_ports[self._bound.port] -= 1
+            self._relay.wildcard_ports[self.bound.port] -= 1
         for flow in tuple(self._flows.values()):
             if not flow.is_settled:
                 self._ripe.add(flow)
@@ -161,11 +166,20 @@ class UdpListener:
 
     def local(self, peer: bytes) -> Target:
         """The address of ours that a client uses."""
-        host = peers.local_host(peer)
-        return self._bound if host is None else Target(self._bound.family, (host, self._bound.port))
+        return local_of(self.bound, peer)
+
+    def adopt(self, flow: UdpFlow) -> None:
+        """A settled flow of a client of our address has come from another worker.
+
+        What may still come through our socket is its; if there is another flow of that client here,
+        which was so before, that one's.
+        """
+        flow.listener = self
+        self._flows.setdefault(flow.peer, flow)
+        self._settled += 1
 
     def forget(self, flow: UdpFlow) -> None:
-        """A flow of ours has ended."""
+        """A flow of ours has ended, or goes on in another worker."""
         if self._flows.get(flow.peer) is flow:
             del self._flows[flow.peer]
         self._blocked.pop(flow.u2c, None)
@@ -260,8 +274,8 @@ class UdpListener:
         return many.is_copied(peer[self._name_bytes :] or self._bound_host())
 
     def _bound_host(self) -> bytes:
-        host = str(self._bound.sockaddr[0]).partition("%")[0]
-        return socket.inet_pton(self._bound.family, host)
+        host = str(self.bound.sockaddr[0]).partition("%")[0]
+        return socket.inet_pton(self.bound.family, host)
 
     def _open(self, peer: bytes) -> UdpFlow | None:
         """Begin a flow; None if the client may not have one, or cannot be answered."""
@@ -273,7 +287,7 @@ class UdpListener:
             self._relay.books.on_refused(self.pool, address, lambda: self.local(peer), decision)
             return None
         if self.pool is not self._own:
-            self.pool = self._own = self.pool.at_port(self._bound.port)
+            self.pool = self._own = self.pool.at_port(self.bound.port)
         relay = self._relay
         held_as = None
         if relay.admissions and self.pool.row in relay.admissions:
@@ -294,7 +308,7 @@ class UdpListener:
 
     def _is_ours(self, peer: bytes, address: IpSockAddr) -> bool:
         """Whether a datagram claims to come from where it went: its answer would, too."""
-        if address[1] != self._bound.port:
+        if address[1] != self.bound.port:
             return False
         return str(self.local(peer).sockaddr[0]).partition("%")[0] == address[0]
 
@@ -330,7 +344,7 @@ class UdpListener:
             return None
         try:
             how = self.pool.client_how(self.sock.family)
-            shuns = not self._is_on_wildcard and self._relay.wildcard_ports[self._bound.port] > 0
+            shuns = not self._is_on_wildcard and self._relay.wildcard_ports[self.bound.port] > 0
             own = udp.flow_socket(self.sock, flow.peer, how, shuns_wildcard=shuns)
         except OSError as err:
             self._on_unsettled(err)

@@ -56,6 +56,7 @@ PURE = {
     "supervision.policy",
     "relay.wheel",
     "connlog.record",
+    "relay.moving.flow_state",
     "relay.moving.parcel",
     "relay.moving.terms",
     "relay.udp.framing",

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import socket
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from forwarder.net.sockets import Target
@@ -89,3 +90,13 @@ def restore(session: Session, parcel: Parcel) -> None:
     session.connected_at = parcel.connected_at
     session.active_at = parcel.active_at
     session.deadline = parcel.deadline
+
+
+def socket_of(fd: int, kind: int) -> socket.SocketType:
+    """A socket of a descriptor, which it owns. Raises OSError, or ValueError for another kind."""
+    sock = socket.SocketType(fileno=fd)
+    if sock.type != kind:
+        sock.detach()
+        raise ValueError("not a socket of this kind")
+    sock.setblocking(False)
+    return sock

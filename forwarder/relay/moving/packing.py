@@ -7,10 +7,13 @@ import os
 from typing import TYPE_CHECKING, Any, Final
 
 from forwarder.ipc.consignment import MAX_SESSION_FDS, MAX_SESSIONS, Consignment
+from forwarder.relay.moving.flows import Bridges, Flows
 from forwarder.relay.moving.kinds import common
 from forwarder.relay.moving.parcel import Parcel
 from forwarder.relay.moving.streams import Streams
 from forwarder.relay.tcp.stream import Stream
+from forwarder.relay.udp.answers import FLOW_CLASSES
+from forwarder.relay.udp.bridge import Bridge
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,7 +27,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-KINDS: Final[Mapping[type, Kind[Any]]] = {Stream: Streams()}
+KINDS: Final[Mapping[type, Kind[Any]]] = {
+    Stream: Streams(),
+    Bridge: Bridges(),
+    **dict.fromkeys(FLOW_CLASSES, Flows()),
+}
 """By the class of a session. One that is not here ends where it is."""
 
 

@@ -151,11 +151,11 @@ class Parcel:
             kind=read(given, "kind", ""),
             id=read(given, "id", 0),
             terms=read(given, "terms", 0),
-            client=_address(given.get("client")),
+            client=read_address(given.get("client")),
             state=read(given, "state", ""),
             offset=read(given, "offset", 0),
             family=read(given, "family", 0),
-            target=_address(given["target"]) if "target" in given else None,
+            target=read_address(given["target"]) if "target" in given else None,
             started_at=read(given, "started_at", 0.0),
             connected_at=read(given, "connected_at", 0.0),
             active_at=read(given, "active_at", 0.0),
@@ -207,8 +207,8 @@ def _mapping(content: object) -> Json:
     return content
 
 
-def _address(content: object) -> SockAddr:
-    """A socket address, of which JSON makes a list."""
+def read_address(content: object) -> SockAddr:
+    """A socket address, of which JSON makes a list. Raises ValueError for nonsense."""
     match content:
         case str():
             return content

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from forwarder.ipc.channel import read_memory_file, to_memory_file
 from forwarder.net.pipes import Pipe
-from forwarder.relay.moving.kinds import Load, restore
+from forwarder.relay.moving.kinds import Load, restore, socket_of
 from forwarder.relay.moving.parcel import FILE, PIPE, Way, read
 from forwarder.relay.poller import ALWAYS, READABLE
 from forwarder.relay.session import SessionState
@@ -97,7 +97,7 @@ class Streams:
         try:
             rest = iter(fds[2:])
             waiting = [_waiting(way, rest, spent) for way in (parcel.c2u, parcel.u2c)]
-            socks += map(_stream_socket, fds[:2])
+            socks += (socket_of(fd, socket.SOCK_STREAM) for fd in fds[:2])
             session = Stream(relay, pool, socks[0], parcel.client)
             restore(session, parcel)
             session.upstream = session.c2u.dst = session.u2c.src = socks[1]
@@ -159,16 +159,6 @@ def _waiting(way: Way, fds: Iterator[int], spent: list[int]) -> Pipe | bytes | N
         spent.append(next(fds))
         return read_memory_file(spent[-1], _MOST_BYTES)
     return None
-
-
-def _stream_socket(fd: int) -> socket.SocketType:
-    """A socket of a descriptor, which it owns. Raises OSError or ValueError."""
-    sock = socket.SocketType(fileno=fd)
-    if sock.type != socket.SOCK_STREAM:
-        sock.detach()
-        raise ValueError("not a stream socket")
-    sock.setblocking(False)
-    return sock
 
 
 def _set_out(session: Stream, parcel: Parcel) -> None:

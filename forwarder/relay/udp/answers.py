@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final
 from forwarder.config.model import Answers, Protocol
 from forwarder.net import peers, udp
 from forwarder.net.datagrams import SLOTS, Destination
+from forwarder.relay.moving.parcel import read
 from forwarder.relay.poller import BROKEN
 from forwarder.relay.udp.client_flow import UdpFlow, UdpToTcpFlow
 from forwarder.relay.udp.directions import (
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
     from forwarder.config.model import Rule
     from forwarder.net.sockets import SockAddr, Target
+    from forwarder.relay.moving.parcel import Json
     from forwarder.relay.udp.client_flow import Receiver
     from forwarder.relay.udp.flow import UdpHome
     from forwarder.relay.workbench import Workbench
@@ -73,6 +75,12 @@ class _OneAnswer(UdpFlow):
     ) -> None:
         self.unanswered = 0
         super().__init__(relay, listener, peer, client_address)
+
+    def traits(self) -> dict[str, object]:
+        return {"unanswered": self.unanswered}
+
+    def take_traits(self, content: Json) -> None:
+        self.unanswered = read(content, "unanswered", 0)
 
     def has_ended(self) -> bool:
         """Whether all is answered; if so, it has ended."""
@@ -197,6 +205,8 @@ class _AnyPortFlow(UdpFlow):
 
     def to_upstream(self, upstream: socket.SocketType, target: Target) -> Destination:
         """Each datagram is sent there, until the port that answers is known."""
+        if self.is_found:
+            return super().to_upstream(upstream, target)
         address = target.sockaddr
         assert not isinstance(address, str)  # noqa: S101 - not of UDP
         return Destination(upstream.fileno(), peers.pack(target.family, address))
@@ -219,6 +229,16 @@ class _AnyPortFlow(UdpFlow):
         if self.c2u.trial is not None:
             self.on_answer()
         return True
+
+    def traits(self) -> dict[str, object]:
+        """From which port it is answered, and what that means."""
+        return {"answerer": self.u2c.answerer.hex(), "is_pure": self.u2c.is_pure}
+
+    def take_traits(self, content: Json) -> None:
+        """The same."""
+        self.u2c.answerer = bytes.fromhex(read(content, "answerer", ""))
+        self.u2c.is_pure = read(content, "is_pure", False)
+        self.is_found = bool(self.u2c.answerer)
 
 
 class _FirstAnswer(DatagramDirection):
@@ -280,3 +300,7 @@ class _FirstAnswer(DatagramDirection):
         if target is None or not peers.is_answerable(peer):
             return False
         return peers.is_from(peer, str(target.sockaddr[0]))
+
+
+FLOW_CLASSES: Final = (UdpFlow, UdpToTcpFlow, _OneAnswerFlow, _OneAnswerToTcpFlow, _AnyPortFlow)
+"""All that :func:`flow_class` may give."""

@@ -6,7 +6,7 @@ A flow begins without a socket of its own: the listener hands it what the client
 leave through the listener's socket. With the second datagram it *settles*: it gets a socket that
 is bound to the listener's address and connected to the client, to which the kernel gives everything
 from then on (see ``net.udp``). So one question and its answer cost one socket, and whatever lasts
-stays with its worker through resizes, reloads and upgrades.
+goes on through resizes, reloads and upgrades, in this worker or in another one (``moving.flows``).
 
 How many flows settle is bounded, because on a wildcard and on an IPv6 address the kernel looks
 through all sockets of the address when a datagram of an unknown client comes (Linux 6.18, loopback:
@@ -19,8 +19,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from forwarder.net import sockets
+from forwarder.net import peers, sockets
 from forwarder.net.datagrams import Destination
+from forwarder.net.sockets import Target
 from forwarder.relay.poller import EDGE_IN, READABLE, WRITABLE
 from forwarder.relay.session import SessionState
 from forwarder.relay.udp.directions import DatagramDirection, DatagramToStream, StreamToDatagram
@@ -30,17 +31,25 @@ from forwarder.stats.reasons import CloseReason, Phase, Who
 if TYPE_CHECKING:
     import socket
 
-    from forwarder.net.sockets import SockAddr, Target
+    from forwarder.net.sockets import SockAddr
+    from forwarder.relay.moving.parcel import Json
     from forwarder.relay.udp.directions import FlowDirection
     from forwarder.relay.udp.flow import UdpHome
     from forwarder.upstream.pool import Pool
 
 
 class Receiver(Protocol):
-    """The listener of a flow, which outlives no flow that is not settled."""
+    """The listener of a flow, which outlives no flow that is not settled.
+
+    ``bound`` is the address that it is bound to.
+    """
 
     pool: Pool
-    sock: socket.socket
+    bound: Target
+
+    @property
+    def sock(self) -> socket.SocketType:
+        """What answers leave through."""
 
     def local(self, peer: bytes) -> Target:
         """The address of ours that a client uses."""
@@ -52,7 +61,46 @@ class Receiver(Protocol):
         """Call ``direction.resume`` when the listener's socket takes more."""
 
     def forget(self, flow: UdpFlow) -> None:
-        """One of its flows has ended."""
+        """One of its flows has ended, or goes on in another worker."""
+
+
+class Adopter(Receiver, Protocol):
+    """A listener that also takes settled flows that come from another worker."""
+
+    def adopt(self, flow: UdpFlow) -> None:
+        """A flow of a client of its address is one of its flows from now on."""
+
+
+class StandIn:
+    """A listener in name only: of a settled flow whose own one was in another worker."""
+
+    __slots__ = ("bound", "pool", "sock")
+
+    def __init__(self, pool: Pool, bound: Target, client: socket.SocketType) -> None:
+        """``client`` is the flow's own socket."""
+        self.pool = pool
+        self.bound = bound
+        self.sock = client
+
+    def local(self, peer: bytes) -> Target:
+        """The address of ours that a client uses."""
+        return local_of(self.bound, peer)
+
+    def answer_to(self, peer: bytes) -> bytes:
+        """As there; no answer leaves this way."""
+        return peer
+
+    def resume_when_writable(self, direction: FlowDirection) -> None:
+        """As there; nothing waits for this."""
+
+    def forget(self, flow: UdpFlow) -> None:
+        """As there."""
+
+
+def local_of(bound: Target, peer: bytes) -> Target:
+    """The address of ours that a client of a listener uses, which is bound to ``bound``."""
+    host = peers.local_host(peer)
+    return bound if host is None else Target(bound.family, (host, bound.port))
 
 
 class UdpFlow(Flow):
@@ -132,6 +180,13 @@ class UdpFlow(Flow):
         """How datagrams are sent to ``target``."""
         del target
         return Destination(upstream.fileno())
+
+    def traits(self) -> dict[str, object]:
+        """What only flows of its class know, for another worker."""
+        return {}
+
+    def take_traits(self, content: Json) -> None:
+        """Have what :meth:`traits` of the same flow has given. Raises ValueError for nonsense."""
 
     def on_blocked(self, direction: FlowDirection) -> None:
         """``direction``, to a UDP socket, waits until that takes more; it may be the listener's."""

@@ -157,6 +157,15 @@ class FlowDirection:
         """How many whole datagrams would be lost if the flow ended now."""
         return 0
 
+    @property
+    def held(self) -> list[bytes]:
+        """What was read and not sent: datagrams, or the bytes for a stream in one piece."""
+        raise NotImplementedError
+
+    def hold(self, pieces: list[bytes]) -> None:
+        """Have :attr:`held` of the same direction in another worker; it is sent when asked for."""
+        raise NotImplementedError
+
     def yield_turn(self) -> None:
         """Let the others go on, then continue here."""
         if not self.is_queued:
@@ -284,6 +293,15 @@ class DatagramDirection(FromDatagrams):
         """How many datagrams would be lost if the flow ended now."""
         return len(self.pending or ())
 
+    @property
+    def held(self) -> list[bytes]:
+        """As there."""
+        return [*(self.pending or ())]
+
+    def hold(self, pieces: list[bytes]) -> None:
+        """As there."""
+        self.pending = deque(pieces) if pieces else None
+
 
 class Taker(Protocol):
     """A stream socket, as far as datagrams are written to it; never blocks."""
@@ -306,9 +324,13 @@ class DatagramToStream(FromDatagrams):
 
     def open(self, dst: Taker) -> None:
         """Send to ``dst`` from now on, what is pending first."""
+        self.lead_to(dst)
+        self.resume()
+
+    def lead_to(self, dst: Taker) -> None:
+        """The same, but what is pending is sent when ``dst`` is reported to take it."""
         self._dst = dst
         self._unsent = 0
-        self.resume()
 
     def deliver(self, first: int, last: int) -> bool:
         """Send slots on, or keep them while it is blocked; what is too much is dropped."""
@@ -363,17 +385,26 @@ class DatagramToStream(FromDatagrams):
         """As above; those that are in the stream in part are not counted."""
         return self._unsent
 
+    @property
+    def held(self) -> list[bytes]:
+        """As there."""
+        return [bytes(self._pending)] if self._pending else []
+
+    def hold(self, pieces: list[bytes]) -> None:
+        """As there."""
+        self._pending += b"".join(pieces)
+
 
 class StreamToDatagram(FlowDirection):
     """A stream to datagrams: each read is one, or each frame."""
 
-    __slots__ = ("_decoder", "_pending", "is_ended", "to")
+    __slots__ = ("_pending", "decoder", "is_ended", "to")
 
     def __init__(self, bench: Workbench, flow: Owner, how: Framing) -> None:
         super().__init__(bench, flow)
         self.to = Destination()
         self.is_ended = False
-        self._decoder = framing.decoder(how)
+        self.decoder = framing.decoder(how)
         self._pending: deque[bytes] = deque()
 
     def move(self, mask: int, room: int = UNLIMITED) -> None:
@@ -396,7 +427,7 @@ class StreamToDatagram(FlowDirection):
                 self._end()
                 return
             self.moved += count
-            self._pending.extend(self._decoder.feed(view[:count]))
+            self._pending.extend(self.decoder.feed(view[:count]))
             if not self._send():
                 return
             room -= count
@@ -416,7 +447,7 @@ class StreamToDatagram(FlowDirection):
     def _end(self) -> None:
         """The stream has ended; a frame that was cut off goes with it."""
         self.is_ended = True
-        if self._decoder.is_inside_frame:
+        if self.decoder.rest:
             self.flow.drop(1)
         if not self._pending:
             self.flow.on_stream_ended()
@@ -443,6 +474,15 @@ class StreamToDatagram(FlowDirection):
     def waiting(self) -> int:
         """How many datagrams would be lost if the flow ended now."""
         return len(self._pending)
+
+    @property
+    def held(self) -> list[bytes]:
+        """As there."""
+        return [*self._pending]
+
+    def hold(self, pieces: list[bytes]) -> None:
+        """As there."""
+        self._pending.extend(pieces)
 
 
 def _send_all(direction: DatagramDirection | StreamToDatagram, pending: deque[bytes]) -> bool:

@@ -61,10 +61,11 @@ class UdpHome(Home, Protocol):
 class Flow(Session):
     """One flow. Owns its sockets from when they are set until it has ended.
 
-    ``c2u`` and ``u2c`` are made by the subclass.
+    ``c2u`` and ``u2c`` are made by the subclass. ``is_shared``: another process may have the
+    sockets, too, as this has come from there.
     """
 
-    __slots__ = ("client", "has_waited", "refusal")
+    __slots__ = ("client", "has_waited", "is_shared", "refusal")
 
     is_answered = False
     relay: UdpHome
@@ -76,6 +77,7 @@ class Flow(Session):
         self.client: socket.SocketType | None = None
         self.has_waited = False  # for a descriptor or a port, since it began to connect
         self.refusal = 0  # errno reported of the upstream, until it is handled
+        self.is_shared = False
         relay.sessions[self] = None
 
     def join(self, c2u: FlowDirection, u2c: FlowDirection) -> None:
@@ -114,7 +116,7 @@ class Flow(Session):
             self.dialer.on_turn()
         elif self.state is _OPEN and self.refusal:
             self._on_refused()
-        elif self.state is _OPEN and self._is_detached and self.c2u.holds_data:
+        elif self.state is _OPEN and self.is_detached and self.c2u.holds_data:
             self._go_elsewhere()
 
     def on_open(self) -> None:
@@ -245,7 +247,7 @@ class Flow(Session):
         And one that refuses, if there is another one now, with what it has not answered.
         """
         target = self.target
-        if self.state is not _OPEN or target is None or self._is_detached:
+        if self.state is not _OPEN or target is None or self.is_detached:
             return
         pool, trial = self.pool, self.c2u.trial
         if not pool.rule.protocol.connects_by_udp:
@@ -268,7 +270,7 @@ class Flow(Session):
         is_used = server in balancer.servers and usable >> server.index & 1
         if not usable or is_used:  # the latter: there are too few others
             return
-        if self.pool.rule.protocol.connects_by_udp and not self._is_detached:
+        if self.pool.rule.protocol.connects_by_udp and not self.is_detached:
             self.move_on(deque())
 
     def _go_elsewhere(self) -> None:
@@ -287,7 +289,7 @@ class Flow(Session):
             return
         self.refusal = 0  # it is not that of the next one
         self.relay.flows.ports.give(self.pool)
-        self.relay.poller.release(upstream)
+        self._release(upstream)
         self.upstream = self.u2c.src = None
         spent = self._spent(pool)
         if server is not None:
@@ -313,7 +315,8 @@ class Flow(Session):
         return 1 << server.index
 
     @property
-    def _is_detached(self) -> bool:
+    def is_detached(self) -> bool:
+        """Whether it takes another upstream as soon as there is something to send to it."""
         c2u = self.c2u
         return isinstance(c2u, _BY_UDP) and c2u.to.fd < 0
 
@@ -329,7 +332,7 @@ class Flow(Session):
 
     def on_blocked(self, direction: FlowDirection) -> None:
         """``direction``, to a UDP socket, waits until that takes more or there is another one."""
-        if direction is self.c2u and self._is_detached:
+        if direction is self.c2u and self.is_detached:
             if self.state is _OPEN:
                 self.relay.poller.call_again(self)
             return
@@ -406,8 +409,12 @@ class Flow(Session):
         self.c2u.src = self.u2c.src = None
         for sock in (self.client, self.upstream):
             if sock is not None:
-                relay.poller.release(sock)
+                self._release(sock)
         relay.poller.defer(self.unlink)
+
+    def _release(self, sock: socket.SocketType) -> None:
+        poller = self.relay.poller
+        (poller.release_shared if self.is_shared else poller.release)(sock)
 
     def abort(self, reason: CloseReason) -> None:
         """End; a stream on one side is reset: no clean end for one that was cut."""

@@ -33,11 +33,12 @@ class Evictable(Protocol):
 class FlowTable:
     """Flows, the longest silent first. The caller that adds one keeps ``limit``."""
 
-    __slots__ = ("_flows", "limit")
+    __slots__ = ("_flows", "_is_mixed", "limit")
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._flows: OrderedDict[Evictable, None] = OrderedDict()
+        self._is_mixed = False  # sorted when it matters, not for each flow that comes
 
     def __len__(self) -> int:
         return len(self._flows)
@@ -46,11 +47,18 @@ class FlowTable:
         """Add a flow that was active just now."""
         self._flows[flow] = None
 
+    def mix(self) -> None:
+        """One that was added just now has not been active since then, but before others here."""
+        self._is_mixed = True
+
     def touch(self, flow: Evictable) -> None:
         """A flow that is here was active just now."""
         self._flows.move_to_end(flow)
 
     def __iter__(self) -> Iterator[Evictable]:
+        if self._is_mixed:
+            self._is_mixed = False
+            self._flows = OrderedDict.fromkeys(sorted(self._flows, key=lambda one: one.active_at))
         return iter(self._flows)
 
     def discard(self, flow: Evictable) -> None:
@@ -59,7 +67,7 @@ class FlowTable:
 
     def oldest(self, keep: Evictable | None = None) -> Evictable | None:
         """The flow that has been silent longest, of all but ``keep``."""
-        return next((flow for flow in self._flows if flow is not keep), None)
+        return next((flow for flow in self if flow is not keep), None)
 
 
 def share(limit: int, workers: int) -> int:

@@ -19,8 +19,8 @@ class Decoder(Protocol):
         """Take in what was read. Returns the datagrams that are complete, as copies."""
 
     @property
-    def is_inside_frame(self) -> bool:
-        """Whether the stream must not end here."""
+    def rest(self) -> bytes:
+        """What was taken in of a frame that is not complete; if there is any, no end is due."""
 
 
 def encode(framing: Framing, content: bytes) -> bytes:
@@ -36,7 +36,7 @@ def decoder(framing: Framing) -> Decoder:
 class _Raw:
     __slots__ = ()
 
-    is_inside_frame = False
+    rest = b""
 
     def feed(self, data: memoryview) -> list[bytes]:
         return [bytes(data)]
@@ -51,8 +51,8 @@ class _Length:
         self._kept = bytearray()
 
     @property
-    def is_inside_frame(self) -> bool:
-        return bool(self._kept)
+    def rest(self) -> bytes:
+        return bytes(self._kept)
 
     def feed(self, data: memoryview) -> list[bytes]:
         kept = self._kept

@@ -73,6 +73,11 @@ class Trial:
         while kept and (len(kept) > KEPT or self._bytes > KEPT_BYTES):
             self._bytes -= len(kept.popleft())
 
+    @property
+    def kept(self) -> list[bytes]:
+        """What was sent and not answered."""
+        return [*self._kept]
+
     def take(self) -> deque[bytes]:
         """What was sent and not answered, from here on the caller's."""
         kept, self._kept = self._kept, deque()
