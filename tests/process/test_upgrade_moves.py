@@ -93,16 +93,6 @@ class Various:
             link.close()
 
 
-def wait_alone(site: Site, master: int, workers: int) -> None:
-    """No process is left but this master and its workers, which can be asked what it has."""
-    eventually(
-        lambda: set(members(site.forwarder.pid)) == {master, *procfs.children(master)},
-        lambda: "\n".join(site.forwarder.lines[-20:]),
-    )
-    eventually(lambda: len(procfs.children(master)) == workers)
-    assert site.status()["predecessors"] == []
-
-
 # -- what succeeds
 
 
@@ -114,7 +104,7 @@ def test_all_sessions_live_through_upgrades_and_no_old_process_stays(site: Site)
         load.wait_served(50)
         for _ in range(TIMES):
             new = site.upgrade()
-            wait_alone(site, new, 2)
+            site.wait_alone(new, 2)
             various.go_on()
             load.wait_served(50)
         account = load.stop()
@@ -134,7 +124,7 @@ def test_a_session_is_counted_listed_and_ended_once_wherever_it_is(
     before = sorted(ids(site))
     site.config.write_text(site.text(head=places))
     for _ in range(2):
-        wait_alone(site, site.upgrade(), 2)
+        site.wait_alone(site.upgrade(), 2)
         assert sorted(ids(site)) == before
     totals = site.status()["totals"]
     assert isinstance(totals, dict)
@@ -164,7 +154,7 @@ def test_one_that_is_not_connected_yet_stays_until_it_is(site: Site) -> None:
             with accept(clogged.listener) as upstream:
                 link = Link(client, upstream)
                 assert_alive(link)
-                wait_alone(site, new, 1)
+                site.wait_alone(new, 1)
                 assert_alive(link)
         site.stop()
 
@@ -231,7 +221,7 @@ def test_a_worker_that_is_killed_loses_no_session_on_its_way_to_it(
     links = [site.link() for _ in range(6)]
     fatal.set(*WORKER_OF_THE_SUCCESSOR[where])
     new = site.upgrade()
-    wait_alone(site, new, 1)
+    site.wait_alone(new, 1)
     assert fatal.has_happened
     for link in links:
         assert owner(procfs.children(new), link.client)
@@ -248,7 +238,7 @@ def test_a_kill_in_the_old_one_loses_no_session(site: Site, fatal: Fatal, where:
     links = [site.link() for _ in range(6)]
     fatal.unset()
     new = site.upgrade()
-    wait_alone(site, new, 1)
+    site.wait_alone(new, 1)
     assert fatal.has_happened
     for link in links:
         assert owner(procfs.children(new), link.client)
@@ -268,7 +258,7 @@ def test_sessions_of_another_version_end_where_they_are(site: Site) -> None:
     for link in links:
         assert_alive(link)
         link.close()
-    wait_alone(site, new, 1)
+    site.wait_alone(new, 1)
     assert len(site.forwarder.trouble()) == 1
     site.stop()
 

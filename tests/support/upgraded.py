@@ -8,6 +8,7 @@ import signal
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
+from support import procfs
 from support.configured import rule
 from support.control import ask
 from support.ends import Link, accept, carry, connect, listen
@@ -136,6 +137,15 @@ class Site:
     def wait_gone(self, pid: int) -> None:
         """Wait until that process has ended."""
         eventually(lambda: not is_running(pid), lambda: "\n".join(self.forwarder.lines[-20:]))
+
+    def wait_alone(self, master: int, workers: int) -> None:
+        """No process is left but this master and its workers, which can be asked what it has."""
+        eventually(
+            lambda: set(members(self.forwarder.pid)) == {master, *procfs.children(master)},
+            lambda: "\n".join(self.forwarder.lines[-20:]),
+        )
+        eventually(lambda: len(procfs.children(master)) == workers)
+        assert self.status()["predecessors"] == []
 
     def stop(self) -> None:
         """Stop the master that the pid file names. Result: nothing is left."""
