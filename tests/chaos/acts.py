@@ -23,6 +23,7 @@ class Deed(Enum):
     BAD_RELOAD = "reload an invalid file"
     RESIZE = "resize"
     UPGRADE = "upgrade"
+    MOVE = "move sessions to another worker"
     KILL_WORKER = "kill a worker"
     STOP_WORKER = "stop a worker for a moment"
     HANG_WORKER = "stop a worker until it is taken for hung"
@@ -66,6 +67,7 @@ WEIGHTS: Final = {
     Deed.BAD_RELOAD: 2,
     Deed.RESIZE: 5,
     Deed.UPGRADE: 3,
+    Deed.MOVE: 3,
     Deed.KILL_WORKER: 5,
     Deed.STOP_WORKER: 2,
     Deed.HANG_WORKER: 1,

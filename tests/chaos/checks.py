@@ -249,9 +249,10 @@ def look_at_endings(
     problems: list[str] = []
     excuses: Counter[str] = Counter()
     few = [event for event in events if event.blow is model.Blow.DESCRIPTORS]
+    masters = [event for event in events if event.blow is model.Blow.MASTER]
     for ending in endings:
         if ending.outcome not in {model.OK, model.TURNED_AWAY}:
-            loss = Loss(ending, ending.number in recognised, few)
+            loss = Loss(ending, ending.number in recognised, few, masters)
             why = model.why_lost(loss, events, abilities)
             if why:
                 excuses[f"{ending.kind}: {why}"] += 1

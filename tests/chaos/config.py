@@ -13,6 +13,7 @@ WORKERS: Final = 3
 MOST_WORKERS: Final = 5  # that a run ever has
 VARIANTS: Final = 6  # of configurations, valid ones and others
 HANG_S: Final = 4
+RULES: Final = ("plain", "group", "metered", "limited", "to unix", "unix", "udp", "udptotcp")
 BASE: Final = 0  # the variant that a run begins and ends with
 
 _HEAD: Final = """\

@@ -26,6 +26,7 @@ NEVER: Final = (WRONG, HUNG)  # nothing excuses these
 
 YOUNG_S: Final = 2.5  # deposit_after and two beats, with time for a busy machine
 NEAR_S: Final = 1.5  # what is under way at an event, datagrams and lines of the log
+TAKEN_S: Final = 3.0  # after which a new master has the sessions of orphans
 GAP_S: Final = 0.5  # many datagrams of a flow
 LINES_S: Final = 2.5  # a worker writes its lines twice a second
 
@@ -114,6 +115,7 @@ class Loss:
     ending: Ending
     recognised: bool = False  # the log says that its worker's death has cost it bytes
     short_of: Sequence[Event] = ()  # when descriptors were few
+    masters: Sequence[Event] = ()  # when masters were killed, until the next one served
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,17 @@ EXCUSES: Final = (
         lambda it, event: (
             _is_held(it.ending, event)
             and any(few.until > it.ending.began and few.since < event.until for few in it.short_of)
+        ),
+    ),
+    # The master that had its deposit is dead, and the next one has not taken its sessions yet.
+    Excuse(
+        Blow.DEATH,
+        lambda it, event: (
+            _is_held(it.ending, event)
+            and any(
+                master.since < event.until and event.since < master.until + TAKEN_S
+                for master in it.masters
+            )
         ),
     ),
     Excuse(Blow.UPSTREAM, lambda it, event: _is_of_upstream(it.ending, event)),

@@ -16,7 +16,7 @@ from support import procfs
 from chaos import config
 from chaos.acts import Act, Deed
 from chaos.model import Blow, Event
-from chaos.place import ChaosError, is_alive, limit_descriptors, wait_until
+from chaos.place import ASK_S, ChaosError, is_alive, limit_descriptors, wait_until
 from chaos.wire import PORTS
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ class Monkey:
             Deed.BAD_RELOAD: self._bad_reload,
             Deed.RESIZE: self._resize,
             Deed.UPGRADE: self._upgrade,
+            Deed.MOVE: self._move,
             Deed.KILL_WORKER: self._kill_worker,
             Deed.STOP_WORKER: self._stop_worker,
             Deed.HANG_WORKER: self._hang_worker,
@@ -93,13 +94,13 @@ class Monkey:
         self._threads.append(thread)
         thread.start()
 
-    def _ask(self, op: str, *, waits: bool, count: str = "") -> None:
+    def _ask(self, op: str, *, waits: bool, **more: object) -> None:
         def ask() -> None:
             try:
-                answer: object = self._place.ask(op, count=count)
+                answer: object = self._place.ask(op, ASK_S, **more)
             except (OSError, ValueError) as err:  # the master was killed, or is stopped
                 answer = repr(err)
-            self.note(f"   {op} {count}: {str(answer)[:200]}")
+            self.note(f"   {op} {more}: {str(answer)[:200]}")
 
         if waits:
             ask()
@@ -146,6 +147,10 @@ class Monkey:
             self._signal(self._master(), signal.SIGUSR2)
         else:
             self._ask("upgrade", waits=act.flag)
+
+    def _move(self, act: Act) -> None:
+        rule = config.RULES[int(act.which * len(config.RULES))]
+        self._ask("move", waits=act.flag, rule=rule, slot=act.size % config.WORKERS)
 
     # -- workers
 

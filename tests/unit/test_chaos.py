@@ -57,6 +57,13 @@ def test_a_session_that_came_while_descriptors_were_few_is_not_deposited() -> No
     assert not model.why_lost(Loss(ending(began=60.0), short_of=[few]), [DEATH], ALL)
 
 
+def test_an_orphan_has_no_deposit_until_the_next_master_has_taken_its_sessions() -> None:
+    killed = Event(Blow.MASTER, since=90.0, until=98.0)
+    assert model.why_lost(Loss(ending(), masters=[killed]), [DEATH], ALL)
+    long_ago = Event(Blow.MASTER, since=80.0, until=81.0)
+    assert not model.why_lost(Loss(ending(), masters=[long_ago]), [DEATH], ALL)
+
+
 @pytest.mark.parametrize("outcome", model.NEVER)
 def test_nothing_excuses_other_bytes_or_a_hang(outcome: str) -> None:
     assert not why(ending(outcome=outcome))
