@@ -162,8 +162,9 @@ class Mover:
             return
         try:
             refused, why = self._take_in(given)
-            self._relay.deposits.flush()  # they outlive this worker from the moment they are here
             answer_taken(channel, number, refused, why)
+            # Not before: what was deposited and not said to be taken would go to two others.
+            self._relay.deposits.flush()
         finally:
             given.close()
 
