@@ -179,7 +179,7 @@ CAUSES: list[tuple[str, str, str, Callable[[Logged], None]]] = [
     ("us/error", "", "", worker_is_killed),
     ("us/limit", 'protocol = "udp"\nmax_flows = 1', "", two_flows),
 ]
-BY_HAND = {"us/connect", "us/accept", "us/shutdown"}  # in tests/relay
+BY_HAND = {"us/connect", "us/accept", "us/shutdown", "us/lost"}  # in tests/relay
 # Where the reason alone does not tell which of rinetd's words it is.
 WORDS: dict[Callable[[Logged], None], str] = {
     client_only_ends: "\tdone-remote-closed",

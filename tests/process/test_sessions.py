@@ -61,7 +61,7 @@ def test_bytes_are_exactly_those_of_the_clients_and_are_never_taken_back(
 
     *Result*: at every look at least as many as before, and in the end exactly as many as moved.
     """
-    it = logged("", top=f'relay = "{relay}"')
+    it = logged("", top=f'relay = "{relay}"\ndeposit_after = 0')
     chance = random.Random(5)
     links = [it.link() for _ in range(8)]
     up = down = seen = 0
