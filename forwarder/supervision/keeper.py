@@ -170,6 +170,10 @@ class Keeper:
         """How many are kept."""
         return sum(one.sessions for one in self._deposits)
 
+    def describe(self) -> dict[str, int]:
+        """What is deposited, as in the status."""
+        return {"deposited": self.sessions, "deposits_refused": self.refused}
+
     def open(self) -> Deposit:
         """For a worker that is about to be forked. Raises OSError."""
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -305,11 +309,12 @@ class Keeper:
         for row, _, _ in parcels:
             used.setdefault(row.terms, len(used))
         described = []
+        counted: Counter[int] = Counter()
         for row, waiting, _ in parcels:
             server, adoptions, is_counted = unpack_server(row.server_and_adoptions)
-            by_row[one.terms[row.terms].row] += 1
+            counted[one.terms[row.terms].row] += 1
             if server:
-                by_row[server] += 1
+                counted[server] += 1
             name = self._server_name(server) if server else None
             described.append(
                 {
@@ -335,8 +340,10 @@ class Keeper:
         }
         fds = [fds for _, _, fds in parcels]
         try:
-            return [Consignment.of(0, content, fds)]
+            made = Consignment.of(0, content, fds)
         except OSError as err:
             log.error("keeper: %d sessions end, as there is no descriptor left: %s", len(fds), err)
             Consignment(0, sessions=list(enumerate(fds))).abort()
             return []
+        by_row.update(counted)
+        return [made]

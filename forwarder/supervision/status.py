@@ -53,7 +53,7 @@ class Status:
             "generation": self._service.generation,
             "uptime_s": round(now - self._started_at, 1),
             "control": self._requests.path,
-            "totals": self._fleet.ledger.totals_now(),
+            "totals": {**self._fleet.ledger.totals_now(), **self._fleet.keeper.describe()},
             "rates": self._fleet.ledger.rates(now),
             "workers": self._fleet.describe(now),
             "helpers": self._checking.helper.describe(now),
