@@ -13,6 +13,7 @@ from forwarder.stats.board import ROWS, Board
 from forwarder.stats.rows import (
     MOVED_IN,
     MOVED_OUT,
+    OWN_SESSIONS,
     SESSIONS,
     WORDS,
     Rows,
@@ -107,8 +108,12 @@ class Ledger:
         return worker_counters(board.row(0))
 
     def sessions(self, board: Board) -> int:
-        """How many sessions one living worker has, as of now; :meth:`worker` lags by a beat."""
+        """How many sessions one living worker has, as of now. Looks at all rules."""
         return sum(board.row(number)[SESSIONS] for number in self._rules.rows.used())
+
+    def recent_sessions(self, board: Board) -> int:
+        """The same as of its last beat, or the last time that sessions came or went by a move."""
+        return board.row(0)[OWN_SESSIONS]
 
     def totals(self) -> dict[str, int]:
         """The counters of all workers."""

@@ -79,6 +79,7 @@ COUNTERS: Final = (
     "moved_in",
     "moved_out",
 )
+OWN_SESSIONS: Final = COUNTERS.index("sessions")
 _STATES: Final = frozenset({"sessions", "pipes_made", "pipes_idle", "pipe_pages"})
 
 

@@ -137,7 +137,7 @@ class Workers:
         return next((it for it in self._fleet.processes() if it.pid == pid), None)
 
     def _taker(self, process: WorkerProcess) -> Taker:
-        sessions = self._fleet.ledger.sessions(process.tables.board)
+        sessions = self._fleet.ledger.recent_sessions(process.tables.board)
         return Taker(process.pid, process.slot, sessions)
 
     def _may_be_told(self, process: WorkerProcess) -> bool:

@@ -17,6 +17,7 @@ from forwarder.relay.listing import Choice
 from forwarder.relay.moving.packing import Packing
 from forwarder.relay.moving.unpacking import Unpacker
 from forwarder.relay.session import SessionState
+from forwarder.stats.rows import OWN_SESSIONS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -47,6 +48,7 @@ class Mover:
         self._pools = pools
         self._cuts = cuts
         self._unpacker = Unpacker(relay, pools, cuts, row_of)
+        self._own_row = row_of(0)
         self._out: Consignment | None = None
         self._out_over: Channel | None = None
 
@@ -74,6 +76,7 @@ class Mover:
             log.debug("moves: nobody hears the answer to %s", op)
         finally:
             received.close()
+            self._own_row[OWN_SESSIONS] = len(self._relay.sessions)  # who gets the next ones
 
     def on_hang_up(self, channel: Channel) -> None:
         """Who has asked over a channel is gone: take back what is out and nobody has claimed."""
