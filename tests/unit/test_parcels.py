@@ -50,7 +50,7 @@ ADDRESSES = st.one_of(
 )
 WAYS = st.builds(
     Way,
-    moved=st.integers(0),
+    moved=COUNTS,
     is_done=st.booleans(),
     is_sink=st.booleans(),
     can_splice=st.booleans(),
@@ -116,6 +116,17 @@ def test_nonsense_in_a_field_is_a_value_error_or_a_value(
     except ValueError:
         return
     assert Parcel.from_json(over_the_wire(found.as_json())) == found
+
+
+@pytest.mark.parametrize("value", [10**400, -1, True, "1", None, [], 2**64])
+def test_a_number_that_is_none_is_a_value_error(value: object) -> None:
+    content = Parcel(kind="", id=1, terms=0, client="", state="").as_json()
+    for key in ("id", "connected_at", "c2u"):
+        if key == "connected_at" and value == -1:
+            continue
+        spoilt = {"moved": value} if key == "c2u" else value
+        with pytest.raises(ValueError):  # noqa: PT011 - whatever is wrong with it
+            Parcel.from_json({**content, key: spoilt})
 
 
 @given(JSON)

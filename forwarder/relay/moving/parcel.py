@@ -7,9 +7,9 @@ is not known is ignored; times are those of CLOCK_MONOTONIC, which all processes
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
     from forwarder.net.sockets import SockAddr
@@ -45,31 +45,12 @@ class Way:
 
     def as_json(self) -> dict[str, object]:
         """What is not the default."""
-        return {key: value for key in _WAY if (value := getattr(self, key)) != _WAY[key]}
+        return _written(self, _WAY)
 
     @classmethod
     def from_json(cls, content: object) -> Way:
         """The same again. Raises ValueError for nonsense."""
-        given = _mapping(content)
-        way = cls(
-            moved=read(given, "moved", 0),
-            is_done=read(given, "is_done", False),
-            is_sink=read(given, "is_sink", False),
-            can_splice=read(given, "can_splice", True),
-            waiting=read(given, "waiting", ""),
-        )
-        if way.moved < 0 or way.waiting not in _DESCRIPTORS:
-            raise ValueError("not a direction")
-        return way
-
-
-_WAY: Final[dict[str, object]] = {
-    "moved": 0,
-    "is_done": False,
-    "is_sink": False,
-    "can_splice": True,
-    "waiting": "",
-}
+        return cls(**_read(content, _WAY_READERS))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,81 +104,88 @@ class Parcel:
 
     def as_json(self) -> dict[str, object]:
         """What is not the default."""
-        content: dict[str, object] = {
-            key: getattr(self, key) for key in ("kind", "id", "terms", "client", "state")
-        }
-        content |= {key: value for key in _PLAIN if (value := getattr(self, key)) != _PLAIN[key]}
+        content = _written(self, _PARCEL)
         if self.deadline == math.inf:
             content["deadline"] = None
-        for key in ("target", "held_as", "ending"):
-            value = getattr(self, key)
-            if value is not None:
-                content[key] = value
         if self.server is not None:
             content["server"] = [self.server.name, self.server.row, self.server.is_counted]
-        content["c2u"] = self.c2u.as_json()
-        content["u2c"] = self.u2c.as_json()
-        if self.more:
-            content["more"] = self.more
+        for key, way in (("c2u", self.c2u), ("u2c", self.u2c)):
+            if key in content:
+                content[key] = way.as_json()
         return content
 
     @classmethod
     def from_json(cls, content: object) -> Parcel:
         """The same again. Raises ValueError for nonsense."""
-        given = _mapping(content)
-        held_as = given.get("held_as")
-        deadline = given.get("deadline", 0.0)
-        parcel = cls(
-            kind=read(given, "kind", ""),
-            id=read(given, "id", 0),
-            terms=read(given, "terms", 0),
-            client=read_address(given.get("client")),
-            state=read(given, "state", ""),
-            offset=read(given, "offset", 0),
-            family=read(given, "family", 0),
-            target=read_address(given["target"]) if "target" in given else None,
-            started_at=read(given, "started_at", 0.0),
-            connected_at=read(given, "connected_at", 0.0),
-            active_at=read(given, "active_at", 0.0),
-            deadline=math.inf if deadline is None else read(given, "deadline", 0.0),
-            held_as=None if held_as is None else read(given, "held_as", 0),
-            server=_server(given.get("server")),
-            cut_at=read(given, "cut_at", 0.0),
-            due_at=read(given, "due_at", 0.0),
-            adoptions=read(given, "adoptions", 0),
-            ending=_ending(given.get("ending")),
-            unsent=read(given, "unsent", 0),
-            c2u=Way.from_json(given.get("c2u", {})),
-            u2c=Way.from_json(given.get("u2c", {})),
-            more=_mapping(given.get("more", {})),
-        )
-        whole = (parcel.id, parcel.terms, parcel.offset, parcel.unsent, parcel.held_as or 0)
-        if min(whole) < 0 or max(whole) >= 2**64:
+        given = _read(content, _PARCEL_READERS)
+        if not given.keys() >= _NEEDED:
             raise ValueError("not a session")
-        return parcel
+        return cls(**given)
 
 
-_PLAIN: Final[dict[str, object]] = {
-    "offset": 0,
-    "family": 0,
-    "started_at": 0.0,
-    "connected_at": 0.0,
-    "active_at": 0.0,
-    "deadline": 0.0,
-    "cut_at": 0.0,
-    "due_at": 0.0,
-    "adoptions": 0,
-    "unsent": 0,
-}
+def _written(value: Parcel | Way, defaults: Mapping[str, object]) -> dict[str, object]:
+    return {
+        key: one for key, default in defaults.items() if (one := getattr(value, key)) != default
+    }
+
+
+def _defaults(kind: type) -> dict[str, object]:
+    """The fields and their defaults; MISSING where there has to be a value."""
+    return {
+        one.name: {} if one.default_factory is dict else one.default  # the only one that there is
+        for one in fields(kind)
+    }
+
+
+_WAY: Final = _defaults(Way)
+_PARCEL: Final = _defaults(Parcel)
+_NEEDED: Final = {key for key, default in _PARCEL.items() if default is MISSING}
+
+
+# -- reading what another process has written
+
+_Reader: TypeAlias = Callable[[object], Any]
+
+
+def _read(content: object, readers: Mapping[str, _Reader]) -> dict[str, Any]:
+    """What is there of what we know. Raises ValueError for nonsense."""
+    given = _mapping(content)
+    return {key: readers[key](value) for key, value in given.items() if key in readers}
 
 
 def read(content: Json, key: str, default: _Value) -> _Value:
     """One value, of the kind of its default. Raises ValueError for another kind."""
     value = content.get(key, default)
-    if type(default) is float and type(value) is int:
-        value = float(value)
-    if type(value) is not type(default) or (type(value) is float and not math.isfinite(value)):
+    if type(default) is float:
+        value = _time(value)
+    if type(value) is not type(default):
         raise ValueError(f"{key} is not what it should be")
+    return value
+
+
+def _count(value: object) -> int:
+    if type(value) is not int or not 0 <= value < 2**64:
+        raise ValueError("not a number")
+    return value
+
+
+def _truth(value: object) -> bool:
+    if type(value) is not bool:
+        raise ValueError("neither true nor false")
+    return value
+
+
+def _text(value: object) -> str:
+    if type(value) is not str:
+        raise ValueError("not a text")
+    return value
+
+
+def _time(value: object) -> float:
+    if type(value) is int and value.bit_length() < 64:
+        return float(value)
+    if type(value) is not float or not math.isfinite(value):
+        raise ValueError("not a time")
     return value
 
 
@@ -219,19 +207,59 @@ def read_address(content: object) -> SockAddr:
     raise ValueError("not an address")
 
 
-def _server(content: object) -> ServerShare | None:
+def _server(content: object) -> ServerShare:
     match content:
-        case None:
-            return None
         case [str(name), int(row), bool(is_counted)]:
             return ServerShare(name=name, row=row, is_counted=is_counted)
     raise ValueError("not a server")
 
 
-def _ending(content: object) -> tuple[str, str, str, bool] | None:
+def _ending(content: object) -> tuple[str, str, str, bool]:
     match content:
-        case None:
-            return None
         case [str(who), str(phase), str(detail), bool(is_reset)]:
             return who, phase, detail, is_reset
     raise ValueError("not a reason")
+
+
+def _or_none(reader: _Reader) -> _Reader:
+    return lambda value: None if value is None else reader(value)
+
+
+def _waiting(value: object) -> str:
+    where = _text(value)
+    if where not in _DESCRIPTORS:
+        raise ValueError("not where data waits")
+    return where
+
+
+_WAY_READERS: Final[dict[str, _Reader]] = {
+    "moved": _count,
+    "is_done": _truth,
+    "is_sink": _truth,
+    "can_splice": _truth,
+    "waiting": _waiting,
+}
+_PARCEL_READERS: Final[dict[str, _Reader]] = {
+    "kind": _text,
+    "id": _count,
+    "terms": _count,
+    "client": read_address,
+    "state": _text,
+    "offset": _count,
+    "family": _count,
+    "target": _or_none(read_address),
+    "started_at": _time,
+    "connected_at": _time,
+    "active_at": _time,
+    "deadline": lambda value: math.inf if value is None else _time(value),
+    "held_as": _or_none(_count),
+    "server": _or_none(_server),
+    "cut_at": _time,
+    "due_at": _time,
+    "adoptions": _count,
+    "ending": _or_none(_ending),
+    "unsent": _count,
+    "c2u": Way.from_json,
+    "u2c": Way.from_json,
+    "more": _mapping,
+}
