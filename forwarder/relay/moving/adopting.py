@@ -45,7 +45,7 @@ _MOST_ADOPTIONS: Final = 3
 _ADOPTIONS_WITHIN_S: Final = 10.0
 _SO_PEERNAME: Final = 28  # asm-generic/socket.h
 # struct sockaddr_in and sockaddr_in6: family and, of the latter, interface are in our byte order.
-_IPV4: Final = struct.Struct("!2sH4s")
+_IPV4: Final = struct.Struct("!2sH4s8x")
 _IPV6: Final = struct.Struct("!2sHI16s4s")
 
 
@@ -214,10 +214,12 @@ def _peer(sock: socket.SocketType) -> IpSockAddr:
     with suppress(OSError):
         address: IpSockAddr = sock.getpeername()
         return address
-    raw = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERNAME, _IPV6.size)
+    # Room for more than there is, is EINVAL: getsockopt of SO_PEERNAME in net/core/sock.c.
     if sock.family == socket.AF_INET:
-        _, port, host = _IPV4.unpack_from(raw)
+        raw = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERNAME, _IPV4.size)
+        _, port, host = _IPV4.unpack(raw)
         return socket.inet_ntop(socket.AF_INET, host), port
+    raw = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERNAME, _IPV6.size)
     _, port, flow, host, scope = _IPV6.unpack(raw)
     scope = int.from_bytes(scope, sys.byteorder)
     return socket.inet_ntop(socket.AF_INET6, host), port, flow, scope
