@@ -30,7 +30,7 @@ from forwarder.limits.gate import Holder
 from forwarder.relay import listing
 from forwarder.relay.access import AccessList, access_of
 from forwarder.relay.cuts import Cuts
-from forwarder.relay.listing import denied_by, denied_sessions
+from forwarder.relay.denials import Denials
 from forwarder.relay.moving.mover import Mover
 from forwarder.relay.pools import Pools
 from forwarder.relay.relay import Relay
@@ -127,6 +127,7 @@ class Worker:
         self._unreceived: list[int] = []  # ids of sockets for which there was no descriptor
         self._in_force: Assignment | None = None
         self._has_said_failing = False
+        self._denials = Denials(self._relay)
         self._board = spec.board
         self._relay.servers.alarm = spec.board.row(ROWS)
         self._done: asyncio.Future[WorkerExit] = loop.create_future()
@@ -200,7 +201,20 @@ class Worker:
         elif op == Op.ACCESS:
             self._on_access(received)
         elif op in (Op.MOVE, Op.PARCELS, Op.MOVED):
-            self._mover.on_message(received, self._channel)
+            self._move(received)
+
+    def _move(self, received: Received) -> None:
+        """Give sessions up, or take some in.
+
+        What ends sessions is looked at before they go, and again when they have come: the other
+        worker may have looked already.
+        """
+        op = received.message["op"]
+        if op == Op.MOVE:
+            self._relay.look_at_servers(self._balancers, self._balancers.revision)
+        self._mover.on_message(received, self._channel)
+        if op == Op.PARCELS:
+            self._denials.look()
 
     def _take_sockets(self, received: Received) -> None:
         """Own listening sockets, for assignments to come."""
@@ -304,7 +318,7 @@ class Worker:
         try:
             for received in said:
                 if received.message["op"] in (Op.MOVE, Op.MOVED):
-                    self._mover.on_message(received, self._channel)
+                    self._move(received)
         finally:
             for received in said:
                 received.close()
@@ -380,11 +394,7 @@ class Worker:
                 self._route(socket_id, rules[index], accesses[index])
         self._cuts.limit_s = assignment.config.settings.drain_timeout_s
         self._cuts.begin([one for one in self._relay.sessions if one.pool.origin in gone])
-        if assignment.config.settings.cut_denied:
-            by_rule = dict(zip((rule.name for rule in rules), accesses, strict=True))
-            of = partial(access_of, assignment.config)
-            denied = denied_sessions(self._relay.sessions, by_rule, of)
-            self._relay.abort_sessions(Phase.ACCESS, "not allowed any more", denied)
+        self._denials.apply(assignment.config, accesses)
 
     def _route(self, socket_id: int, rule: Rule, access: AccessList) -> None:
         """Serve the clients of a socket by a rule."""
@@ -408,9 +418,7 @@ class Worker:
         if not received.fds:
             log.error("worker: no descriptor left for the new access rules")
             return
-        everywhere, rules = read_access(received.fds.pop())
-        denied = denied_by(self._relay.sessions, everywhere, rules)
-        self._relay.abort_sessions(Phase.ACCESS, "not allowed any more", denied)
+        self._denials.heed(*read_access(received.fds.pop()))
 
     def _acknowledge(self, serial: int, refusal: str = "") -> None:
         """Report what is in force, and which sockets did not arrive; the master sends those again.

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Final
 
 from forwarder.ipc.messages import Op
 from forwarder.net.sockets import client_text
-from forwarder.relay.access import AccessList, Decision, pattern_matcher
+from forwarder.relay.access import pattern_matcher
 from forwarder.relay.session import id_text
 from forwarder.stats.reasons import Phase
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping
 
-    from forwarder.config.model import AccessRule, Rule
     from forwarder.relay.relay import Relay
     from forwarder.relay.session import Session
 
@@ -88,32 +87,6 @@ def server_of(session: Session) -> str | None:
     return session.server.name if session.server is not None else None
 
 
-def denied_sessions(
-    sessions: Iterable[Session],
-    by_rule: dict[str, AccessList],
-    access_of: Callable[[Rule], AccessList],
-) -> list[Session]:
-    """Sessions whose client may not use their rule any more.
-
-    Removed rules, which are not in ``by_rule``, are judged by their own access rules and the global
-    ones of now, which ``access_of`` puts together.
-    """
-    decisions: dict[tuple[str, str], Decision] = {}
-    denied = []
-    for session in sessions:
-        rule, address = session.pool.rule, session.client_address
-        if not isinstance(address, tuple):
-            continue  # a unix socket, whose clients have no address to judge them by
-        key = (rule.name, address[0])
-        if key not in decisions:
-            if rule.name not in by_rule:
-                by_rule[rule.name] = access_of(rule)
-            decisions[key] = by_rule[rule.name].decide(address[0])
-        if decisions[key] is not Decision.ALLOWED:
-            denied.append(session)
-    return denied
-
-
 def describe(session: Session, now: float) -> dict[str, object]:
     """One session, as in the answer to ``forwarder sessions``."""
     return {
@@ -141,18 +114,3 @@ def answer(question: Mapping[str, object], relay: Relay, now: float) -> object:
     doomed = tuple(chosen)
     relay.abort_sessions(Phase.KILL, "killed", doomed)
     return len(doomed)
-
-
-def denied_by(
-    sessions: Iterable[Session],
-    everywhere: Sequence[AccessRule],
-    rules: Mapping[str, Sequence[AccessRule]],
-) -> list[Session]:
-    """Sessions whose client may not use their rule by the access rules of an heir.
-
-    ``everywhere`` holds for all rules, ``rules`` are those of each rule.
-    """
-    by_rule = {name: AccessList.compile(everywhere, own) for name, own in rules.items()}
-    return denied_sessions(
-        sessions, by_rule, lambda rule: AccessList.compile(everywhere, rule.access)
-    )

@@ -74,7 +74,8 @@ class Relay:
         """Join ``loop``. ``mode`` must not be SPLICE on a system without it."""
         self.slot = slot
         self.births = births(os.getpid())
-        # In order of age. Not a set, which takes 16 to 64 bytes more for each.
+        # In order of age, but for those that came from other workers. Not a set, which takes 16 to
+        # 64 bytes more for each.
         self.sessions: dict[Session, None] = {}
         self.bench = bench = Workbench(loop, mode, pipe_budget_pages)
         self.poller = bench.poller

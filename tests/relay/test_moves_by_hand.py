@@ -25,9 +25,21 @@ from support.moving import Pair
 from support.waiting import eventually
 
 from forwarder.config.address import UnixAddress
-from forwarder.config.model import Balance, Limits, RelayMode, Upstream
+from forwarder.config.model import (
+    AccessRule,
+    Balance,
+    Config,
+    Limits,
+    RelayMode,
+    Settings,
+    Upstream,
+    Verdict,
+)
+from forwarder.errors import Place
 from forwarder.ipc.consignment import Consignment
 from forwarder.limits.gate import Holdings
+from forwarder.relay.access import access_of
+from forwarder.relay.denials import Denials
 from forwarder.relay.listing import group_of as group_name
 from forwarder.relay.poller import ALWAYS
 from forwarder.relay.session import SessionState
@@ -596,6 +608,22 @@ def test_a_foreign_session_of_an_unknown_rule_is_counted_with_all_that_have_no_r
     given.close()
     assert pair.other.row(SHARED_ROW)[SESSIONS] == 1
     assert pair.other.session.pool.rule.name == RULE.name
+
+
+def test_one_that_the_access_rules_there_deny_ends_there(
+    pair: Pair, listener: socket.socket
+) -> None:
+    """They were in force in the taker before it came, and were not where it was."""
+    _, far = link(pair, listener)
+    denials = Denials(pair.other.relay)
+    deny = AccessRule(verdict=Verdict.DENY, pattern="127.0.0.0/8", place=Place("test"))
+    config = Config(rules=(RULE,), access=(deny,), settings=Settings(cut_denied=True))
+    denials.apply(config, [access_of(config, RULE)])
+    pair.move(pair.one, pair.other)
+    denials.look()
+    pair.turn()
+    assert receive_to_reset(far) == b""
+    assert ends(pair.other) == {"us/access": 1}
 
 
 # -- who has them
