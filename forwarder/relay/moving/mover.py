@@ -98,8 +98,11 @@ class Mover:
             Consignment(number, busy=1).send(channel)
             return
         packing = Packing(self._pools, self._cuts, limit)
-        for session in Choice.read(question).of(self._relay.sessions):
+        chosen = Choice.read(question).of(self._relay.sessions)
+        for session in chosen:
             packing.add(session)
+            if packing.left:  # the next question is about the others: thousands, perhaps
+                packing.left += sum(1 for _ in chosen)
         out = packing.seal(number)
         for session, kind in packing.packed:
             self._let_go(session, kind)
