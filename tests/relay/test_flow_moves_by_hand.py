@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import select
 import socket
 from contextlib import closing
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ from forwarder.net.datagrams import SOL_UDP, UDP_SEGMENT
 from forwarder.relay.udp import framing
 from forwarder.relay.udp.client_flow import StandIn, UdpFlow
 from forwarder.relay.udp.directions import DatagramDirection
-from forwarder.stats.reasons import REASONS
+from forwarder.stats.reasons import REASONS, Phase
 from forwarder.stats.rows import (
     DATAGRAMS_DROPPED,
     ENDS,
@@ -306,6 +307,29 @@ def test_limits_ports_and_places_go_along(pair: FlowPair) -> None:
     assert flow.c2u.meter is pair.other.relay.restrictions.meters[1][0]
 
 
+def test_a_flow_under_a_meter_waits_on_in_the_other_worker(pair: FlowPair) -> None:
+    upstream = pair.upstream()
+    pair.serve(upstream, limits=Limits(bandwidth=1000.0))
+    client = pair.client(pair.listen())
+    pair.settled(client, upstream, answer=b"")
+    sent = numbered(10, [500])
+    for content in sent:
+        client.send(content)
+        pair.turn()
+    way = flow_of(pair.one).c2u
+    assert way.meter is not None
+    assert way.meter.holds_up(way)
+    former = way.meter
+    pair.move(pair.one, pair.other)
+    assert not former.holds_up(way)
+    got: list[bytes] = []
+    while len(got) < len(sent):
+        pair.loop.pass_time(0.1)
+        pair.turn()
+        got += drain(upstream)
+    assert got == sent
+
+
 # -- upstreams
 
 
@@ -526,6 +550,65 @@ def test_a_reset_of_a_bridges_client_meanwhile_ends_it(pair: FlowPair) -> None:
     client = pair.bridge()
     pair.move(pair.one, pair.other, lambda: reset(client))
     assert ends(pair.other) == {"client/data/reset": 1}
+
+
+def test_what_is_reported_of_a_connection_again_is_no_sign_of_life(pair: FlowPair) -> None:
+    """The order of the table stays as well, by which flows make room."""
+    with listen() as upstream:
+        pair.serve(upstream, protocol=Protocol.UDP_TO_TCP)
+        listener = pair.listen()
+        clients = [pair.client(listener) for _ in range(2)]
+        for client in (*clients, *reversed(clients)):
+            client.send(b"x")
+            pair.turn()
+            pair.loop.pass_time(1)
+        for _ in clients:
+            pair.own(accept(upstream))
+        given = pair.pack(pair.one)
+        pair.deliver(given, pair.other)
+        (table,) = pair.other.relay.flows._tables.values()
+        oldest = [*pair.other.relay.sessions][1]
+        assert table.oldest() is oldest
+        pair.settle(pair.one, given)
+        given.close()
+        pair.turn()
+        assert table.oldest() is oldest
+
+
+def test_what_ends_before_its_giver_knows_ends_at_once(pair: FlowPair) -> None:
+    """The giver still has the sockets. Result: the client of a bridge need not wait for that."""
+    upstream = pair.upstream()
+    pair.serve(upstream, protocol=Protocol.TCP_TO_UDP)
+    client = pair.bridge()
+    given = pair.pack(pair.one)
+    pair.deliver(given, pair.other)
+    pair.other.relay.abort_sessions(Phase.KILL, "killed")
+    pair.turn()
+    client.settimeout(10)
+    with pytest.raises(ConnectionResetError):
+        client.recv(1)
+    pair.settle(pair.one, given)
+    given.close()
+
+
+def test_what_a_client_says_to_a_flow_that_has_ended_disturbs_nobody(pair: FlowPair) -> None:
+    """Its socket lives on until its giver has closed it, too, and keeps its client."""
+    upstream = pair.upstream()
+    pair.serve(upstream)
+    client = pair.client(pair.listen())
+    pair.settled(client, upstream)
+    given = pair.pack(pair.one)
+    pair.deliver(given, pair.other)
+    client.send(b"never read")
+    pair.other.relay.abort_sessions(Phase.KILL, "killed")
+    pair.loop.pass_time(0)
+    own = socket.socket(fileno=given.sessions[0][1][0])
+    assert own.getpeername()[1] == client.getsockname()[1]
+    own.detach()
+    client.send(b"neither")
+    assert not select.select([pair.other.relay.poller._epoll], [], [], 0)[0]
+    pair.settle(pair.one, given)
+    given.close()
 
 
 # -- failures

@@ -290,7 +290,7 @@ def _watch_upstream(session: Flow, to: Destination, state: FlowState, watched: E
 
 
 def _watch_stream(
-    session: Flow, sock: socket.SocketType, direction: FlowDirection, watched: ExitStack
+    session: Flow, sock: socket.SocketType, direction: StreamToDatagram, watched: ExitStack
 ) -> None:
     """Watch the stream of a flow, the first time with care."""
     poller = session.relay.poller
@@ -325,7 +325,7 @@ class _Arrival:
 
     __slots__ = ("_direction", "_flow", "_poller")
 
-    def __init__(self, flow: Flow, direction: FlowDirection, poller: Poller) -> None:
+    def __init__(self, flow: Flow, direction: StreamToDatagram, poller: Poller) -> None:
         self._flow = flow
         self._direction = direction
         self._poller = poller
@@ -338,9 +338,9 @@ class _Arrival:
         if not mask & READABLE:
             direction.on_writable()
             return
-        active_at, moved = flow.active_at, direction.moved
+        active_at, before = flow.active_at, (direction.moved, direction.is_ended)
         direction.on_events(mask)
-        if direction.moved == moved:
+        if before == (direction.moved, direction.is_ended):
             flow.active_at = active_at
 
     def on_bug(self) -> None:
