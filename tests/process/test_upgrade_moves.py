@@ -142,14 +142,19 @@ def ids(site: Site) -> list[str]:
 
 
 def test_one_that_is_not_connected_yet_stays_until_it_is(site: Site) -> None:
-    """Nothing of it can be moved. Result: the old one waits for it, then it moves as well."""
+    """Nothing of it can be moved. Result: the old one waits for it, then it moves as well.
+
+    Through a second upgrade, too: the one between passes on what is for the oldest.
+    """
     with CloggedUpstream() as clogged:
         site.upstream = clogged.listener
-        old = site.start(workers=1)
+        oldest = {"pid": site.start(workers=1), "sessions": 1}
         with connect(site.address) as client:
             eventually(lambda: "connecting" in site.run("sessions").stdout)
+            old = {"pid": site.upgrade(), "sessions": 0}
+            eventually(lambda: site.status()["predecessors"] == [oldest])
             new = site.upgrade()
-            eventually(lambda: site.status()["predecessors"] == [{"pid": old, "sessions": 1}])
+            eventually(lambda: site.status()["predecessors"] == [old, oldest])
             clogged.open()
             with accept(clogged.listener) as upstream:
                 link = Link(client, upstream)
