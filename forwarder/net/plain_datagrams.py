@@ -59,22 +59,42 @@ class PlainBatch:
         self._view = memoryview(bytearray(SLOT_BYTES))
         self._slots: list[bytes] = []
         self._peers: list[bytes] = []
+        self._joining: set[int] = set()  # descriptors
 
     def prepare(self, sock: socket.SocketType) -> None:
-        """Nothing: one by one they come only."""
+        """Notice whether the kernel hands over several datagrams of this socket as one.
+
+        It does if the socket comes from a worker that goes the batched way.
+        """
+        try:
+            is_joining = sock.getsockopt(SOL_UDP, UDP_GRO) != 0
+        except OSError:  # a system that has no such thing
+            is_joining = False
+        if is_joining:
+            self._joining.add(sock.fileno())
+        else:  # the number may have been another one's
+            self._joining.discard(sock.fileno())
 
     def receive(self, fd: int) -> int:
-        """Receive what a connected socket has. Returns how many slots were filled.
-
-        A socket that comes from a worker which goes the batched way may hand over several as one.
-        """
+        """Receive what a connected socket has. Returns how many slots were filled."""
         self._slots = []
         with _borrowed(fd) as sock:
-            receive = partial(sock.recvmsg_into, [self._view], _CONTROL_BYTES)
-            while len(self._slots) < SLOTS and (found := self._receive(fd, receive)) is not None:
-                content, ancillary = bytes(self._view[: found[0]]), found[1]
-                size = (ancillary and _segment_bytes(ancillary)) or len(content) or 1
-                self._slots += (content[at : at + size] for at in range(0, found[0] or 1, size))
+            if fd in self._joining:
+                return self._receive_joined(sock)
+            receive = partial(sock.recv_into, self._view)
+            while len(self._slots) < SLOTS and (count := self._receive(fd, receive)) is not None:
+                self._slots.append(bytes(self._view[:count]))
+        return len(self._slots)
+
+    def _receive_joined(self, sock: socket.socket) -> int:
+        receive = partial(sock.recvmsg_into, [self._view], _CONTROL_BYTES)
+        while len(self._slots) < SLOTS:
+            found = self._receive(sock.fileno(), receive)
+            if found is None:
+                break
+            content, ancillary = bytes(self._view[: found[0]]), found[1]
+            size = _segment_bytes(ancillary) or len(content) or 1
+            self._slots += (content[at : at + size] for at in range(0, len(content) or 1, size))
         return len(self._slots)
 
     def _receive(self, fd: int, receive: Callable[[], T]) -> T | None:
