@@ -178,7 +178,7 @@ class Consignment:
             content = self.read_content()
             terms, parcels = content["terms"], content["sessions"]
             return Counter(str(terms[parcels[at]["terms"]]["name"]) for at, _ in chosen)  # type: ignore[index]
-        except (ValueError, TypeError, LookupError):
+        except (ValueError, TypeError, LookupError, RecursionError):
             return Counter()
 
     def only(self, refused: Collection[int]) -> Consignment:
@@ -206,10 +206,10 @@ class Consignment:
         for _, fds in self.sessions:
             for fd in fds:
                 with suppress(OSError):  # not a socket
-                    sock = socket.socket(fileno=os.dup(fd))
+                    sock = socket.socket(fileno=fd)
                     if sock.type is socket.SOCK_STREAM:
                         set_abort_on_close(sock)
-                    sock.close()
+                    sock.detach()
         self.close()
 
     def close(self) -> None:
@@ -265,7 +265,7 @@ def moved(number: int, *, is_back: bool = False, refused: Sequence[int] = ()) ->
 
 
 def _count(value: object) -> int:
-    """A number that is not negative. Raises ValueError."""
-    if type(value) is not int or value < 0:
+    """A number that is not negative, nor too long to be sent on. Raises ValueError."""
+    if type(value) is not int or not 0 <= value < 1 << 63:
         raise ValueError("not a number")
     return value

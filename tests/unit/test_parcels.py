@@ -31,7 +31,7 @@ from forwarder.config.model import (
 from forwarder.errors import Place
 from forwarder.ipc import consignment as messages
 from forwarder.ipc.channel import Received, channel_pair, to_memory_file
-from forwarder.ipc.consignment import Consignment, read_taken
+from forwarder.ipc.consignment import MAX_SESSIONS, Consignment, read_taken
 from forwarder.relay.moving.parcel import FILE, PIPE, Parcel, ServerShare, Way
 from forwarder.relay.moving.terms import have_other_members, rule_of, terms_of
 
@@ -314,6 +314,28 @@ def test_sessions_that_nobody_goes_on_with_are_reset() -> None:
     given.abort()
     with client, pytest.raises(ConnectionResetError):
         client.recv(1)
+
+
+def test_what_is_no_socket_of_them_is_closed_as_well(pipe: tuple[int, int]) -> None:
+    before = open_descriptors()
+    Consignment.of(1, {}, [[os.dup(pipe[0]), os.dup(pipe[1])]]).abort()
+    assert open_descriptors() == before
+
+
+def test_what_was_read_can_be_sent_on() -> None:
+    """With numbers as long as they may be, though they were written without a space."""
+    most = (1 << 63) - 1
+    ours, theirs = channel_pair()
+    whole = dict.fromkeys(("number", "version", "left", "busy"), most)
+    shares = [[most, 2]] * MAX_SESSIONS
+    one = Consignment.read(received(GOOD | whole | {"sessions": shares}, 2 * MAX_SESSIONS + 2))
+    one.send(ours)
+    Consignment.read(theirs.receive()[0]).close()
+    one.close()
+    ours.close()
+    theirs.close()
+    with pytest.raises(ValueError, match="number"):
+        Consignment.read(received(GOOD | {"sessions": [[most + 1, 0]]}, 2))
 
 
 @given(
