@@ -5,7 +5,7 @@ Moves nothing and reads no clock; ``now`` is passed in.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Final
 
@@ -89,3 +89,18 @@ def fate(*, has_giver: bool, has_taker: bool, is_ending: bool, tries: int, death
     if has_taker:
         return Fate.SEND
     return Fate.RESET if is_ending else Fate.KEEP
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of an order.
+
+    ``busy`` cannot be moved yet; ``back`` were not taken, ``why`` says why; ``silent`` are the pids
+    of workers that have not answered in time.
+    """
+
+    moved: int = 0
+    busy: int = 0
+    back: int = 0
+    why: str = ""
+    silent: list[int] = field(default_factory=list)

@@ -33,7 +33,7 @@ from forwarder.ipc.consignment import MAX_SESSIONS, Consignment, Refusal, read_t
 from forwarder.ipc.messages import Op
 from forwarder.supervision import move_plan
 from forwarder.supervision.givers import Departed
-from forwarder.supervision.move_plan import Fate, Taker
+from forwarder.supervision.move_plan import Fate, Outcome, Taker
 from forwarder.system.daemonlog import warn_rarely
 
 if TYPE_CHECKING:
@@ -83,21 +83,6 @@ class Workforce(Protocol):
     @property
     def must_recount(self) -> bool:
         """Whether it has to be counted who holds what, for which nothing may be on its way."""
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What became of an order.
-
-    ``busy`` cannot be moved yet; ``back`` were not taken, ``why`` says why; ``silent`` are the pids
-    of workers that have not answered in time.
-    """
-
-    moved: int = 0
-    busy: int = 0
-    back: int = 0
-    why: str = ""
-    silent: list[int] = field(default_factory=list)
 
 
 @dataclass(eq=False, slots=True)
@@ -278,10 +263,18 @@ class Moves:
         self.turn(time.monotonic())
 
     def close(self) -> None:
-        """Reset what is left: nothing, unless we end by a failure."""
+        """Give up what is left: nothing, unless we end by a failure.
+
+        Givers go on with what nobody has claimed, when they notice.
+        """
         for errand in self._errands:
-            if errand.consignment is not None:
-                errand.consignment.abort()
+            consignment = errand.consignment
+            if consignment is None:
+                continue
+            if errand.giver.is_gone and consignment.claim():
+                consignment.abort()
+            else:
+                consignment.close()
 
     # -- asking
 
@@ -387,6 +380,8 @@ class Moves:
                 self._take_back(errand, "the worker there does not answer", now, everything)
             return
         if errand.taker:
+            if giver.is_gone and not (giver.is_dead or giver.is_foreign):
+                return  # it will be reaped in a moment, and has claimed nothing
             errand.taker, errand.look_at = 0, now
             errand.deaths += 1
             if giver.is_gone and not (giver.is_dead or consignment.claim()):
@@ -465,8 +460,11 @@ class Moves:
             self._lose(errand, rules, err.strerror or str(err))
 
     def _reset(self, errand: _Errand, consignment: Consignment) -> None:
-        """Nobody can go on with them."""
+        """Nobody can go on with them, unless their giver does, who is only gone for us."""
         rules = errand.rules
+        if not (errand.giver.is_dead or consignment.claim()):
+            errand.settle()
+            return
         consignment.abort()
         self._lose(errand, rules, "no worker takes them")
 

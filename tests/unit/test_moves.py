@@ -16,7 +16,7 @@ from support.moved import RULE, Process, World
 from forwarder.ipc.channel import Received
 from forwarder.ipc.consignment import MAX_SESSIONS, Consignment, Refusal
 from forwarder.supervision import move_plan, moves
-from forwarder.supervision.moves import Outcome
+from forwarder.supervision.move_plan import Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -336,6 +336,53 @@ def test_sessions_whose_giver_has_died_are_reset_at_a_stop_without_a_worker(
     world.moves.cancel()
     assert world.lost == {RULE: 10}
     assert not world.moves.is_busy
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_sessions_of_a_giver_that_is_only_gone_for_us_are_not_reset(
+    make: Callable[[int, int], World], *, fails: bool
+) -> None:
+    """It goes on with them; whether we stop or end by a failure."""
+    world = make(1, 0)
+    (taker,) = world.processes
+    giver = world.start(10)
+    giver.is_foreign = True
+    world.moves.add(giver)
+    world.turn()
+    giver.act()
+    world.hear(giver)
+    giver.lose_master()
+    taker.refuses = MAX_SESSIONS
+    taker.act()
+    world.hear(taker)
+    world.kill(taker)
+    world.reap(taker)
+    with patch.object(Consignment, "abort") as abort:
+        if fails:
+            world.moves.close()
+        else:
+            world.moves.cancel()
+    abort.assert_not_called()
+    assert (len(giver.has), world.lost) == (10, {})
+
+
+def test_two_that_have_died_and_of_which_one_is_reaped_first_lose_nothing(
+    make: Callable[[int, int], World],
+) -> None:
+    """A giver whose channel has ended has claimed nothing, though it was not reaped yet."""
+    world = make(2, 10)
+    giver, taker = world.processes
+    until_out(world, giver)
+    world.kill(giver)
+    giver.is_cut_off = True
+    taker.dies_claiming = True
+    taker.act()
+    world.reap(taker)
+    world.turn()
+    world.reap(giver)
+    late = world.start()
+    world.settle()
+    assert (len(late.has), world.lost) == (10, {})
 
 
 def test_sessions_that_nobody_has_asked_for_are_nonsense_or_another_masters(
