@@ -65,19 +65,28 @@ class Deposit:
         self._pipes: dict[int, _Kept] = {}
         self.sessions = 0
 
-    def keep(self, number: int, serial: int, client: int, upstream: int) -> None:
-        """Keep a session, in place of the one that had its number. Raises ValueError."""
-        if number >= self.memory.descriptors:
+    def keep(self, numbers: array[int], fds: list[int]) -> None:
+        """Keep sessions, in place of those that had their numbers; takes the descriptors over.
+
+        ``numbers``: number and serial of each, ``fds``: client and upstream. Raises ValueError,
+        with nothing taken.
+        """
+        end = max(numbers[::2], default=0) + 1
+        if end > self.memory.descriptors:
             raise ValueError("not a descriptor of a session")
-        if number >= len(self._serials):
-            more = number + 64 - len(self._serials)
-            self._serials.extend([0] * more)
-            self._clients.extend([_NONE] * more)
-            self._upstreams.extend([_NONE] * more)
-        self.drop(number)
-        self._serials[number], self._clients[number] = serial, client
-        self._upstreams[number] = upstream
-        self.sessions += 1
+        serials, clients, upstreams = self._serials, self._clients, self._upstreams
+        if end > len(serials):
+            more = end + 64 - len(serials)
+            serials.extend([0] * more)
+            clients.extend([_NONE] * more)
+            upstreams.extend([_NONE] * more)
+        for i in range(0, len(numbers), 2):  # no call for each: there are many
+            number = numbers[i]
+            if serials[number]:
+                self.drop(number)
+            serials[number] = numbers[i + 1]
+            clients[number], upstreams[number] = fds[i], fds[i + 1]
+        self.sessions += len(numbers) // 2
 
     def drop(self, number: int) -> None:
         """Close a session, if there is one."""
@@ -87,10 +96,11 @@ class Deposit:
             os.close(self._upstreams[number])
             self.sessions -= 1
 
-    def keep_pipe(self, number: int, serial: int, fds: list[int]) -> None:
-        """Keep both ends of a pipe."""
-        self.drop_pipe(number)
-        self._pipes[number] = _Kept(serial, fds)
+    def keep_pipes(self, numbers: array[int], fds: list[int]) -> None:
+        """Keep pipes: number and serial of each, and both ends, which it takes over."""
+        for i in range(0, len(numbers), 2):
+            self.drop_pipe(numbers[i])
+            self._pipes[numbers[i]] = _Kept(numbers[i + 1], fds[i : i + 2])
 
     def drop_pipe(self, number: int) -> None:
         """Close a pipe, if there is one."""
@@ -207,14 +217,11 @@ class Keeper:
             for number in numbers:
                 to.drop_pipe(number)
         elif self._has_room_for(received, len(numbers) // 2):
-            fds = iter(tuple(received.fds))
-            for number, serial in zip(numbers[::2], numbers[1::2], strict=True):
-                client, upstream = next(fds), next(fds)
-                del received.fds[:2]
-                if word is Word.KEEP:
-                    to.keep(number, serial, client, upstream)
-                else:
-                    to.keep_pipe(number, serial, [client, upstream])
+            if word is Word.KEEP:
+                to.keep(numbers, received.fds)
+            else:
+                to.keep_pipes(numbers, received.fds)
+            received.fds.clear()
 
     def _on_terms(self, to: Deposit, message: Message) -> None:
         """The terms of a rule of which sessions are deposited."""

@@ -47,6 +47,7 @@ _FLUSH_S: Final = 0.05
 # whatever the wheel and the collecting add.
 _PART: Final = 0.75
 _MOST_TERMS: Final = 1 << 16
+_NEVER: Final = (0, 0.0)
 _LAST_SERIAL: Final = (1 << 32) - 1
 _RELAYING, _HALF_CLOSED = SessionState.RELAYING, SessionState.HALF_CLOSED
 
@@ -193,8 +194,10 @@ class Deposits:
 
     def _write(self, session: Stream, upstream_fd: int, numbers: list[int]) -> bool:
         """Fill the row of a session, and add its number and serial; False if it cannot be kept."""
-        fd, memory = session.client.fileno(), self._memory
-        if not (0 <= fd < memory.descriptors and _can_be_kept(session)):
+        fd, memory, state = session.client.fileno(), self._memory, session.state
+        if not (0 <= fd < memory.descriptors and (state is _RELAYING or state is _HALF_CLOSED)):
+            return False
+        if session.ending is not None:
             return False
         pool, server = session.pool, session.server
         terms = self._terms.get(pool.origin)
@@ -203,7 +206,7 @@ class Deposits:
                 return False
             terms = self._say_terms(pool.origin)
         self._serial = serial = self._serial % _LAST_SERIAL + 1
-        adoptions, adopted_at = self._adopted.get(session, (0, 0.0))
+        adoptions, adopted_at = self._adopted.get(session, _NEVER) if self._adopted else _NEVER
         ROW.pack_into(
             memory.rows,
             fd * ROW.size,
