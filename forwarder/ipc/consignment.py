@@ -63,9 +63,10 @@ class Refusal(StrEnum):
 class Consignment:
     """Sessions on their way, whose descriptors it owns until :meth:`close`; perhaps none.
 
-    ``left``: how many the giver could move as well; ``busy``: how many it has that cannot be moved
-    yet. ``sessions``: where in the content each is described, and its descriptors. ``is_foreign``:
-    they are another instance's, counted and held there.
+    ``left``: how many the giver could move as well, or fewer if there are some; ``busy``: how many
+    it has that cannot be moved yet, if nothing is left. ``sessions``: where in the content each is
+    described, and its descriptors. ``is_foreign``: they are another instance's, counted and held
+    there.
     """
 
     number: int

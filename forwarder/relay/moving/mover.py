@@ -98,11 +98,10 @@ class Mover:
             Consignment(number, busy=1).send(channel)
             return
         packing = Packing(self._pools, self._cuts, limit)
-        chosen = Choice.read(question).of(self._relay.sessions)
-        for session in chosen:
+        for session in Choice.read(question).of(self._relay.sessions):
             packing.add(session)
             if packing.left:  # the next question is about the others: thousands, perhaps
-                packing.left += sum(1 for _ in chosen)
+                break
         out = packing.seal(number)
         for session, kind in packing.packed:
             self._let_go(session, kind)
