@@ -6,6 +6,7 @@ import json
 import re
 import resource
 import signal
+import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -96,7 +97,7 @@ def test_clients_of_a_unix_socket_are_one_client(launch: Launch, tmp_path: Path)
 @pytest.mark.parametrize("protocol", ["udp", "udptotcp", "tcptoudp"])
 def test_flows_and_bridges_count_and_are_limited(limit_any: LimitAny, protocol: str) -> None:
     """Five may be; who comes then is dropped, or reset, until a flow ends by silence."""
-    it = limit_any(protocol, 'max_sessions = 5\ntimeout = "4s"')
+    it = limit_any(protocol, 'max_sessions = 5\ntimeout = "8s"')
     with ExitStack() as stack:
 
         def client() -> socket.socket:
@@ -128,10 +129,11 @@ def test_the_log_tells_of_a_limit_once_per_interval(limit: Limit) -> None:
     """300 clients are refused by one worker; the interval is 10 s."""
     it = limit("max_sessions = 1", workers=1)
     it.link()
+    began = time.monotonic()
     for _ in range(300):
         it.refused()
     lines = [line for line in it.it.forwarder.lines if "limit.reached" in line]
-    assert len(lines) <= 2, lines
+    assert len(lines) <= 2 + (time.monotonic() - began) // 10, lines
     assert re.search(r"limit\.reached rule=one: max_sessions$", lines[0])
     assert it.ends("us/limit") == 300
 

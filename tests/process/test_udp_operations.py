@@ -434,7 +434,7 @@ def test_flows_that_use_up_all_descriptors_make_room(site: UdpSite, tmp_path: Pa
             last.send(b"x")
             site.upstream.recv(10)
         assert last is not None
-        assert site.is_answered(last)
+        eventually(lambda: site.is_answered(last))
         for _ in range(3):
             with connect(address) as client, accept(stream) as peer:
                 client.sendall(b"x")
