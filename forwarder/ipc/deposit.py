@@ -11,19 +11,21 @@ Knows no session and no rule.
 
 from __future__ import annotations
 
+import json
 import mmap
 import struct
 from array import array
 from enum import IntEnum
 from typing import TYPE_CHECKING, Final
 
-from forwarder.ipc.channel import MAX_FDS, MAX_MESSAGE_BYTES
+from forwarder.ipc.channel import MAX_FDS, MAX_MESSAGE_BYTES, from_memory_file, to_memory_file
+from forwarder.ipc.messages import MAX_SHORT_BYTES, Op
 from forwarder.net.pipes import MOST_PIPES
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
-    from forwarder.ipc.channel import Channel
+    from forwarder.ipc.channel import Channel, Message, Received
 
 # Of a session: number of its terms, port behind the first one of the rule, id, when it has begun,
 # how long connecting took, the upstream's descriptor in the worker, its server's row and how often
@@ -38,6 +40,8 @@ _NUMBERS_AT_ONCE: Final = MAX_MESSAGE_BYTES // 8
 KEPT: Final = "kept"
 _HEADER: Final = struct.Struct("=I")
 _SERVER_BITS: Final = 24
+# More than the longest terms of a rule; bounds what a worker makes the master read. Arbitrary.
+_MOST_TERMS_BYTES: Final = 4 * 1024 * 1024
 
 
 class Word(IntEnum):
@@ -95,6 +99,33 @@ def unpack_server(packed: int) -> tuple[int, int, bool]:
 def send(channel: Channel, word: Word, numbers: Sequence[int], fds: Sequence[int] = ()) -> bool:
     """Send a message now; False: not now. ``fds`` stay the sender's. Raises ChannelClosed."""
     return channel.send_raw(_HEADER.pack(word) + array("I", numbers).tobytes(), fds)
+
+
+def send_terms(channel: Channel, number: int, row: int, terms: Mapping[str, object]) -> None:
+    """Say what the terms of this number are, and which row counts their rule.
+
+    Long ones travel in a memory file, as there may be thousands of access rules. Raises
+    ChannelClosed, and OSError if there is no descriptor for that.
+    """
+    message: Message = {"op": Op.TERMS, "number": number, "row": row}
+    content = json.dumps(terms).encode()
+    if len(content) <= MAX_SHORT_BYTES:
+        channel.send({**message, "terms": terms})
+    else:
+        channel.send(message, [to_memory_file(content)], gives=True)
+
+
+def read_terms(received: Received) -> tuple[int, int, dict[str, object]]:
+    """What :func:`send_terms` has sent. Raises ValueError or KeyError for nonsense."""
+    message = received.message
+    number, row = message["number"], message["row"]
+    if received.fds:
+        terms = json.loads(from_memory_file(received.fds.pop(0), _MOST_TERMS_BYTES))
+    else:
+        terms = message["terms"]
+    if not (isinstance(number, int) and isinstance(row, int) and isinstance(terms, dict)):
+        raise ValueError("no terms")  # noqa: TRY004 - as all nonsense
+    return number, row, terms
 
 
 def send_numbers(channel: Channel, word: Word, numbers: list[int]) -> bool:

@@ -24,7 +24,7 @@ from forwarder.stats.board import ROWS
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from forwarder.ipc.channel import Message, Received
+    from forwarder.ipc.channel import Received
 
 log = logging.getLogger(__name__)
 
@@ -206,7 +206,7 @@ class Keeper:
         Raises ValueError or KeyError for nonsense.
         """
         if not received.raw:
-            self._on_terms(to, received.message)
+            self._on_terms(to, received)
             return
         word, numbers = deposit.read(received.raw)
         if word is Word.GONE:
@@ -223,11 +223,9 @@ class Keeper:
                 to.keep_pipes(numbers, received.fds)
             received.fds.clear()
 
-    def _on_terms(self, to: Deposit, message: Message) -> None:
+    def _on_terms(self, to: Deposit, received: Received) -> None:
         """The terms of a rule of which sessions are deposited."""
-        number, row, terms = message["number"], message["row"], message["terms"]
-        if not (isinstance(number, int) and isinstance(row, int) and isinstance(terms, dict)):
-            raise ValueError("no terms")  # noqa: TRY004 - as all nonsense
+        number, row, terms = deposit.read_terms(received)
         if not 0 < row < ROWS:
             raise ValueError("not the row of a rule")
         to.terms[number] = _Terms(row, terms)

@@ -7,6 +7,7 @@ import socket
 from contextlib import closing, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
+from unittest.mock import patch
 
 import pytest
 from support import procfs
@@ -37,16 +38,20 @@ from forwarder.config.model import (
 )
 from forwarder.errors import Place
 from forwarder.ipc.consignment import Consignment
+from forwarder.ipc.deposit import Word
 from forwarder.limits.gate import Holdings
 from forwarder.relay.access import access_of
 from forwarder.relay.denials import Denials
 from forwarder.relay.listing import group_of as group_name
+from forwarder.relay.moving import packing
+from forwarder.relay.moving.terms import terms_of
 from forwarder.relay.poller import ALWAYS
 from forwarder.relay.session import SessionState
 from forwarder.relay.tcp.direction import SPLICES, Direction
 from forwarder.stats.board import SHARED_ROW
 from forwarder.stats.reasons import REASONS, Phase
 from forwarder.stats.rows import ENDS, MOVED_IN, MOVED_OUT, SESSIONS, SESSIONS_TOTAL
+from forwarder.supervision.keeper import Keeper
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -56,6 +61,8 @@ if TYPE_CHECKING:
 
     from forwarder.balancing.server import Server
     from forwarder.config.model import Rule
+    from forwarder.ipc.channel import Channel
+    from forwarder.supervision.keeper import Deposit
 
 MODES = [
     (RelayMode.AUTO, RelayMode.AUTO),
@@ -835,3 +842,117 @@ def test_urgent_data_is_copied_in_the_other_worker_too(pair: Pair, listener: soc
     pair.move(pair.other, pair.one)
     assert not pair.one.session.c2u.read_on & SPLICES
     assert pair.one.session.u2c.read_on & SPLICES
+
+
+def test_a_unix_socket_is_not_spliced_where_nothing_is(tmp_path: Path) -> None:
+    with (
+        closing(Pair(RelayMode.AUTO, RelayMode.COPY)) as pair,
+        listen_unix(str(tmp_path / "up")) as up,
+    ):
+        rule = replace(RULE, upstreams=(Upstream(UnixAddress(str(tmp_path / "up"))),))
+        link(pair, up, rule)
+        pair.move(pair.one, pair.other)
+        session = pair.other.session
+        assert not (session.u2c.read_on | session.c2u.read_on) & SPLICES
+
+
+# -- beside a deposit
+
+
+def deposit_of(side: Side, after_s: float = 1.0) -> Deposit:
+    """Let a relay deposit its sessions, and what the master keeps of them."""
+    keeper = Keeper(lambda _: None)
+    kept = keeper.open()
+    deposits = side.relay.deposits
+    deposits.join(side.own, kept.memory, side.pools.terms)
+    deposits.after_s = after_s
+    return kept
+
+
+def test_a_session_is_not_deposited_before_it_is_said_to_be_taken(
+    pair: Pair, listener: socket.socket
+) -> None:
+    """Killed in between its worker would leave it twice: to who sent it, and to who keeps it."""
+    near, _ = link(pair, listener)
+    clog(pair, near, lambda: pair.one.session.c2u.holds_data)
+    kept = deposit_of(pair.other)
+    given = pair.pack(pair.one)
+    assert len(given.sessions[0][1]) > 2, "no pipe goes along"
+    given.send(pair.other.channel)
+    pair.other.hear()
+    said = pair.other.answers()
+    words = [it.message.get("op") or Word(it.raw[0]) for it in said]
+    assert words.index("taken") < words.index(Word.KEEP)
+    for one in said:
+        one.close()
+    kept.close()
+    pair.settle(pair.one, given)
+    given.close()
+
+
+def test_who_gives_up_a_session_says_so_at_once(pair: Pair, listener: socket.socket) -> None:
+    """Between the end of its deposit and its dispatch nobody has it: nothing else is done then."""
+    link(pair, listener)
+    kept = deposit_of(pair.one)
+    pair.one.relay.deposits.offer(pair.one.session)
+    pair.one.relay.deposits.flush()
+    for one in pair.one.answers():
+        one.close()
+    number = pair.one.session.client.fileno()
+    assert kept.memory.serials[number]
+    found: list[tuple[int, int]] = []
+    send = Consignment.send
+
+    def look(given: Consignment, channel: Channel) -> None:
+        found.append((kept.memory.serials[number], len(pair.one.relay.sessions)))
+        send(given, channel)
+
+    with patch.object(Consignment, "send", look):
+        pair.pack(pair.one).close()
+    assert found == [(0, 1)]
+    assert not pair.one.relay.sessions
+    kept.close()
+
+
+def test_a_rule_may_have_more_to_say_than_fits_into_a_message(
+    pair: Pair, listener: socket.socket
+) -> None:
+    deny = [
+        AccessRule(verdict=Verdict.DENY, pattern=f"10.0.{i >> 8}.{i & 255}", place=Place("test"))
+        for i in range(2000)
+    ]
+    rule = replace(RULE, access=tuple(deny))
+    link(pair, listener, rule)
+    keeper = Keeper(lambda _: None)
+    kept = keeper.open()
+    pair.one.relay.deposits.join(pair.one.own, kept.memory, pair.one.pools.terms)
+    pair.one.relay.deposits.after_s = 1.0
+    pair.one.relay.deposits.offer(pair.one.session)
+    pair.one.relay.deposits.flush()
+    for one in pair.one.answers():
+        keeper.on_message(kept, one)
+    assert kept.sessions == 1
+    assert [one.terms for one in kept.terms.values()] == [terms_of(rule)]
+    keeper.close(kept)
+
+
+def test_what_is_sent_of_rules_is_bounded(
+    pair: Pair, listener: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of these has two upstreams, and three names are as many as fit."""
+    upstreams = RULE.upstreams * 2
+    rules = [replace(RULE, name=name, upstreams=upstreams) for name in ("one", "two")]
+    pools = [StubPool(rule, (target_of(listener),)) for rule in rules]
+    for side in pair.sides:
+        side.serve(*pools)
+    for pool in pools:
+        pair.open(pool)
+        pair._stack.enter_context(accept(listener))
+    turning(
+        pair,
+        lambda: [one.state for one in pair.one.relay.sessions] == [SessionState.RELAYING] * 2,
+    )
+    monkeypatch.setattr(packing, "_MOST_TERMS", 3)
+    assert pair.move(pair.one, pair.other) == 1
+    assert pair.move(pair.one, pair.other) == 1
+    assert len(pair.other.relay.sessions) == 2

@@ -25,7 +25,6 @@ from forwarder.config.model import Sides
 from forwarder.ipc import deposit
 from forwarder.ipc.channel import ChannelClosed
 from forwarder.ipc.deposit import ROW, SESSIONS_AT_ONCE, Word, pack_server
-from forwarder.ipc.messages import Op
 from forwarder.relay.session import SessionState
 from forwarder.relay.tcp.stream import Stream
 
@@ -176,10 +175,13 @@ class Deposits:
     def flush(self) -> None:
         """Send what waits, as far as the master takes it now."""
         self._is_armed = False
+        self._send(self._send_all)
+
+    def _send(self, send: Callable[[Channel], bool]) -> None:
         if self._channel is None:
             return
         try:
-            is_all = self._send_all(self._channel)
+            is_all = send(self._channel)
         except ChannelClosed:
             self._leave()
             return
@@ -187,13 +189,7 @@ class Deposits:
             self._flush_soon()
 
     def _send_all(self, channel: Channel) -> bool:
-        """In this order: a number is used again only after it was said to be free."""
-        return (
-            deposit.send_numbers(channel, Word.GONE, self._gone)
-            and deposit.send_numbers(channel, Word.PIPES_GONE, self._pipes_gone)
-            and self._send_pipes(channel)
-            and self._send_due(channel)
-        )
+        return self._send_pipes(channel) and self._send_due(channel)
 
     def _write(self, session: Stream, upstream_fd: int, numbers: list[int]) -> bool:
         """Fill the row of a session, and add its number and serial; False if it cannot be kept."""
@@ -208,6 +204,8 @@ class Deposits:
             if len(self._terms) == _MOST_TERMS:
                 return False
             terms = self._say_terms(pool.origin)
+            if terms is None:
+                return False
         self._serial = serial = self._serial % _LAST_SERIAL + 1
         adoptions, adopted_at = self._adopted.get(session, _NEVER) if self._adopted else _NEVER
         ROW.pack_into(
@@ -226,21 +224,29 @@ class Deposits:
         numbers += (fd, serial)
         return True
 
-    def _say_terms(self, pool: Pool) -> int:
-        """Tell the master the terms of a rule. Returns their number. Raises ChannelClosed."""
-        number = self._free_terms.pop() if self._free_terms else len(self._terms)
-        self._terms[pool] = number
+    def _say_terms(self, pool: Pool) -> int | None:
+        """Tell the master the terms of a rule. Returns their number; None: it cannot be told now.
+
+        Raises ChannelClosed.
+        """
+        number = self._free_terms[-1] if self._free_terms else len(self._terms)
         if self._channel is not None:
-            self._channel.send(
-                {"op": Op.TERMS, "number": number, "row": pool.row, "terms": self._terms_of(pool)}
-            )
+            try:
+                deposit.send_terms(self._channel, number, pool.row, self._terms_of(pool))
+            except OSError:  # no descriptors
+                return None
+        self._terms[pool] = number
+        if self._free_terms:
+            self._free_terms.pop()
         return number
 
     # -- pipes
 
     def _on_pipe(self, pipe: Pipe) -> None:
         self._pipes.append(pipe)
-        self.flush()  # what comes into it would have no other place
+        # Now, as what comes into it would have no other place. But no session that is just being
+        # taken over: before it is said to be taken it would have two owners if we are killed.
+        self._send(self._send_pipes)
 
     def _on_pipe_closed(self, pipe: Pipe) -> None:
         if pipe in self._pipes:
@@ -250,6 +256,12 @@ class Deposits:
             self._flush_soon()
 
     def _send_pipes(self, channel: Channel) -> bool:
+        """In this order: a number is used again only after it was said to be free."""
+        if not (
+            deposit.send_numbers(channel, Word.GONE, self._gone)
+            and deposit.send_numbers(channel, Word.PIPES_GONE, self._pipes_gone)
+        ):
+            return False
         while self._pipes:
             part = self._pipes[:SESSIONS_AT_ONCE]
             numbers = [number for pipe in part for number in (pipe.number, pipe.mark >> 32)]

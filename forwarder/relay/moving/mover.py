@@ -17,6 +17,7 @@ from forwarder.relay.listing import Choice
 from forwarder.relay.moving.packing import Packing
 from forwarder.relay.moving.unpacking import Unpacker
 from forwarder.relay.session import SessionState
+from forwarder.relay.tcp.stream import Stream
 from forwarder.stats.rows import OWN_SESSIONS
 
 if TYPE_CHECKING:
@@ -103,11 +104,16 @@ class Mover:
             if packing.left:  # the next question is about the others: thousands, perhaps
                 break
         out = packing.seal(number)
-        for session, kind in packing.packed:
-            self._let_go(session, kind)
         if out.sessions:
             self._out, self._out_over = out, channel
-        out.send(channel)
+        for session, _ in packing.packed:
+            if isinstance(session, Stream):
+                self._relay.deposits.withdraw(session)
+        try:
+            out.send(channel)  # at once: if we are killed before that, nobody has them
+        finally:
+            for session, kind in packing.packed:
+                self._let_go(session, kind)
 
     def _let_go(self, session: Session, kind: Kind[Any]) -> None:
         """A session is on its way: from here on nothing in this worker touches it."""
