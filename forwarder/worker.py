@@ -210,6 +210,9 @@ class Worker:
         worker may have looked already.
         """
         op = received.message["op"]
+        if op == Op.PARCELS and self._done.done():
+            received.close()  # we leave, and would end them; so another worker gets them
+            return
         if op == Op.MOVE:
             self._relay.look_at_servers(self._balancers, self._balancers.revision)
         self._mover.on_message(received, self._channel)

@@ -11,9 +11,11 @@ from forwarder.relay.moving.flows import Bridges, Flows
 from forwarder.relay.moving.kinds import common
 from forwarder.relay.moving.parcel import Parcel
 from forwarder.relay.moving.streams import Streams
+from forwarder.relay.moving.terms import size_of
 from forwarder.relay.tcp.stream import Stream
 from forwarder.relay.udp.answers import FLOW_CLASSES
 from forwarder.relay.udp.bridge import Bridge
+from forwarder.system.daemonlog import warn_rarely
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -35,6 +37,11 @@ KINDS: Final[Mapping[type, Kind[Any]]] = {
 """By the class of a session. One that is not here ends where it is."""
 
 
+# What is named in all terms of a consignment, so that its content is not more than a taker reads,
+# however many upstreams and access rules there are. Arbitrary.
+_MOST_TERMS: Final = 10_000
+
+
 class Packing:
     """Sessions that are to go together. Nothing changes for them before they are let go.
 
@@ -51,6 +58,7 @@ class Packing:
         self._fds: list[list[int]] = []
         self._made: list[int] = []
         self._room = MAX_SESSION_FDS
+        self._size = 0
         self.packed: list[tuple[Session, Kind[Any]]] = []
         self.left = self.busy = 0
 
@@ -61,10 +69,22 @@ class Packing:
             return
         if not kind.may_move(session):
             self.busy += 1
-        elif len(self.packed) >= self._limit or not self._room:
+        elif len(self.packed) >= self._limit or not self._room or self._is_too_much(session):
             self.left += 1
         else:
             self._pack(session, kind)
+
+    def _is_too_much(self, session: Session) -> bool:
+        """Whether there is no room for the terms of a session's rule beside those of others."""
+        origin = session.pool.origin
+        if origin in self._terms:
+            return False
+        size = size_of(self._pools.terms(origin))
+        if self._terms and self._size + size > _MOST_TERMS:
+            self._room = 0  # as below
+            return True
+        self._size += size
+        return False
 
     def _pack(self, session: Session, kind: Kind[Any]) -> None:
         try:
@@ -100,7 +120,8 @@ class Packing:
         try:
             sealed = Consignment.of(number, content, self._fds)
         except OSError as err:
-            log.warning("moves: cannot give sessions up: %s; again in a moment", err.strerror)
+            what = "moves: cannot give sessions up"  # asked again in a moment
+            warn_rarely(log, what, f"{what}: {err.strerror}")
             for fd in self._made:
                 os.close(fd)
             self.busy += len(self.packed)

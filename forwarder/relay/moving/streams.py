@@ -18,7 +18,7 @@ from forwarder.relay.moving.kinds import Load, restore, socket_of
 from forwarder.relay.moving.parcel import FILE, PIPE, Way, read
 from forwarder.relay.poller import ALWAYS, READABLE
 from forwarder.relay.session import SessionState
-from forwarder.relay.tcp.direction import SPLICES, Direction
+from forwarder.relay.tcp.direction import ALWAYS_COPIES, SPLICES, Direction
 from forwarder.relay.tcp.sink import Sink
 from forwarder.relay.tcp.splice import SpliceDirection
 from forwarder.relay.tcp.stream import Stream
@@ -164,7 +164,8 @@ def _waiting(way: Way, fds: Iterator[int], spent: list[int]) -> Pipe | bytes | N
 def _set_out(session: Stream, parcel: Parcel) -> None:
     """Let the directions be what they were; those that can go on are open."""
     if _is_unix(session):  # its rule may have other upstreams by now, or none of these
-        session.c2u.read_on = session.u2c.read_on = ALWAYS
+        always = ALWAYS if session.relay.bench.splices else ALWAYS_COPIES
+        session.c2u.read_on = session.u2c.read_on = always
     session.c2u = _direction(session.c2u, parcel.c2u)
     session.u2c = _direction(session.u2c, parcel.u2c)
 

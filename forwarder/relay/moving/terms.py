@@ -73,6 +73,12 @@ def terms_of(rule: Rule) -> dict[str, object]:
     return found | {key: value for key, value in given.items() if value != _DEFAULTS[key]}
 
 
+def size_of(terms: Json) -> int:
+    """How many upstreams and access rules are named in terms: what makes them long."""
+    lists = (terms.get(key) for key in ("upstreams", "written", "access"))
+    return sum(len(one) for one in lists if isinstance(one, list))
+
+
 def _options_of(options: SocketOptions) -> dict[str, object]:
     values = ((key, getattr(options, key), one.default) for key, one in _OPTIONS.items())
     return {
