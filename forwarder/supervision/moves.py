@@ -271,7 +271,7 @@ class Moves:
             consignment = errand.consignment
             if consignment is None:
                 continue
-            if errand.giver.is_gone and consignment.claim():
+            if errand.giver.is_dead and consignment.claim():
                 consignment.abort()
             else:
                 consignment.close()
