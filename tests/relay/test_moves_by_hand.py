@@ -859,23 +859,49 @@ def test_a_unix_socket_is_not_spliced_where_nothing_is(tmp_path: Path) -> None:
 # -- beside a deposit
 
 
-def deposit_of(side: Side, after_s: float = 1.0) -> Deposit:
-    """Let a relay deposit its sessions, and what the master keeps of them."""
+@pytest.fixture
+def keeper() -> Iterator[Keeper]:
+    """The master's side of deposits."""
     keeper = Keeper(lambda _: None)
+    yield keeper
+    for one in [*keeper._deposits]:
+        keeper.close(one)
+
+
+def deposit_of(side: Side, keeper: Keeper) -> Deposit:
+    """Let a relay deposit its sessions, and what is kept of them."""
     kept = keeper.open()
-    deposits = side.relay.deposits
-    deposits.join(side.own, kept.memory, side.pools.terms)
-    deposits.after_s = after_s
+    side.relay.deposits.join(side.own, kept.memory, side.pools.terms)
+    wish(side, keeper, kept, 1.0)
     return kept
 
 
+def wish(side: Side, keeper: Keeper, kept: Deposit, after_s: float) -> None:
+    """Deposit its sessions, or none any more, and let the master hear of it."""
+    deposits = side.relay.deposits
+    deposits.apply(after_s, side.pools.in_force.values(), side.relay.sessions)
+    deposits.flush()
+    for one in side.answers():
+        keeper.on_message(kept, one)
+
+
+def test_who_is_to_deposit_again_does(pair: Pair, listener: socket.socket, keeper: Keeper) -> None:
+    link(pair, listener)
+    kept = deposit_of(pair.one, keeper)
+    found = [kept.sessions]
+    for after_s in (0.0, 1.0):
+        wish(pair.one, keeper, kept, after_s)
+        found.append(kept.sessions)
+    assert found == [1, 0, 1]
+
+
 def test_a_session_is_not_deposited_before_it_is_said_to_be_taken(
-    pair: Pair, listener: socket.socket
+    pair: Pair, listener: socket.socket, keeper: Keeper
 ) -> None:
     """Killed in between its worker would leave it twice: to who sent it, and to who keeps it."""
     near, _ = link(pair, listener)
     clog(pair, near, lambda: pair.one.session.c2u.holds_data)
-    kept = deposit_of(pair.other)
+    deposit_of(pair.other, keeper)
     given = pair.pack(pair.one)
     assert len(given.sessions[0][1]) > 2, "no pipe goes along"
     given.send(pair.other.channel)
@@ -885,19 +911,16 @@ def test_a_session_is_not_deposited_before_it_is_said_to_be_taken(
     assert words.index("taken") < words.index(Word.KEEP)
     for one in said:
         one.close()
-    kept.close()
     pair.settle(pair.one, given)
     given.close()
 
 
-def test_who_gives_up_a_session_says_so_at_once(pair: Pair, listener: socket.socket) -> None:
+def test_who_gives_up_a_session_says_so_at_once(
+    pair: Pair, listener: socket.socket, keeper: Keeper
+) -> None:
     """Between the end of its deposit and its dispatch nobody has it: nothing else is done then."""
     link(pair, listener)
-    kept = deposit_of(pair.one)
-    pair.one.relay.deposits.offer(pair.one.session)
-    pair.one.relay.deposits.flush()
-    for one in pair.one.answers():
-        one.close()
+    kept = deposit_of(pair.one, keeper)
     number = pair.one.session.client.fileno()
     assert kept.memory.serials[number]
     found: list[tuple[int, int]] = []
@@ -911,11 +934,10 @@ def test_who_gives_up_a_session_says_so_at_once(pair: Pair, listener: socket.soc
         pair.pack(pair.one).close()
     assert found == [(0, 1)]
     assert not pair.one.relay.sessions
-    kept.close()
 
 
 def test_a_rule_may_have_more_to_say_than_fits_into_a_message(
-    pair: Pair, listener: socket.socket
+    pair: Pair, listener: socket.socket, keeper: Keeper
 ) -> None:
     deny = [
         AccessRule(verdict=Verdict.DENY, pattern=f"10.0.{i >> 8}.{i & 255}", place=Place("test"))
@@ -923,17 +945,9 @@ def test_a_rule_may_have_more_to_say_than_fits_into_a_message(
     ]
     rule = replace(RULE, access=tuple(deny))
     link(pair, listener, rule)
-    keeper = Keeper(lambda _: None)
-    kept = keeper.open()
-    pair.one.relay.deposits.join(pair.one.own, kept.memory, pair.one.pools.terms)
-    pair.one.relay.deposits.after_s = 1.0
-    pair.one.relay.deposits.offer(pair.one.session)
-    pair.one.relay.deposits.flush()
-    for one in pair.one.answers():
-        keeper.on_message(kept, one)
+    kept = deposit_of(pair.one, keeper)
     assert kept.sessions == 1
     assert [one.terms for one in kept.terms.values()] == [terms_of(rule)]
-    keeper.close(kept)
 
 
 def test_what_is_sent_of_rules_is_bounded(

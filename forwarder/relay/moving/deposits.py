@@ -131,7 +131,7 @@ class Deposits:
         after_s = deposit_after_s * _PART if self._channel is not None else 0.0
         was_on, self.after_s = bool(self.after_s), after_s
         if was_on != bool(after_s):
-            self._had_room = False
+            self._had_room = was_on  # so that it looks different
             self.look(sessions)
 
     def look(self, sessions: Iterable[Session]) -> None:
@@ -142,7 +142,7 @@ class Deposits:
         self._had_room = has_room
         for session in sessions:
             if isinstance(session, Stream):
-                if not session.is_shared:
+                if has_room:  # also those that it had no room for, or that were withdrawn
                     self.offer(session)
                 elif not self.after_s:
                     self.withdraw(session)
