@@ -20,6 +20,7 @@ refused in part :meth:`Consignment.only` makes another one, with a token of its 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -84,12 +85,16 @@ class Consignment:
     ) -> Consignment:
         """One of sessions that ``content`` describes, in their order, with these descriptors.
 
-        Raises OSError; the descriptors then stay the caller's.
+        Raises OSError, also if that is more than is read again; the descriptors then stay the
+        caller's.
         """
         made = cls(number)
         if fds:
+            text = json.dumps(content).encode()
+            if len(text) > _MAX_CONTENT_BYTES:
+                raise OSError(errno.EFBIG, "too much to say of their rules")
             try:
-                made.content = to_memory_file(json.dumps(content).encode())
+                made.content = to_memory_file(text)
                 made.token = claim.make()
             except OSError:
                 made.close()

@@ -46,6 +46,7 @@ from forwarder.relay.listing import group_of as group_name
 from forwarder.relay.moving import packing
 from forwarder.relay.moving.terms import terms_of
 from forwarder.relay.poller import ALWAYS
+from forwarder.relay.servers import Servers
 from forwarder.relay.session import SessionState
 from forwarder.relay.tcp.direction import SPLICES, Direction
 from forwarder.stats.board import SHARED_ROW
@@ -757,6 +758,7 @@ def test_hostile_sessions_cost_nothing_but_themselves(pair: Pair, listener: sock
         "server": ["no address", 70_000, True],
         "c2u": {"waiting": "pipe"},
         "u2c": {"waiting": "file"},
+        "more": {"adopted_at": "never"},
     }.items():
         spoilt = Consignment.of(
             given.number,
@@ -770,6 +772,48 @@ def test_hostile_sessions_cost_nothing_but_themselves(pair: Pair, listener: sock
     assert pair.deliver(given, pair.other) == ([], "")
     pair.settle(pair.one, given)
     given.close()
+
+
+def test_a_session_of_which_nonsense_is_said_is_not_deposited(
+    pair: Pair, listener: socket.socket, keeper: Keeper
+) -> None:
+    """It goes on, and what was said of it does no harm to its taker."""
+    link(pair, listener)
+    kept = deposit_of(pair.other, keeper)
+    given = pair.pack(pair.one)
+    content = given.read_content()
+    (described,) = content["sessions"]  # type: ignore[misc]  # it is a list
+    for key, value in {"adoptions": 1 << 40, "started_at": -1e300}.items():
+        spoilt = Consignment.of(
+            given.number,
+            {**content, "sessions": [{**described, key: value}]},  # type: ignore[has-type]
+            [[os.dup(fd) for fd in given.sessions[0][1]]],
+        )
+        spoilt.send(pair.other.channel)
+        pair.other.hear()
+        spoilt.close()
+    for one in pair.other.answers():
+        if one.message.get("op") != "taken":
+            keeper.on_message(kept, one)
+    assert kept.sessions == 0
+    assert len(pair.other.relay.sessions) == 2
+    pair.settle(pair.one, given)
+    given.close()
+
+
+def test_a_session_that_has_come_is_not_refused_after_that(
+    pair: Pair, listener: socket.socket
+) -> None:
+    """Its giver would go on with it as well."""
+    _, far = link(pair, listener)
+    given = pair.pack(pair.one)
+    with patch.object(Servers, "take_on", side_effect=ZeroDivisionError):
+        assert pair.deliver(given, pair.other) == ([], "")
+    pair.settle(pair.one, given)
+    given.close()
+    pair.turn()
+    assert receive_to_reset(far) == b""
+    assert ends(pair.other) == {"us/error": 1}
 
 
 def test_nothing_but_one_consignment_is_out_at_a_time(pair: Pair, listener: socket.socket) -> None:

@@ -19,6 +19,7 @@ which the adopter could see that nothing is lost, and those of which one side wa
 
 from __future__ import annotations
 
+import struct
 from typing import TYPE_CHECKING, Final
 
 from forwarder.config.model import Sides
@@ -208,19 +209,22 @@ class Deposits:
                 return False
         self._serial = serial = self._serial % _LAST_SERIAL + 1
         adoptions, adopted_at = self._adopted.get(session, _NEVER) if self._adopted else _NEVER
-        ROW.pack_into(
-            memory.rows,
-            fd * ROW.size,
-            terms,
-            pool.offset,
-            session.id,
-            session.started_at,
-            session.connected_at - session.started_at,
-            upstream_fd,
-            _server_of(server, adoptions) if server is not None or adoptions else 0,
-            adopted_at,
-            serial,
-        )
+        try:
+            ROW.pack_into(
+                memory.rows,
+                fd * ROW.size,
+                terms,
+                pool.offset,
+                session.id,
+                session.started_at,
+                session.connected_at - session.started_at,
+                upstream_fd,
+                _server_of(server, adoptions) if server is not None or adoptions else 0,
+                adopted_at,
+                serial,
+            )
+        except (struct.error, OverflowError):  # another process has said what cannot be of it
+            return False
         numbers += (fd, serial)
         return True
 

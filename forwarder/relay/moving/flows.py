@@ -103,7 +103,7 @@ class _Kind(Generic[_Flow]):
             with ExitStack() as watched:
                 self._watch(session, socks[0], state, watched)
                 watched.pop_all()
-        except (OSError, ValueError):
+        except BaseException:
             if session is not None:
                 self._undo(session)
             for sock in socks:

@@ -91,6 +91,7 @@ class Streams:
         if SessionState(parcel.state) not in _MOVABLE:
             raise ValueError("not the state of a stream that moves")
         ending = None if parcel.ending is None else _reason(*parcel.ending)
+        adopted_at = read(parcel.more, "adopted_at", 0.0)
         socks: list[socket.SocketType] = []
         spent: list[int] = []
         session = None
@@ -104,7 +105,7 @@ class Streams:
             session.ending, session.unsent = ending, parcel.unsent
             _set_out(session, parcel)
             _watch(session, relay.poller)
-        except (OSError, ValueError):
+        except BaseException:
             if session is not None:
                 relay.sessions.pop(session, None)
                 session.unlink()
@@ -112,7 +113,6 @@ class Streams:
                 sock.detach()
             raise
         session.is_shared = True  # its giver and the master still have it
-        adopted_at = read(parcel.more, "adopted_at", 0.0)
         relay.deposits.offer(session, parcel.adoptions, adopted_at)
         _go_on(session, waiting)
         for fd in spent:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any, Final
 
 from forwarder.balancing.server import Server
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from forwarder.relay.session import Session
     from forwarder.stats.rows import Row
     from forwarder.upstream.pool import Pool
+
+log = logging.getLogger(__name__)
 
 _BY_NAME: Final[Mapping[str, Kind[Any]]] = {kind.name: kind for kind in (*KINDS.values(), Kept())}
 
@@ -58,9 +61,12 @@ class Unpacker:
         server = self._server(pool, parcel.server, is_foreign=is_foreign)
         session = kind.unpack(parcel, fds, pool, self._relay)
         fds.clear()
-        # Nothing fails from here on.
-        self._count(session, parcel, server, is_foreign=is_foreign)
-        self._time(session, parcel)
+        try:
+            self._count(session, parcel, server, is_foreign=is_foreign)
+            self._time(session, parcel)
+        except Exception:  # it is here by now: its giver must not go on with it as well
+            log.exception("relay.bug with a session that has come")
+            session.on_bug()
 
     def _server(self, pool: Pool, share: ServerShare | None, *, is_foreign: bool) -> Server | None:
         """The server of a session: the group's, or what stands for one that is none any more."""
