@@ -199,10 +199,17 @@ def channel_pair() -> tuple[Channel, Channel]:
 
 
 def to_memory_file(content: bytes) -> int:
-    """Put ``content`` into an anonymous file and return its descriptor, which the caller closes."""
+    """Put ``content`` into an anonymous file and return its descriptor, which the caller closes.
+
+    Raises OSError, such as EFBIG: the limit of file sizes is for this one, too.
+    """
     fd = os.memfd_create("forwarder", os.MFD_CLOEXEC)
-    with open(fd, "wb", closefd=False) as file:
-        file.write(content)
+    try:
+        with open(fd, "wb", closefd=False) as file:
+            file.write(content)
+    except OSError:
+        os.close(fd)
+        raise
     return fd
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 import socket
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
@@ -319,6 +320,19 @@ def test_sessions_that_nobody_goes_on_with_are_reset() -> None:
 def test_what_is_no_socket_of_them_is_closed_as_well(pipe: tuple[int, int]) -> None:
     before = open_descriptors()
     Consignment.of(1, {}, [[os.dup(pipe[0]), os.dup(pipe[1])]]).abort()
+    assert open_descriptors() == before
+
+
+def test_a_memory_file_that_may_not_be_so_long_is_closed() -> None:
+    """Sessions whose data does not fit are tried again and again."""
+    before = open_descriptors()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(OSError, match="large"):
+            to_memory_file(bytes(8192))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert open_descriptors() == before
 
 
