@@ -38,7 +38,7 @@ from forwarder.relay.session import SessionState
 from forwarder.relay.tcp_listener import listener_class
 from forwarder.stats.board import ROWS
 from forwarder.stats.reasons import Phase
-from forwarder.succession.orphans import OrphanDoor
+from forwarder.succession.orphans import OrphanDoor, places_of
 from forwarder.system import privileges
 from forwarder.system.daemonlog import warn_rarely
 from forwarder.system.signals import leave_to_the_master
@@ -134,6 +134,7 @@ class Worker:
         self._is_draining = False
         self._last_phase = Phase.SHUTDOWN  # why sessions end that are left when we leave
         self._door: OrphanDoor | None = None
+        self._places: list[str] = []  # where we listened before we began to drain
 
     async def run(self) -> WorkerExit:
         """Serve until stopped, drained, or left alone by the master."""
@@ -295,9 +296,9 @@ class Worker:
                 ORPHAN_GRACE_S,
             )
             self._loop.call_later(ORPHAN_GRACE_S, self.drain)
-        fds = [sock.fileno() for sock in self._sockets.values()]
+        places = self._places or places_of(self._sockets.values())
         try:
-            self._door = OrphanDoor(self._loop, fds, self._on_taken)
+            self._door = OrphanDoor(self._loop, places, self._sockets, self._on_taken)
         except OSError as err:
             log.error("worker.orphaned: a new master will not find us: %s", err)
 
@@ -449,8 +450,7 @@ class Worker:
         if self._is_draining:
             return
         self._is_draining = True
-        if self._door is not None:
-            self._door.close()
+        self._places = places_of(self._sockets.values())
         self._say(Op.LEAVING)
         self._stop_listening()
         self._leave_when_idle()

@@ -51,6 +51,11 @@ class BindAddress:
         return self.is_udp, self.target.port
 
     @property
+    def place(self) -> str:
+        """As text, which is the same for whatever listens there."""
+        return f"{'udp' if self.is_udp else 'tcp'} {self.target}"
+
+    @property
     def has_handshakes(self) -> bool:
         """Whether clients need a handshake before they can be accepted."""
         return not (self.is_udp or self.target.is_unix)

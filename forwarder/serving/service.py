@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Final
 from forwarder.config.address import UnixAddress
 from forwarder.config.describe import listening, waiting_text
 from forwarder.config.plan import FIXED_SETTINGS, diff
-from forwarder.serving.addresses import address_of
 from forwarder.serving.binding import Binding, check_descriptors
 from forwarder.serving.firstanswers import FirstAnswers
 from forwarder.serving.generation import Serving
@@ -82,14 +81,14 @@ class Service:
 
     def open(
         self,
-        inherited: Callable[[Callable[[socket.socket], bool]], Iterable[socket.socket]],
+        inherited: Callable[[Callable[[Iterable[str]], bool]], Iterable[socket.socket]],
         known: Mapping[str, Answer],
     ) -> None:
         """Make or take over the sockets of the first configuration: all, or none.
 
         Rules that may wait for their address do, and those on names that are not ``known``.
-        ``inherited`` gives sockets that exist already, by a test for wanted ones. Raises
-        StartupError.
+        ``inherited`` gives sockets that exist already, by a test for places of which one is
+        wanted. Raises StartupError.
         """
         names = [rule.name for rule in self.config.rules if not rule.listen.is_literal]
         candidate = as_known(self.config, known, patient=names)
@@ -98,7 +97,8 @@ class Service:
         slots = self.config.settings.workers
         needed = len(wanted) * slots
         check_descriptors(needed, slots, f"{len(wanted)} addresses for {slots} workers")
-        self.table.inherit(inherited(lambda sock: address_of(sock) in wanted))
+        places = {address.place for address in wanted}
+        self.table.inherit(inherited(lambda others: not places.isdisjoint(others)))
         with start_lock():
             had = self._binding.require(candidate, slots, lambda _: False)
             at_once = [rule for rule in self.config.rules if rule.name not in self._start.rules]

@@ -20,7 +20,7 @@ from forwarder.succession.lineage import Line
 if TYPE_CHECKING:
     import selectors
     import socket
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from forwarder.ipc.channel import Message, Received
     from forwarder.succession.lineage import Predecessor
@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 # A worker notices at its next turn that its master was killed, and opens its door then. Arbitrary.
 _DOOR_WITHIN_S: Final = 5.0
 _KNOCK_AGAIN_S: Final = 0.05
+_SEEK_AGAIN_S: Final = 0.25
 # How many sessions an orphan has is not known before it has answered: as many as it may give.
 _MANY: Final = 100_000
 
@@ -68,7 +69,10 @@ class OldWorker:
 
 
 class Orphan(Line):
-    """An orphan that has given us its sockets, and now gives its sessions, too."""
+    """An orphan that gives us its sessions.
+
+    It has given us its sockets, too, or has none that we need.
+    """
 
     is_foreign = True
 
@@ -77,9 +81,14 @@ class Orphan(Line):
         sock: socket.socket,
         selector: selectors.BaseSelector,
         on_parcels: Callable[[int, Received], None],
+        on_places: Callable[[Orphan, list[str]], None] | None = None,
     ) -> None:
-        """``sock`` becomes ours. ``on_parcels`` is called with PARCELS, and the process id."""
+        """``sock`` becomes ours. ``on_parcels`` is called with PARCELS, and the process id.
+
+        ``on_places``: we do not know yet whether it is ours, and have to say so then.
+        """
         super().__init__(sock, selector)
+        self._on_places = on_places
         self.pid, _ = peer_credentials(sock)
         self.name = f"orphan pid={self.pid}"
         self._on_parcels = on_parcels
@@ -110,8 +119,19 @@ class Orphan(Line):
         """Say what became of them."""
         self._send(consignment.moved(number, refused=refused))
 
+    def take(self) -> None:
+        """Say that it is ours: it lets its sessions end, and gives them."""
+        self._send(orphans.TAKEN_MESSAGE)
+
+    def leave(self) -> None:
+        """It is not ours: hang up."""
+        self._end()
+
     def _handle(self, received: Received) -> None:
-        if received.message["op"] == Op.PARCELS:
+        # Sockets that come first are shared with us already, or ours are beside them.
+        if received.message["op"] == orphans.END and self._on_places is not None:
+            self._on_places(self, orphans.read_places(received.message))
+        elif received.message["op"] == Op.PARCELS:
             left, busy = received.message["left"], received.message["busy"]
             if isinstance(left, int) and isinstance(busy, int):
                 self._left = left + busy
@@ -137,17 +157,23 @@ class Foreigners:
     def __init__(self, selector: selectors.BaseSelector, taking: Taking) -> None:
         """``taking`` has sessions from them as soon as there are workers for these."""
         self.uid = os.geteuid()  # that workers run as
+        # Whether we serve one of these places.
+        self.is_wanted: Callable[[Iterable[str]], bool] = lambda _: False
         self._selector = selector
         self._taking = taking
         self._known: set[int] = set()
         self._orphans: list[Orphan] = []
         self._missed: dict[int, float] = {}  # orphans whose door is not found yet, and until when
         self._knock_at: float | None = None
+        self._visited: set[str] = set()
+        self._is_unheard = False  # a predecessor that has not said what it has left
+        self._seek_at: float | None = None
+        self._seek_until = 0.0
 
     @property
     def deadline(self) -> float | None:
         """When :meth:`turn` has something to do without an event; None for never."""
-        dates = [self._knock_at, *(one.deadline for one in self._orphans)]
+        dates = [self._knock_at, self._seek_at, *(one.deadline for one in self._orphans)]
         return min((at for at in dates if at is not None), default=None)
 
     def keep(self, door: socket.socket) -> None:
@@ -156,13 +182,25 @@ class Foreigners:
         self._orphans.append(orphan)
         self._taking.add(orphan)
 
+    def seek(self, now: float) -> None:
+        """Look for orphans of this instance for a while: not all may have opened their doors."""
+        self._seek_at, self._seek_until = now, now + _DOOR_WITHIN_S
+
     def turn(self, now: float, before: Predecessor | None) -> None:
         """Notice workers that an old master reports, and those of one that was killed."""
         self._orphans = [one for one in self._orphans if one.is_open]
         for orphan in self._orphans:
             orphan.turn(now)
+        if self._seek_at is not None and now >= self._seek_at:
+            self._seek_at = now + _SEEK_AGAIN_S if now < self._seek_until else None
+            for door in orphans.new_doors(self.uid, self._visited):
+                on_parcels = self._taking.on_message
+                self._orphans.append(Orphan(door, self._selector, on_parcels, self._recognise))
         if before is None:
             return
+        if before.is_lost and not self._is_unheard:
+            self._is_unheard = True
+            self.seek(now)
         for pid, _ in before.left.workers:
             if pid not in self._known:
                 self._known.add(pid)
@@ -170,6 +208,15 @@ class Foreigners:
         while before.orphaned:
             self._missed[before.orphaned.pop()] = now + _DOOR_WITHIN_S
         self._knock(now)
+
+    def _recognise(self, orphan: Orphan, places: list[str]) -> None:
+        """An orphan has said where it listens, or has listened."""
+        if self.is_wanted(places):
+            log.info("inherit: %s is ours", orphan.name)
+            orphan.take()
+            self._taking.add(orphan)
+        else:
+            orphan.leave()
 
     def _knock(self, now: float) -> None:
         """Look for the doors of workers whose master was killed while we took their sessions."""

@@ -25,7 +25,7 @@ from forwarder.system.pidfile import PidFile, UnwritableError
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from forwarder.config.model import Config, Settings
     from forwarder.ipc.channel import Received
@@ -176,7 +176,7 @@ class Handover:
         return not (is_before_us or upgrade.has_predecessor())
 
     def inherited_sockets(
-        self, identity: Identity | None, is_wanted: Callable[[socket.socket], bool]
+        self, identity: Identity | None, is_wanted: Callable[[Iterable[str]], bool]
     ) -> list[socket.socket]:
         """Listening sockets of other processes: see ``inherit``. Workers run as ``identity``.
 
@@ -184,10 +184,12 @@ class Handover:
         """
         if identity is not None:
             self._foreigners.uid = identity.uid
+        self._foreigners.is_wanted = is_wanted
         given = inherit.from_environment()
         if not upgrade.has_predecessor():
             keep = self._foreigners.keep
             given += orphans.from_orphans(self._foreigners.uid, is_wanted, keep)
+            self._foreigners.seek(time.monotonic())
         return given
 
     def pass_on(self, pid: int, received: Received) -> bool:
@@ -200,6 +202,11 @@ class Handover:
     def has_heir(self) -> bool:
         """Whether an upgrade has succeeded."""
         return self._has_heir
+
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether an upgrade has succeeded, and the master that serves since has ended."""
+        return self._heir is not None and not self._heir.is_open
 
     @property
     def is_under_way(self) -> bool:

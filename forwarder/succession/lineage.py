@@ -173,6 +173,8 @@ class Line:
 
     def _watch(self) -> None:
         """Ask for writability exactly while something waits to be sent."""
+        if not self.is_open:
+            return  # a message was the last word
         events = selectors.EVENT_READ
         if self._channel.is_short:
             self._flush_at = time.monotonic() + _SHORT_S
@@ -219,7 +221,7 @@ class Heir(Line):
         """``sock`` becomes ours."""
         super().__init__(sock, selector)
         self.pid = pid
-        self._tell_at: float | None = 0.0
+        self._tell_at = 0.0
         self._master = master
         self._told: Left | None = None
         # By worker, the number of what it was asked for, and whether sessions are on their way.
@@ -228,21 +230,14 @@ class Heir(Line):
     def turn(self, now: float) -> None:
         """Report what is left, now and then, if it has changed."""
         super().turn(now)
-        if self._tell_at is None or now < self._tell_at:
-            return
-        if self.is_open:
+        if self.is_open and now >= self._tell_at:
             self._tell_at = now + TELL_S
             self.tell()
-        else:
-            self._tell_at = None
-            left = self._master.sessions.left().sessions
-            what = f"pid={self.pid}, has ended; {left} sessions go on here until they end"
-            log.warning("upgrade: the new one, %s", what)
 
     @property
     def deadline(self) -> float | None:
         """When :meth:`turn` has something to do without an event; None for never."""
-        dates = (self._tell_at, super().deadline)
+        dates = (self._tell_at if self.is_open else None, super().deadline)
         return min((at for at in dates if at is not None), default=None)
 
     def tell(self) -> None:
@@ -289,7 +284,8 @@ class Heir(Line):
                 os.kill(self.pid, signal.SIGHUP)
 
     def _on_end(self) -> None:
-        self._tell_at = time.monotonic() + TELL_S  # once more, to the log
+        what = f"pid={self.pid}, has ended; the next one takes the sessions of our workers"
+        log.warning("upgrade: the new one, %s", what)
         for pid, (_, is_out) in tuple(self._asked.items()):
             if is_out:  # others are when they come, and nobody is there to pass them on to
                 self._take_back(pid)
@@ -320,8 +316,7 @@ class Heir(Line):
             self._asked[pid] = message["number"], False
         else:
             self._asked.pop(pid, None)
-            soon = time.monotonic() + _TELL_SOON_S
-            self._tell_at = soon if self._tell_at is None else min(self._tell_at, soon)
+            self._tell_at = min(self._tell_at, time.monotonic() + _TELL_SOON_S)
         self._master.sessions.to_worker(pid, message)
 
     def _answer(self, question: Message) -> None:
@@ -368,6 +363,11 @@ class Predecessor(Line):
         self.orphaned: list[int] = []  # its workers, if it was killed
         self._questions = questions
         self._is_killed = False
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether it has ended without a word of what it has left: it was killed."""
+        return not self.is_open and self.first is None
 
     @property
     def drains(self) -> bool:

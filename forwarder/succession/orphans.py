@@ -1,5 +1,7 @@
 """Workers whose master was killed: they keep serving, and give their sockets to the next master.
 
+Those that let their sessions end have none left, and say where they had some.
+
 An orphan waits for that one at an abstract unix socket, :class:`OrphanDoor`; a new master knocks at
 the doors of its user, :func:`from_orphans`. The connection stays, and the sessions follow over it
 when there are workers that take them, see ``foreign.Orphan``.
@@ -20,14 +22,15 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from forwarder.ipc.channel import MAX_FDS, Channel, ChannelClosed, channel_kind
+from forwarder.ipc.channel import MAX_FDS, MAX_MESSAGE_BYTES, Channel, ChannelClosed, channel_kind
 from forwarder.net import proc
 from forwarder.net.sockets import peer_credentials
+from forwarder.serving.addresses import address_of
 from forwarder.succession.inherit import listening_sockets
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from forwarder.ipc.channel import Message, Received
 
@@ -38,20 +41,25 @@ _DOOR_TIMEOUT_S: Final = 2.0  # an orphan that does not answer by then keeps its
 _KNOCK_AGAIN_S: Final = 0.05
 _GONE: Final = frozenset({errno.ECONNREFUSED, errno.ECONNRESET, errno.EPIPE})
 # What a master sends when it has the sockets; older code closes the connection after that.
+END: Final = "end"  # what an orphan says after its sockets
 TAKEN: Final = b'{"op": "taken"}'
-_TAKEN: Final[Message] = json.loads(TAKEN)
+TAKEN_MESSAGE: Final[Message] = json.loads(TAKEN)
 _TABLES: Final = tuple(Path("/proc/net", name) for name in ("tcp", "tcp6", "udp", "udp6"))
 # TCP_LISTEN, and TCP_CLOSE, which is the state of UDP sockets that are not connected.
 _LISTENING: Final = frozenset({"0A", "07"})
+# Enough to recognise an instance by, and few enough for one message.
+_MOST_PLACES: Final = 100
 _UNIX_SOCKETS: Final = Path("/proc/net/unix")
 
 
 def from_orphans(
-    uid: int, is_wanted: Callable[[socket.socket], bool], keep: Callable[[socket.socket], None]
+    uid: int,
+    is_wanted: Callable[[Iterable[str]], bool],
+    keep: Callable[[socket.socket], None],
 ) -> list[socket.socket]:
     """Take over the listening sockets of orphans that run as ``uid``; blocks a moment for any.
 
-    An orphan none of whose sockets ``is_wanted`` belongs to another instance and keeps them. The
+    An orphan none of whose places ``is_wanted`` belongs to another instance and keeps them. The
     others stop accepting at once, and leave when they have no session any more; ``keep`` is called
     with the connection to each, which becomes its own.
     """
@@ -60,8 +68,9 @@ def from_orphans(
         with ExitStack() as stack:
             stack.enter_context(door)
             try:
-                given = list(listening_sockets(_receive_all(door)))
-                is_ours = any(map(is_wanted, given))
+                numbers, places = _receive_all(door)
+                given = list(listening_sockets(numbers))
+                is_ours = is_wanted([*places, *places_of(given)])
                 if is_ours:
                     door.send(TAKEN)
             except TimeoutError:
@@ -93,16 +102,19 @@ class OrphanDoor:
     def __init__(
         self,
         loop: AbstractEventLoop,
-        fds: Iterable[int],
+        places: Iterable[str],
+        sockets: Mapping[int, socket.socket],
         on_taken: Callable[[Channel, list[Received]], None],
     ) -> None:
-        """Listen. A master of our user or of root gets ``fds``; once it took them, ``on_taken``.
+        """Listen. A master of our user or of root gets the sockets that there are by then.
 
-        That gets the channel to the master, which becomes its own, and what it has said meanwhile.
-        ``fds`` stay the caller's. Raises OSError.
+        They stay the caller's. It recognises us by ``places``, see :func:`places_of`. When it has
+        taken them, ``on_taken`` gets the channel to it, which becomes its own, and what it has said
+        meanwhile. Raises OSError.
         """
         self._loop = loop
-        self._fds = list(fds)
+        self._places = list(places)
+        self._sockets = sockets
         self._on_taken = on_taken
         self._sock = socket.socket(socket.AF_UNIX, channel_kind())
         self._sock.setblocking(False)
@@ -140,9 +152,10 @@ class OrphanDoor:
             return
         channel = Channel(peer)
         try:
-            for start in range(0, len(self._fds), MAX_FDS):
-                channel.send({"op": "sockets"}, self._fds[start : start + MAX_FDS])
-            channel.send({"op": "end"})
+            fds = [sock.fileno() for sock in self._sockets.values()]
+            for start in range(0, len(fds), MAX_FDS):
+                channel.send({"op": "sockets"}, fds[start : start + MAX_FDS])
+            channel.send({"op": END, "places": self._places})
         except ChannelClosed:
             channel.close()
             return
@@ -161,13 +174,25 @@ class OrphanDoor:
         said: list[Received] = []
         with suppress(ChannelClosed, ValueError, RecursionError):
             said = channel.receive()
-        if said and said[0].message == _TAKEN:
+        is_waiting = self._sock.fileno() >= 0  # else another master has taken them meanwhile
+        if is_waiting and said and said[0].message == TAKEN_MESSAGE:
             self.close()
             self._on_taken(channel, said[1:])
         else:  # a master of another instance
             for one in said:
                 one.close()
             channel.close()
+
+
+def places_of(socks: Iterable[socket.socket]) -> list[str]:
+    """Where sockets listen, or as many of these places as fit into a message."""
+    return sorted({address_of(sock).place for sock in socks})[:_MOST_PLACES]
+
+
+def read_places(end: Message) -> list[str]:
+    """Where an orphan listens or has listened, as it says at the end; older code does not."""
+    places = end.get("places")
+    return [one for one in places if isinstance(one, str)] if isinstance(places, list) else []
 
 
 def _knock(uid: int) -> Iterator[tuple[str, socket.socket]]:
@@ -214,19 +239,46 @@ def _connected(name: str) -> socket.socket | None:
     return door
 
 
-def _receive_all(door: socket.socket) -> list[int]:
-    """Everything that an orphan gives. Raises OSError, with nothing of it left open."""
+def _receive_all(door: socket.socket) -> tuple[list[int], list[str]]:
+    """All that an orphan gives, and its places. Raises OSError, with nothing of it left open."""
     numbers: list[int] = []
     try:
         while True:
-            data, fds, _, _ = socket.recv_fds(door, 4096, MAX_FDS)
+            data, fds, _, _ = socket.recv_fds(door, MAX_MESSAGE_BYTES, MAX_FDS)
             numbers += fds
             if not data or not fds:
-                return numbers
+                return numbers, read_places(_message(data))
     except OSError:
         for number in numbers:  # no worker would accept on them, and clients would wait
             os.close(number)
         raise
+
+
+def _message(data: bytes) -> Message:
+    """Nothing if it is no message."""
+    with suppress(ValueError, RecursionError):
+        message = json.loads(data)
+        if isinstance(message, dict):
+            return message
+    return {}
+
+
+def new_doors(uid: int, known: set[str]) -> Iterator[socket.socket]:
+    """Connections to doors of orphans of ``uid``, the caller's; it does not block.
+
+    ``known`` has the names of those that are not new, and gets the others.
+    """
+    for name in _doors(uid):
+        if name in known:
+            continue
+        door = _connected(name)
+        if door is None:
+            continue  # next time
+        known.add(name)
+        if door.fileno() >= 0 and _is_trusted(door, uid):
+            yield door
+        else:
+            door.close()
 
 
 def door_of(pid: int, uid: int) -> socket.socket | None:

@@ -27,6 +27,7 @@ KILL_AFTER_S: Final = 2.0  # a process that was asked to stop and stays is kille
 # Time from the first line about sessions that are left to the next; it doubles each time.
 _FIRST_LINE_S: Final = 5.0
 _LONGEST_PAUSE_S: Final = 600.0
+_SOON_S: Final = 0.001  # a limit of 0 is none
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,12 @@ class Ending:
 
     @property
     def is_over(self) -> bool:
-        """Whether all have gone: workers, a successor that gives up, and masters before us."""
+        """Whether all have gone: workers, a successor that gives up, and masters before us.
+
+        Or we leave our workers, and they those before us, to the master that serves next.
+        """
+        if self._leaves_workers:
+            return True
         is_alone = self.sessions.before is None and not self._handover.is_under_way
         return is_alone and not self._fleet.processes()
 
@@ -151,6 +157,8 @@ class Ending:
 
     def turn(self, now: float) -> None:
         """Do what is due: log how many sessions are left, reset them, kill workers that stay."""
+        if self._leaves_workers:
+            self._limit_workers(now)
         if self._begun is None or self.is_over:
             return
         if now >= self._due_at:
@@ -163,6 +171,19 @@ class Ending:
             self._next_line = now + self._pause_s
             left_s = _limit(self._due_at - now)
             log.info("master.draining %s left_s=%s", _as_text(self.sessions.left()), left_s)
+
+    @property
+    def _leaves_workers(self) -> bool:
+        """Whether nobody asks us for their sessions any more: the next one finds only orphans."""
+        is_draining = self._begun is not None and not self._is_resetting
+        return is_draining and self._handover.is_abandoned
+
+    def _limit_workers(self, now: float) -> None:
+        """Nobody but they resets the sessions that are left when their time is up."""
+        if self._due_at < math.inf:
+            limit_s = max(self._due_at - now, _SOON_S)
+            for process in self._fleet.processes():
+                self._fleet.telling.leave(process, Op.DRAIN, limit_s, Phase.DRAIN, is_last=False)
 
     def cancel(self) -> None:
         """Nothing: a stop calls :meth:`drain` or :meth:`reset`."""
@@ -184,9 +205,10 @@ class Ending:
         cut = self.sessions.left().cut - begun.cut - late.cut
         more = self._fleet.ledger.sum(SESSIONS_TOTAL) - begun.total
         moved = max(0, self._away() - begun.away)
-        ended = begun.open + late.sessions + more - cut - moved
+        left = self.sessions.left().sessions if self._leaves_workers else 0
+        ended = begun.open + late.sessions + more - cut - moved - left
         after_s = round(time.monotonic() - begun.at, 1)
-        rest = f" moved={moved}" if moved else ""
+        rest = (f" moved={moved}" if moved else "") + (f" left={left}" if left else "")
         log.info("master.stopped ended=%d cut=%d after_s=%.1f%s", ended, cut, after_s, rest)
         return {"ended": max(0, ended), "cut": cut, "after_s": after_s}
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 from chaos import acts, checks
 from chaos.checks import Level
 from chaos.clients import HANG_S
-from chaos.model import OK, TURNED_AWAY, Ability, Blow, Ending
+from chaos.model import OK, TURNED_AWAY, Ability, Ending
 from chaos.monkey import Monkey
 from chaos.place import ChaosError, Child, Place, wait_until
 
@@ -119,8 +119,7 @@ def _run(place: Place, report: Report, deeds: frozenset[Deed]) -> None:
         report.acts = monkey.run(acts.plan(report.seed, deeds), report.seconds)
         monkey.settle()
         abilities = place.abilities()
-        # An old master whose heir was killed lets its sessions end by themselves.
-        if Ability.MOVES in abilities and not any(it.blow is Blow.MASTER for it in monkey.events):
+        if Ability.MOVES in abilities:
             report.problems += checks.look_for_old_ones(place)
             monkey.note("the old ones should have gone")
         for load in loads:

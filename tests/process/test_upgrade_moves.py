@@ -6,7 +6,7 @@ them goes on, in one of the two.
 
 from __future__ import annotations
 
-import re
+import os
 import signal
 import socket
 from contextlib import ExitStack
@@ -27,13 +27,15 @@ from support.ends import (
 )
 from support.fatal import Fatal
 from support.loads import Load
-from support.processes import members, owner
-from support.upgraded import Site, assert_alive, is_running
+from support.processes import listeners, members, owner
+from support.upgraded import Site, assert_alive
 from support.waiting import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from support.forwarder import Forwarder
 
     from process.conftest import Launch
 
@@ -188,7 +190,7 @@ IN_THE_OLD = {
 def test_a_successor_that_is_killed_loses_no_session(
     site: Site, fatal: Fatal, launch: Launch, where: str
 ) -> None:
-    """They go on in the old one, or in its workers, from which the next master takes them."""
+    """The old one leaves, and the next master takes them from all workers that are left."""
     old = site.start(workers=1)
     links = [site.link() for _ in range(6)]
     fatal.set(*MASTER_OF_THE_SUCCESSOR[where])
@@ -197,24 +199,18 @@ def test_a_successor_that_is_killed_loses_no_session(
     fatal.unset()
     for link in links:
         assert_alive(link)
-    if where == "sessions have come":
-        site.wait_logged("upgrade: the new one, .* has ended; 6 sessions go on here")
-    else:  # before that, the old one may be quicker than the worker that has got them
-        eventually(lambda: not is_running(old) or logged(site, "has ended; 6 sessions go on here"))
-    new = launch("-c", str(site.config))
-    owners = [*procfs.children(old), *procfs.children(new.pid)]
-    eventually(lambda: set(members(site.forwarder.pid)) <= {old, *procfs.children(old)})
+    site.wait_gone(old)
+    assert new_has_all(launch("-c", str(site.config)), site, links)
+
+
+def new_has_all(new: Forwarder, site: Site, links: list[Link]) -> bool:
+    """A new master has these sessions, and no other process stays; it stops then."""
+    eventually(lambda: not members(site.forwarder.pid), "old processes stay")
     for link in links:
-        assert owner(owners, link.client)
+        assert owner(procfs.children(new.pid), link.client)
         assert_alive(link)
         link.close()
-    site.wait_gone(old)
-    assert new.stop() == 0
-
-
-def logged(site: Site, pattern: str) -> bool:
-    """Whether one of the masters has logged that."""
-    return any(re.search(pattern, line) for line in site.forwarder.lines)
+    return new.stop() == 0
 
 
 @pytest.mark.parametrize("where", WORKER_OF_THE_SUCCESSOR)
@@ -269,6 +265,38 @@ def test_sessions_of_another_version_end_where_they_are(site: Site) -> None:
 
 
 # -- a master that was killed
+
+
+def test_a_master_that_is_killed_while_its_successor_starts_loses_no_session(site: Site) -> None:
+    """It has the sockets already. Result: it has the sessions, too, and no orphan stays."""
+    old = site.start()
+    links = [site.link() for _ in range(6)]
+    successor = site.begin_upgrade()
+    os.kill(old, signal.SIGKILL)
+    site.wait_logged("worker.orphaned", times=2)
+    os.kill(successor, signal.SIGCONT)
+    site.wait_logged("master.ready", times=2)
+    site.wait_alone(successor, 2)
+    for link in links:
+        assert owner(procfs.children(successor), link.client)
+        assert_alive(link)
+        link.close()
+    site.stop()
+
+
+def test_orphans_that_accept_no_more_give_their_sessions(site: Site, launch: Launch) -> None:
+    """They have no socket by which a new master would recognise them."""
+    site.start()
+    links = [site.link() for _ in range(6)]
+    orphan = owner(procfs.children(site.forwarder.pid), links[0].client)
+    site.forwarder.process.kill()
+    site.forwarder.process.wait()
+    site.wait_logged("worker.orphaned", times=2)
+    for pid in members(site.forwarder.pid):
+        os.kill(pid, signal.SIGTERM)
+    eventually(lambda: not listeners(site.address))
+    assert orphan in members(site.forwarder.pid)
+    assert new_has_all(launch("-c", str(site.config)), site, links)
 
 
 def test_a_master_that_is_started_after_one_that_was_killed_has_its_sessions(

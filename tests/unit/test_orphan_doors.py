@@ -21,7 +21,7 @@ from forwarder.ipc.channel import channel_kind
 from forwarder.succession import orphans
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from forwarder.ipc.channel import Channel, Message, Received
 
@@ -52,7 +52,7 @@ def ours(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(orphans, "_is_trusted", lambda *_: True)
 
 
-def wants_nothing(_: socket.socket) -> bool:
+def wants_nothing(_: Iterable[str]) -> bool:
     return False
 
 
@@ -73,7 +73,7 @@ def test_an_orphan_that_ends_while_it_is_asked_is_no_warning(
         last.listen(1)
 
         def end() -> None:
-            select.select([last], [], [], PATIENCE_S)
+            select.select([last], [], {}, PATIENCE_S)
             last.close()
 
         ending = threading.Thread(target=end)
@@ -120,7 +120,7 @@ def test_an_orphan_is_found_though_somebody_has_taken_its_name() -> None:
 
     async def open_door() -> tuple[set[str], list[str]]:
         before = set(orphans._doors(uid))
-        door = orphans.OrphanDoor(asyncio.get_running_loop(), [], lambda *_: None)
+        door = orphans.OrphanDoor(asyncio.get_running_loop(), [], {}, lambda *_: None)
         try:
             return set(orphans._doors(uid)) - before, [*before]
         finally:
@@ -147,7 +147,7 @@ def test_a_master_that_takes_the_sockets_stays_connected() -> None:
             channels.append(channel)
             taken.set_result(more)
 
-        door = orphans.OrphanDoor(loop, [], on_taken)
+        door = orphans.OrphanDoor(loop, [], {}, on_taken)
         master = orphans.door_of(os.getpid(), os.geteuid())
         assert master is not None
         with master:
@@ -167,7 +167,7 @@ def test_a_master_that_takes_the_sockets_stays_connected() -> None:
 def test_a_master_that_does_not_take_them_leaves_the_door_open() -> None:
     async def refuse() -> None:
         loop = asyncio.get_running_loop()
-        door = orphans.OrphanDoor(loop, [], lambda *_: None)
+        door = orphans.OrphanDoor(loop, [], {}, lambda *_: None)
         try:
             for said in (b"", b"nonsense", b"1", b""):
                 # Until it has let the last one go.
