@@ -37,8 +37,10 @@ from forwarder.config.model import (
     Verdict,
 )
 from forwarder.errors import Place
+from forwarder.ipc.channel import Channel
 from forwarder.ipc.consignment import Consignment
 from forwarder.ipc.deposit import Word
+from forwarder.ipc.messages import Op
 from forwarder.limits.gate import Holdings
 from forwarder.relay.access import access_of
 from forwarder.relay.denials import Denials
@@ -55,14 +57,14 @@ from forwarder.stats.rows import ENDS, MOVED_IN, MOVED_OUT, SESSIONS, SESSIONS_T
 from forwarder.supervision.keeper import Keeper
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from support.moving import Side
 
     from forwarder.balancing.server import Server
     from forwarder.config.model import Rule
-    from forwarder.ipc.channel import Channel
+    from forwarder.ipc.channel import Message
     from forwarder.supervision.keeper import Deposit
 
 MODES = [
@@ -651,6 +653,42 @@ def test_sessions_that_are_given_back_go_on_where_they_were(
     given.close()
     row = pair.one.row(1)
     assert (row[SESSIONS], row[MOVED_OUT], row[MOVED_IN]) == (1, 1, 1)
+
+
+def test_who_is_killed_before_it_has_said_that_it_takes_them_has_not_counted_them(
+    pair: Pair, listener: socket.socket
+) -> None:
+    """Others get them then, and would count them once more."""
+    link(pair, listener)
+    given, seen = pair.pack(pair.one), []
+    given.send(pair.other.channel)
+    (received,) = pair.other.own.receive()
+    row, send = pair.other.row(1), pair.other.own.send
+
+    def watched(message: Message, fds: Sequence[int] = ()) -> None:
+        seen.append((message["op"], len(pair.other.relay.sessions), row[SESSIONS], row[MOVED_IN]))
+        send(message, fds)
+
+    with patch.object(Channel, "send", side_effect=watched):
+        pair.other.mover.on_message(received, pair.other.own)
+    assert seen == [(Op.TAKEN, 1, 0, 0)]
+    assert (row[SESSIONS], row[MOVED_IN]) == (1, 1)
+    pair.settle(pair.one, given)
+    given.close()
+
+
+def test_who_has_taken_them_counts_them_also_if_nobody_hears_of_it(
+    pair: Pair, listener: socket.socket
+) -> None:
+    link(pair, listener)
+    given = pair.pack(pair.one)
+    given.send(pair.other.channel)
+    (received,) = pair.other.own.receive()
+    pair.other.channel.close()
+    pair.other.mover.on_message(received, pair.other.own)
+    assert pair.other.row(1)[SESSIONS] == 1
+    pair.settle(pair.one, given)
+    given.close()
 
 
 def test_who_is_left_alone_takes_back_what_nobody_has_claimed(

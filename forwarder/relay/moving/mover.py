@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from forwarder.relay.cuts import Cuts
     from forwarder.relay.moving.kinds import Kind
     from forwarder.relay.moving.parcel import Json
+    from forwarder.relay.moving.unpacking import Unpacked
     from forwarder.relay.pools import Pools
     from forwarder.relay.relay import Relay
     from forwarder.relay.session import Session
@@ -151,7 +152,8 @@ class Mover:
             out.close()
 
     def _go_on_with(self, out: Consignment, indices: Iterable[int]) -> None:
-        lost = self._unpack(out, out.read_content(), indices, is_foreign=False)
+        came, lost = self._unpack(out, out.read_content(), indices, is_foreign=False)
+        self._count(came)
         if lost:
             log.error("moves.lost: %d sessions that came back cannot go on", len(lost))
             Consignment(out.number, sessions=[out.sessions[index] for index in lost]).abort()
@@ -171,43 +173,52 @@ class Mover:
             why = Refusal.DESCRIPTORS if is_truncated else Refusal.NONSENSE
             answer_taken(channel, number, everything, why)
             return
+        came: list[Unpacked] = []
         try:
-            refused, why = self._take_in(given)
+            came, refused, why = self._take_in(given)
             answer_taken(channel, number, refused, why)
-            # Not before: what was deposited and not said to be taken would go to two others.
-            self._relay.deposits.flush()
         finally:
+            # Not before: what was counted, or deposited, and not said to be taken goes to others.
+            self._count(came)
             given.close()
+        self._relay.deposits.flush()
 
-    def _take_in(self, given: Consignment) -> tuple[Sequence[int], Refusal]:
-        """Returns the indices of what is not taken, and why."""
+    def _take_in(self, given: Consignment) -> tuple[list[Unpacked], Sequence[int], Refusal]:
+        """Returns what is taken, the indices of what is not, and why."""
         everything = range(len(given))
         if not everything:
-            return (), Refusal.NONE
+            return [], (), Refusal.NONE
         if given.version != VERSION:
-            return everything, Refusal.VERSION
+            return [], everything, Refusal.VERSION
         try:
             content = given.read_content()
         except ValueError:
-            return everything, Refusal.NONSENSE
+            return [], everything, Refusal.NONSENSE
         if not given.claim():
-            return (), Refusal.CLAIMED
-        refused = self._unpack(given, content, everything, is_foreign=given.is_foreign)
-        if len(refused) == len(given):
+            return [], (), Refusal.CLAIMED
+        came, refused = self._unpack(given, content, everything, is_foreign=given.is_foreign)
+        if not came:
             claim.give_up(given.token)
-        return refused, Refusal.NONSENSE if refused else Refusal.NONE
+        return came, refused, Refusal.NONSENSE if refused else Refusal.NONE
+
+    def _count(self, came: Iterable[Unpacked]) -> None:
+        for one in came:
+            self._unpacker.count(one)
 
     def _unpack(
         self, given: Consignment, content: Json, indices: Iterable[int], *, is_foreign: bool
-    ) -> list[int]:
-        """Make these of a consignment sessions of this relay. Returns those that are none."""
-        refused = []
+    ) -> tuple[list[Unpacked], list[int]]:
+        """Make these of a consignment sessions of this relay, and count none.
+
+        Returns them, and the indices of what cannot be made one.
+        """
+        came, refused = [], []
         for index in indices:
             place, fds = given.sessions[index]
             try:
-                self._unpacker.unpack(content, place, fds, is_foreign=is_foreign)
+                came.append(self._unpacker.unpack(content, place, fds, is_foreign=is_foreign))
             except Exception as err:  # a bug must cost one session, not the worker
                 is_bug = not isinstance(err, OSError | ValueError)
                 log.warning("moves: cannot go on with a session: %s", err, exc_info=is_bug)
                 refused.append(index)
-        return refused
+        return came, refused

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from forwarder.balancing.server import Server
 from forwarder.config.address import parse_upstream
@@ -30,6 +30,15 @@ log = logging.getLogger(__name__)
 _BY_NAME: Final[Mapping[str, Kind[Any]]] = {kind.name: kind for kind in (*KINDS.values(), Kept())}
 
 
+class Unpacked(NamedTuple):
+    """A session that was unpacked, and is not counted yet."""
+
+    session: Session
+    parcel: Parcel
+    server: Server | None
+    is_foreign: bool
+
+
 class Unpacker:
     """Puts sessions into the relay of a worker, and what is counted and held of them with it."""
 
@@ -42,12 +51,12 @@ class Unpacker:
         self._cuts = cuts
         self._row_of = row_of
 
-    def unpack(self, content: Json, place: int, fds: list[int], *, is_foreign: bool) -> None:
+    def unpack(self, content: Json, place: int, fds: list[int], *, is_foreign: bool) -> Unpacked:
         """Make the session that is described at this place in the content of a consignment.
 
-        Takes the descriptors over, and the list is empty then; if it raises (OSError, ValueError)
-        they stay the caller's. ``is_foreign``: it is another instance's, whose rows and holdings
-        are not ours.
+        It is counted nowhere before :meth:`count`. Takes the descriptors over, and the list is
+        empty then; if it raises (OSError, ValueError) they stay the caller's. ``is_foreign``: it is
+        another instance's, whose rows and holdings are not ours.
         """
         parcel = Parcel.from_json(_item(content, "sessions", place))
         kind = _BY_NAME.get(parcel.kind)
@@ -61,12 +70,30 @@ class Unpacker:
         server = self._server(pool, parcel.server, is_foreign=is_foreign)
         session = kind.unpack(parcel, fds, pool, self._relay)
         fds.clear()
+        return Unpacked(session, parcel, server, is_foreign)
+
+    def count(self, came: Unpacked) -> None:
+        """It is ours: count and hold it, and end it when it would have ended.
+
+        If we are killed before, others go on with it, who count it.
+        """
         try:
-            self._count(session, parcel, server, is_foreign=is_foreign)
-            self._time(session, parcel)
+            self._count(came)
+            self._time(came.session, came.parcel)
         except Exception:  # it is here by now: its giver must not go on with it as well
             log.exception("relay.bug with a session that has come")
-            session.on_bug()
+            came.session.on_bug()
+
+    def _count(self, came: Unpacked) -> None:
+        session, parcel, server, is_foreign = came
+        relay, share = self._relay, parcel.server
+        held_as = held_in = None
+        if not is_foreign:
+            held_as = parcel.held_as if session.held_as is None else session.held_as
+            held_in = share.row if share is not None and share.is_counted else None
+        relay.books.on_moved_in(session)
+        relay.servers.take_on(session, server, held_in)
+        relay.restrictions.take_on(session, held_as, is_foreign=is_foreign)
 
     def _server(self, pool: Pool, share: ServerShare | None, *, is_foreign: bool) -> Server | None:
         """The server of a session: the group's, or what stands for one that is none any more."""
@@ -79,18 +106,6 @@ class Unpacker:
         upstream = Upstream(parse_upstream(share.name))
         is_counted = share.is_counted and not is_foreign
         return Server(upstream, 0, row, self._row_of(row), is_counted)
-
-    def _count(
-        self, session: Session, parcel: Parcel, server: Server | None, *, is_foreign: bool
-    ) -> None:
-        relay, share = self._relay, parcel.server
-        held_as = held_in = None
-        if not is_foreign:
-            held_as = parcel.held_as if session.held_as is None else session.held_as
-            held_in = share.row if share is not None and share.is_counted else None
-        relay.books.on_moved_in(session)
-        relay.servers.take_on(session, server, held_in)
-        relay.restrictions.take_on(session, held_as, is_foreign=is_foreign)
 
     def _time(self, session: Session, parcel: Parcel) -> None:
         """Let it be looked at when it would have been, and end when it would have had to."""
