@@ -6,6 +6,7 @@
     giver         --PARCELS {number, ...} and descriptors--> who wants --the same--> taker
     taker         --TAKEN {number, refused, why}--> who has sent it
     who wanted    --MOVED {number, is_back, refused}--> giver
+    giver         --TAKEN {number}--> who wanted, if something was refused
 
 What a parcel says of its session only giver and taker know; it travels as JSON in a memory file,
 so that who passes a consignment on neither reads it nor is bound by the size of a message. The
@@ -32,6 +33,7 @@ from typing import TYPE_CHECKING, Final
 
 from forwarder.ipc import claim
 from forwarder.ipc.channel import MAX_FDS, read_memory_file, to_memory_file
+from forwarder.ipc.claim import Claimant
 from forwarder.ipc.messages import Op
 from forwarder.net.sockets import set_abort_on_close
 
@@ -160,9 +162,9 @@ class Consignment:
             received.fds.clear()
         return found
 
-    def claim(self) -> bool:
+    def claim(self, claimant: Claimant = Claimant.OTHER) -> bool:
         """Whether its sessions are the caller's from now on; False: another has them."""
-        return claim.claim(self.token)
+        return claim.claim(self.token, claimant)
 
     def read_content(self) -> dict[str, object]:
         """What it says of its sessions. Raises ValueError for nonsense."""

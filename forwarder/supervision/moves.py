@@ -26,21 +26,23 @@ import time
 from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 from forwarder.ipc import claim
+from forwarder.ipc.claim import Claimant
 from forwarder.ipc.consignment import MAX_SESSIONS, Consignment, Refusal, read_taken
 from forwarder.ipc.messages import Op
 from forwarder.supervision import move_plan
 from forwarder.supervision.givers import Departed
 from forwarder.supervision.move_plan import Fate, Outcome, Taker
+from forwarder.supervision.returns import Returns
 from forwarder.system.daemonlog import warn_rarely
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from forwarder.ipc.channel import Message, Received
-    from forwarder.supervision.givers import Giver
+    from forwarder.supervision.givers import Giver, Workforce
 
 log = logging.getLogger(__name__)
 
@@ -48,41 +50,6 @@ log = logging.getLogger(__name__)
 ORDER_WITHIN_S: Final = 3.0
 # How often to see whether there is a taker for what waits for one. Arbitrary.
 _LOOK_S: Final = 0.2
-
-
-class Workforce(Protocol):
-    """The workers, as far as sessions are moved between them: see ``Fleet``."""
-
-    def takers(self, now: float) -> list[Taker]:
-        """Those that can take sessions now."""
-
-    def reachable(self) -> list[Taker]:
-        """All that can be told something, those that leave as well."""
-
-    def is_alive(self, pid: int) -> bool:
-        """Whether one has not been reaped."""
-
-    def leaving(self) -> list[Giver]:
-        """Those that leave when their sessions have ended, or go on elsewhere."""
-
-    def serving(self) -> list[Giver]:
-        """Those that stay."""
-
-    def carry(self, pid: int, consignment: Consignment) -> None:
-        """Send a consignment to one of them, if it can be told."""
-
-    def holds_back(self, pid: int) -> bool:
-        """Whether something waits to be sent to one of them."""
-
-    def lose(self, rule: str, sessions: int) -> None:
-        """Count sessions of a rule that nobody goes on with."""
-
-    def report_to(self, moves: Moves) -> None:
-        """Tell it what workers say of sessions; and ask it how many are on their way."""
-
-    @property
-    def must_recount(self) -> bool:
-        """Whether it has to be counted who holds what, for which nothing may be on its way."""
 
 
 @dataclass(eq=False, slots=True)
@@ -162,6 +129,7 @@ class Moves:
         force.report_to(self)
         self._errands: list[_Errand] = []
         self._orders: list[_Order] = []
+        self._returns = Returns()
         self._avoided: dict[int, float] = {}  # pids of takers, until when
         self._is_ending = False
         # Numbers of an heir, which our workers may hear as well, are others.
@@ -174,11 +142,11 @@ class Moves:
     @property
     def is_busy(self) -> bool:
         """Whether sessions are, or may be, on their way."""
-        return any(errand.number for errand in self._errands)
+        return bool(self._returns) or any(errand.number for errand in self._errands)
 
     def afloat(self) -> dict[str, int]:
         """How many sessions of each rule are on their way, and with no worker."""
-        found: Counter[str] = Counter()
+        found = self._returns.rules()
         for errand in self._errands:
             found.update(errand.rules)
         return found
@@ -229,6 +197,7 @@ class Moves:
             self._on_parcels(pid, received)
             return
         number, refused, why = read_taken(received.message)
+        self._returns.on_taken(pid, number)
         for errand in self._errands:
             if errand.number == number and errand.taker == pid and errand.consignment is not None:
                 self._on_taken(errand, errand.consignment, sorted({*refused}), why)
@@ -251,6 +220,11 @@ class Moves:
         for giver in () if self._is_ending else self._force.leaving():
             if giver.pid not in known:
                 self.add(giver)
+        for dead, rules, rest in self._returns.left_behind():
+            if rest is None:
+                self._lose(dead.name, rules, "no descriptors left")
+            else:
+                self.adopt(dead.name, [rest])
         for errand in self._errands:
             self._go_on(errand, now)
         self._errands = [errand for errand in self._errands if not errand.is_over]
@@ -267,11 +241,17 @@ class Moves:
 
         Givers go on with what nobody has claimed, when they notice.
         """
+        self._returns.close()
         for errand in self._errands:
             consignment = errand.consignment
             if consignment is None:
                 continue
-            if errand.giver.is_dead and consignment.claim():
+            claimant = Claimant.NOBODY
+            if errand.taker and not self._force.is_alive(errand.taker):
+                with suppress(OSError):  # as in _deliver
+                    claimant = claim.give_up(consignment.token)
+            is_nobodys = errand.giver.is_gone and claimant is Claimant.OTHER
+            if (errand.giver.is_dead or is_nobodys) and consignment.claim():
                 consignment.abort()
             else:
                 consignment.close()
@@ -380,15 +360,12 @@ class Moves:
                 self._take_back(errand, "the worker there does not answer", now, everything)
             return
         if errand.taker:
-            if giver.is_gone and not (giver.is_dead or giver.is_foreign):
-                return  # it will be reaped in a moment, and has claimed nothing
             errand.taker, errand.look_at = 0, now
             errand.deaths += 1
-            if giver.is_gone and not (giver.is_dead or consignment.claim()):
-                errand.settle()  # it goes on with them
-                return
             with suppress(OSError):  # it is no token, so nobody will have them
-                claim.give_up(consignment.token)
+                if claim.give_up(consignment.token) is Claimant.GIVER and not giver.is_dead:
+                    errand.settle()  # it goes on with them
+                    return
         taker = move_plan.choose(self._takers(errand, now), self._avoided)
         fate = move_plan.fate(
             has_giver=not giver.is_gone,
@@ -439,6 +416,10 @@ class Moves:
         """Let the giver go on with those that were not taken."""
         if errand.order is not None:
             errand.order.outcome.back += len(refused)
+        consignment, number = errand.consignment, errand.number
+        if consignment is not None and not errand.giver.is_foreign:  # that counts and logs itself
+            self._returns.add(errand.giver, number, consignment, refused)
+            errand.consignment = None
         errand.settle(refused)
         errand.failures += 1
         is_hopeless = why == Refusal.VERSION or errand.deaths >= move_plan.MOST_DEATHS
@@ -457,7 +438,8 @@ class Moves:
         try:
             errand.consignment, errand.rules = consignment.only(refused), rules
         except OSError as err:  # they were reset
-            self._lose(errand, rules, err.strerror or str(err))
+            self._lose(errand.giver.name, rules, err.strerror or str(err))
+            errand.settle()
 
     def _reset(self, errand: _Errand, consignment: Consignment) -> None:
         """Nobody can go on with them, unless their giver does, who is only gone for us."""
@@ -466,14 +448,14 @@ class Moves:
             errand.settle()
             return
         consignment.abort()
-        self._lose(errand, rules, "no worker takes them")
+        self._lose(errand.giver.name, rules, "no worker takes them")
+        errand.settle()
 
-    def _lose(self, errand: _Errand, rules: Mapping[str, int], why: str) -> None:
+    def _lose(self, giver: str, rules: Mapping[str, int], why: str) -> None:
         for rule, count in rules.items():
             self._force.lose(rule, count)
-        what = f"{sum(rules.values())} sessions of {errand.giver.name}, which is gone"
+        what = f"{sum(rules.values())} sessions of {giver}, which is gone"
         log.error("master: %s, were reset: %s", what, why)
-        errand.settle()
 
     # -- orders
 

@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from forwarder.ipc.channel import Message
     from forwarder.ipc.consignment import Consignment
     from forwarder.supervision.fleet import Fleet
-    from forwarder.supervision.givers import Giver
-    from forwarder.supervision.moves import Moves
+    from forwarder.supervision.givers import Giver, OnTheirWay
     from forwarder.supervision.slot import WorkerProcess
 
 # A worker that has given no sign of life for so long gets no sessions: it may be stopped.
@@ -64,12 +63,12 @@ class WorkerGiver:
 
 
 class Workers:
-    """The workers of ours, see ``moves.Workforce``."""
+    """The workers of ours, see ``givers.Workforce``."""
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
 
-    def report_to(self, moves: Moves) -> None:
+    def report_to(self, moves: OnTheirWay) -> None:
         """What the fleet and its ledger have to know of it."""
         self._fleet.is_amid_moves = lambda: moves.is_busy
         self._fleet.is_adopting = lambda: moves.is_adopting

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from forwarder.ipc.channel import Channel, Message
-    from forwarder.supervision.givers import Giver
+    from forwarder.supervision.givers import Giver, OnTheirWay
 
 RULE = "web"
 
@@ -134,8 +134,11 @@ class Process:
 
     def act_on(self, message: Message) -> None:
         """Go on with what is refused of its consignment."""
-        token, given = self.out.pop(cast("int", message["number"]))
-        self._own([given[i] for i in cast("list[int]", message["refused"])])
+        number = cast("int", message["number"])
+        token, given = self.out.pop(number)
+        if refused := cast("list[int]", message["refused"]):
+            self._own([given[i] for i in refused])
+            answer_taken(self.outbox.as_channel(), number)
         os.close(token)
 
     def _take(self, came: Consignment) -> None:
@@ -158,7 +161,7 @@ class Process:
         """Its channel, or line, has ended: what is out is its own again, unless it was claimed."""
         self.is_cut_off = True
         for token, given in self.out.values():
-            if claim.claim(token):
+            if claim.claim(token, claim.Claimant.GIVER):
                 self._own(given)
         self.close()
 
@@ -177,7 +180,7 @@ class Process:
 
 
 class World:
-    """A master's moves, its workers, and a clock. As ``moves.Workforce``."""
+    """A master's moves, its workers, and a clock. As ``givers.Workforce``."""
 
     def __init__(self, workers: int = 0, sessions: int = 0) -> None:
         self.now = 1000.0
@@ -216,10 +219,6 @@ class World:
         while process.outbox.waiting:
             self.hear(process)
         process.is_reaped = True
-        for received in process.inbox.waiting:
-            if received.message["op"] == Op.MOVED:  # what it had again, and did not know of
-                process.act_on(received.message)
-                self.kill(process)
         process.close()
 
     def hear(self, process: Process) -> None:
@@ -301,5 +300,5 @@ class World:
         """Count them."""
         self.lost[rule] += sessions
 
-    def report_to(self, moves: Moves) -> None:
+    def report_to(self, moves: OnTheirWay) -> None:
         """Nothing: it is known."""

@@ -127,6 +127,9 @@ class Pair:
         """Tell the giver that it is done, or what else there is to be told."""
         confirm(giver.channel, given.number, **what)  # type: ignore[arg-type]  # as there
         giver.hear()
+        if what.get("refused"):
+            (received,) = giver.answers()
+            assert read_taken(received.message) == (given.number, [], "")
 
     def move(
         self,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from forwarder.ipc import claim
+from forwarder.ipc.claim import Claimant
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,12 +46,26 @@ def test_given_up_it_is_for_one_again(token: int, times: int) -> None:
     assert not claim.claim(token)
 
 
+def test_who_had_claimed_is_known_and_what_the_giver_has_claimed_stays_so(token: int) -> None:
+    assert claim.give_up(token) is Claimant.NOBODY
+    assert claim.claim(token)
+    assert claim.give_up(token) is Claimant.OTHER
+    assert claim.claim(token, Claimant.GIVER)
+    for _ in range(2):
+        assert claim.give_up(token) is Claimant.GIVER
+        assert not claim.claim(token)
+        assert not claim.claim(token, Claimant.GIVER)
+
+
 def test_what_is_no_token_gives_nobody_anything() -> None:
     left, right = os.pipe2(os.O_CLOEXEC)
-    assert not claim.claim(left)
-    assert not claim.claim(right)
-    os.write(right, b"short")
-    assert not claim.claim(left)
-    os.close(left)
-    os.close(right)
+    ours, theirs = socket.socketpair()
+    file = os.memfd_create("no-token")
+    for fd in (left, right, ours.fileno(), file):
+        assert not claim.claim(fd)
+    assert os.fstat(file).st_size == 0, "it was written to"
+    ours.close()
+    theirs.close()
+    for fd in (left, right, file):
+        os.close(fd)
     assert not claim.claim(left)

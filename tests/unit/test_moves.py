@@ -366,6 +366,80 @@ def test_sessions_of_a_giver_that_is_only_gone_for_us_are_not_reset(
     assert (len(giver.has), world.lost) == (10, {})
 
 
+@pytest.mark.parametrize("refuses", [4, 10])
+@pytest.mark.parametrize("has_answered", [False, True])
+def test_a_giver_that_dies_before_it_has_taken_back_what_was_refused(
+    make: Callable[[int, int], World], refuses: int, *, has_answered: bool
+) -> None:
+    """Another one goes on with it; but what it has had again is lost with it."""
+    world = make(2, 10)
+    giver, taker = world.processes
+    taker.refuses = refuses
+    until_out(world, giver)
+    taker.act()
+    world.hear(taker)
+    assert world.moves.afloat() == {RULE: refuses}
+    if has_answered:
+        giver.act()
+        world.hear(giver)
+        assert world.moves.afloat() == {}
+    world.kill(giver)
+    taker.refuses = 0
+    world.settle()
+    assert len(taker.has) == 20 - (refuses if has_answered else 0)
+    assert (world.lost, world.moves.is_busy) == ({}, False)
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_sessions_of_a_foreign_giver_that_a_dead_taker_had_claimed_are_not_left_to_the_giver(
+    make: Callable[[int, int], World], *, goes_on: bool
+) -> None:
+    """It goes on with them only if it was the one that has claimed; else the next worker does.
+
+    Closed by all, cut streams would look whole.
+    """
+    world = make(1, 0)
+    (taker,) = world.processes
+    giver = world.start(10)
+    giver.is_foreign = True
+    world.moves.add(giver)
+    world.turn()
+    giver.act()
+    world.hear(giver)
+    if goes_on:
+        giver.lose_master()
+        world.kill(taker)
+    else:
+        taker.dies_claiming = True
+        taker.act()
+        giver.lose_master()
+    world.reap(taker)
+    late = world.start()
+    world.settle()
+    assert (len(giver.has), len(late.has)) == ((10, 0) if goes_on else (0, 10))
+    assert (world.lost, world.moves.is_busy) == ({}, False)
+
+
+def test_sessions_that_nobody_has_any_more_are_reset_also_if_we_fail(
+    make: Callable[[int, int], World],
+) -> None:
+    world = make(1, 0)
+    (taker,) = world.processes
+    giver = world.start(10)
+    giver.is_foreign = True
+    world.moves.add(giver)
+    world.turn()
+    giver.act()
+    world.hear(giver)
+    taker.dies_claiming = True
+    taker.act()
+    giver.lose_master()
+    world.reap(taker)
+    with patch.object(Consignment, "abort", autospec=True, side_effect=Consignment.close) as abort:
+        world.moves.close()
+    abort.assert_called_once()
+
+
 def test_two_that_have_died_and_of_which_one_is_reaped_first_lose_nothing(
     make: Callable[[int, int], World],
 ) -> None:

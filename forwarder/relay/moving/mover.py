@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from forwarder.ipc import claim
 from forwarder.ipc.channel import ChannelClosed
+from forwarder.ipc.claim import Claimant
 from forwarder.ipc.consignment import VERSION, Consignment, Refusal, answer_taken
 from forwarder.ipc.messages import Op
 from forwarder.relay.listing import Choice
@@ -73,7 +74,7 @@ class Mover:
             elif op == Op.PARCELS:
                 self._take(received, channel)
             elif op == Op.MOVED:
-                self._settle(received.message)
+                self._settle(received.message, channel)
         except ChannelClosed:  # who reads it will notice
             log.debug("moves: nobody hears the answer to %s", op)
         finally:
@@ -130,7 +131,7 @@ class Mover:
             session.server = None
         session.unlink()
 
-    def _settle(self, message: Message) -> None:
+    def _settle(self, message: Message, channel: Channel) -> None:
         """What is out is another's now, or comes back, all or in part."""
         refused = message.get("refused")
         if self._out is None or message["number"] != self._out.number:
@@ -139,24 +140,33 @@ class Mover:
             self._take_back()
             return
         out, self._out, self._out_over = self._out, None, None
-        if isinstance(refused, list) and refused:
-            self._go_on_with(out, [one for one in refused if one in range(len(out))])
-        out.close()
+        try:
+            if isinstance(refused, list) and refused:
+                self._go_on_with(out, [one for one in refused if one in range(len(out))], channel)
+        finally:
+            out.close()
 
     def _take_back(self) -> None:
         """Go on with what is out, unless somebody has claimed it."""
         out, self._out, self._out_over = self._out, None, None
         if out is not None:
-            if out.claim():
+            if out.claim(Claimant.GIVER):
                 self._go_on_with(out, range(len(out)))
             out.close()
 
-    def _go_on_with(self, out: Consignment, indices: Iterable[int]) -> None:
+    def _go_on_with(
+        self, out: Consignment, indices: Iterable[int], channel: Channel | None = None
+    ) -> None:
+        """They are ours again; say so over ``channel``. Raises ChannelClosed, when that is done."""
         came, lost = self._unpack(out, out.read_content(), indices, is_foreign=False)
-        self._count(came)
-        if lost:
-            log.error("moves.lost: %d sessions that came back cannot go on", len(lost))
-            Consignment(out.number, sessions=[out.sessions[index] for index in lost]).abort()
+        try:
+            if channel is not None:
+                answer_taken(channel, out.number)
+        finally:
+            self._count(came)  # not before, as in _take
+            if lost:
+                log.error("moves.lost: %d sessions that came back cannot go on", len(lost))
+                Consignment(out.number, sessions=[out.sessions[index] for index in lost]).abort()
 
     # -- taking
 
