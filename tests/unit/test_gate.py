@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -104,11 +105,17 @@ def crowd() -> Iterator[Crowd]:
     it.close()
 
 
-def take(holder: Holder, key: int) -> bool:
-    """Take a place within the limit, if the lock is to be had."""
+def take(holder: Holder, key: int, note: Callable[[], None]) -> bool:
+    """Take a place within the limit, if the lock is to be had; ``note`` it while nobody else can.
+
+    What is added up without the lock are numbers of different moments.
+    """
     try:
         with holder as gate:
-            return gate.sessions(ROW) < LIMIT and gate.hold(holder.mine, ROW, key)
+            is_taken = gate.sessions(ROW) < LIMIT and gate.hold(holder.mine, ROW, key)
+            if is_taken:
+                note()
+            return is_taken
     except Busy:
         time.sleep(STUCK_S)  # as the product does: it comes back later
         return False
@@ -121,16 +128,19 @@ def hammer(holder: Holder, seen: Shared, cell: int, goal: int | None) -> None:
     """
     chance = random.Random(cell)
     mine: list[int] = []
+
+    def note() -> None:
+        seen[cell] = len(mine) + 1
+        total = sum(seen[other] for other in range(PROCESSES))
+        seen[PROCESSES] = max(seen[PROCESSES], total)
+
     while goal is None or goal > 0:
         if mine and chance.random() < 0.5:
             seen[cell] = len(mine) - 1  # before it is free for others
             holder.let_go(ROW, mine.pop())
             holder.settle()
-        elif take(holder, key := chance.choice(KEYS)):
+        elif take(holder, key := chance.choice(KEYS), note):
             mine.append(key)
-            seen[cell] = len(mine)
-            total = sum(seen[other] for other in range(PROCESSES))
-            seen[PROCESSES] = max(seen[PROCESSES], total)
             goal = None if goal is None else goal - 1
     while mine:
         seen[cell] = len(mine) - 1
@@ -348,13 +358,14 @@ SERVERS = tuple(ROWS + seat for seat in (1, 2, 65535))
 MOST = 4  # sessions of each
 
 
-def take_one(holder: Holder, server: int) -> bool:
-    """Take a place at a server that has room, if the lock is to be had."""
+def take_one(holder: Holder, server: int, note: Callable[[], None]) -> bool:
+    """Take a place at a server that has room, as :func:`take`."""
     try:
         with holder as gate:
             if gate.sessions(server) >= MOST:
                 return False
             gate.take_server(holder.mine, server)
+            note()
             return True
     except Busy:
         time.sleep(STUCK_S)
@@ -368,24 +379,30 @@ def crowd_servers(holder: Holder, seen: Shared, cell: int, goal: int | None) -> 
     """
     chance = random.Random(cell)
     mine: list[int] = []
+
+    def note(index: int) -> None:
+        at, most = index * PROCESSES, len(SERVERS) * PROCESSES + index
+        seen[at + cell] = mine.count(index) + 1
+        total = sum(seen[at + other] for other in range(PROCESSES))
+        seen[most] = max(seen[most], total)
+
+    def leave() -> None:
+        index = mine.pop()
+        # Before it is free for others. Not one less: who takes the place of one that was killed
+        # may share its cell with another one, and below 0 it would fail.
+        seen[index * PROCESSES + cell] = mine.count(index)
+        holder.leave_server(SERVERS[index])
+
     while goal is None or goal > 0:
         index = chance.randrange(len(SERVERS))
-        at = index * PROCESSES
         if mine and chance.random() < 0.5:
-            index = mine.pop()
-            seen[index * PROCESSES + cell] -= 1  # before it is free for others
-            holder.leave_server(SERVERS[index])
+            leave()
             holder.settle()
-        elif take_one(holder, SERVERS[index]):
+        elif take_one(holder, SERVERS[index], partial(note, index)):
             mine.append(index)
-            seen[at + cell] += 1
-            total = sum(seen[at + other] for other in range(PROCESSES))
-            most = len(SERVERS) * PROCESSES + index
-            seen[most] = max(seen[most], total)
             goal = None if goal is None else goal - 1
-    for index in mine:
-        seen[index * PROCESSES + cell] -= 1
-        holder.leave_server(SERVERS[index])
+    while mine:
+        leave()
     while not holder.settle():
         time.sleep(STUCK_S)
 
