@@ -144,14 +144,12 @@ class Worker:
         return await self._done
 
     def close(self) -> None:
-        """Give back everything. Sessions that are left are reset."""
+        """Give back everything. Sessions that are left are reset, or go on elsewhere."""
         if self._channel.fileno() >= 0:  # else the one to a new master, which has gone, too
             self._loop.remove_reader(self._channel.fileno())
         self._stop_listening()
         self._mover.close()
-        is_late = self._last_phase is Phase.DRAIN
-        why = "drain_timeout" if is_late else "worker stopped"
-        self._relay.abort_sessions(self._last_phase, why)
+        self._relay.end_all(self._last_phase)
         self._relay.count(self._board.row(0))
         self._relay.close()
         self._channel.close()
@@ -168,6 +166,7 @@ class Worker:
             self._become_orphan()
         except Exception:  # half an assignment applied is no state to serve in
             log.exception("worker.bug: cannot handle a message of the master; giving up")
+            self._last_phase = Phase.ERROR
             self._done.set_result(WorkerExit.CRASHED)
 
     def _handle(self, received: Received) -> None:

@@ -189,6 +189,15 @@ class Relay:
                 session.pool.counts[SESSIONS_CUT] += 1
             session.abort(CloseReason(Who.US, phase, why))
 
+    def end_all(self, phase: Phase) -> None:
+        """End all sessions as the worker leaves; at a bug (ERROR) those that do not outlive it."""
+        if phase is Phase.ERROR:
+            has = self.deposits.has
+            self.abort_sessions(phase, "bug", [one for one in self.sessions if not has(one)])
+        else:
+            is_late = phase is Phase.DRAIN
+            self.abort_sessions(phase, "drain_timeout" if is_late else "worker stopped")
+
     def end_silent_flows(self, limit_s: float) -> None:
         """End flows in which nothing has moved for ``limit_s``, if that is how they end."""
         self.poller.read_clock()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from support.ends import Link, carry, receive_to_end
+from support.fatal import Fatal
 from support.logged import Logged, places
 from support.processes import suspend
 from support.waiting import eventually
@@ -122,6 +123,23 @@ def test_the_replacement_of_the_only_worker_goes_on_with_its_sessions(
     for link in links:
         carry(link.client, link.upstream, b"x" * 1000)
         carry(link.upstream, link.client, b"y" * 1000)
+
+
+def test_sessions_of_a_worker_that_fails_go_on(
+    logged: Logging, links: list[Link], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fatal = Fatal(tmp_path / "fatal", monkeypatch)
+    fatal.set("before", "forwarder.worker", "Worker._handle_about_sessions", fails=True)
+    it = logged("", top=SOON)
+    links += [it.link() for _ in range(6)]
+    await_deposit(it, 6)
+    it.ask("sessions", limit=1)
+    eventually(lambda: any("worker.bug" in line for line in it.forwarder.lines))
+    for link in links:
+        carry(link.client, link.upstream, b"x" * 1000)
+        carry(link.upstream, link.client, b"y" * 1000)
+    it.forwarder.kill()
+    it.forwarder.lines.clear()  # the bug's
 
 
 def test_sessions_of_a_worker_that_stands_still_go_on_when_it_is_killed_for_that(

@@ -1,4 +1,4 @@
-"""Places in the code of a forwarder where one of its processes kills itself, once.
+"""Places in the code of a forwarder where one of its processes kills itself, or fails, once.
 
 By a ``sitecustomize`` module, so that it is in all processes that start from then on.
 """
@@ -36,6 +36,8 @@ def die():
         os.close(os.open({mark!r}, os.O_CREAT | os.O_EXCL))
     except FileExistsError:
         return
+    if {fails!r}:
+        raise RuntimeError("a bug")
     os.kill(os.getpid(), signal.SIGKILL)
 
 make_fatal({module!r}, {names!r}, {when!r})
@@ -51,12 +53,14 @@ class Fatal:
         directory.mkdir()
         monkeypatch.setenv("PYTHONPATH", str(directory), prepend=os.pathsep)
 
-    def set(self, when: str, module: str, names: str) -> None:
-        """``when`` is before or after the call of ``module.names``.
+    def set(self, when: str, module: str, names: str, *, fails: bool = False) -> None:
+        """``when`` is before or after the call of ``module.names``; ``fails``: it raises.
 
         For processes that start from now on and are not forked from one that runs already.
         """
-        code = _CODE.format(mark=str(self._mark), module=module, names=names, when=when)
+        code = _CODE.format(
+            mark=str(self._mark), module=module, names=names, when=when, fails=fails
+        )
         (self._directory / "sitecustomize.py").write_text(code)
 
     def unset(self) -> None:

@@ -162,11 +162,20 @@ class Deposits:
 
     def withdraw(self, session: Stream) -> None:
         """It ends, or cannot go on elsewhere any more: it must not be adopted from now on."""
-        fd = session.client.fileno()
-        if self._channel is not None and 0 <= fd < self._memory.descriptors and self._serials[fd]:
+        if self.has(session):
+            fd = session.client.fileno()
             self._serials[fd] = 0
             self._gone.append(fd)
             self._flush_soon()
+
+    def has(self, session: Session) -> bool:
+        """Whether a session outlives us as it is now."""
+        fd = session.client.fileno() if isinstance(session, Stream) else -1
+        return (
+            self._channel is not None
+            and 0 <= fd < self._memory.descriptors
+            and self._serials[fd] != 0
+        )
 
     def _flush_soon(self) -> None:
         if not self._is_armed:
