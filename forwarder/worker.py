@@ -284,17 +284,15 @@ class Worker:
         """The master was killed: serve on until a new one takes the sockets over, or for a while.
 
         Closing them at once would reset queued clients and refuse all others until then. One that
-        drains has none, but sessions that the heir of its master may ask for.
+        drains has none, but sessions that an heir of its master may ask for.
         """
         self._mover.on_hang_up(self._channel)
         if not self._is_draining:
-            log.warning(
-                "worker.orphaned slot=%d: the master has ended; serving on for %.0f s or until a "
-                "new one takes over",
-                self._slot,
-                ORPHAN_GRACE_S,
-            )
+            what = f"serving on for {ORPHAN_GRACE_S:.0f} s or until a new one takes over"
+            log.warning("worker.orphaned slot=%d: the master has ended; %s", self._slot, what)
             self._loop.call_later(ORPHAN_GRACE_S, self.drain)
+        else:
+            self._end_after(self._cuts.limit_s)  # its master cannot see to that any more
         places = self._places or places_of(self._sockets.values())
         try:
             self._door = OrphanDoor(self._loop, places, self._sockets, self._on_taken)

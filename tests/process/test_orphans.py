@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import pytest
-from support.ends import carry
+from support.ends import carry, receive_to_reset
 from support.forwarder import reserve_port
 from support.loads import Load
 from support.processes import listeners, members
@@ -104,3 +104,17 @@ def test_an_orphan_that_is_told_to_leave_does(serve: Serve) -> None:
     for pid in kill_master(old):
         os.kill(pid, signal.SIGTERM)
     old.assert_nothing_left()
+
+
+def test_workers_that_drain_are_bounded_by_drain_timeout_also_without_their_master(
+    serve: Serve,
+) -> None:
+    """It is killed during a stop, and would have reset what is left."""
+    service = serve("--drain-timeout", "1", workers=1)
+    link = service.link()
+    os.kill(service.forwarder.pid, signal.SIGTERM)
+    eventually(lambda: listeners(service.address) == 0)
+    os.kill(service.forwarder.pid, signal.SIGKILL)
+    service.forwarder.process.wait()
+    assert receive_to_reset(link.client) == b""
+    eventually(lambda: not members(service.forwarder.pid), "a worker stays")
