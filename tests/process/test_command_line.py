@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
-from support import procfs
+from support.control import ask
 from support.ends import accept, carry, connect, listen
 from support.forwarder import reserve_port
 from support.processes import as_nobody, listeners, run_command, title
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.process
 
 PAIR = ("-l", "127.0.0.1:1", "-r", "127.0.0.1:2")
+BULK = 4 << 20
 
 
 @pytest.fixture
@@ -88,7 +89,7 @@ def test_a_bad_number_of_workers_is_refused(value: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "workers", "has_pipes"),
+    ("words", "workers", "splices"),
     [
         ([], 3, False),
         (["--workers", "2"], 2, False),
@@ -104,31 +105,39 @@ def test_the_command_line_wins_over_the_file(
     upstream: socket.socket,
     words: list[str],
     workers: int,
-    has_pipes: bool,
+    splices: bool,
 ) -> None:
-    """Splicing is seen by the pipes that a worker keeps."""
-    path = tmp_path / "some.toml"
+    path, control = tmp_path / "some.toml", tmp_path / "control.sock"
     path.write_text(
-        'workers = 3\nrelay = "copy"\n[[forwarding_rules]]\n'
+        f'control = "{control}"\nworkers = 3\nrelay = "copy"\n[[forwarding_rules]]\n'
         'listen = "{}:{}"\nupstream = "{}:{}"\n'.format(*address, *upstream.getsockname())
     )
     forwarder = launch("-c", str(path), *words)
     pids = forwarder.workers()
     assert len(pids) == workers
     assert listeners(address) == workers
-    before = sum(map(procfs.pipe_count, pids))
     with connect(address) as client, accept(upstream) as far:
-        carry(client, far, bytes(4 << 20))
-    assert (sum(map(procfs.pipe_count, pids)) > before) is has_pipes
+        carry(client, far, bytes(BULK))
+    assert bool(spliced(control)) is splices
 
 
-def test_relay_copy_on_the_command_line_makes_no_pipe(serve: Serve) -> None:
-    service = serve("--relay", "copy")
-    (worker,) = service.forwarder.workers()
-    before = procfs.pipe_count(worker)
-    link = service.link()
-    carry(link.client, link.upstream, bytes(4 << 20))
-    assert procfs.pipe_count(worker) == before
+def test_relay_copy_on_the_command_line_splices_nothing(serve: Serve, tmp_path: Path) -> None:
+    control = tmp_path / "control.sock"
+    link = serve("--relay", "copy", "--control", str(control)).link()
+    carry(link.client, link.upstream, bytes(BULK))
+    assert spliced(control) == 0
+
+
+def spliced(control: Path) -> int:
+    """How many bytes did not enter the worker, when ``BULK`` are counted."""
+    totals: dict[str, int] = {}
+
+    def are_counted() -> bool:
+        totals.update(ask(control, "status")["totals"])  # type: ignore[call-overload]
+        return totals["bytes_c2u"] == BULK
+
+    eventually(are_counted, totals)
+    return totals["bytes_spliced"]
 
 
 def test_pairs_are_taken_in_order(launch: Launch) -> None:

@@ -83,21 +83,22 @@ def receive_answer(sock: socket.socket) -> dict[str, object]:
 class Control(Protocol):
     """See :func:`control`."""
 
-    def __call__(self, *, more: str = "", workers: int = 2) -> Controlled:
+    def __call__(self, *, more: str = "", top: str = "", workers: int = 2) -> Controlled:
         """Start it."""
 
 
 @pytest.fixture
 def control(launch: Launch, tmp_path: Path) -> Iterator[Control]:
-    """Start a forwarder with a control socket; ``more`` is more TOML."""
+    """Start a forwarder with a control socket; ``more`` is more TOML, of the rule or at ``top``."""
     with contextlib.ExitStack() as stack:
 
-        def start(*, more: str = "", workers: int = 2) -> Controlled:
+        def start(*, more: str = "", top: str = "", workers: int = 2) -> Controlled:
             address = stack.enter_context(reserve_port()).getsockname()
             upstream = stack.enter_context(listen())
             path, config = tmp_path / "c.sock", tmp_path / "c.toml"
             config.write_text(
-                f'control = "{path}"\nworkers = {workers}\n[[forwarding_rules]]\nname = "one"\n'
+                f'control = "{path}"\nworkers = {workers}\n{top}'
+                '[[forwarding_rules]]\nname = "one"\n'
                 f'listen = "{address[0]}:{address[1]}"\n'
                 'upstream = "{}:{}"\n'.format(*upstream.getsockname())
                 + more
@@ -205,7 +206,7 @@ def test_status_counts_what_went_through(control: Control) -> None:
 
 
 def test_a_killed_worker_takes_its_sessions_with_it_but_not_its_counts(control: Control) -> None:
-    it = control(workers=1)
+    it = control(workers=1, top="deposit_after = 0\n")
     link = it.link()
     carry(link.client, link.upstream, b"x" * 1000)
     eventually(lambda: totals(it)["bytes_c2u"] == 1000)

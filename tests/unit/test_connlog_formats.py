@@ -275,6 +275,7 @@ def test_rinetds_word_for_every_way_to_end() -> None:
         "us/access": "done-local-closed",
         "us/limit": "done-local-closed",
         "us/drain": "done-local-closed",
+        "us/lost": "done-local-closed",
         "us/shutdown": "done-local-closed",
         "us/kill": "done-local-closed",
         "us/error": "done-local-closed",
