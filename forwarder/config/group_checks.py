@@ -87,7 +87,8 @@ def _without_effect(group: Group, servers: Sequence[Upstream]) -> Iterator[tuple
     is_checked = group.check is not None
     if group.balance is not Balance.HASH:
         yield "hash_prefix", 'without balance = "hash"'
-    if group.max_queue and not any(server.max_sessions for server in servers):
+    is_told = group.check is not None and group.check.kind is CheckKind.AGENT
+    if group.max_queue and not (is_told or any(server.max_sessions for server in servers)):
         yield "max_queue", "without max_sessions of a server"
     if not group.max_queue:
         yield "queue_timeout", "without max_queue"

@@ -244,7 +244,7 @@ class Gate:
             if count := rows[0]:
                 rows[0] = count - 1
 
-    def take_server(self, mine: Holdings, row: int, _: int = 0) -> None:
+    def take_server(self, mine: Holdings, row: int) -> None:
         """Count a session of a server, beside that of its rule; or one that waits in a group."""
         mine.rows[row] += 1
         self._rows[row] += 1

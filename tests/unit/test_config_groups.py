@@ -50,6 +50,18 @@ def test_rules_that_lead_to_a_group_have_its_servers_and_its_name() -> None:
     assert (first.group_name, second.group_name) == ("pg", "pg")
 
 
+@pytest.mark.parametrize(
+    ("more", "warns"),
+    [("", True), ('check = { kind = "agent", port = 9 }\n', False)],
+    ids=["", "agent"],
+)
+def test_a_queue_is_for_servers_that_can_be_full(more: str, warns: bool) -> None:
+    """An agent may say how many sessions its server may have."""
+    text = RULE + LED + PG + "max_queue = 5\n" + more
+    found = parse(text, "x.toml", Dialect.TOML).warnings
+    assert any("max_queue" in str(one) for one in found) is warns
+
+
 def test_a_rule_with_servers_of_its_own_is_a_group_called_as_the_rule() -> None:
     rule = only_rule(RULE + 'upstream = ["10.0.0.1:5", "10.0.0.2:5"]\nbalance = "hash"\n')
     assert (rule.group_name, rule.group) == ("a", Group(balance=Balance.HASH))
