@@ -189,6 +189,25 @@ class Consignment:
         except (ValueError, TypeError, LookupError, RecursionError):
             return Counter()
 
+    @classmethod
+    def rules_of_truncated(cls, received: Received) -> Counter[str]:
+        """How many sessions of which rule are in a message of which not all descriptors have come.
+
+        Of some none are, if not even the second has. All descriptors are closed.
+        """
+        try:
+            for fd in received.fds[2:]:  # first, as others are needed to read
+                os.close(fd)
+            del received.fds[2:]
+            shares = received.message["sessions"]
+            places: list[tuple[int, list[int]]] = [(_count(place), []) for place, _ in shares]  # type: ignore[attr-defined]
+            content = received.fds[1] if len(received.fds) == 2 else -1
+            return cls(0, content=content, sessions=places).rules()
+        except (KeyError, TypeError, ValueError) as err:
+            raise ValueError("not a consignment") from err
+        finally:
+            received.close()
+
     def only(self, refused: Collection[int]) -> Consignment:
         """What is left for another taker, or its giver: those with these indices.
 

@@ -334,6 +334,9 @@ class Moves:
             warn_rarely(log, what, f"master: {what}", logging.ERROR)
             errand.share = max(1, errand.share // 2)
             count = len(received.message["sessions"])  # type: ignore[arg-type]  # else: nonsense
+            rules = Consignment.rules_of_truncated(received)
+            if not errand.giver.is_foreign:
+                self._returns.add_without_descriptors(errand.giver, errand.number, rules)
             self._take_back(errand, "no descriptors left", now, range(count))
             return
         consignment = Consignment.read(received)

@@ -19,12 +19,20 @@ if TYPE_CHECKING:
 
 
 class _Return(NamedTuple):
-    """Some sessions of a consignment, by their indices; how many of each rule."""
+    """Some sessions of a consignment, by their indices; how many of each rule.
+
+    Without a consignment its descriptors have not come.
+    """
 
     giver: Giver
-    consignment: Consignment
+    consignment: Consignment | None
     refused: Sequence[int]
     rules: Mapping[str, int]
+
+    def close(self) -> None:
+        """Close the descriptors."""
+        if self.consignment is not None:
+            self.consignment.close()
 
 
 class Returns:
@@ -44,10 +52,14 @@ class Returns:
         rules = consignment.rules(refused)
         self._out[giver.pid, number] = _Return(giver, consignment, refused, rules)
 
+    def add_without_descriptors(self, giver: Giver, number: int, rules: Mapping[str, int]) -> None:
+        """The giver was told to go on with all; nobody else could."""
+        self._out[giver.pid, number] = _Return(giver, None, (), rules)
+
     def on_taken(self, pid: int, number: int) -> None:
         """The giver goes on with them."""
         if one := self._out.pop((pid, number), None):
-            one.consignment.close()
+            one.close()
 
     def rules(self) -> Counter[str]:
         """How many sessions of which rule there are."""
@@ -59,7 +71,7 @@ class Returns:
     def left_behind(self) -> Iterator[tuple[Giver, Mapping[str, int], Consignment | None]]:
         """Givers that have died, and what they have not taken back; the caller's from now on.
 
-        None if there are no descriptors left for it: then those sessions were reset.
+        None if there are no descriptors for it: then those sessions have ended.
         """
         for key, one in tuple(self._out.items()):
             if not one.giver.is_dead:
@@ -67,12 +79,13 @@ class Returns:
             del self._out[key]
             rest = None
             with suppress(OSError):
-                rest = one.consignment.only(one.refused)
-                claim.give_up(rest.token)  # by whoever was too slow to take them
+                rest = one.consignment and one.consignment.only(one.refused)
+                if rest is not None:
+                    claim.give_up(rest.token)  # by whoever was too slow to take them
             yield one.giver, one.rules, rest
 
     def close(self) -> None:
         """Givers have them, or will be heard of no more."""
         for one in self._out.values():
-            one.consignment.close()
+            one.close()
         self._out.clear()

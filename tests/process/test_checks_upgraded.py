@@ -64,6 +64,7 @@ def site(launch: Launch, tmp_path: Path) -> Iterator[Grouped]:
         yield Grouped(launch, tmp_path, stack)
 
 
+@pytest.mark.usefixtures("keeping")
 def test_the_successor_knows_who_is_down_and_checks_alone(site: Grouped) -> None:
     """Upgrade while a server is down and a session keeps the old master.
 
@@ -104,6 +105,7 @@ def test_after_a_successor_that_fails_the_old_checker_goes_on(site: Grouped) -> 
     site.stop()
 
 
+@pytest.mark.usefixtures("keeping")
 def test_sessions_of_the_old_instance_are_cut_when_their_server_goes_down(site: Grouped) -> None:
     """The old master's workers read the same table, which the new checker writes."""
     site.keys = 'on_down = "reset"'

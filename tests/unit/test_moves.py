@@ -292,6 +292,25 @@ def test_sessions_for_which_there_are_no_descriptors_go_back_and_come_in_smaller
     assert len(other.has) == 20
 
 
+def test_sessions_whose_giver_dies_before_it_hears_that_they_did_not_come_are_counted_as_lost(
+    make: Callable[[int, int], World],
+) -> None:
+    world = make(2, 10)
+    giver, other = world.processes
+    giver.drains = giver.is_truncated = True
+    world.turn()
+    giver.act()
+    given = 10 - len(giver.has)
+    assert given
+    world.hear(giver)
+    world.kill(giver)
+    world.reap(giver)
+    world.settle()
+    assert world.lost[RULE] == given
+    assert len(other.has) == 10
+    assert not world.moves.is_busy
+
+
 def test_nothing_is_asked_for_while_it_has_to_be_counted_who_holds_what(
     make: Callable[[int, int], World],
 ) -> None:
