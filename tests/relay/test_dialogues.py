@@ -139,7 +139,7 @@ def test_nobody_sees_that_sessions_move_all_the_time(tmp_path: Path) -> None:
     with ExitStack() as stack:
         judge = Judge(stack.enter_context(direct_routes(tmp_path / "direct")))
         routes = stack.enter_context(shuffled_routes(tmp_path / "site", seed))
-        dialogues = written_dialogues(COUNT // 3, seed)
+        dialogues = written_dialogues(COUNT // 6, seed)
         failures = judge.failures(list(zip(dialogues, itertools.cycle(routes), strict=False)))
         assert not failures, f"seed {seed}\n{report(judge, failures)}"
 
