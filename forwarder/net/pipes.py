@@ -15,17 +15,15 @@ import fcntl
 import mmap
 import os
 import stat
-import struct
-import termios
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from forwarder.net.sockets import waiting_bytes
 from forwarder.system import kernel
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_NOTHING: Final = b"\0\0\0\0"
 HAS_SPLICE: Final = hasattr(os, "splice")
 # 256 KiB gave the throughput of 1 MiB, 64 KiB lost a fifth (bulk over loopback, 2 cores).
 PIPE_BYTES: Final = 256 * 1024
@@ -89,11 +87,6 @@ class Pipe:
 
 
 PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
-
-
-def waiting_bytes(fd: int) -> int:
-    """The bytes in a pipe, by its read end, or those to be read from a socket. Raises OSError."""
-    return int(struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, _NOTHING))[0])
 
 
 def _is_end(fd: int, mode: int) -> bool:

@@ -459,7 +459,7 @@ def end_for_all(sock: socket.SocketType) -> None:
         return
     try:
         linger = sock.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, len(_LINGER_ABORT))
-        if linger != _LINGER_ABORT and not _has_unread(sock):
+        if linger != _LINGER_ABORT and not waiting_bytes(sock.fileno()):
             sock.shutdown(socket.SHUT_RDWR)
         elif sock.family != socket.AF_UNIX:  # which has no reset
             # connect(2): AF_UNSPEC dissolves the association, for TCP as the ABORT of RFC 9293.
@@ -469,8 +469,18 @@ def end_for_all(sock: socket.SocketType) -> None:
     sock.close()
 
 
-def _has_unread(sock: socket.SocketType) -> bool:
-    return fcntl.ioctl(sock.fileno(), termios.FIONREAD, _NOTHING) != _NOTHING
+def waiting_bytes(fd: int) -> int:
+    """The bytes to be read from a socket, or in a pipe by its read end. Raises OSError."""
+    return _number(fd, termios.FIONREAD)
+
+
+def unacknowledged_bytes(fd: int) -> int:
+    """The bytes in the send queue of a socket, FIN included (SIOCOUTQ, tcp(7)). Raises OSError."""
+    return _number(fd, termios.TIOCOUTQ)
+
+
+def _number(fd: int, request: int) -> int:
+    return int(struct.unpack("i", fcntl.ioctl(fd, request, _NOTHING))[0])
 
 
 def unsent_bytes(sock: socket.SocketType) -> int:
@@ -480,8 +490,7 @@ def unsent_bytes(sock: socket.SocketType) -> int:
     unix socket: the memory of what the peer has not read, 0 once the peer has closed.
     """
     try:
-        raw = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, b"\0\0\0\0")
-        unsent = int(struct.unpack("i", raw)[0])
+        unsent = unacknowledged_bytes(sock.fileno())
         if unsent and _TCP_INFO and sock.family != socket.AF_UNIX:
             state = sock.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, 1)[0]
             return 0 if state == _CLOSED else unsent

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 from forwarder.ipc import deposit
 from forwarder.ipc.consignment import MAX_SESSION_FDS, MAX_SESSIONS, Consignment
 from forwarder.ipc.deposit import KEPT, ROW, DepositMemory, Word, unpack_server
-from forwarder.net.pipes import waiting_bytes
+from forwarder.net.sockets import waiting_bytes
 from forwarder.stats.board import ROWS
 
 if TYPE_CHECKING:

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 from support.waiting import eventually
 
-from forwarder.net.pipes import waiting_bytes
-from forwarder.net.sockets import set_abort_on_close
+from forwarder.net.sockets import set_abort_on_close, waiting_bytes
 from forwarder.relay.moving import proof
 from forwarder.relay.moving.proof import Counts, Report, counts_of, missing
 

@@ -19,8 +19,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from forwarder.ipc.deposit import KEPT
-from forwarder.net.pipes import waiting_bytes
-from forwarder.net.sockets import client_text
+from forwarder.net.sockets import client_text, waiting_bytes
 from forwarder.relay.listing import identify
 from forwarder.relay.moving import proof
 from forwarder.relay.moving.parcel import read

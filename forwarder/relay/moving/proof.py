@@ -25,14 +25,12 @@ Not for MPTCP, whose socket has no such counts, nor for unix sockets.
 from __future__ import annotations
 
 import errno
-import fcntl
 import socket
 import struct
-import termios
 from dataclasses import dataclass
 from typing import Final
 
-from forwarder.net.pipes import waiting_bytes
+from forwarder.net.sockets import unacknowledged_bytes, waiting_bytes
 
 _TCP_INFO: Final = getattr(socket, "TCP_INFO", 0)
 _TCP_INQ: Final = 36  # linux/tcp.h; the type of its control message as well
@@ -121,7 +119,7 @@ def _report(sock: socket.SocketType) -> Report | None:
         if before is None:
             return None
         has_fin = before[0] == CLOSE and _has_fin(sock)
-        unread, unacked = waiting_bytes(sock.fileno()), _number(sock.fileno(), termios.TIOCOUTQ)
+        unread, unacked = waiting_bytes(sock.fileno()), unacknowledged_bytes(sock.fileno())
         after = _info(sock)
         if after == before:
             return Report(*before, unread, unacked, has_fin)
@@ -136,10 +134,6 @@ def _info(sock: socket.SocketType) -> tuple[int, int, int] | None:
         return None
     acked, received = struct.unpack_from("=QQ", info, _COUNTS_AT)
     return info[0], acked, received
-
-
-def _number(fd: int, request: int) -> int:
-    return int(struct.unpack("i", fcntl.ioctl(fd, request, b"\0\0\0\0"))[0])
 
 
 def _has_fin(sock: socket.SocketType) -> bool:
