@@ -148,10 +148,7 @@ class Consignment:
         found = cls(_count(message["number"]), _count(message["left"]), _count(message["busy"]))
         found.version = _count(message["version"])
         found.is_foreign = message.get("foreign") is True
-        shares = message["sessions"]
-        if not isinstance(shares, list) or len(shares) > MAX_SESSIONS:
-            raise ValueError("not a consignment")
-        places = [(_count(place), _count(count)) for place, count in shares]
+        places = _places(message)
         wanted = sum(count for _, count in places) + 2 if places else 0
         if received.is_truncated or len(received.fds) != wanted:
             raise ValueError("not all descriptors have come")
@@ -199,10 +196,11 @@ class Consignment:
             for fd in received.fds[2:]:  # first, as others are needed to read
                 os.close(fd)
             del received.fds[2:]
-            shares = received.message["sessions"]
-            places: list[tuple[int, list[int]]] = [(_count(place), []) for place, _ in shares]  # type: ignore[attr-defined]
+            sessions: list[tuple[int, list[int]]] = [
+                (it, []) for it, _ in _places(received.message)
+            ]
             content = received.fds[1] if len(received.fds) == 2 else -1
-            return cls(0, content=content, sessions=places).rules()
+            return cls(0, content=content, sessions=sessions).rules()
         except (KeyError, TypeError, ValueError) as err:
             raise ValueError("not a consignment") from err
         finally:
@@ -289,6 +287,17 @@ def confirm(
 def moved(number: int, *, is_back: bool = False, refused: Sequence[int] = ()) -> Message:
     """The same as a message, for a giver that has no channel to us."""
     return {"op": Op.MOVED, "number": number, "is_back": is_back, "refused": [*refused]}
+
+
+def _places(message: Message) -> list[tuple[int, int]]:
+    """Where in the content each session is described, and how many descriptors it has.
+
+    Raises KeyError, TypeError or ValueError for nonsense.
+    """
+    shares = message["sessions"]
+    if not isinstance(shares, list) or len(shares) > MAX_SESSIONS:
+        raise ValueError("not a consignment")
+    return [(_count(place), _count(count)) for place, count in shares]
 
 
 def _count(value: object) -> int:

@@ -54,7 +54,6 @@ _PART: Final = 256
 # How much of the time that a line was idle can be made up for: late timers must not cost rate.
 CATCH_UP_S: Final = 0.005
 _TRY: Final = LOCK_EX | LOCK_NB
-_NONE: Final[Mapping[int, int]] = {}
 
 
 def _words(count: int) -> memoryview[int]:
@@ -250,7 +249,7 @@ class Gate:
         self._rows[row] += 1
 
     def change_servers(
-        self, mine: Holdings, changes: Mapping[int, int], moves: Mapping[int, int] = _NONE
+        self, mine: Holdings, changes: Mapping[int, int], moves: Mapping[int, int]
     ) -> None:
         """The same for several rows: so many sessions more, or less.
 

@@ -9,7 +9,7 @@ from collections.abc import Hashable
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, Generic, TypeAlias, TypeVar
 
-from forwarder.stats.board import ROWS, Board
+from forwarder.stats.board import ROWS, SHARED_ROW, Board
 from forwarder.stats.rows import (
     MOVED_IN,
     MOVED_OUT,
@@ -134,7 +134,7 @@ class Ledger:
     def lose(self, rule: str, sessions: int) -> None:
         """Sessions that no worker has any more have ended, as those of a killed worker."""
         row = self._rules.rows.find(rule)
-        self._rules.tally.lose(ROWS - 1 if row is None else row, sessions)
+        self._rules.tally.lose(SHARED_ROW if row is None else row, sessions)
 
     # -- rules
 

@@ -40,8 +40,8 @@ _DOOR_PREFIX: Final = "forwarder-orphan"
 _DOOR_TIMEOUT_S: Final = 2.0  # an orphan that does not answer by then keeps its sockets
 _KNOCK_AGAIN_S: Final = 0.05
 _GONE: Final = frozenset({errno.ECONNREFUSED, errno.ECONNRESET, errno.EPIPE})
-# What a master sends when it has the sockets; older code closes the connection after that.
 END: Final = "end"  # what an orphan says after its sockets
+# What a master sends when it has the sockets; older code closes the connection after that.
 TAKEN: Final = b'{"op": "taken"}'
 TAKEN_MESSAGE: Final[Message] = json.loads(TAKEN)
 _TABLES: Final = tuple(Path("/proc/net", name) for name in ("tcp", "tcp6", "udp", "udp6"))

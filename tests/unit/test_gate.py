@@ -428,10 +428,10 @@ def test_a_server_counts_beside_its_rule_and_not_for_all_rules(crowd: Crowd) -> 
     gate.take_server(mine, SERVERS[0])
     gate.take_server(mine, SERVERS[0])
     assert [gate.sessions(row) for row in (0, ROW, SERVERS[0], SERVERS[1])] == [1, 1, 2, 0]
-    gate.change_servers(mine, {SERVERS[0]: -1})
+    gate.change_servers(mine, {SERVERS[0]: -1}, {})
     gate.let_go(mine, ROW, 0)
     assert [gate.sessions(row) for row in (0, ROW, SERVERS[0])] == [0, 0, 1]
-    gate.change_servers(mine, {SERVERS[0]: -2})  # once too often is no debt of others
+    gate.change_servers(mine, {SERVERS[0]: -2}, {})  # once too often is no debt of others
     assert gate.sessions(SERVERS[0]) == mine.rows[SERVERS[0]] == 0
 
 

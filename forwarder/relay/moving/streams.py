@@ -71,9 +71,8 @@ class Streams:
         return Load(fields, fds, made)
 
     def let_go(self, session: Stream) -> None:
-        """Take it from poller, meters, pipes and the deposit."""
+        """Take it from poller, meters and pipes."""
         poller = session.relay.poller
-        session.relay.deposits.withdraw(session)
         for direction in (session.c2u, session.u2c):
             if isinstance(direction, SpliceDirection) and direction.pipe is not None:
                 direction.bench.pipes.pass_on(direction.pipe)
