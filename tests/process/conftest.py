@@ -158,6 +158,15 @@ class Serve(Protocol):
 
 
 @pytest.fixture
+def links() -> Iterator[list[Link]]:
+    """Sessions, which are closed at the end."""
+    found: list[Link] = []
+    yield found
+    for link in found:
+        link.close()
+
+
+@pytest.fixture
 def keeping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Old instances keep their sessions, so they stay until these have ended."""
     keep_sessions(tmp_path / "others", monkeypatch)

@@ -17,7 +17,6 @@ from support.waiting import eventually
 from forwarder.net.sockets import set_abort_on_close
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from process.conftest import Logging
@@ -26,15 +25,6 @@ pytestmark = pytest.mark.process
 
 # Soon, so that nobody has to wait for it.
 SOON = "deposit_after = 0.1"
-
-
-@pytest.fixture
-def links() -> Iterator[list[Link]]:
-    """Sessions, which are closed at the end."""
-    found: list[Link] = []
-    yield found
-    for link in found:
-        link.close()
 
 
 def await_deposit(it: Logged, count: int) -> None:

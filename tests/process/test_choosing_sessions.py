@@ -13,22 +13,12 @@ from support.processes import COMMAND, run_command
 from support.waiting import PATIENCE_S, eventually
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from support.ends import Link
     from support.logged import Logged
 
     from process.conftest import Logging
 
 pytestmark = pytest.mark.process
-
-
-@pytest.fixture
-def links() -> Iterator[list[Link]]:
-    found: list[Link] = []
-    yield found
-    for link in found:
-        link.close()
 
 
 @pytest.fixture

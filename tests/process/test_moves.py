@@ -14,7 +14,6 @@ from support.processes import run_command, state
 from support.waiting import eventually
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from process.conftest import Logging
@@ -22,15 +21,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.process
 
 STREAMS = 200
-
-
-@pytest.fixture
-def links() -> Iterator[list[Link]]:
-    """Sessions, which are closed at the end."""
-    found: list[Link] = []
-    yield found
-    for link in found:
-        link.close()
 
 
 def assert_alive(links: list[Link]) -> None:

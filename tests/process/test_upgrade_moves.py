@@ -150,7 +150,8 @@ def test_one_that_is_not_connected_yet_stays_until_it_is(site: Site) -> None:
     """
     with CloggedUpstream() as clogged:
         site.upstream = clogged.listener
-        oldest = {"pid": site.start(workers=1), "sessions": 1}
+        head = "connect_timeout = 60\n"  # the SYN is sent again after 7 s, and then after 15 s
+        oldest = {"pid": site.start(workers=1, head=head), "sessions": 1}
         with connect(site.address) as client:
             eventually(lambda: "connecting" in site.run("sessions").stdout)
             old = {"pid": site.upgrade(), "sessions": 0}
@@ -213,6 +214,16 @@ def new_has_all(new: Forwarder, site: Site, links: list[Link]) -> bool:
     return new.stop() == 0
 
 
+def assert_all_go_on(site: Site, links: list[Link]) -> None:
+    """Upgrade: the new instance is alone then, and has them all; they are closed."""
+    new = site.upgrade()
+    site.wait_alone(new, 1)
+    for link in links:
+        assert owner(procfs.children(new), link.client)
+        assert_alive(link)
+        link.close()
+
+
 @pytest.mark.parametrize("where", WORKER_OF_THE_SUCCESSOR)
 def test_a_worker_that_is_killed_loses_no_session_on_its_way_to_it(
     site: Site, fatal: Fatal, where: str
@@ -221,13 +232,8 @@ def test_a_worker_that_is_killed_loses_no_session_on_its_way_to_it(
     site.start(workers=1)
     links = [site.link() for _ in range(6)]
     fatal.set(*WORKER_OF_THE_SUCCESSOR[where])
-    new = site.upgrade()
-    site.wait_alone(new, 1)
+    assert_all_go_on(site, links)
     assert fatal.has_happened
-    for link in links:
-        assert owner(procfs.children(new), link.client)
-        assert_alive(link)
-        link.close()
     site.stop()
 
 
@@ -238,13 +244,8 @@ def test_a_kill_in_the_old_one_loses_no_session(site: Site, fatal: Fatal, where:
     site.start(workers=1)
     links = [site.link() for _ in range(6)]
     fatal.unset()
-    new = site.upgrade()
-    site.wait_alone(new, 1)
+    assert_all_go_on(site, links)
     assert fatal.has_happened
-    for link in links:
-        assert owner(procfs.children(new), link.client)
-        assert_alive(link)
-        link.close()
     site.stop()
 
 

@@ -12,6 +12,7 @@ import pytest
 from support.by_hand import target_of
 from support.datagrams import drain, numbered, receive_all, udp
 from support.ends import accept, listen, receive_exactly, receive_to_end, reset
+from support.limited_sends import LimitedSends
 from support.moving_flows import FlowPair
 
 from forwarder.config.model import Answers, Framing, Limits, Protocol, RelayMode
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
     from support.moving import Side
 
-    from forwarder.relay.relay import Relay
     from forwarder.relay.udp.flow import Flow
     from forwarder.relay.udp_listener import UdpListener
 
@@ -59,33 +59,6 @@ def flow_of(side: Side) -> Flow:
 def ends(side: Side) -> dict[str, int]:
     """Why flows have ended in a worker."""
     return {code: side.row(1)[ENDS + i] for i, code in enumerate(REASONS) if side.row(1)[ENDS + i]}
-
-
-class Full:
-    """Lets the sockets of both relays take so many datagrams more."""
-
-    def __init__(self, pair: FlowPair, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.room = 0
-        for side in pair.sides:
-            self._limit(side.relay, monkeypatch)
-
-    def _limit(self, relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
-        batch = relay.bench.batch
-        send, send_copy = batch.send, batch.send_copy
-
-        def limited(to: object, first: int, last: int) -> int:
-            taken = min(self.room, last - first)
-            self.room -= taken
-            return send(to, first, first + taken) if taken else first  # type: ignore[arg-type]
-
-        def limited_copy(to: object, content: bytes) -> bool:
-            if not self.room:
-                return False
-            self.room -= 1
-            return send_copy(to, content)  # type: ignore[arg-type]
-
-        monkeypatch.setattr(batch, "send", limited)
-        monkeypatch.setattr(batch, "send_copy", limited_copy)
 
 
 # -- settled flows
@@ -158,7 +131,7 @@ def test_what_was_read_and_not_sent_comes_first(
     sent = numbered(60, [500])
     run = [(SOL_UDP, UDP_SEGMENT, (500).to_bytes(2, "little"))]
     with monkeypatch.context() as patch:
-        full = Full(pair, patch)
+        full = LimitedSends(patch, *(side.relay for side in pair.sides))
         client.sendmsg([b"".join(sent[:20])], run)
         upstream.sendmsg([b"".join(sent[:20])], run, 0, source)
         pair.turn()

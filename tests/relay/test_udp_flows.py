@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import pytest
 from support.by_hand import RULE, UdpBench, no_names, target_of
 from support.datagrams import drain, numbered, receive_all, udp
+from support.limited_sends import LimitedSends
 
 from forwarder.config.address import Address
 from forwarder.config.model import AccessRule, Protocol, RelayMode, Upstream, Verdict
@@ -773,36 +774,13 @@ def test_a_name_that_is_not_resolved_in_time_ends_the_flow(
 # -- ways that are blocked
 
 
-class Clogged:
-    """Stands in for the relay's batch: sends are taken or not, as the test says."""
-
-    def __init__(self, bench: UdpBench, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.room = 0
-        batch = bench.relay.bench.batch
-        send, send_copy = batch.send, batch.send_copy
-
-        def limited(to: object, first: int, last: int) -> int:
-            taken = min(self.room, last - first)
-            self.room -= taken
-            return send(to, first, first + taken) if taken else first  # type: ignore[arg-type]
-
-        def limited_copy(to: object, content: bytes) -> bool:
-            if not self.room:
-                return False
-            self.room -= 1
-            return send_copy(to, content)  # type: ignore[arg-type]
-
-        monkeypatch.setattr(batch, "send", limited)
-        monkeypatch.setattr(batch, "send_copy", limited_copy)
-
-
 def test_answers_wait_while_the_listeners_socket_is_full(
     bench: UdpBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It fills again and again while they are sent. Result: all arrive, in order, in the end."""
     upstream, _, client = one_client(bench)
     source = ask(bench, client, upstream, b"x")
-    clogged = Clogged(bench, monkeypatch)
+    clogged = LimitedSends(monkeypatch, bench.relay)
     sent = numbered(20, [100])
     for content in sent:
         upstream.sendto(content, source)
@@ -823,7 +801,7 @@ def test_a_flow_that_ends_while_it_waits_for_the_listener_disturbs_nobody(
     listener = bench.listen(bench.pool(upstream))
     clients = [bench.client(listener) for _ in range(2)]
     sources = [ask(bench, client, upstream, b"x") for client in clients]
-    clogged = Clogged(bench, monkeypatch)
+    clogged = LimitedSends(monkeypatch, bench.relay)
     for source in sources:
         upstream.sendto(b"waits", source)
         bench.turn(1)
@@ -843,7 +821,7 @@ def test_a_listener_watches_for_room_no_longer_when_the_flow_that_waited_has_end
     upstream = bench.upstream()
     listener = bench.listen(bench.pool(upstream))
     source = ask(bench, bench.client(listener), upstream, b"x")
-    Clogged(bench, monkeypatch)
+    LimitedSends(monkeypatch, bench.relay)
     upstream.sendto(b"waits", source)
     bench.turn(1)
     bench.relay.abort_sessions(Phase.KILL, "killed")
@@ -858,7 +836,7 @@ def test_what_a_full_socket_did_not_take_is_kept_however_much_was_read(
     upstream, _, client = one_client(bench)
     ask(bench, client, upstream, b"x")
     ask(bench, client, upstream, b"y")
-    clogged = Clogged(bench, monkeypatch)
+    clogged = LimitedSends(monkeypatch, bench.relay)
     parts = numbered(MAX_PENDING + 64, [500])
     for start in range(0, len(parts), 40):
         content = b"".join(parts[start : start + 40])
@@ -879,7 +857,7 @@ def test_a_socket_that_is_not_full_any_more_says_nothing_of_what_leaves_it(
     source = ask(bench, client, upstream, b"x")
     ask(bench, client, upstream, b"y")
     with monkeypatch.context() as patch:
-        Clogged(bench, patch)
+        LimitedSends(patch, bench.relay)
         client.send(b"waits")
         upstream.sendto(b"waits", source)
         bench.relay.poller.turn()
@@ -928,7 +906,7 @@ def test_a_bug_in_a_flow_that_waits_for_the_listener_costs_the_others_nothing(
     clients = [bench.client(listener) for _ in range(2)]
     sources = [ask(bench, client, upstream, b"x") for client in clients]
     with monkeypatch.context() as patch:
-        Clogged(bench, patch)
+        LimitedSends(patch, bench.relay)
         for source in sources:
             upstream.sendto(b"waits", source)
         bench.relay.poller.turn()
@@ -985,7 +963,7 @@ def test_a_listener_that_stops_takes_those_along_that_wait_for_it(
 ) -> None:
     upstream, listener, client = one_client(bench)
     source = ask(bench, client, upstream, b"x")
-    clogged = Clogged(bench, monkeypatch)
+    clogged = LimitedSends(monkeypatch, bench.relay)
     upstream.sendto(b"waits", source)
     bench.turn()
     listener.stop()

@@ -42,6 +42,19 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, int], World
     assert len(procfs.descriptors(os.getpid())) == before
 
 
+def given_by_another(make: Callable[[int, int], World]) -> tuple[World, Process, Process]:
+    """A worker of another instance has given its sessions up, and one of ours was sent them."""
+    world = make(1, 0)
+    (taker,) = world.processes
+    giver = world.start(10)
+    giver.is_foreign = True
+    world.moves.add(giver)
+    world.turn()
+    giver.act()
+    world.hear(giver)
+    return world, giver, taker
+
+
 def until_out(world: World, giver: Process) -> None:
     """Let a giver that drains give sessions up, and the master send them on."""
     giver.drains = True
@@ -362,14 +375,7 @@ def test_sessions_of_a_giver_that_is_only_gone_for_us_are_not_reset(
     make: Callable[[int, int], World], *, fails: bool
 ) -> None:
     """It goes on with them; whether we stop or end by a failure."""
-    world = make(1, 0)
-    (taker,) = world.processes
-    giver = world.start(10)
-    giver.is_foreign = True
-    world.moves.add(giver)
-    world.turn()
-    giver.act()
-    world.hear(giver)
+    world, giver, taker = given_by_another(make)
     giver.lose_master()
     taker.refuses = MAX_SESSIONS
     taker.act()
@@ -417,14 +423,7 @@ def test_sessions_of_a_foreign_giver_that_a_dead_taker_had_claimed_are_not_left_
 
     Closed by all, cut streams would look whole.
     """
-    world = make(1, 0)
-    (taker,) = world.processes
-    giver = world.start(10)
-    giver.is_foreign = True
-    world.moves.add(giver)
-    world.turn()
-    giver.act()
-    world.hear(giver)
+    world, giver, taker = given_by_another(make)
     if goes_on:
         giver.lose_master()
         world.kill(taker)
@@ -442,14 +441,7 @@ def test_sessions_of_a_foreign_giver_that_a_dead_taker_had_claimed_are_not_left_
 def test_sessions_that_nobody_has_any_more_are_reset_also_if_we_fail(
     make: Callable[[int, int], World],
 ) -> None:
-    world = make(1, 0)
-    (taker,) = world.processes
-    giver = world.start(10)
-    giver.is_foreign = True
-    world.moves.add(giver)
-    world.turn()
-    giver.act()
-    world.hear(giver)
+    world, giver, taker = given_by_another(make)
     taker.dies_claiming = True
     taker.act()
     giver.lose_master()
