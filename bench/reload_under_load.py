@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from bench.command_line import add_forwarder, exit_on_signal, positive
+from bench.groups.contenders import haproxy_command
 from bench.machine import machine
 from bench.peers import (
     FD_LIMIT,
@@ -98,7 +99,7 @@ def contenders(forwarder: list[str]) -> tuple[Contender, ...]:
     haproxy = (
         "haproxy.cfg",
         haproxy_config,
-        lambda d: ["haproxy", "-W", "-db", "-f", f"{d}/haproxy.cfg"],
+        haproxy_command,
     )
     resized = (WORKERS + 2, WORKERS)
     hup, usr2 = signal.SIGHUP, signal.SIGUSR2

@@ -212,6 +212,17 @@ def _ask_haproxy(directory: Path, what: str) -> str:
     return ""
 
 
+def forwarder_command(forwarder: list[str], directory: Path) -> list[str]:
+    """How ``forwarder``, a command, is started with the files of a directory."""
+    control = f"{directory}/control.sock"
+    return [*forwarder, "-c", f"{directory}/forwarder.toml", "--control", control]
+
+
+def haproxy_command(directory: Path) -> list[str]:
+    """How HAProxy is started with the files of a directory: as master and worker."""
+    return ["haproxy", "-W", "-db", "-f", f"{directory}/haproxy.cfg"]
+
+
 def contenders(forwarder: list[str]) -> dict[str, Contender]:
     """All of them by name, in report order."""
     every = (
@@ -220,7 +231,7 @@ def contenders(forwarder: list[str]) -> dict[str, Contender]:
             forwarder[0],
             "forwarder.toml",
             forwarder_config,
-            lambda d: [*forwarder, "-c", f"{d}/forwarder.toml", "--control", f"{d}/control.sock"],
+            partial(forwarder_command, forwarder),
             lambda _pid, d: _reload_forwarder(d),
         ),
         Contender(
@@ -228,7 +239,7 @@ def contenders(forwarder: list[str]) -> dict[str, Contender]:
             "haproxy",
             "haproxy.cfg",
             haproxy_config,
-            lambda d: ["haproxy", "-W", "-db", "-f", f"{d}/haproxy.cfg"],
+            haproxy_command,
             reload_haproxy,
         ),
         Contender(
@@ -236,7 +247,7 @@ def contenders(forwarder: list[str]) -> dict[str, Contender]:
             "haproxy",
             "haproxy.cfg",
             partial(haproxy_config, keeps_state=True),
-            lambda d: ["haproxy", "-W", "-db", "-f", f"{d}/haproxy.cfg"],
+            haproxy_command,
             _reload_haproxy_with_state,
         ),
         Contender(

@@ -7,11 +7,15 @@ import shutil
 import signal
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from bench.groups.contenders import (
+    HAPROXY_SESSIONS,
     PORT,
     SERVER_PORT,
+    forwarder_command,
+    haproxy_command,
     reload_haproxy,
 )
 from bench.instance import ANSWER_S, ask
@@ -24,7 +28,6 @@ if TYPE_CHECKING:
 
 REFUSED_S: Final = 10.0  # what has not begun by then is refused
 NGINX_WORKER: Final = "nginx: worker process"
-HAPROXY_SESSIONS: Final = 7000  # bounded by FD_LIMIT, see peers.py
 
 
 class RefusedError(BenchError):
@@ -203,7 +206,7 @@ def contenders(forwarder: list[str]) -> dict[str, Contender]:
             forwarder[0],
             "forwarder.toml",
             _forwarder_config,
-            lambda d: [*forwarder, "-c", f"{d}/forwarder.toml", "--control", f"{d}/control.sock"],
+            partial(forwarder_command, forwarder),
             _reload_forwarder,
             _resize_forwarder,
             _upgrade_forwarder,
@@ -214,7 +217,7 @@ def contenders(forwarder: list[str]) -> dict[str, Contender]:
             "haproxy",
             "haproxy.cfg",
             _haproxy_config,
-            lambda d: ["haproxy", "-W", "-db", "-f", f"{d}/haproxy.cfg"],
+            haproxy_command,
             reload_haproxy,
             _resize_haproxy,
             _upgrade_haproxy,
